@@ -1,0 +1,64 @@
+"""The sample model on the embedded emoji set: the base that sample-scale experiments vary.
+
+    python launch/train.py --config=configs/sample.py
+
+Pangea in small: a frozen, pre-trained ViT, a 2-layer MLP, one newline vector and a Qwen2-style decoder learn to
+name pictures of animals, plants and food in 8 languages of 6 scripts (`:languages=all` for 38), from instruction
+records in Pangea's own form. Minutes on a laptop's CPU.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import parse_arg
+from pangea_jax import languages
+
+LANGUAGES = ("en", "es", "sw", "ru", "ar", "hi", "zh", "ko")
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = parse_arg(arg, en_ratio=0.4, languages="default", num_examples=40_000, seed=0)
+    config = ConfigDict()
+    config.title = "Sample model"
+    config.seed = args["seed"]
+    config.model = dict(
+        vision=dict(
+            image_size=48, patch_size=8, width=128, layers=4, heads=4, mlp=512, feature_layer=-1, scan_unroll=4
+        ),
+        language=dict(
+            vocab_size=4500,
+            width=128,
+            layers=3,
+            heads=4,
+            kv_heads=2,
+            head_width=32,
+            mlp=320,
+            rope_theta=10_000.0,
+            tied_head=True,
+            max_positions=512,
+            scan_unroll=3,
+        ),
+        pinpoints=(),
+        dtype="float32",
+    )
+    config.frozen = (r"vision\..*",)
+    config.mixture = dict(
+        num_examples=args["num_examples"],
+        en_ratio=args["en_ratio"],
+        languages=_languages(args["languages"]),
+        sources=("emoji/noto", "emoji/fluent", "emoji/emojione", "emoji/openmoji"),
+        text_ratio=0.1,
+    )
+    config.pipeline = dict(rows=32, row_tokens=88, row_tiles=1, max_targets=32)
+    config.augmented_views = 12
+    config.optimizer = dict(learning_rate=2e-3, b2=0.98, weight_decay=0.01)
+    config.mesh = dict(data=1, fsdp=-1, tensor=1)
+    config.log_every = 10
+    config.checkpoint = dict(every=500, keep=2)
+    config.eval = dict(limit=0, batch_size=64, prompt_tokens=56, max_new_tokens=16)
+    return config
+
+
+def _languages(text: str) -> tuple[str, ...]:
+    """"default", "all", or codes joined by `+`."""
+    named = {"default": LANGUAGES, "all": tuple(languages.EMOJI)}
+    return named.get(text) or tuple(text.split("+"))

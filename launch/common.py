@@ -1,0 +1,193 @@
+"""Process start-up that every launch script shares: flags, work directory, errors in one sentence, Ctrl-C."""
+
+import difflib
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+
+Config = ConfigDict | FrozenConfigDict
+EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
+
+
+class UserError(Exception):
+    """Something the user can put right; shown as one sentence, without a traceback."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved itself."""
+
+    def __init__(self, step: int, total: int):
+        super().__init__(f"stopped after step {step} of {total} and saved; the same command goes on from there")
+
+
+def define_config(default: str) -> flags.FlagHolder:
+    """The `--config=FILE[:ARG]` flag; `--config.key=value` overrides one leaf."""
+    return config_flags.DEFINE_config_file(
+        "config", default, "Config file, with :key=value,... arguments; --config.key=value overrides a leaf.", lock_config=True
+    )
+
+
+def run(main: Callable[[list[str]], Any]) -> None:
+    """`app.run`, with user errors as one sentence and distinct exit codes."""
+    from pangea_jax.data.record import RecordError
+    from pangea_jax.data.store import StoreError
+
+    # JAX looks for a TPU wherever libtpu is not installed and says so at every start.
+    logging.get_absl_handler().addFilter(lambda r: "Unable to initialize backend 'tpu'" not in r.getMessage())
+
+    def guarded(argv):
+        try:
+            main(argv)
+        except Interrupted as stop:
+            print(stop, file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
+        except KeyboardInterrupt:
+            print("stopped; nothing was trained since the last checkpoint, the same command goes on from it", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
+        except (UserError, StoreError, RecordError, PermissionError, ValueError) as error:
+            if "PANGEA_DEBUG" in os.environ:
+                raise
+            print(f"error: {error}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)
+            sys.exit(EXIT_ERROR)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv):
+    """Parses flags; an unknown config key or argument becomes one sentence with the nearest name."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError) as error:
+        known = [name for name in flags.FLAGS if name.startswith(("config", "workdir"))]
+        message = str(error).strip("'\"")
+        unknown = re.search(r"Unknown command line flag '([^']+)'", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.5)
+            message += f"; did you mean --{near[0]}?" if near and "Did you mean" not in message else ""
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+
+
+def default_workdir(holder: flags.FlagHolder) -> str:
+    """runs/<config file>[_<argument>], and a mark if leaves were overridden."""
+    flag = flags.FLAGS[holder.name]
+    path, _, arg = config_flags.get_config_filename(flag).partition(":")
+    name = Path(path).stem + (f"_{arg}" if arg else "")
+    overrides = config_flags.get_override_values(flag)
+    name += "".join(f"_{key}={value}" for key, value in sorted(overrides.items()))
+    return str(Path("runs") / re.sub(r"[^\w=.\-]+", "_", name)[:120])
+
+
+def claim_workdir(workdir: Path, config: Config) -> None:
+    """Makes the work directory this config's own.
+
+    Raises:
+      UserError: it cannot be written, or belongs to another config.
+    """
+    path = workdir / "config.json"
+    mine = json.loads(config.to_json())
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            differing = _differences(theirs, mine)
+            if differing:
+                raise UserError(
+                    f"{workdir} holds a run of another config ({'; '.join(differing[:4])}); "
+                    "give another --workdir, or remove that one"
+                )
+        write_json(path, mine)
+    except OSError as error:
+        raise UserError(f"cannot write to {workdir} ({error.strerror}); give a --workdir you may write to") from None
+    except json.JSONDecodeError:
+        raise UserError(f"{path} is not JSON, so {workdir} is no work directory of ours; give another --workdir") from None
+
+
+def _differences(theirs: Any, mine: Any, key: str = "") -> list[str]:
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        return [
+            line
+            for name in sorted(theirs.keys() | mine.keys())
+            for line in _differences(theirs.get(name), mine.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    return [] if theirs == mine else [f"{key} is {theirs!r} there and {mine!r} here"]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled programs across runs, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pangea_jax" / "xla"
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logging.warning("no compile cache: cannot write %s (%s)", cache, error.strerror)
+            return
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+class StopSignal:
+    """While in its `with`, a signal asks for a stop at the end of the step; a second one stops at once."""
+
+    def __init__(self, *signals: signal.Signals):
+        self.requested = False
+        self._signals, self._before = signals, {}
+
+    def __enter__(self):
+        for number in self._signals:
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping: finishing this step and saving (once more to stop at once)", file=sys.stderr)
+
+
+class Rates:
+    """Averages metrics between two log lines without waiting for the device at every step."""
+
+    def __init__(self):
+        self._pending: list[Mapping[str, jax.Array]] = []
+        self._since = time.perf_counter()
+
+    def add(self, metrics: Mapping[str, jax.Array]) -> None:
+        self._pending.append(metrics)
+
+    def flush(self) -> dict[str, float]:
+        """Means since the last call (the loss per trained token), and rates a second."""
+        metrics = jax.device_get(self._pending)
+        seconds = time.perf_counter() - self._since
+        self._pending, self._since = [], time.perf_counter()
+        weights = [float(m["target_tokens"]) for m in metrics]
+        weighted = {
+            name: sum(float(m[name]) * w for m, w in zip(metrics, weights, strict=True)) / max(sum(weights), 1)
+            for name in ("loss", "accuracy")
+        }
+        return weighted | {
+            "grad_norm": sum(float(m["grad_norm"]) for m in metrics) / len(metrics),
+            "tokens_per_second": sum(float(m["tokens"]) for m in metrics) / seconds,
+            "examples_per_second": sum(float(m["examples"]) for m in metrics) / seconds,
+        }

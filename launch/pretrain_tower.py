@@ -1,0 +1,133 @@
+"""Trains the sample model's vision tower to recognise what a drawing shows.
+
+Pangea starts from CLIP; the sample model starts from this. Configs: configs/sample_tower.py.
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags, logging
+from flax import nnx
+from ml_collections import config_flags
+from PIL import Image
+
+from pangea_jax.data import augment, emoji
+from pangea_jax.model import VisionConfig, VisionTower
+from pangea_jax.model import params as model_params
+from pangea_jax.model.layers import LayerNorm, normal
+from pangea_jax.model.vision import normalize
+from pangea_jax.train.telemetry import Telemetry
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/sample_tower.py", "The run.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/sample_tower", "Where results are written.")
+
+
+class Recogniser(nnx.Module):
+    """The tower, and a linear classifier of its mean patch feature.
+
+    The mean is taken over the very features that the language model will read, so that they, not
+    a class token that LLaVA throws away, have to hold what the picture shows.
+    """
+
+    def __init__(self, config: VisionConfig, classes: int, *, rngs: nnx.Rngs):
+        self.vision = VisionTower(config, rngs=rngs)
+        self.norm = LayerNorm(config.width, config.norm_eps, jnp.float32)
+        self.classifier_dv = normal(rngs, (config.width, classes), config.width**-0.5, jnp.float32)
+
+    def __call__(self, tiles):
+        """uint8 [B, H, W, 3] to logits [B, classes]."""
+        return self.norm(self.vision(normalize(tiles)).mean(1)) @ self.classifier_dv[...]
+
+
+def load_drawings(store, artists):
+    """RGBA drawings uint8 [n, 64, 64, 4] of some artists, and the concept each shows, int [n]."""
+    codepoints = [concept.codepoint for concept in emoji.load_concepts()]
+    drawings, labels = [], []
+    for key in store.image_index["key"].to_pylist():
+        artist, codepoint = key.split("/")
+        if artist in artists:
+            drawings.append(np.asarray(Image.open(io.BytesIO(store.image(key))).convert("RGBA")))
+            labels.append(codepoints.index(codepoint))
+    return np.stack(drawings), np.asarray(labels)
+
+
+def make_step(graphdef, optimizer, drawings, labels, config):
+    """One step on freshly augmented views of a random batch; everything happens on the device."""
+
+    @jax.jit
+    def step(params, opt_state, key):
+        choose_key, augment_key = jax.random.split(key)
+        chosen = jax.random.randint(choose_key, (config.batch_size,), 0, len(drawings))
+        keys = jax.random.split(augment_key, config.batch_size)
+        tiles = augment.augment(drawings[chosen], keys, size=config.vision.image_size)
+
+        def loss_fn(params):
+            logits = model_params.merge(graphdef, params)(tiles)
+            wanted = jax.nn.one_hot(labels[chosen], logits.shape[-1])
+            smooth = optax.smooth_labels(wanted, config.label_smoothing)
+            accuracy = jnp.mean(logits.argmax(-1) == labels[chosen])
+            return optax.softmax_cross_entropy(logits, smooth).mean(), accuracy
+
+        (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        metrics = {"loss": loss, "accuracy": accuracy, "examples": config.batch_size}
+        return optax.apply_updates(params, updates), opt_state, metrics
+
+    return step
+
+
+def test(graphdef, params, store, artist, size):
+    """Top-1 and top-5 accuracy on one artist's drawings, laid on white, not augmented."""
+    drawings, labels = load_drawings(store, [artist])
+    tiles = []
+    for drawing in drawings:
+        picture = Image.new("RGBA", drawing.shape[1::-1], "white")
+        picture.alpha_composite(Image.fromarray(drawing))
+        tiles.append(np.asarray(picture.convert("RGB").resize((size, size), Image.BICUBIC)))
+    forward = jax.jit(lambda params, tiles: model_params.merge(graphdef, params)(tiles))
+    ranked = np.argsort(-np.asarray(forward(params, np.stack(tiles))), axis=-1)
+    hits = ranked == labels[:, None]
+    return {"top1": float(hits[:, 0].mean()), "top5": float(hits[:, :5].any(1).mean())}
+
+
+def main(_):
+    config, workdir = CONFIG.value, Path(WORKDIR.value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(config.to_json(indent=2))
+    store = emoji.open_store()
+    drawings, labels = load_drawings(store, config.artists)
+    logging.info("%d drawings of %d concepts", len(drawings), len(set(labels)))
+    vision = VisionConfig(**config.vision)
+    module = Recogniser(vision, int(labels.max()) + 1, rngs=nnx.Rngs(config.seed))
+    graphdef, params = model_params.split(module)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0, config.learning_rate, config.warmup_steps, config.steps, config.learning_rate * 0.01
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b2=0.98, weight_decay=config.weight_decay),
+    )
+    opt_state = optimizer.init(params)
+    step_fn = make_step(graphdef, optimizer, jnp.asarray(drawings), jnp.asarray(labels), config)
+    root = jax.random.key(config.seed)
+    with Telemetry(workdir, config.steps) as telemetry:
+        for step in range(config.steps):
+            params, opt_state, metrics = step_fn(params, opt_state, jax.random.fold_in(root, step))
+            if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+                telemetry.log(step, {name: float(value) for name, value in metrics.items()})
+    results = {a: test(graphdef, params, store, a, vision.image_size) for a in (*config.artists, config.test_artist)}
+    (workdir / "results.json").write_text(json.dumps(results, indent=2))
+    print(json.dumps(results, indent=2))
+    np.savez(workdir / "params.npz", **params)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,350 @@
+"""config.json of the public layouts to `PangeaConfig`, and back."""
+
+import ast
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pangea_jax.checkpoints.files import CheckpointError, TensorFiles
+from pangea_jax.model import PINPOINTS, LanguageConfig, PangeaConfig, VisionConfig
+
+# What transformers assumes for a key that config.json leaves out: it writes differences only.
+_VISION_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "num_channels": 3,
+}
+_COMMON_DEFAULTS = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+_DECODER_DEFAULTS = {
+    "qwen2": _COMMON_DEFAULTS
+    | {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+    },
+    "llama": _COMMON_DEFAULTS
+    | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": _COMMON_DEFAULTS
+    | {
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+}
+
+# LLaVA's own layout names the tower and does not say its sizes.
+_TOWERS = {
+    "openai/clip-vit-large-patch14-336": VisionConfig(),
+    "openai/clip-vit-large-patch14": VisionConfig(image_size=224),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Ids that config.json needs beside the sizes."""
+
+    image: int
+    end: int
+    pad: int
+
+
+PANGEA_TOKENS = SpecialTokens(image=151646, end=151645, pad=151643)
+
+
+class _Fields:
+    """Keys of one section of config.json: reads with defaults, refuses what the model does not do."""
+
+    def __init__(self, file: Path, section: str, values: dict, defaults: dict | None = None):
+        self.file, self.section = file, section
+        self.values = (defaults or {}) | values
+
+    def __call__(self, key: str, default: Any = None) -> Any:
+        return self.values.get(key, default)
+
+    def require(self, key: str) -> Any:
+        if self.values.get(key) is None:
+            raise CheckpointError(f"{self.file}: no {self.section}{key}")
+        return self.values[key]
+
+    def expect(self, key: str, *allowed, default: Any = None):
+        value = self.values.get(key, default)
+        if value not in allowed:
+            raise self.refuse(key, value, " or ".join(map(repr, allowed)))
+
+    def refuse(self, key: str, value: Any, supported: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.file}: {self.section}{key} is {value!r}, but only {supported} is supported"
+        )
+
+
+def config_from_folder(path: str | os.PathLike) -> PangeaConfig:
+    """Sizes from config.json of any of the three public layouts.
+
+    The vocabulary is that of the embedding tensor where the weights are there: config.json is known to
+    disagree. `dtype`, that of activations, stays at its default.
+
+    Canvases are read as the software that wrote the file means them: (width, height) in LLaVA's layout,
+    (height, width) in transformers'. neulab/Pangea-7B-hf took LLaVA's list over unchanged, so that
+    pictures smaller than 336 pixels, for which 336 x 672 and 672 x 336 are equally good, get the other
+    one than in training. To have them as in training, replace `pinpoints` by `pangea_jax.model.PINPOINTS`.
+
+    Raises:
+      FileNotFoundError: no config.json.
+      CheckpointError: not a LLaVA or LLaVA-NeXT, or with a part that the model does not have.
+    """
+    file = Path(path) / "config.json"
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no config.json in {path}; pass config=PangeaConfig(...)"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from None
+    if "mm_vision_tower" in values:
+        config = _from_llava(_Fields(file, "", values))
+    elif values.get("model_type") in ("llava_next", "llava"):
+        config = _from_transformers(_Fields(file, "", values))
+    else:
+        raise CheckpointError(
+            f"{file}: model_type {values.get('model_type')!r} without mm_vision_tower is no LLaVA; to load "
+            "a decoder or a tower alone, pass config= and only=('language',) or only=('vision',)"
+        )
+    return _with_vocabulary_of_tensor(config, Path(path))
+
+
+def _with_vocabulary_of_tensor(config: PangeaConfig, path: Path) -> PangeaConfig:
+    try:
+        files = TensorFiles(path)
+    except FileNotFoundError:
+        return config
+    for name in files.names:
+        if name.endswith("embed_tokens.weight"):
+            language = dataclasses.replace(config.language, vocab_size=files.shape(name)[0])
+            return dataclasses.replace(config, language=language)
+    return config
+
+
+def _from_llava(fields: _Fields) -> PangeaConfig:
+    # model_type is "qwen2" in neulab/Pangea-7B, so it tells of the decoder and of nothing else.
+    kinds = [kind for kind in ("qwen", "mistral") if kind in fields.require("model_type")]
+    kind = {"qwen": "qwen2", "mistral": "mistral"}[kinds[0]] if kinds else "llama"
+    fields.expect("mm_projector_type", "mlp2x_gelu")
+    fields.expect("mm_vision_select_feature", "patch", default="patch")
+    tower = fields.require("mm_vision_tower")
+    if tower not in _TOWERS:
+        raise fields.refuse("mm_vision_tower", tower, " or ".join(_TOWERS))
+    feature_layer = fields("mm_vision_select_layer", -2)
+    vision = dataclasses.replace(_TOWERS[tower], feature_layer=feature_layer)
+    anyres = fields("image_aspect_ratio") == "anyres"
+    fields.expect("mm_patch_merge_type", "spatial_unpad", *(() if anyres else ("flat", None)))
+    return PangeaConfig(
+        vision=vision,
+        language=_decoder(_Fields(fields.file, "", fields.values, _DECODER_DEFAULTS[kind]), kind),
+        pinpoints=_pinpoints(fields, fields.require("image_grid_pinpoints")) if anyres else (),
+        newline=fields("mm_patch_merge_type") == "spatial_unpad",
+    )
+
+
+def _pinpoints(fields, value):
+    """A list, or as some LLaVA checkpoints have it, the text of one."""
+    try:
+        pairs = ast.literal_eval(value) if isinstance(value, str) else value
+        return tuple((int(first), int(second)) for first, second in pairs)
+    except (ValueError, TypeError, SyntaxError):
+        raise fields.refuse("image_grid_pinpoints", value, "a list of pairs") from None
+
+
+def _from_transformers(fields: _Fields) -> PangeaConfig:
+    fields.expect("projector_hidden_act", "gelu", default="gelu")
+    fields.expect("multimodal_projector_bias", True, default=True)
+    fields.expect("vision_feature_select_strategy", "default", default="default")
+    text = fields("text_config") or {}
+    kind = text.get("model_type", "llama")
+    if kind not in _DECODER_DEFAULTS:
+        raise fields.refuse("text_config.model_type", kind, " or ".join(_DECODER_DEFAULTS))
+    # A tie is written at the top, in text_config or in both, depending on the version.
+    if "tie_word_embeddings" not in text and "tie_word_embeddings" in fields.values:
+        text = text | {"tie_word_embeddings": fields("tie_word_embeddings")}
+    language = _decoder(_Fields(fields.file, "text_config.", text, _DECODER_DEFAULTS[kind]), kind)
+    anyres = fields("model_type") == "llava_next"
+    pinpoints = fields("image_grid_pinpoints")
+    if pinpoints is None:
+        pinpoints = PINPOINTS  # the same numbers are transformers' default, as (height, width)
+    return PangeaConfig(
+        vision=_vision(fields),
+        language=language,
+        pinpoints=tuple((w, h) for h, w in _pinpoints(fields, pinpoints)) if anyres else (),
+        newline=anyres,
+    )
+
+
+def _vision(fields: _Fields) -> VisionConfig:
+    section = fields("vision_config")
+    if section is None:
+        large = VisionConfig()
+        return dataclasses.replace(large, feature_layer=_feature_layer(fields, large.layers))
+    vision = _Fields(fields.file, "vision_config.", section, _VISION_DEFAULTS)
+    vision.expect("model_type", "clip_vision_model", default="clip_vision_model")
+    vision.expect("hidden_act", "quick_gelu")
+    vision.expect("num_channels", 3)
+    return VisionConfig(
+        image_size=vision.require("image_size"),
+        patch_size=vision.require("patch_size"),
+        width=vision.require("hidden_size"),
+        layers=vision.require("num_hidden_layers"),
+        heads=vision.require("num_attention_heads"),
+        mlp=vision.require("intermediate_size"),
+        feature_layer=_feature_layer(fields, vision.require("num_hidden_layers")),
+        norm_eps=vision.require("layer_norm_eps"),
+    )
+
+
+def _feature_layer(fields: _Fields, layers: int) -> int:
+    value = fields("vision_feature_layer", -2)
+    if not isinstance(value, int):
+        raise fields.refuse("vision_feature_layer", value, "one layer")
+    return value if value < 0 else value - layers - 1
+
+
+def _decoder(fields: _Fields, kind: str) -> LanguageConfig:
+    fields.expect("hidden_act", "silu")
+    fields.expect("attention_bias", False, default=False)
+    fields.expect("mlp_bias", False, default=False)
+    max_positions = fields.require("max_position_embeddings")
+    window = fields("sliding_window") if fields("use_sliding_window", kind == "mistral") else None
+    if window is not None and window < max_positions:
+        raise fields.refuse(
+            "sliding_window", window, "null, or no less than max_position_embeddings"
+        )
+    heads = fields.require("num_attention_heads")
+    return LanguageConfig(
+        vocab_size=fields.require("vocab_size"),
+        width=fields.require("hidden_size"),
+        layers=fields.require("num_hidden_layers"),
+        heads=heads,
+        kv_heads=fields("num_key_value_heads") or heads,
+        head_width=fields("head_dim") or fields.require("hidden_size") // heads,
+        mlp=fields.require("intermediate_size"),
+        rope_theta=_rope_theta(fields),
+        norm_eps=fields.require("rms_norm_eps"),
+        qkv_bias=kind == "qwen2",
+        tied_head=bool(fields("tie_word_embeddings", False)),
+        max_positions=max_positions,
+    )
+
+
+def _rope_theta(fields: _Fields) -> float:
+    """`rope_parameters` in transformers 5, `rope_theta` and `rope_scaling` before."""
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = fields(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise fields.refuse(f"{key}.rope_type", kind, "'default'")
+        if "rope_theta" in rope:
+            return float(rope["rope_theta"])
+    return float(fields.require("rope_theta"))
+
+
+def to_transformers(config: PangeaConfig, dtype: str, tokens: SpecialTokens) -> dict:
+    """config.json that transformers 4 and 5 read as the same model.
+
+    One thing they cannot do: a single view with a newline vector (no pinpoints). Such a model loads there
+    with an empty list of canvases and answers text, but not pictures.
+
+    Raises:
+      ValueError: a special token outside of the vocabulary.
+    """
+    for name, value in dataclasses.asdict(tokens).items():
+        if not 0 <= value < config.language.vocab_size:
+            raise ValueError(
+                f"special token {name}={value} lies outside of the vocabulary of "
+                f"{config.language.vocab_size}; pass tokens=SpecialTokens(...) with the tokenizer's ids"
+            )
+    if config.pinpoints and not config.newline:
+        raise ValueError("pinpoints without a newline vector: no public layout has this")
+    name = (
+        "LlavaNextForConditionalGeneration" if config.newline else "LlavaForConditionalGeneration"
+    )
+    pinpoints = {"image_grid_pinpoints": [[height, width] for width, height in config.pinpoints]}
+    return {
+        "architectures": [name],
+        "model_type": "llava_next" if config.newline else "llava",
+        **(pinpoints if config.newline else {}),
+        "image_seq_length": config.vision.patches,
+        "image_token_index": tokens.image,
+        "ignore_index": -100,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": config.vision.feature_layer,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": config.language.tied_head,
+        "torch_dtype": dtype,
+        "text_config": _text_section(config.language, dtype, tokens),
+        "vision_config": _vision_section(config.vision, dtype),
+    }
+
+
+def _vision_section(vision: VisionConfig, dtype: str) -> dict:
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": vision.width,
+        "intermediate_size": vision.mlp,
+        "num_hidden_layers": vision.layers,
+        "num_attention_heads": vision.heads,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": vision.norm_eps,
+        "torch_dtype": dtype,
+    }
+
+
+def _text_section(language: LanguageConfig, dtype: str, tokens: SpecialTokens) -> dict:
+    kind = "qwen2" if language.qkv_bias else "llama"
+    section = {
+        "model_type": kind,
+        "architectures": [{"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[kind]],
+        "vocab_size": language.vocab_size,
+        "hidden_size": language.width,
+        "intermediate_size": language.mlp,
+        "num_hidden_layers": language.layers,
+        "num_attention_heads": language.heads,
+        "num_key_value_heads": language.kv_heads,
+        "max_position_embeddings": language.max_positions,
+        "hidden_act": "silu",
+        "rms_norm_eps": language.norm_eps,
+        # transformers 4 reads the first of these two, 5 either.
+        "rope_theta": language.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
+        "tie_word_embeddings": language.tied_head,
+        "eos_token_id": tokens.end,
+        "pad_token_id": tokens.pad,
+        "torch_dtype": dtype,
+    }
+    if language.head_width * language.heads != language.width:
+        section["head_dim"] = language.head_width
+    return section
+
+
+def generation_config(tokens: SpecialTokens) -> dict:
+    """generation_config.json: greedy decoding, as PangeaBench is run."""
+    return {"do_sample": False, "eos_token_id": tokens.end, "pad_token_id": tokens.pad}

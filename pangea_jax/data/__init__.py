@@ -1,0 +1,1 @@
+"""From bytes on disk to a sharded batch: records, store, tokenizer, pictures, pipeline."""

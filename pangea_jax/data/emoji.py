@@ -1,0 +1,144 @@
+"""The embedded sample: emoji drawings named by people in 38 languages, as instruction records.
+
+    image   "<image>" and a question in language L -> the CLDR short name in L
+    text    a question in language L about a name in another language -> the name in L
+
+Splits: `train` (drawings of `TRAIN_ARTISTS` and all text records), `dev_artwork` (OpenMoji: for
+choosing settings) and `unseen_artwork` (Twemoji: the test, not to be looked at while choosing).
+Choices among phrasings and languages are made by hash, so a record does not depend on the others.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from pangea_jax import languages
+from pangea_jax.data import emoji_questions
+from pangea_jax.data.record import IMAGE_MARKER, Conversation, Turn
+from pangea_jax.data.store import RecordStore
+
+DIRECTORY = Path(__file__).parents[1] / "assets" / "emoji"
+TRAIN_ARTISTS = ("noto", "fluent", "emojione")
+SPLIT_OF_ARTIST = dict.fromkeys(TRAIN_ARTISTS, "train") | {
+    "openmoji": "dev_artwork",
+    "twemoji": "unseen_artwork",
+}
+CONCEPTS, TOKENIZER = "concepts.json", "tokenizer.model"
+SIZE = 64
+"""Width and height of a stored drawing, pixels."""
+
+INDEX_COLUMNS = ("concept", "source_language")
+"""Columns of the index beyond the common ones: code point; language A of a text record."""
+
+Row = tuple[Conversation, dict[str, str | None]]
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One base emoji.
+
+    Attributes:
+      codepoint: lower-case hexadecimal, e.g. `1f408`.
+      char: the emoji itself.
+      category: `animals` or `food`.
+      names: language code -> cleaned CLDR short name, for all of `languages.EMOJI`.
+    """
+
+    codepoint: str
+    char: str
+    category: str
+    names: dict[str, str]
+
+
+def open_store() -> RecordStore:
+    """The sample that is part of the package."""
+    return RecordStore(DIRECTORY)
+
+
+@lru_cache
+def load_concepts(directory: Path = DIRECTORY) -> tuple[Concept, ...]:
+    """The concept table, ordered by code point."""
+    rows = json.loads((directory / CONCEPTS).read_text(encoding="utf-8"))
+    return tuple(Concept(**row) for row in rows)
+
+
+def dump_concepts(concepts: Collection[Concept]) -> str:
+    """The text of the concept table, one concept a line."""
+    rows = [json.dumps(asdict(concept), ensure_ascii=False) for concept in concepts]
+    return "[\n" + ",\n".join(rows) + "\n]\n"
+
+
+def image_key(artist: str, codepoint: str) -> str:
+    """The key of a drawing in the image store, e.g. `noto/1f408`."""
+    return f"{artist}/{codepoint}"
+
+
+def image_record(artist: str, concept: Concept, language: str) -> Row:
+    """A drawing and its name; the phrasing depends on artist, concept and language."""
+    phrasings = emoji_questions.IMAGE[language]
+    question = phrasings[_hash("image", artist, concept.codepoint, language) % len(phrasings)]
+    key = image_key(artist, concept.codepoint)
+    record = Conversation(
+        id=f"{key}/{language}",
+        source=f"emoji/{artist}",
+        language=language,
+        category=concept.category,
+        images=(key,),
+        turns=(
+            Turn("user", f"{IMAGE_MARKER}\n{question}"),
+            Turn("assistant", concept.names[language]),
+        ),
+    )
+    return record, {"concept": concept.codepoint, "source_language": None}
+
+
+def text_record(concept: Concept, language: str) -> Row:
+    """A name in another language and its name in `language`.
+
+    The other language is the first, in an order given by hash, whose name is spelled differently.
+    """
+    answer = concept.names[language]
+    others = sorted(
+        (code for code in concept.names if concept.names[code] != answer),
+        key=lambda code: _hash("from", concept.codepoint, language, code),
+    )
+    other = others[0]
+    phrasings = emoji_questions.TEXT[language]
+    phrasing = phrasings[_hash("text", concept.codepoint, language) % len(phrasings)]
+    question = phrasing.replace("{name}", concept.names[other])
+    record = Conversation(
+        id=f"text/{concept.codepoint}/{other}-{language}",
+        source="emoji/cldr",
+        language=language,
+        category=concept.category,
+        images=(),
+        turns=(Turn("user", question), Turn("assistant", answer)),
+    )
+    return record, {"concept": concept.codepoint, "source_language": other}
+
+
+def split_records(
+    split: str, concepts: Collection[Concept], drawings: Collection[str]
+) -> Iterator[Row]:
+    """All records of a split in their stored order.
+
+    Args:
+      drawings: image keys that exist; not every artist has drawn every concept.
+    """
+    for artist, artist_split in SPLIT_OF_ARTIST.items():
+        for concept in concepts if artist_split == split else ():
+            if image_key(artist, concept.codepoint) in drawings:
+                for language in languages.EMOJI:
+                    yield image_record(artist, concept, language)
+    if split == "train":
+        for concept in concepts:
+            for language in languages.EMOJI:
+                yield text_record(concept, language)
+
+
+def _hash(*parts: str) -> int:
+    digest = hashlib.sha256("/".join(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big")

@@ -1,0 +1,262 @@
+"""The prepared on-disk form of a data set: conversations, pictures, and an index over both.
+
+A store is a directory written by `pangea_jax.data.write_store`:
+
+    manifest.json            what belongs to it, with size and SHA-256 of every file
+    index.parquet            one row per conversation: select from it without reading any record
+    images.parquet           one row per picture: key, position, width, height, bytes
+    records/<version>/       TFDS ArrayRecord, one TFDS split per split
+    images_<collection>/<version>/   TFDS ArrayRecord, one folder per collection of pictures
+
+A picture is stored once and referred to by its key `<collection>/<name>`, because translations of
+one record share its picture. Collections have folders of their own, so that the licence of each
+can lie beside its files. The record folders are ordinary TFDS data sets
+(`tfds.builder_from_directory(...).as_data_source()`); the reader here parses the same bytes into
+`Conversation` directly.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pangea_jax.data.record import Conversation, Turn
+
+MANIFEST = "manifest.json"
+INDEX = "index.parquet"
+IMAGE_INDEX = "images.parquet"
+FORMAT_VERSION = 1
+
+
+class StoreError(RuntimeError):
+    """A store cannot be read: names the file, what is wrong and the command that repairs it."""
+
+    def __init__(self, path: Path | str, problem: str, remedy: str = ""):
+        self.path, self.problem, self.remedy = str(path), problem, remedy
+        super().__init__(f"{path} {problem}{f'; {remedy}' if remedy else ''}")
+
+    def __reduce__(self):
+        return type(self), (self.path, self.problem, self.remedy)
+
+
+def parse_example(raw: bytes) -> Conversation:
+    """Parses one serialised `tf.train.Example` of the `records` set; about 10 us."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    feature = tf_example_pb2.Example.FromString(raw).features.feature
+    values = {name: feature[name].bytes_list.value for name in ("images", "roles", "texts")}
+    text = {
+        name: feature[name].bytes_list.value[0].decode()
+        for name in ("id", "source", "language", "category")
+    }
+    return Conversation(
+        **text,
+        images=tuple(key.decode() for key in values["images"]),
+        turns=tuple(
+            Turn(role.decode(), message.decode())
+            for role, message in zip(values["roles"], values["texts"], strict=True)
+        ),
+    )
+
+
+def parse_picture(raw: bytes) -> tuple[str, bytes]:
+    """Parses one serialised example of an `images_*` set into (key, encoded picture)."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    feature = tf_example_pb2.Example.FromString(raw).features.feature
+    key = feature["key"].bytes_list.value[0].decode()
+    return key, feature["encoded"].bytes_list.value[0]
+
+
+class ShardReader:
+    """Random access to the raw records of some ArrayRecord shards; picklable, opens on first use.
+
+    The reader below is used instead of `ArrayRecordDataSource` because the latter asks for groups
+    of one record, which makes files of short records several times larger.
+    """
+
+    def __init__(self, paths: Sequence[Path], lengths: Sequence[int], remedy: str):
+        self._paths, self._remedy = [Path(path) for path in paths], remedy
+        self._ends = np.cumsum(np.asarray(lengths, np.int64))
+        self._readers: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_readers": {}}
+
+    def read(self, position: int) -> bytes:
+        """Returns the raw bytes of the record at `position` of 0 <= position < len(self)."""
+        shard = int(np.searchsorted(self._ends, position, side="right"))
+        local = position - (int(self._ends[shard - 1]) if shard else 0)
+        reader = self._readers.get(shard) or self._open(shard)
+        try:
+            return reader.read([local])[0]
+        except (RuntimeError, ValueError, IndexError) as error:
+            problem = f"is damaged at record {local} ({_first_line(error)})"
+            raise StoreError(self._paths[shard], problem, self._remedy) from None
+
+    def _open(self, shard: int) -> Any:
+        from array_record.python import array_record_module
+
+        path = self._paths[shard]
+        expected = int(self._ends[shard]) - (int(self._ends[shard - 1]) if shard else 0)
+        if not path.is_file():
+            raise StoreError(path, "is missing", self._remedy)
+        try:
+            reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
+            found = reader.num_records()
+        except (RuntimeError, ValueError) as error:
+            problem = f"is damaged ({_first_line(error)})"
+            raise StoreError(path, problem, self._remedy) from None
+        if found != expected:
+            raise StoreError(path, f"has {found} records, expected {expected}", self._remedy)
+        self._readers[shard] = reader
+        return reader
+
+
+class RecordSource(Sequence[Conversation]):
+    """The conversations of one split by position; a `grain.MapDataset.source`."""
+
+    def __init__(self, shards: ShardReader, split: str):
+        self._shards, self.split = shards, split
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, position: SupportsIndex) -> Conversation:
+        index = position.__index__()
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of split {self.split!r}, which has {len(self)}")
+        return parse_example(self._shards.read(index % len(self)))
+
+    def __repr__(self) -> str:
+        return f"RecordSource(split={self.split!r}, len={len(self)})"
+
+
+class RecordStore:
+    """Reads a prepared data set.
+
+    Attributes:
+      directory: where it lies.
+      index: one row per conversation (`split, position, id, source, language, category, kind,
+        num_images, num_turns` and the columns a data set adds of its own).
+
+    Raises:
+      StoreError: on construction if the directory holds no store of this version.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        path = self.directory / MANIFEST
+        build = "build the store with `python launch/build_data.py`"
+        if not path.is_file():
+            raise StoreError(path, "is missing", build)
+        try:
+            self._manifest = json.loads(path.read_text(encoding="utf-8"))
+            version, self._build = self._manifest["format"], self._manifest["build"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(path, f"is not a manifest ({_first_line(error)})", build) from None
+        if version != FORMAT_VERSION:
+            raise StoreError(path, f"has format {version}, expected {FORMAT_VERSION}", self._remedy)
+        self._pictures: dict[str, ShardReader] = {}
+
+    @property
+    def _remedy(self) -> str:
+        return f"rebuild the store with `{self._build} --out={self.directory}`"
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self._manifest["records"])
+
+    @property
+    def collections(self) -> tuple[str, ...]:
+        return tuple(self._manifest["images"])
+
+    @cached_property
+    def index(self) -> pa.Table:
+        return self._table(INDEX)
+
+    @cached_property
+    def image_index(self) -> pa.Table:
+        return self._table(IMAGE_INDEX)
+
+    def records(self, split: str) -> RecordSource:
+        """The conversations of a split, in the order of `position` in the index."""
+        if split not in self._manifest["records"]:
+            raise KeyError(f"no split {split!r} in {self.directory}; it has {self.splits}")
+        return RecordSource(self._reader("records", split), split)
+
+    def image(self, key: str) -> bytes:
+        """The encoded picture (WebP, JPEG or PNG as stored) of a key `<collection>/<name>`."""
+        if key not in self._positions:
+            raise KeyError(f"no picture {key!r} in {self.directory / IMAGE_INDEX}")
+        collection = key.split("/", 1)[0]
+        if collection not in self._pictures:
+            self._pictures[collection] = self._reader("images", collection)
+        stored, encoded = parse_picture(self._pictures[collection].read(self._positions[key]))
+        if stored != key:
+            problem = f"does not match its shard: picture {key!r} is {stored!r} there"
+            raise StoreError(self.directory / IMAGE_INDEX, problem, self._remedy)
+        return encoded
+
+    def verify(self) -> None:
+        """Checks size and SHA-256 of every file against the manifest; about 5 ms for 3 MB.
+
+        Raises:
+          StoreError: at the first file that is missing or differs.
+        """
+        for name, expected in self._manifest["files"].items():
+            path = self.directory / name
+            if not path.is_file():
+                raise StoreError(path, "is missing", self._remedy)
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                problem = f"has {size} bytes, expected {expected['bytes']}"
+                raise StoreError(path, problem, self._remedy)
+            if sha256(path) != expected["sha256"]:
+                raise StoreError(path, "differs from the SHA-256 in the manifest", self._remedy)
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        table = self.image_index
+        return dict(zip(table["key"].to_pylist(), table["position"].to_pylist(), strict=True))
+
+    def _reader(self, part: str, name: str) -> ShardReader:
+        shards = self._manifest[part][name]
+        paths = [self.directory / shard["path"] for shard in shards]
+        return ShardReader(paths, [shard["num_records"] for shard in shards], self._remedy)
+
+    def _table(self, name: str) -> pa.Table:
+        path = self.directory / name
+        if not path.is_file():
+            raise StoreError(path, "is missing", self._remedy)
+        try:
+            return pq.read_table(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StoreError(path, f"is damaged ({_first_line(error)})", self._remedy) from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        derived = ("index", "image_index", "_positions")
+        kept = {name: value for name, value in self.__dict__.items() if name not in derived}
+        return kept | {"_pictures": {}}
+
+    def __repr__(self) -> str:
+        return f"RecordStore({str(self.directory)!r}, splits={self.splits})"
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

@@ -1,0 +1,158 @@
+"""Tokenizers behind one small interface: SentencePiece models and Hugging Face tokenizer.json."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+END_OF_TEXT = "<|endoftext|>"
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+IMAGE = "<image>"
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the chat template, the data pipeline and the decoder need to know of a vocabulary.
+
+    `encode` takes plain text: a special marker spelled out in it is encoded letter by letter and
+    never becomes the special token, so that no record can forge a turn.
+    """
+
+    vocab_size: int
+    pad_id: int
+    im_start_id: int
+    im_end_id: int
+    image_id: int
+    newline_ids: tuple[int, ...]
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model whose control symbols include the four markers of ChatML.
+
+    Raises:
+      ValueError: the file is no SentencePiece model or lacks a marker.
+    """
+
+    def __init__(self, path: str | Path):
+        import sentencepiece
+
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
+        self.vocab_size = self._model.get_piece_size()
+        self.pad_id = self._control(path, END_OF_TEXT)
+        self.im_start_id = self._control(path, IM_START)
+        self.im_end_id = self._control(path, IM_END)
+        self.image_id = self._control(path, IMAGE)
+        self.newline_ids = tuple(self.encode("\n"))
+        self._special = {
+            id: self._model.id_to_piece(id)
+            for id in range(self.vocab_size)
+            if self._model.is_control(id) or self._model.is_unknown(id)
+        }
+
+    def _control(self, path: str | Path, symbol: str) -> int:
+        id = self._model.piece_to_id(symbol)
+        if id == self._model.unk_id() or not self._model.is_control(id):
+            raise ValueError(
+                f"{path} has no control symbol {symbol}; train it with control_symbols"
+            )
+        return id
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        parts, run = [], []
+        for id in map(int, ids):
+            if id in self._special:
+                parts += [self._model.decode(run), "" if skip_special else self._special[id]]
+                run = []
+            else:
+                run.append(id)
+        return "".join([*parts, self._model.decode(run)])
+
+
+class TokenizerJson:
+    """A byte-level BPE of the Qwen family from tokenizer.json.
+
+    Args:
+      path: the file.
+      image_id: id of `<image>` where the file does not have it as a token, as in a plain Qwen2
+        vocabulary; Pangea puts it at 151646. A file that has the token must agree.
+    """
+
+    def __init__(self, path: str | Path, image_id: int | None = None):
+        import tokenizers
+
+        try:
+            self._model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
+        # Special tokens are spelled out when met in text; a file may hold a marker as an ordinary
+        # added token, which would still be parsed, so the markers are made special here.
+        self._model.encode_special_tokens = True
+        markers = (END_OF_TEXT, IM_START, IM_END, IMAGE)
+        present = [marker for marker in markers if self._model.token_to_id(marker) is not None]
+        self._model.add_special_tokens(
+            [tokenizers.AddedToken(marker, normalized=False) for marker in present]
+        )
+        self.pad_id = self._required(path, END_OF_TEXT)
+        self.im_start_id = self._required(path, IM_START)
+        self.im_end_id = self._required(path, IM_END)
+        stored = self._model.token_to_id(IMAGE)
+        if stored is None and image_id is None:
+            raise ValueError(f"{path} has no token {IMAGE}; pass image_id (151646 for Pangea)")
+        if None not in (stored, image_id) and stored != image_id:
+            raise ValueError(f"{path} has {IMAGE} at {stored}, not at image_id={image_id}")
+        self.image_id = stored if stored is not None else image_id
+        self.vocab_size = max(self._model.get_vocab_size(with_added_tokens=True), self.image_id + 1)
+        self.newline_ids = tuple(self.encode("\n"))
+
+    def _required(self, path: str | Path, symbol: str) -> int:
+        id = self._model.token_to_id(symbol)
+        if id is None:
+            raise ValueError(f"{path} has no token {symbol}; a Qwen2 or Qwen3 file has it")
+        return id
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        parts, run = [], []
+        for id in map(int, ids):
+            if id == self.image_id:
+                parts += [self._decode(run, skip_special), "" if skip_special else IMAGE]
+                run = []
+            else:
+                run.append(id)
+        return "".join([*parts, self._decode(run, skip_special)])
+
+    def _decode(self, ids: list[int], skip_special: bool) -> str:
+        return self._model.decode(ids, skip_special_tokens=skip_special)
+
+
+def load_tokenizer(path: str | Path, image_id: int | None = None) -> Tokenizer:
+    """Loads a tokenizer by what lies at `path`: a `.model`, a `.json`, or a folder with one.
+
+    Args:
+      path: a file, or a folder holding `tokenizer.json` or `tokenizer.model`.
+      image_id: see `TokenizerJson`; not used by SentencePiece models.
+
+    Raises:
+      FileNotFoundError: nothing is there; the message says what was looked for.
+    """
+    path = Path(path)
+    candidates = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
+    for candidate in candidates:
+        if candidate.is_file() and candidate.suffix == ".model":
+            return SentencePieceTokenizer(candidate)
+        if candidate.is_file() and candidate.suffix == ".json":
+            return TokenizerJson(candidate, image_id)
+    looked = " and ".join(str(candidate) for candidate in candidates)
+    raise FileNotFoundError(f"no tokenizer: looked for {looked} (a .model or .json file)")

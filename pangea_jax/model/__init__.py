@@ -1,0 +1,22 @@
+"""Flax NNX modules: parameters and arithmetic, nothing else.
+
+One legend of dimension letters, in shapes, einsums and parameter names alike:
+B batch, T tokens, N tiles, P patches, D model width (E that of the tower where both meet), H heads,
+K kv heads, G query heads per kv head, C channels per head, F ffn, V vocabulary, L layers,
+S keys or cache slots.
+"""
+
+from pangea_jax.model.language import Decoder, KVCache, LanguageConfig
+from pangea_jax.model.pangea import PINPOINTS, Pangea, PangeaConfig
+from pangea_jax.model.vision import VisionConfig, VisionTower
+
+__all__ = [
+    "PINPOINTS",
+    "Decoder",
+    "KVCache",
+    "LanguageConfig",
+    "Pangea",
+    "PangeaConfig",
+    "VisionConfig",
+    "VisionTower",
+]

@@ -1,0 +1,221 @@
+"""The Qwen2 decoder (Yang et al. 2024): grouped keys, QKV bias, rotary positions, RMSNorm, SwiGLU.
+
+Without the QKV bias the same module is a Llama or Mistral decoder.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int
+
+from pangea_jax.model.attention import attention
+from pangea_jax.model.layers import RMSNorm, normal, stack_blocks, zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageConfig:
+    """Sizes of the decoder; the defaults are Qwen/Qwen2-7B-Instruct."""
+
+    vocab_size: int = 152064
+    width: int = 3584
+    layers: int = 28
+    heads: int = 28
+    kv_heads: int = 4
+    head_width: int = 128
+    mlp: int = 18944
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    tied_head: bool = False
+    max_positions: int = 32768
+    scan_unroll: int = 1  # > 1 is faster on CPU, where a loop copies what it saves for the backward pass
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"language: {self.heads} heads do not divide over {self.kv_heads} kv_heads"
+            )
+        if self.head_width % 2:
+            raise ValueError(f"language: rotary positions need an even head_width, not {self.head_width}")
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of everything read so far, one slot a token, all layers stacked.
+
+    Slots are filled at the same index in every row; `segment_ids` 0 marks slots that hold nothing
+    (or the padding of a shorter prompt) and `positions` orders the rest.
+    """
+
+    k: Float[Array, "L B S K C"]
+    v: Float[Array, "L B S K C"]
+    segment_ids: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    length: Int[Array, ""]  # slots in use
+
+    @classmethod
+    def empty(cls, config: LanguageConfig, batch: int, slots: int, dtype) -> "KVCache":
+        shape = (config.layers, batch, slots, config.kv_heads, config.head_width)
+        ids = jnp.zeros((batch, slots), jnp.int32)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), ids, ids, jnp.int32(0))
+
+
+def rope_angles(
+    positions: Int[Array, "B T"], head_width: int, theta: float
+) -> tuple[Float[Array, "B T C2"], Float[Array, "B T C2"]]:
+    """cos and sin of the rotary angles (Su et al. 2021), float32, one per pair of channels."""
+    inverse_frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    angles = positions[..., None].astype(jnp.float32) * inverse_frequency
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "B T H C"], cos: Float[Array, "B T C2"], sin: Float[Array, "B T C2"]
+) -> Float[Array, "B T H C"]:
+    """Rotates channel pairs (c, c + C/2), the half-split pairing of the public checkpoints."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class DecoderBlock(nnx.Module):
+    """One layer of the decoder."""
+
+    def __init__(self, config: LanguageConfig, rngs: nnx.Rngs, dtype):
+        D, H, K, C, F = config.width, config.heads, config.kv_heads, config.head_width, config.mlp
+        depth_scale = (2 * config.layers) ** -0.5
+        self.attention_norm = RMSNorm(D, config.norm_eps, dtype)
+        self.q_kernel_dhc = normal(rngs, (D, H, C), D**-0.5, dtype)
+        self.k_kernel_dkc = normal(rngs, (D, K, C), D**-0.5, dtype)
+        self.v_kernel_dkc = normal(rngs, (D, K, C), D**-0.5, dtype)
+        self.q_bias_hc = zeros((H, C), dtype) if config.qkv_bias else None
+        self.k_bias_kc = zeros((K, C), dtype) if config.qkv_bias else None
+        self.v_bias_kc = zeros((K, C), dtype) if config.qkv_bias else None
+        self.o_kernel_hcd = normal(rngs, (H, C, D), (H * C) ** -0.5 * depth_scale, dtype)
+        self.mlp_norm = RMSNorm(D, config.norm_eps, dtype)
+        self.gate_kernel_df = normal(rngs, (D, F), D**-0.5, dtype)
+        self.up_kernel_df = normal(rngs, (D, F), D**-0.5, dtype)
+        self.down_kernel_fd = normal(rngs, (F, D), F**-0.5 * depth_scale, dtype)
+
+    def qkv(self, x: Float[Array, "B T D"]):
+        """Queries [B, T, H, C], keys and values [B, T, K, C] of the normed input."""
+        y = self.attention_norm(x)
+        out = []
+        for kernel, bias in (
+            (self.q_kernel_dhc, self.q_bias_hc),
+            (self.k_kernel_dkc, self.k_bias_kc),
+            (self.v_kernel_dkc, self.v_bias_kc),
+        ):
+            z = jnp.einsum("BTD,DHC->BTHC", y, kernel[...].astype(y.dtype))
+            out.append(z if bias is None else z + bias[...].astype(y.dtype))
+        return out
+
+    def finish(
+        self, x: Float[Array, "B T D"], mixed: Float[Array, "B T H C"]
+    ) -> Float[Array, "B T D"]:
+        """Output projection and MLP, each with its residual."""
+        x = x + jnp.einsum("BTHC,HCD->BTD", mixed, self.o_kernel_hcd[...].astype(x.dtype))
+        y = self.mlp_norm(x)
+        gate = jax.nn.silu(y @ self.gate_kernel_df[...].astype(y.dtype))
+        return x + (gate * (y @ self.up_kernel_df[...].astype(y.dtype))) @ self.down_kernel_fd[
+            ...
+        ].astype(y.dtype)
+
+
+class Decoder(nnx.Module):
+    """Token embeddings, the stacked blocks, the final norm and the output head."""
+
+    def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.config = config
+        D, V = config.width, config.vocab_size
+        self.embedding_vd = normal(rngs, (V, D), 0.02 if not config.tied_head else D**-0.5, dtype)
+        self.blocks = stack_blocks(lambda r: DecoderBlock(config, r, dtype), config.layers, rngs)
+        self.final_norm = RMSNorm(D, config.norm_eps, dtype)
+        self.head_kernel_dv = None if config.tied_head else normal(rngs, (D, V), D**-0.5, dtype)
+
+    def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
+        return jnp.take(self.embedding_vd[...], tokens, axis=0).astype(dtype)
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """float32 scores of the next token."""
+        if self.head_kernel_dv is None:
+            return jnp.einsum(
+                "...D,VD->...V",
+                hidden,
+                self.embedding_vd[...].astype(hidden.dtype),
+                preferred_element_type=jnp.float32,
+            )
+        return jnp.einsum(
+            "...D,DV->...V",
+            hidden,
+            self.head_kernel_dv[...].astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        *,
+        remat: bool = False,
+        impl: str = "xla",
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the final norm; training and scoring (no cache)."""
+        cos, sin = rope_angles(positions, self.config.head_width, self.config.rope_theta)
+
+        def body(x, block):
+            q, k, v = block.qkv(x)
+            mixed = attention(
+                rotate(q, cos, sin),
+                rotate(k, cos, sin),
+                v,
+                q_segment_ids=segment_ids,
+                kv_segment_ids=segment_ids,
+                q_positions=positions,
+                kv_positions=positions,
+                impl=impl,
+            )
+            return block.finish(x, mixed), None
+
+        body = jax.checkpoint(body) if remat else body
+        x, _ = jax.lax.scan(body, x, self.blocks, unroll=self.config.scan_unroll)
+        return self.final_norm(x)
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        cache: KVCache,
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Reads T more tokens after those in the cache: the prefill (T = prompt) and every step (T = 1)."""
+        cos, sin = rope_angles(positions, self.config.head_width, self.config.rope_theta)
+        start = (0, cache.length)
+        kv_segment_ids = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, start)
+        kv_positions = jax.lax.dynamic_update_slice(cache.positions, positions, start)
+
+        def body(x, layer):
+            block, k_cache, v_cache = layer
+            q, k, v = block.qkv(x)
+            at = (0, cache.length, 0, 0)
+            k = rotate(k, cos, sin).astype(k_cache.dtype)
+            k_cache = jax.lax.dynamic_update_slice(k_cache, k, at)
+            v_cache = jax.lax.dynamic_update_slice(v_cache, v.astype(v_cache.dtype), at)
+            mixed = attention(
+                rotate(q, cos, sin),
+                k_cache.astype(x.dtype),
+                v_cache.astype(x.dtype),
+                q_segment_ids=segment_ids,
+                kv_segment_ids=kv_segment_ids,
+                q_positions=positions,
+                kv_positions=kv_positions,
+            )
+            return block.finish(x, mixed), (k_cache, v_cache)
+
+        x, (k, v) = jax.lax.scan(body, x, (self.blocks, cache.k, cache.v))
+        cache = KVCache(k, v, kv_segment_ids, kv_positions, cache.length + x.shape[1])
+        return self.final_norm(x), cache

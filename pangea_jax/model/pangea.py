@@ -1,0 +1,113 @@
+"""LLaVA-NeXT (Liu et al. 2024) as Pangea trains it: tower, projector, newline, gather, decoder."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from pangea_jax.model.language import Decoder, KVCache, LanguageConfig
+from pangea_jax.model.layers import normal, zeros
+from pangea_jax.model.vision import VisionConfig, VisionTower, normalize
+
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+
+@dataclasses.dataclass(frozen=True)
+class PangeaConfig:
+    """The whole model; the defaults are Pangea-7B.
+
+    `pinpoints` are the any-resolution canvases as (width, height); with none, every picture is one view.
+    `newline` is off for LLaVA-1.5, which has no such vector (and no pinpoints).
+    `dtype` is that of activations; parameters have their own (the optimiser's affair).
+    """
+
+    vision: VisionConfig = VisionConfig()
+    language: LanguageConfig = LanguageConfig()
+    pinpoints: tuple[tuple[int, int], ...] = PINPOINTS
+    newline: bool = True
+    dtype: str = "bfloat16"
+
+
+class Projector(nnx.Module):
+    """LLaVA's `mlp2x_gelu`: two linear layers with the exact (erf) GELU between."""
+
+    def __init__(self, vision_width: int, width: int, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.in_kernel_ed = normal(rngs, (vision_width, width), vision_width**-0.5, dtype)
+        self.in_bias_d = zeros((width,), dtype)
+        self.out_kernel_dd = normal(rngs, (width, width), width**-0.5, dtype)
+        self.out_bias_d = zeros((width,), dtype)
+
+    def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... D"]:
+        x = x @ self.in_kernel_ed[...].astype(x.dtype) + self.in_bias_d[...].astype(x.dtype)
+        x = jax.nn.gelu(x, approximate=False)
+        return x @ self.out_kernel_dd[...].astype(x.dtype) + self.out_bias_d[...].astype(x.dtype)
+
+
+class Pangea(nnx.Module):
+    """Pictures and text to hidden states and logits.
+
+    Where each picture feature goes is decided on the host (`pangea_jax.anyres`) and arrives as
+    `image_index`, int32 per token: -1 a word, 0 the newline vector, 1 + n * P + p patch p of tile n
+    of the same row. The device does one gather: static shapes, no scatter, exact LLaVA order.
+    """
+
+    def __init__(self, config: PangeaConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.config = config
+        D = config.language.width
+        self.vision = VisionTower(config.vision, rngs=rngs, dtype=dtype)
+        self.projector = Projector(config.vision.width, D, rngs=rngs, dtype=dtype)
+        self.newline_d = normal(rngs, (D,), D**-0.5, dtype) if config.newline else None
+        self.language = Decoder(config.language, rngs=rngs, dtype=dtype)
+
+    def encode(
+        self, tiles: UInt8[Array, "B N H W 3"], *, remat: bool = False
+    ) -> Float[Array, "B N P E"]:
+        """Tower features of uint8 tiles."""
+        flat = normalize(tiles.reshape(-1, *tiles.shape[2:]), self.config.dtype)
+        features = self.vision(flat, remat=remat)
+        return features.reshape(*tiles.shape[:2], *features.shape[1:])
+
+    def embed(
+        self,
+        tokens: Int[Array, "B T"],
+        image_index: Int[Array, "B T"],
+        features: Float[Array, "B N P E"],
+    ) -> Float[Array, "B T D"]:
+        """Decoder input: word embeddings, and picture features where `image_index` says so."""
+        B, N, P, _ = features.shape
+        projected = self.projector(features.astype(self.config.dtype)).reshape(B, N * P, -1)
+        # Without a newline vector index 0 is never used, but keeps its place.
+        newline = jnp.zeros(()) if self.newline_d is None else self.newline_d[...]
+        newline = jnp.broadcast_to(newline.astype(projected.dtype), (B, 1, projected.shape[-1]))
+        table = jnp.concatenate([newline, projected], axis=1)
+        picture = jnp.take_along_axis(table, jnp.maximum(image_index, 0)[..., None], axis=1)
+        words = self.language.embed(tokens, projected.dtype)
+        return jnp.where((image_index >= 0)[..., None], picture, words)
+
+    def hidden(
+        self, batch: dict[str, Array], *, remat: bool = False, impl: str = "xla"
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of a batch with `tokens`, `positions`, `segment_ids`, `image_index` [B, T] and
+        either `tiles` (uint8) or, for a frozen tower whose features were computed before, `features`."""
+        features = batch.get("features")
+        if features is None:
+            features = self.encode(batch["tiles"], remat=remat)
+        x = self.embed(batch["tokens"], batch["image_index"], features)
+        return self.language(x, batch["positions"], batch["segment_ids"], remat=remat, impl=impl)
+
+    def __call__(self, batch: dict[str, Array], **kwargs) -> Float[Array, "B T V"]:
+        """float32 logits at every position; for checking and scoring, not for training."""
+        return self.language.logits(self.hidden(batch, **kwargs))
+
+    def prefill(
+        self, batch: dict[str, Array], slots: int
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Reads the prompts into a fresh cache of `slots` >= T."""
+        features = batch.get("features")
+        if features is None:
+            features = self.encode(batch["tiles"])
+        x = self.embed(batch["tokens"], batch["image_index"], features)
+        cache = KVCache.empty(self.config.language, x.shape[0], slots, x.dtype)
+        return self.language.extend(x, batch["positions"], batch["segment_ids"], cache)

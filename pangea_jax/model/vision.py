@@ -1,0 +1,159 @@
+"""The CLIP vision tower (Radford et al. 2021) as LLaVA uses it: patch features, no class token."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from pangea_jax.model.attention import attention
+from pangea_jax.model.layers import LayerNorm, normal, stack_blocks, zeros
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the tower; the defaults are openai/clip-vit-large-patch14-336.
+
+    `feature_layer` counts as in transformers' `vision_feature_layer`: -1 is the output of the last
+    block, -2 (LLaVA) of the one before it.
+    """
+
+    image_size: int = 336
+    patch_size: int = 14
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    mlp: int = 4096
+    feature_layer: int = -2
+    norm_eps: float = 1e-5
+    scan_unroll: int = 1  # > 1 is faster on CPU, where a loop copies what it saves for the backward pass
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        return self.grid**2
+
+    @property
+    def used_layers(self) -> int:
+        """Blocks that the features depend on."""
+        return self.layers + 1 + self.feature_layer
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(f"vision: image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+        if self.width % self.heads:
+            raise ValueError(f"vision: width {self.width} does not divide into {self.heads} heads")
+        if not -self.layers <= self.feature_layer <= -1:
+            raise ValueError(f"vision: feature_layer {self.feature_layer} must lie in [-{self.layers}, -1]")
+
+
+def normalize(tiles: UInt8[Array, "... H W 3"], dtype=jnp.float32) -> Float[Array, "... H W 3"]:
+    """uint8 pixels to CLIP's input: scaled to [0, 1], then standardised per channel.
+
+    Done on the device: a byte a channel crosses the bus instead of four.
+    """
+    x = tiles.astype(jnp.float32) * (1 / 255)
+    return ((x - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)).astype(dtype)
+
+
+def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """CLIP's activation, x * sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+class VisionBlock(nnx.Module):
+    """Pre-norm transformer block: full attention over the patches of one tile, QuickGELU MLP."""
+
+    def __init__(self, config: VisionConfig, rngs: nnx.Rngs, dtype):
+        D, H, F = config.width, config.heads, config.mlp
+        C = D // H
+        self.attention_norm = LayerNorm(D, config.norm_eps, dtype)
+        self.q_kernel_dhc = normal(rngs, (D, H, C), D**-0.5, dtype)
+        self.k_kernel_dhc = normal(rngs, (D, H, C), D**-0.5, dtype)
+        self.v_kernel_dhc = normal(rngs, (D, H, C), D**-0.5, dtype)
+        self.q_bias_hc = zeros((H, C), dtype)
+        self.k_bias_hc = zeros((H, C), dtype)
+        self.v_bias_hc = zeros((H, C), dtype)
+        # Residual branches start small so that the sum of 2 * layers of them keeps unit scale.
+        depth_scale = (2 * config.layers) ** -0.5
+        self.o_kernel_hcd = normal(rngs, (H, C, D), D**-0.5 * depth_scale, dtype)
+        self.o_bias_d = zeros((D,), dtype)
+        self.mlp_norm = LayerNorm(D, config.norm_eps, dtype)
+        self.up_kernel_df = normal(rngs, (D, F), D**-0.5, dtype)
+        self.up_bias_f = zeros((F,), dtype)
+        self.down_kernel_fd = normal(rngs, (F, D), F**-0.5 * depth_scale, dtype)
+        self.down_bias_d = zeros((D,), dtype)
+
+    def __call__(self, x: Float[Array, "N S D"]) -> Float[Array, "N S D"]:
+        y = self.attention_norm(x)
+        q, k, v = (
+            jnp.einsum("NSD,DHC->NSHC", y, kernel[...].astype(y.dtype)) + bias[...].astype(y.dtype)
+            for kernel, bias in (
+                (self.q_kernel_dhc, self.q_bias_hc),
+                (self.k_kernel_dhc, self.k_bias_hc),
+                (self.v_kernel_dhc, self.v_bias_hc),
+            )
+        )
+        y = jnp.einsum("NSHC,HCD->NSD", attention(q, k, v), self.o_kernel_hcd[...].astype(y.dtype))
+        x = x + y + self.o_bias_d[...].astype(y.dtype)
+        y = self.mlp_norm(x)
+        y = quick_gelu(y @ self.up_kernel_df[...].astype(y.dtype) + self.up_bias_f[...].astype(y.dtype))
+        return x + y @ self.down_kernel_fd[...].astype(y.dtype) + self.down_bias_d[...].astype(y.dtype)
+
+
+class VisionTower(nnx.Module):
+    """CLIP ViT up to `config.feature_layer`; class token in, patch features out.
+
+    Blocks behind the feature layer and CLIP's final norm do not touch the features. They are kept
+    (`tail_blocks`, `post_norm`) because the public checkpoints hold them and must come back whole.
+    """
+
+    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.config = config
+        D, p = config.width, config.patch_size
+        self.patch_kernel_hwcd = normal(rngs, (p, p, 3, D), (3 * p * p) ** -0.5, dtype)
+        self.class_embedding_d = normal(rngs, (D,), D**-0.5, dtype)
+        self.position_embedding_sd = normal(rngs, (config.patches + 1, D), D**-0.5, dtype)
+        self.pre_norm = LayerNorm(D, config.norm_eps, dtype)
+        self.blocks = stack_blocks(
+            lambda r: VisionBlock(config, r, dtype), config.used_layers, rngs
+        )
+        tail = config.layers - config.used_layers
+        self.tail_blocks = (
+            stack_blocks(lambda r: VisionBlock(config, r, dtype), tail, rngs) if tail else None
+        )
+        self.post_norm = LayerNorm(D, config.norm_eps, dtype)
+
+    def __call__(
+        self, tiles: Float[Array, "N H W 3"], *, remat: bool = False
+    ) -> Float[Array, "N P D"]:
+        """Features of normalised tiles, one per patch in row-major order."""
+        p = self.config.patch_size
+        x = jax.lax.conv_general_dilated(
+            tiles,
+            self.patch_kernel_hwcd[...].astype(tiles.dtype),
+            window_strides=(p, p),
+            padding="VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        x = x.reshape(x.shape[0], self.config.patches, self.config.width)
+        cls = jnp.broadcast_to(
+            self.class_embedding_d[...].astype(x.dtype), (x.shape[0], 1, x.shape[2])
+        )
+        x = jnp.concatenate([cls, x], axis=1) + self.position_embedding_sd[...].astype(x.dtype)
+        x = self.pre_norm(x)
+
+        def body(x, block):
+            return block(x), None
+
+        body = jax.checkpoint(body) if remat else body
+        x, _ = jax.lax.scan(body, x, self.blocks, unroll=self.config.scan_unroll)
+        return x[:, 1:]

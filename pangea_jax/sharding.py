@@ -1,0 +1,141 @@
+"""The mesh, and one table that says how every parameter lies on it."""
+
+import math
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+
+# A batch is split over both data axes; parameters over fsdp and tensor.
+BATCH_SPEC = P(("data", "fsdp"))
+
+# First match wins. The leading axis of `blocks` is the layer, never split: the scan walks along it.
+_BLOCKS = r"(vision|language)\.(tail_)?blocks\."
+RULES: tuple[tuple[str, P], ...] = (
+    (_BLOCKS + r"[qkv]_kernel_d[hk]c", P(None, "fsdp", "tensor", None)),
+    (_BLOCKS + r"[qkv]_bias_[hk]c", P(None, "tensor", None)),
+    (_BLOCKS + r"o_kernel_hcd", P(None, "tensor", None, "fsdp")),
+    (_BLOCKS + r"(gate|up)_kernel_df", P(None, "fsdp", "tensor")),
+    (_BLOCKS + r"up_bias_f", P(None, "tensor")),
+    (_BLOCKS + r"down_kernel_fd", P(None, "tensor", "fsdp")),
+    (r"language\.embedding_vd", P("tensor", "fsdp")),
+    (r"language\.head_kernel_dv", P("fsdp", "tensor")),
+    (r"projector\.in_kernel_ed", P("fsdp", "tensor")),
+    (r"projector\.out_kernel_dd", P("tensor", "fsdp")),
+    (r"vision\.patch_kernel_hwcd", P(None, None, None, "fsdp")),
+    (r"vision\.position_embedding_sd", P(None, "fsdp")),
+    (r".*(norm\.(scale|bias)|_bias_d|class_embedding_d|newline_d)", P()),
+)
+MAX_REPLICATED = 0.02
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh of the axes `AXES`; one size may be -1, what is left of the devices.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) > 1:
+        raise ValueError(f"mesh {dict(zip(AXES, sizes))}: only one axis may be -1")
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes))} does not fill the {len(devices)} devices there are; "
+            "set one axis to -1 or change --config.mesh"
+        )
+    # Auto axes: shardings are given for inputs and outputs, XLA finds those between.
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The PartitionSpec of one parameter.
+
+    Raises:
+      ValueError: no rule names it, or an axis does not divide.
+    """
+    for pattern, rule in RULES:
+        if re.fullmatch(pattern, name):
+            break
+    else:
+        raise ValueError(f"no sharding rule matches parameter {name!r}; add one to pangea_jax/sharding.py")
+    for dim, axis in enumerate(rule):
+        if axis and shape[dim] % mesh.shape[axis]:
+            raise ValueError(
+                f"parameter {name} {shape}: dimension {dim} does not divide over the {mesh.shape[axis]} "
+                f"devices of mesh axis {axis!r}; choose another --config.mesh"
+            )
+    return rule
+
+
+def param_shardings(shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where every parameter lies.
+
+    Raises:
+      ValueError: more than 2 % of the bytes would be whole on every device of a sharded mesh.
+    """
+    shardings = {
+        name: NamedSharding(mesh, spec(name, leaf.shape, mesh)) for name, leaf in shapes.items()
+    }
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+        total = sum(_bytes(leaf) for leaf in shapes.values())
+        whole = sum(_bytes(shapes[n]) for n, s in shardings.items() if s.is_fully_replicated)
+        if whole > MAX_REPLICATED * total:
+            raise ValueError(
+                f"{whole / total:.1%} of the parameter bytes are replicated on a mesh of "
+                f"{dict(mesh.shape)}, more than {MAX_REPLICATED:.0%}; add rules to pangea_jax/sharding.py"
+            )
+    return shardings
+
+
+def state_shardings(state_shapes, shardings: Mapping[str, NamedSharding], mesh: Mesh):
+    """Shardings of any pytree built around parameter dicts (a train state): a leaf under a
+    parameter's name lies as the parameter does if it has its rank, everything else on every device."""
+    replicated = NamedSharding(mesh, P())
+
+    def place(path, leaf):
+        for entry in reversed(path):
+            sharding = shardings.get(getattr(entry, "key", None))
+            if sharding is not None and len(sharding.spec) <= len(leaf.shape):
+                return sharding
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(place, state_shapes)
+
+
+def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch as part of one global array a key, rows over the data axes."""
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def table(shapes: Mapping[str, jax.ShapeDtypeStruct], shardings: Mapping[str, NamedSharding]) -> str:
+    """What `launch/train.py` prints at the start: parameter, shape, spec, bytes per device."""
+    lines = []
+    total = per_device = 0
+    for name, leaf in shapes.items():
+        local = math.prod(shardings[name].shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        total, per_device = total + _bytes(leaf), per_device + local
+        axes = ", ".join(str(axis) for axis in shardings[name].spec) or "replicated"
+        lines.append(f"{name:44} {str(leaf.dtype):9} {str(leaf.shape):24} {axes:32} {_human(local):>10}")
+    lines.append(f"{'all parameters':44} {_human(total)} in all, {_human(per_device)} per device")
+    return "\n".join(lines)
+
+
+def _bytes(leaf) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024

@@ -1,0 +1,61 @@
+"""AdamW with warm-up and cosine decay, learning rates by parameter name."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Hyper-parameters; the defaults are Pangea's fine-tuning stage (paper, Table 1 and section 4.1).
+
+    Attributes:
+      lr_scale: pattern -> factor on the learning rate of the parameters it fully matches; the
+        first match counts. Pangea's tower learns at a tenth: {"vision\\..*": 0.1}.
+      weight_decay: acts on kernels and embeddings, not on norms and biases.
+    """
+
+    learning_rate: float = 2e-5
+    warmup_ratio: float = 0.03
+    final_ratio: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    lr_scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Linear warm-up over `warmup_ratio` of the steps, then cosine to `final_ratio` of the peak."""
+    warmup = max(1, round(config.warmup_ratio * total_steps))
+    peak = config.learning_rate
+    return optax.warmup_cosine_decay_schedule(
+        0.0, peak, warmup, max(total_steps, warmup + 1), peak * config.final_ratio
+    )
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled decay, then the learning rate of each parameter."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=_decays),
+        _scale_by_name(config.lr_scale),
+        optax.scale_by_learning_rate(make_schedule(config, total_steps)),
+    )
+
+
+def _decays(params):
+    return {name: bool(re.search(r"(kernel|embedding)_\w+$", name)) for name in params}
+
+
+def _scale_by_name(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    def factor(name):
+        return next((f for pattern, f in factors.items() if re.fullmatch(pattern, name)), 1.0)
+
+    return optax.stateless(
+        lambda updates, params: {name: factor(name) * u for name, u in updates.items()}
+    )

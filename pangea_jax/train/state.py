@@ -1,0 +1,82 @@
+"""The train state: a pytree, sharded from its first moment on."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+from jaxtyping import Array, Int
+
+from pangea_jax.model import Pangea, PangeaConfig
+from pangea_jax.model import params as model_params
+from pangea_jax.sharding import param_shardings, state_shardings
+
+
+@struct.dataclass
+class TrainState:
+    """What a checkpoint holds of the model. Frozen parameters carry no optimiser state."""
+
+    step: Int[Array, ""]
+    trainable: dict[str, Array]
+    frozen: dict[str, Array]
+    opt_state: optax.OptState
+
+    @property
+    def params(self) -> dict[str, Array]:
+        return self.trainable | self.frozen
+
+
+def init_state(
+    config: PangeaConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    *,
+    seed: int,
+    frozen: Sequence[str] = (),
+    frozen_dtype=jnp.float32,
+    pretrained: dict[str, Array] | None = None,
+) -> tuple[nnx.GraphDef, TrainState, TrainState]:
+    """Structure, state, and the state's shardings.
+
+    Shapes first, then one jitted initialisation straight into the shardings: no device ever
+    holds more than its part. `pretrained` parameters replace the random ones.
+
+    Args:
+      frozen: patterns of parameter names that are not trained.
+      pretrained: values by name, any subset.
+
+    Raises:
+      ValueError: a pattern or a pretrained name or shape fits no parameter.
+    """
+    pretrained = pretrained or {}
+
+    def make():
+        return Pangea(config, rngs=nnx.Rngs(seed))
+
+    graphdef, shapes = model_params.abstract(make)
+    _check_pretrained(pretrained, shapes)
+    frozen_names = model_params.select(shapes, frozen)
+
+    def create(pretrained):
+        params = model_params.split(make())[1]
+        params |= {name: value.astype(params[name].dtype) for name, value in pretrained.items()}
+        trainable = {n: v for n, v in params.items() if n not in frozen_names}
+        kept = {n: v.astype(frozen_dtype) for n, v in params.items() if n in frozen_names}
+        return TrainState(jnp.int32(0), trainable, kept, optimizer.init(trainable))
+
+    placed = param_shardings(shapes, mesh)
+    shardings = state_shardings(jax.eval_shape(create, pretrained), placed, mesh)
+    state = jax.jit(create, out_shardings=shardings)(pretrained)
+    return graphdef, state, shardings
+
+
+def _check_pretrained(pretrained, shapes):
+    unknown = sorted(set(pretrained) - set(shapes))
+    if unknown:
+        raise ValueError(f"pretrained parameters that the model does not have: {unknown}")
+    for name, value in pretrained.items():
+        if value.shape != shapes[name].shape:
+            raise ValueError(
+                f"pretrained parameter {name} has shape {value.shape}, the model's is {shapes[name].shape}"
+            )

@@ -1,0 +1,168 @@
+"""What several tests share: eight simulated devices, tiny models, and transformers models to compare with."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+# Before anything imports JAX: the tests of the mesh need several devices.
+os.environ["JAX_PLATFORMS"] = "cpu"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = flags.strip()
+cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pangea_jax" / "xla"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+TILE, PATCH = 28, 7
+PINPOINTS = ((28, 56), (56, 28), (56, 56), (84, 28), (28, 84))
+IMAGE_ID, VOCABULARY = 96, 97
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": TILE,
+    "patch_size": PATCH,
+}
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A random reference model and the folder it was saved to."""
+
+    model: object  # transformers.LlavaNextForConditionalGeneration
+    folder: Path
+
+
+@pytest.fixture(scope="session")
+def make_reference(tmp_path_factory):
+    """Makes `Reference(decoder, tied)`; each kind once a session. Skips without torch or transformers."""
+    torch = pytest.importorskip("torch", reason="torch is in requirements-dev.txt")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is in requirements-dev.txt"
+    )
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    made = {}
+
+    def make(decoder: str = "qwen2", tied: bool = False) -> Reference:
+        if (decoder, tied) not in made:
+            model = _random_model(torch, transformers, decoder, tied)
+            folder = tmp_path_factory.mktemp(f"{decoder}{'-tied' if tied else ''}")
+            model.save_pretrained(folder)
+            made[decoder, tied] = Reference(model, folder)
+        return made[decoder, tied]
+
+    return make
+
+
+def _random_model(torch, transformers, decoder, tied):
+    text_configs = {
+        "qwen2": transformers.Qwen2Config,
+        "llama": transformers.LlamaConfig,
+        "mistral": transformers.MistralConfig,
+    }
+    text = TEXT | ({"sliding_window": None} if decoder == "mistral" else {})
+    text = text | {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+    config = transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION),
+        text_config=text_configs[decoder](**text, tie_word_embeddings=tied),
+        image_token_index=IMAGE_ID,
+        # transformers has canvases as (height, width).
+        image_grid_pinpoints=[[height, width] for width, height in PINPOINTS],
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaNextForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(centre + 0.2 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """Makes an RGB picture of a size: smooth colours with some noise, the same for the same size."""
+    from PIL import Image
+
+    def make(width: int, height: int) -> Image.Image:
+        random = np.random.default_rng((width, height))
+        coarse = random.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        smooth = np.asarray(Image.fromarray(coarse).resize((width, height)), dtype=np.int16)
+        noisy = smooth + random.integers(-20, 21, smooth.shape, dtype=np.int16)
+        return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """A whole Pangea of a few ten thousand parameters, in float32."""
+    from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig
+
+    vision = VisionConfig(
+        image_size=16, patch_size=4, width=32, layers=2, heads=2, mlp=64, feature_layer=-1
+    )
+    language = LanguageConfig(
+        vocab_size=96,
+        width=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_width=8,
+        mlp=64,
+        rope_theta=10_000.0,
+    )
+    return PangeaConfig(
+        vision=vision, language=language, pinpoints=((16, 32), (32, 16), (32, 32)), dtype="float32"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config):
+    """`tiny_config` with random parameters; biases and norms are random as well, so that they count."""
+    import jax
+    from flax import nnx
+
+    from pangea_jax.model import Pangea
+    from pangea_jax.model import params as model_params
+
+    graphdef, params = model_params.split(Pangea(tiny_config, rngs=nnx.Rngs(0)))
+    keys = jax.random.split(jax.random.key(1), len(params))
+    params = {
+        name: value + 0.1 * jax.random.normal(key, value.shape)
+        for key, (name, value) in zip(keys, params.items(), strict=True)
+    }
+    return model_params.merge(graphdef, params)
+
+
+@pytest.fixture(scope="session")
+def emoji_store():
+    from pangea_jax.data import emoji
+
+    return emoji.open_store()
+
+
+@pytest.fixture(scope="session")
+def emoji_tokenizer():
+    from pangea_jax.data import emoji
+    from pangea_jax.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(emoji.DIRECTORY)

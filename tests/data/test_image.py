@@ -1,0 +1,173 @@
+"""Decoding within limits, and tiles against the reference."""
+
+import gzip
+import io
+import json
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pangea_jax.anyres import layout
+from pangea_jax.data.image import ImageError, decode, resize_and_pad, views
+
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+# A folder with PangeaIns.json, its pictures and golden_images.jsonl.gz, see the last test.
+GOLDEN = os.environ.get("PANGEAINS_SAMPLE")
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def test_decode_takes_bytes_paths_and_pictures(tmp_path, picture):
+    original = picture(31, 17)
+    (tmp_path / "a.png").write_bytes(encoded(original))
+    for source in (encoded(original), tmp_path / "a.png", str(tmp_path / "a.png"), original):
+        found = decode(source)
+        assert found.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(original))
+
+
+def test_transparency_is_dropped_as_in_the_reference_or_flattened_on_request():
+    rgba = Image.new("RGBA", (4, 4), (200, 0, 0, 0))
+    assert decode(encoded(rgba)).getpixel((0, 0)) == (200, 0, 0)
+    assert decode(encoded(rgba), background=(255, 255, 255)).getpixel((0, 0)) == (255, 255, 255)
+    half = Image.new("RGBA", (4, 4), (200, 0, 0, 128))
+    red, green, blue = decode(encoded(half), background=(255, 255, 255)).getpixel((0, 0))
+    assert abs(red - 227) <= 1 and abs(green - 127) <= 1 and green == blue
+
+
+def test_palette_with_transparency_keeps_the_colours_of_the_reference():
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putdata([0, 1])
+    data = encoded(palette, transparency=bytes([0, 255]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [decode(data).getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (40, 50, 60)]
+        flat = decode(data, background=(255, 255, 255))
+    assert [flat.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (40, 50, 60)]
+
+
+def test_sixteen_bit_grey_keeps_its_high_byte():
+    levels = np.array([[0, 0x0100, 0x7FFF, 0xFFFF]], np.uint16)
+    found = decode(encoded(Image.fromarray(levels)))
+    assert np.asarray(found)[0].tolist() == [[0] * 3, [1] * 3, [127] * 3, [255] * 3]
+
+
+def test_cmyk_first_frame_and_exif():
+    cmyk = decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95))
+    red, green, blue = cmyk.getpixel((4, 4))
+    assert red > 240 and green < 15 and blue < 15
+    frames = [Image.new("RGB", (3, 3), colour) for colour in ("blue", "red")]
+    animated = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode(animated).getpixel((1, 1)) == (0, 0, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turned by 90 degrees
+    assert decode(encoded(Image.new("RGB", (6, 4)), "JPEG", exif=exif)).size == (6, 4)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The beginning of a PNG that claims a size, without the pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    checksum = struct.pack(">I", zlib.crc32(chunk))
+    header = struct.pack(">I", len(chunk) - 4) + chunk + checksum
+    return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 9) + b"IDAT"
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [9_500, 60_000])
+def test_too_many_pixels_are_refused_from_the_header(side):
+    with pytest.raises(ImageError, match=r"picture 'bomb\.png': .*over the limit") as caught:
+        decode(png_header(side, side), name="bomb.png")
+    assert caught.value.name == "bomb.png"
+
+
+def test_own_limit_of_pixels(picture):
+    with pytest.raises(ImageError, match="31 x 17 is over the limit of 500 pixels"):
+        decode(picture(31, 17), max_pixels=500)
+
+
+def test_broken_data_is_named(tmp_path, picture):
+    whole = encoded(picture(64, 64))
+    for name, data in {
+        "empty.png": b"",
+        "text.png": b"not a picture",
+        "cut.png": whole[: len(whole) // 2],
+        "header.png": whole[:20],
+        "cut.jpg": encoded(picture(64, 64), "JPEG")[:300],
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ImageError, match=f"{name}'.*: cannot be decoded"):
+            decode(tmp_path / name)
+
+
+def test_postscript_and_float_pictures_are_refused():
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(ImageError, match="32-bit grey"):
+        decode(encoded(Image.new("F", (4, 4)), "TIFF"), name="depth")
+
+
+def test_missing_file_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        decode(tmp_path / "nowhere.png")
+
+
+def test_tiles_are_the_padded_canvas_row_by_row(picture):
+    image = picture(640, 480)
+    tiles = views(image, PINPOINTS, 336)
+    canvas = np.asarray(resize_and_pad(image, (672, 672)))
+    assert tiles.shape == (5, 336, 336, 3) and tiles.dtype == np.uint8
+    for n, (y, x) in enumerate([(0, 0), (0, 336), (336, 0), (336, 336)]):
+        np.testing.assert_array_equal(tiles[1 + n], canvas[y : y + 336, x : x + 336])
+    # 640 x 480 becomes 672 x 504, 84 black rows above and below.
+    assert (
+        not canvas[:84].any() and not canvas[588:].any() and canvas[84:588].any(axis=(1, 2)).all()
+    )
+
+
+def test_base_view_is_stretched_and_alone_without_pinpoints():
+    image = Image.new("RGB", (200, 50), "white")
+    assert (views(image, (), 28) == 255).all()
+    assert views(image, (), 28).shape == (1, 28, 28, 3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5000, 3), (3, 5000), (336, 336)])
+def test_extreme_sizes_have_as_many_tiles_as_their_layout(picture, size):
+    tiles = views(picture(*size), PINPOINTS, 336)
+    assert len(tiles) == layout(size, PINPOINTS, 336, 24).num_tiles
+
+
+def test_views_wants_rgb():
+    with pytest.raises(ValueError, match="not mode L"):
+        views(Image.new("L", (5, 5)), (), 28)
+
+
+@pytest.mark.skipif(not GOLDEN, reason="PANGEAINS_SAMPLE names no folder with golden data")
+def test_tiles_of_real_pictures_equal_the_reference():
+    """Every fourth of 120 pictures of PangeaIns; pooled pixels made by LLaVA-NeXT's own functions."""
+    folder = Path(GOLDEN)
+    mean = np.array((0.48145466, 0.4578275, 0.40821073))
+    std = np.array((0.26862954, 0.26130258, 0.27577711))
+    records = json.loads((folder / "PangeaIns.json").read_text())
+    with gzip.open(folder / "golden_images.jsonl.gz", "rt") as lines:
+        goldens = [json.loads(line) for line in lines]
+    for golden in goldens[::4]:
+        image = decode(folder / records[golden["index"]]["image"])
+        found = layout(image.size, PINPOINTS, 336, 24)
+        assert list(found.canvas) == golden["best"]
+        assert list(found.features[::-1]) == golden["unpadded"]
+        assert len(found.image_index) == golden["image_tokens"]
+        tiles = (views(image, PINPOINTS, 336) / 255 - mean) / std
+        pooled = tiles.reshape(len(tiles), 12, 28, 12, 28, 3).mean((2, 4)).transpose(0, 3, 1, 2)
+        expected = np.array(golden["pooled12"]).reshape(pooled.shape)
+        np.testing.assert_allclose(pooled, expected, atol=0.01)

@@ -1,0 +1,147 @@
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from pangea_jax import languages
+from pangea_jax.data import emoji, emoji_questions, vocabulary
+from pangea_jax.data.tokenizer import (
+    SentencePieceTokenizer,
+    Tokenizer,
+    TokenizerJson,
+    load_tokenizer,
+)
+
+QWEN3 = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizer_qwen3"
+MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
+
+
+def small_json(path: Path, image: str | None) -> Path:
+    """A byte-level BPE as Qwen has it, small; `image` is how the file holds `<image>`."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet)
+    model.train_from_iterator(["a cat and a hat on a mat"] * 3, trainer)
+    model.add_special_tokens(list(MARKERS[:3]))
+    if image == "ordinary":
+        model.add_tokens(["<image>"])
+    elif image == "special":
+        model.add_special_tokens(["<image>"])
+    model.save(str(path / "tokenizer.json"))
+    return path / "tokenizer.json"
+
+
+@pytest.fixture(
+    scope="module", params=["sentencepiece", "json", "json, image ordinary", "json, qwen3"]
+)
+def tokenizer(request, tmp_path_factory) -> Tokenizer:
+    if request.param == "sentencepiece":
+        return load_tokenizer(emoji.DIRECTORY)
+    if request.param == "json, qwen3":
+        if not (QWEN3 / "tokenizer.json").is_file():
+            pytest.skip(f"no Qwen3 tokenizer at {QWEN3}")
+        return load_tokenizer(QWEN3, image_id=151_669)
+    image = "ordinary" if "ordinary" in request.param else "special"
+    return load_tokenizer(small_json(tmp_path_factory.mktemp("json"), image))
+
+
+def texts(language):
+    yield from emoji_questions.IMAGE[language]
+    yield from emoji_questions.TEXT[language]
+    yield from (concept.names[language] for concept in emoji.load_concepts()[::29])
+
+
+@pytest.mark.parametrize("language", languages.EMOJI)
+def test_every_language_round_trips(tokenizer, language):
+    for text in texts(language):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert all(0 <= id < tokenizer.vocab_size for id in ids)
+
+
+@pytest.mark.parametrize("text", ["", " ", "  two  blanks ", "\n\n", "a\nb\t", "𓂀 🐈‍⬛ ᚠ", "\x00x"])
+def test_odd_text_round_trips(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("marker", MARKERS)
+def test_markers_in_text_stay_text(tokenizer, marker):
+    special = {tokenizer.pad_id, tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.image_id}
+    ids = tokenizer.encode(f"a {marker}\n{marker}b")
+    assert not special & set(ids)
+    assert tokenizer.decode(ids) == f"a {marker}\n{marker}b"
+
+
+def test_special_tokens_are_skipped_or_shown(tokenizer):
+    word = tokenizer.encode("cat")
+    ids = [tokenizer.im_start_id, *word, tokenizer.image_id, *word, tokenizer.im_end_id]
+    ids.append(tokenizer.pad_id)
+    assert tokenizer.decode(ids) == "catcat"
+    shown = "<|im_start|>cat<image>cat<|im_end|><|endoftext|>"
+    assert tokenizer.decode(ids, skip_special=False) == shown
+
+
+def test_special_ids_are_distinct_and_newline_decodes(tokenizer):
+    special = {tokenizer.pad_id, tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.image_id}
+    assert len(special) == 4
+    assert tokenizer.decode(tokenizer.newline_ids) == "\n"
+    assert isinstance(tokenizer, Tokenizer)
+
+
+def test_qwen3_ids_are_the_published_ones():
+    if not (QWEN3 / "tokenizer.json").is_file():
+        pytest.skip(f"no Qwen3 tokenizer at {QWEN3}")
+    tokenizer = load_tokenizer(QWEN3, image_id=151_669)
+    ids = (tokenizer.pad_id, tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.newline_ids)
+    assert ids == (151_643, 151_644, 151_645, (198,))
+
+
+def test_image_id_must_be_known_and_agree(tmp_path):
+    path = small_json(tmp_path, image=None)
+    with pytest.raises(ValueError, match="has no token <image>; pass image_id"):
+        TokenizerJson(path)
+    assert TokenizerJson(path, image_id=999).vocab_size == 1_000
+    path = small_json(tmp_path, image="special")
+    with pytest.raises(ValueError, match="not at image_id=7"):
+        TokenizerJson(path, image_id=7)
+
+
+def test_what_is_no_tokenizer_is_named(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"looked for .*tokenizer.json and .*tokenizer.model"
+    ):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="is not a SentencePiece model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is not a tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_sample_vocabulary_is_economical():
+    tokenizer = SentencePieceTokenizer(emoji.DIRECTORY / emoji.TOKENIZER)
+    concepts = emoji.load_concepts()
+    lengths = [len(tokenizer.encode(n)) for concept in concepts for n in concept.names.values()]
+    assert sum(lengths) / len(lengths) <= 4.5
+    phrases = ["You are a helpful assistant.", "system", "user", "assistant"]
+    phrases += [text for language in languages.EMOJI for text in emoji_questions.IMAGE[language]]
+    assert all(len(tokenizer.encode(phrase)) <= 2 for phrase in phrases)
+
+
+def test_training_the_vocabulary_is_reproducible():
+    concepts = emoji.load_concepts()
+    model = vocabulary.train(concepts)
+    assert model == vocabulary.train(concepts)
+    # Bytes may differ between builds of SentencePiece; the pieces hardly can.
+    import sentencepiece
+
+    def pieces(proto):
+        processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        return {processor.id_to_piece(id) for id in range(processor.get_piece_size())}
+
+    shipped = pieces((emoji.DIRECTORY / emoji.TOKENIZER).read_bytes())
+    assert len(shipped) == vocabulary.SIZE
+    assert len(shipped & pieces(model)) >= 0.99 * vocabulary.SIZE

@@ -1,0 +1,161 @@
+"""Telemetry: a resumed run leaves the records of an uninterrupted one; logs stay plain."""
+
+import io
+import json
+import struct
+
+import pytest
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from pangea_jax.train import telemetry
+from pangea_jax.train.telemetry import StepTimer, Telemetry
+
+
+def _run(workdir, steps, total=20, **kwargs):
+    console = Console(file=io.StringIO(), width=200)
+    with Telemetry(workdir, total, console=console, **kwargs) as records:
+        for step in steps:
+            records.log(step, {"loss": 5 - step / 10, "tokens_per_second": 1000.0})
+    return console.file.getvalue()
+
+
+def _lines(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("time")
+    return lines
+
+
+def _events(workdir):
+    """Events of all files in order of writing, read by the TFRecord framing alone."""
+    events = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            events.append(Event.FromString(data[at + 12 : at + 12 + length]))
+            at += 12 + length + 4
+    return events
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    _run(tmp_path / "whole", range(20))
+    _run(tmp_path / "killed", range(13))
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "los')
+    _run(tmp_path / "killed", range(10, 20), start_step=10)
+    assert _lines(tmp_path / "killed") == _lines(tmp_path / "whole")
+    assert len(_lines(tmp_path / "whole")) == 20
+
+
+def test_a_foreign_metrics_file_is_named_and_left_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "loss": 1}\nhello\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: .*hello"):
+        Telemetry(tmp_path, 5, start_step=1)
+    assert "hello" in path.read_text()
+
+
+def test_scalars_can_be_read_back_from_the_event_files(tmp_path):
+    _run(tmp_path, range(3))
+    values = {
+        (event.step, value.tag): value.simple_value
+        for event in _events(tmp_path)
+        for value in event.summary.value
+    }
+    assert {key[1] for key in values} == {"loss", "tokens_per_second"}
+    assert [values[step, "loss"] for step in range(3)] == pytest.approx([5.0, 4.9, 4.8])
+
+
+def test_resume_tells_tensorboard_which_steps_are_void(tmp_path):
+    _run(tmp_path, range(8))
+    first = len(_events(tmp_path))
+    _run(tmp_path, range(5, 8), start_step=5)
+    starts = [e for e in _events(tmp_path)[first:] if e.session_log.status == SessionLog.START]
+    assert [event.step for event in starts] == [5]
+
+
+def test_values_json_does_not_know_are_null(tmp_path):
+    with Telemetry(tmp_path, 2, console=Console(file=io.StringIO())) as records:
+        records.log(0, {"loss": float("nan"), "grad_norm": float("inf")})
+    assert _lines(tmp_path) == [{"step": 0, "loss": None, "grad_norm": None}]
+
+
+def test_a_log_gets_a_dozen_plain_lines(tmp_path):
+    text = _run(tmp_path, range(400), total=400)
+    lines = text.splitlines()
+    assert 10 <= len(lines) <= 12
+    assert all(character.isprintable() for line in lines for character in line)
+    assert lines[0].startswith("step 1/400") and "loss 5.000" in lines[0]
+    assert lines[-1].startswith("step 400/400 (100%)") and "1,000 tokens/s" in lines[-1]
+
+
+def test_a_terminal_gets_one_live_line(tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=150)
+    with Telemetry(tmp_path, 4, console=console) as records:
+        for step in range(4):
+            records.log(step, {"loss": 2.5, "examples_per_second": 700})
+        records.print("checkpoint [4] saved")
+    text = console.file.getvalue()
+    assert "4/4" in text and "loss 2.500" in text and "700 examples/s" in text
+    assert "checkpoint [4] saved" in text and "\x1b[" in text
+
+
+def test_an_interrupt_loses_nothing(tmp_path):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Telemetry(tmp_path, 4, console=Console(file=io.StringIO())) as records,
+    ):
+        records.log(0, {"loss": 3.0})
+        raise KeyboardInterrupt
+    assert _lines(tmp_path) == [{"step": 0, "loss": 3.0}]
+    assert any(event.summary.value for event in _events(tmp_path))
+
+
+def test_other_processes_write_and_print_nothing(tmp_path):
+    workdir = tmp_path / "run"
+    assert _run(workdir, range(5), is_main=False) == ""
+    assert not workdir.exists()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 100.0
+
+        def __call__(self):
+            return self.now
+
+        def run(self, seconds):
+            self.now += seconds
+
+    clock = Clock()
+    monkeypatch.setattr(telemetry.time, "perf_counter", clock)
+    return clock
+
+
+def test_phases_do_not_overlap_and_add_up(clock):
+    timer = StepTimer()
+    clock.run(1)
+    with timer.data():
+        clock.run(2)
+    with timer.step():
+        clock.run(4)
+        with timer.phase("compile"):
+            clock.run(8)
+        clock.run(1)
+    assert timer.seconds == {"other": 1, "data": 2, "train step": 5, "compile": 8}
+    summary = timer.summary()
+    assert list(summary) == ["compile", "train step", "data", "other", "total"]
+    assert summary["total"] == {"seconds": 16, "share": 1.0}
+    assert sum(row["share"] for row in summary.values()) == pytest.approx(2.0)
+    assert summary["compile"]["share"] == 0.5
+
+
+def test_the_clock_goes_on_after_a_resume_and_counts_a_failed_phase(clock):
+    timer = StepTimer(previous={"train step": 10.0, "other": 1.0})
+    with pytest.raises(RuntimeError), timer.step():
+        clock.run(3)
+        raise RuntimeError
+    assert timer.seconds == {"train step": 13, "other": 1}

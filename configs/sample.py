@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             heads=4,
             kv_heads=2,
             head_width=32,
-            mlp=320,
+            mlp=256,
             rope_theta=10_000.0,
             tied_head=True,
             max_positions=512,
@@ -48,7 +48,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         sources=("emoji/noto", "emoji/fluent", "emoji/emojione", "emoji/openmoji"),
         text_ratio=0.1,
     )
-    config.pipeline = dict(rows=32, row_tokens=88, row_tiles=1, max_targets=32)
+    config.pipeline = dict(
+        rows=16, row_tokens=144, row_tiles=3, max_targets=48, packing="balanced", examples_per_row=2
+    )
     config.augmented_views = 12
     config.optimizer = dict(learning_rate=2e-3, b2=0.98, weight_decay=0.01)
     config.mesh = dict(data=1, fsdp=-1, tensor=1)

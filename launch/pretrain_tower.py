@@ -19,8 +19,9 @@ from flax import nnx
 from ml_collections import config_flags
 from PIL import Image
 
+from pangea_jax.checkpoints import huggingface
 from pangea_jax.data import augment, emoji
-from pangea_jax.model import VisionConfig, VisionTower
+from pangea_jax.model import PangeaConfig, VisionConfig, VisionTower
 from pangea_jax.model import params as model_params
 from pangea_jax.model.layers import LayerNorm, normal
 from pangea_jax.model.vision import normalize
@@ -126,7 +127,11 @@ def main(_):
     results = {a: test(graphdef, params, store, a, vision.image_size) for a in (*config.artists, config.test_artist)}
     (workdir / "results.json").write_text(json.dumps(results, indent=2))
     print(json.dumps(results, indent=2))
-    np.savez(workdir / "params.npz", **params)
+    tower = {name: value for name, value in params.items() if name.startswith("vision.")}
+    whole = PangeaConfig(vision=vision, pinpoints=())
+    huggingface.save(
+        model_params.unflatten(tower), whole, workdir / "tower", only=("vision",), dtype=np.dtype("float16")
+    )
 
 
 if __name__ == "__main__":

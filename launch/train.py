@@ -28,6 +28,7 @@ from pangea_jax import sharding
 from pangea_jax.checkpoints import SpecialTokens, huggingface
 from pangea_jax.data import emoji, mixture, pipeline
 from pangea_jax.data.tokenizer import load_tokenizer
+from pangea_jax.generate.engine import SAMPLE_MODEL
 from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig
 from pangea_jax.model import params as model_params
 from pangea_jax.train import optimizer as optim
@@ -38,7 +39,7 @@ from pangea_jax.train.step import make_train_step
 from pangea_jax.train.telemetry import StepTimer, Telemetry
 
 CONFIG = common.define_config("configs/ablate_en_ratio.py")
-TOWER = emoji.DIRECTORY / "tower.safetensors"
+TOWER = SAMPLE_MODEL / "tower.safetensors"
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; default runs/<config and argument>.")
 
 
@@ -105,6 +106,7 @@ def train(run, optimizer, graphdef, state, shardings, batches, total_steps):
         run.timer = StepTimer(clock)
         logging.info("resumed from step %d of %d", int(state.step), total_steps)
     first = int(state.step)
+    examples_per_step = pipeline.PipelineConfig(**config.pipeline).examples
     step_fn = make_train_step(graphdef, optimizer, shardings, run.mesh, max_targets=config.pipeline.max_targets)
     schedule = optim.make_schedule(optim.OptimizerConfig(**config.optimizer), total_steps)
     stop = common.StopSignal(signal.SIGINT, signal.SIGTERM)
@@ -121,7 +123,7 @@ def train(run, optimizer, graphdef, state, shardings, batches, total_steps):
             if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
                 with run.timer.step():
                     scalars = rates.flush()
-                telemetry.log(step, scalars | {"learning_rate": float(schedule(step)), "examples": (step + 1) * config.pipeline.rows})
+                telemetry.log(step, scalars | {"learning_rate": float(schedule(step)), "examples": (step + 1) * examples_per_step})
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == total_steps or stop.requested:
                 with run.timer.phase("checkpoint"):
                     checkpoints.save(state, data, run.timer.seconds)
@@ -182,7 +184,8 @@ def execute(run):
         raise common.UserError(
             f"config.model.language.vocab_size is {config.model.language.vocab_size}, the tokenizer has {tokenizer.vocab_size}"
         )
-    steps = len(choice.rows) // config.pipeline.rows
+    feed = pipeline.PipelineConfig(**config.pipeline)
+    steps = len(choice.rows) // feed.examples
     optimizer = optim.make_optimizer(optim.OptimizerConfig(**config.optimizer), steps)
     with run.timer.phase("compile"):
         tower = load_tower(model_config(config))
@@ -197,7 +200,7 @@ def execute(run):
         pipeline.RowSource(store, choice.rows),
         tokenizer,
         views,
-        pipeline.PipelineConfig(**config.pipeline),
+        feed,
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

@@ -1,7 +1,8 @@
-"""Any-resolution geometry of LLaVA-NeXT on the host: which canvas, which tiles, where each feature goes.
+"""Any-resolution geometry of LLaVA-NeXT: which canvas, which tiles, where each feature goes.
 
-All of it depends on the size of the picture alone, so it is settled here in NumPy and the device sees
-one int32 index per token. Reference: `llava/mm_utils.py` and `llava/model/llava_arch.py` of LLaVA-NeXT.
+All of it depends on the size of the picture alone, so it is settled here in NumPy and the device
+sees one int32 index per token. Reference: `llava/mm_utils.py` and `llava/model/llava_arch.py` of
+LLaVA-NeXT.
 """
 
 import dataclasses
@@ -29,8 +30,9 @@ class Layout:
       canvas: (width, height) in pixels that the picture is fitted into; None for a single view.
       grid: (columns, rows) of tiles on the canvas; (0, 0) for a single view.
       features: (columns, rows) of patch features left of the canvas once its padding is cut off.
-      image_index: for each picture token 0 for the newline vector, or 1 + n * P + p for patch p (row-major
-        within its tile) of tile n; tile 0 is the base view, the others follow row by row.
+      image_index: for each picture token 0 for the newline vector, or 1 + n * P + p for patch p
+        (row-major within its tile) of tile n; tile 0 is the base view, the others follow row by
+        row.
     """
 
     canvas: Size | None
@@ -70,7 +72,8 @@ def layout(
     *,
     newline: bool = True,
 ) -> Layout:
-    """Tiles and token order of a picture: the base view, then the canvas row by row, padding cut off.
+    """Tiles and token order of a picture: the base view, then the canvas row by row, padding cut
+    off.
 
     Each row of the canvas ends with the newline vector; the base view has none. A picture without
     pinpoints is the base view followed by one newline.
@@ -118,7 +121,7 @@ def _layout(size, pinpoints, tile_size, side, rounding, newline):
 
 
 def _without_padding(places, size, rounded):
-    """The rows or columns of `places` that the picture covers; one more where they cannot be centred."""
+    """The rows or columns of `places` that the picture covers, one more if it is off centre."""
     width, height = size
     rows, columns = places.shape
     if width / height > columns / rows:

@@ -1,4 +1,4 @@
-"""What several tests share: eight simulated devices, tiny models, and transformers models to compare with."""
+"""What several tests share: eight simulated devices, tiny models, references to them."""
 
 import dataclasses
 import os
@@ -13,8 +13,8 @@ cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pangea
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import numpy as np
+import pytest
 
 TILE, PATCH = 28, 7
 PINPOINTS = ((28, 56), (56, 28), (56, 56), (84, 28), (28, 84))
@@ -51,7 +51,7 @@ class Reference:
 
 @pytest.fixture(scope="session")
 def make_reference(tmp_path_factory):
-    """Makes `Reference(decoder, tied)`; each kind once a session. Skips without torch or transformers."""
+    """Makes `Reference(decoder, tied)`, each once; skips without torch or transformers."""
     torch = pytest.importorskip("torch", reason="torch is in requirements-dev.txt")
     transformers = pytest.importorskip(
         "transformers", reason="transformers is in requirements-dev.txt"
@@ -99,7 +99,7 @@ def _random_model(torch, transformers, decoder, tied):
 
 @pytest.fixture(scope="session")
 def picture():
-    """Makes an RGB picture of a size: smooth colours with some noise, the same for the same size."""
+    """Makes an RGB picture: smooth colours with some noise, the same for the same size."""
     from PIL import Image
 
     def make(width: int, height: int) -> Image.Image:
@@ -118,16 +118,16 @@ def tiny_config():
     from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig
 
     vision = VisionConfig(
-        image_size=16, patch_size=4, width=32, layers=2, heads=2, mlp=64, feature_layer=-1
+        image_size=16, patch_size=4, width=32, layers=2, heads=2, mlp=256, feature_layer=-1
     )
     language = LanguageConfig(
-        vocab_size=96,
+        vocab_size=104,
         width=32,
         layers=2,
         heads=4,
         kv_heads=2,
         head_width=8,
-        mlp=64,
+        mlp=256,
         rope_theta=10_000.0,
     )
     return PangeaConfig(
@@ -137,20 +137,26 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config):
-    """`tiny_config` with random parameters; biases and norms are random as well, so that they count."""
+    """`tiny_config` with random parameters, those of norms and biases included."""
     import jax
     from flax import nnx
 
     from pangea_jax.model import Pangea
     from pangea_jax.model import params as model_params
 
-    graphdef, params = model_params.split(Pangea(tiny_config, rngs=nnx.Rngs(0)))
-    keys = jax.random.split(jax.random.key(1), len(params))
-    params = {
-        name: value + 0.1 * jax.random.normal(key, value.shape)
-        for key, (name, value) in zip(keys, params.items(), strict=True)
-    }
-    return model_params.merge(graphdef, params)
+    def make():
+        return Pangea(tiny_config, rngs=nnx.Rngs(0))
+
+    @jax.jit
+    def init():
+        params = model_params.split(make())[1]
+        keys = jax.random.split(jax.random.key(1), len(params))
+        return {
+            name: value + 0.1 * jax.random.normal(key, value.shape)
+            for key, (name, value) in zip(keys, params.items(), strict=True)
+        }
+
+    return model_params.merge(model_params.abstract(make)[0], init())
 
 
 @pytest.fixture(scope="session")
@@ -166,3 +172,23 @@ def emoji_tokenizer():
     from pangea_jax.data.tokenizer import load_tokenizer
 
     return load_tokenizer(emoji.DIRECTORY)
+
+
+class Letters:
+    """One id a character, so that a test can write out by hand what a tokenizer should give."""
+
+    pad_id, im_start_id, im_end_id, image_id = 0, 1, 2, 3
+    _characters = "\n" + "".join(map(chr, range(32, 127)))
+    vocab_size = 4 + len(_characters)
+    newline_ids = (4,)
+
+    def encode(self, text):
+        return [4 + self._characters.index(character) for character in text]
+
+    def decode(self, ids, skip_special=True):
+        return "".join(self._characters[id - 4] for id in ids if id > 3)
+
+
+@pytest.fixture(scope="session")
+def letters():
+    return Letters()

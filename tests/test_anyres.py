@@ -53,7 +53,7 @@ def test_order_of_tokens_in_a_picture_small_enough_to_read():
 
 def test_single_view_ends_with_one_newline():
     found = layout((640, 480), (), 336, 24)
-    assert found.num_tiles == 1 and found.canvas is None
+    assert (found.num_tiles, found.canvas) == (1, None)
     assert found.image_index.tolist() == [*range(1, 577), 0]
     assert layout((640, 480), (), 336, 24, newline=False).image_index.tolist() == [*range(1, 577)]
 

@@ -70,7 +70,7 @@ PANGEA_TOKENS = SpecialTokens(image=151646, end=151645, pad=151643)
 
 
 class _Fields:
-    """Keys of one section of config.json: reads with defaults, refuses what the model does not do."""
+    """One section of config.json: reads with defaults, refuses what the model does not do."""
 
     def __init__(self, file: Path, section: str, values: dict, defaults: dict | None = None):
         self.file, self.section = file, section
@@ -83,6 +83,12 @@ class _Fields:
         if self.values.get(key) is None:
             raise CheckpointError(f"{self.file}: no {self.section}{key}")
         return self.values[key]
+
+    def number(self, key: str) -> int | float:
+        value = self.require(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise self.refuse(key, value, "a positive number")
+        return value
 
     def expect(self, key: str, *allowed, default: Any = None):
         value = self.values.get(key, default)
@@ -98,13 +104,14 @@ class _Fields:
 def config_from_folder(path: str | os.PathLike) -> PangeaConfig:
     """Sizes from config.json of any of the three public layouts.
 
-    The vocabulary is that of the embedding tensor where the weights are there: config.json is known to
-    disagree. `dtype`, that of activations, stays at its default.
+    The vocabulary is that of the embedding tensor where the weights are there: config.json is known
+    to disagree. `dtype`, that of activations, stays at its default.
 
-    Canvases are read as the software that wrote the file means them: (width, height) in LLaVA's layout,
-    (height, width) in transformers'. neulab/Pangea-7B-hf took LLaVA's list over unchanged, so that
-    pictures smaller than 336 pixels, for which 336 x 672 and 672 x 336 are equally good, get the other
-    one than in training. To have them as in training, replace `pinpoints` by `pangea_jax.model.PINPOINTS`.
+    Canvases are read as the software that wrote the file means them: (width, height) in LLaVA's
+    layout, (height, width) in transformers'. neulab/Pangea-7B-hf took LLaVA's list over unchanged,
+    so that pictures smaller than 336 pixels, for which 336 x 672 and 672 x 336 are equally good,
+    get the other one than in training. To have them as in training, replace `pinpoints` by
+    `pangea_jax.model.PINPOINTS`.
 
     Raises:
       FileNotFoundError: no config.json.
@@ -119,14 +126,17 @@ def config_from_folder(path: str | os.PathLike) -> PangeaConfig:
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} holds a {type(values).__name__}, not a JSON object")
     if "mm_vision_tower" in values:
         config = _from_llava(_Fields(file, "", values))
     elif values.get("model_type") in ("llava_next", "llava"):
         config = _from_transformers(_Fields(file, "", values))
     else:
         raise CheckpointError(
-            f"{file}: model_type {values.get('model_type')!r} without mm_vision_tower is no LLaVA; to load "
-            "a decoder or a tower alone, pass config= and only=('language',) or only=('vision',)"
+            f"{file}: model_type {values.get('model_type')!r} without mm_vision_tower is no LLaVA; "
+            "to load a decoder or a tower alone, pass config= and only=('language',) or "
+            "only=('vision',)"
         )
     return _with_vocabulary_of_tensor(config, Path(path))
 
@@ -207,14 +217,14 @@ def _vision(fields: _Fields) -> VisionConfig:
     vision.expect("hidden_act", "quick_gelu")
     vision.expect("num_channels", 3)
     return VisionConfig(
-        image_size=vision.require("image_size"),
-        patch_size=vision.require("patch_size"),
-        width=vision.require("hidden_size"),
-        layers=vision.require("num_hidden_layers"),
-        heads=vision.require("num_attention_heads"),
-        mlp=vision.require("intermediate_size"),
-        feature_layer=_feature_layer(fields, vision.require("num_hidden_layers")),
-        norm_eps=vision.require("layer_norm_eps"),
+        image_size=vision.number("image_size"),
+        patch_size=vision.number("patch_size"),
+        width=vision.number("hidden_size"),
+        layers=vision.number("num_hidden_layers"),
+        heads=vision.number("num_attention_heads"),
+        mlp=vision.number("intermediate_size"),
+        feature_layer=_feature_layer(fields, vision.number("num_hidden_layers")),
+        norm_eps=vision.number("layer_norm_eps"),
     )
 
 
@@ -229,23 +239,23 @@ def _decoder(fields: _Fields, kind: str) -> LanguageConfig:
     fields.expect("hidden_act", "silu")
     fields.expect("attention_bias", False, default=False)
     fields.expect("mlp_bias", False, default=False)
-    max_positions = fields.require("max_position_embeddings")
+    max_positions = fields.number("max_position_embeddings")
     window = fields("sliding_window") if fields("use_sliding_window", kind == "mistral") else None
     if window is not None and window < max_positions:
         raise fields.refuse(
             "sliding_window", window, "null, or no less than max_position_embeddings"
         )
-    heads = fields.require("num_attention_heads")
+    heads = fields.number("num_attention_heads")
     return LanguageConfig(
-        vocab_size=fields.require("vocab_size"),
-        width=fields.require("hidden_size"),
-        layers=fields.require("num_hidden_layers"),
+        vocab_size=fields.number("vocab_size"),
+        width=fields.number("hidden_size"),
+        layers=fields.number("num_hidden_layers"),
         heads=heads,
         kv_heads=fields("num_key_value_heads") or heads,
-        head_width=fields("head_dim") or fields.require("hidden_size") // heads,
-        mlp=fields.require("intermediate_size"),
+        head_width=fields("head_dim") or fields.number("hidden_size") // heads,
+        mlp=fields.number("intermediate_size"),
         rope_theta=_rope_theta(fields),
-        norm_eps=fields.require("rms_norm_eps"),
+        norm_eps=fields.number("rms_norm_eps"),
         qkv_bias=kind == "qwen2",
         tied_head=bool(fields("tie_word_embeddings", False)),
         max_positions=max_positions,
@@ -261,14 +271,14 @@ def _rope_theta(fields: _Fields) -> float:
             raise fields.refuse(f"{key}.rope_type", kind, "'default'")
         if "rope_theta" in rope:
             return float(rope["rope_theta"])
-    return float(fields.require("rope_theta"))
+    return float(fields.number("rope_theta"))
 
 
 def to_transformers(config: PangeaConfig, dtype: str, tokens: SpecialTokens) -> dict:
     """config.json that transformers 4 and 5 read as the same model.
 
-    One thing they cannot do: a single view with a newline vector (no pinpoints). Such a model loads there
-    with an empty list of canvases and answers text, but not pictures.
+    One thing they cannot do: a single view with a newline vector (no pinpoints). Such a model loads
+    there with an empty list of canvases and answers text, but not pictures.
 
     Raises:
       ValueError: a special token outside of the vocabulary.
@@ -277,7 +287,8 @@ def to_transformers(config: PangeaConfig, dtype: str, tokens: SpecialTokens) -> 
         if not 0 <= value < config.language.vocab_size:
             raise ValueError(
                 f"special token {name}={value} lies outside of the vocabulary of "
-                f"{config.language.vocab_size}; pass tokens=SpecialTokens(...) with the tokenizer's ids"
+                f"{config.language.vocab_size}; pass tokens=SpecialTokens(...) with the ids of the "
+                "tokenizer"
             )
     if config.pinpoints and not config.newline:
         raise ValueError("pinpoints without a newline vector: no public layout has this")

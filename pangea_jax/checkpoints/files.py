@@ -88,8 +88,8 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 _CONVERT = (
-    "unpickling runs code from the file, so it is not done here: load it with transformers where you "
-    "trust it and call save_pretrained(..., safe_serialization=True)"
+    "unpickling runs code from the file, so it is not done here: load it with transformers "
+    "where you trust it and call save_pretrained(..., safe_serialization=True)"
 )
 
 
@@ -101,8 +101,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path / INDEX}: tensor {name!r} is placed in {file!r}, which is not a .safetensors "
-                "file of this folder"
+                f"{path / INDEX}: tensor {name!r} is placed in {file!r}, which is not a "
+                ".safetensors file of this folder"
             )
     return weight_map
 
@@ -140,7 +140,8 @@ def write(folder: Path, tensors: Iterable[Planned], max_shard_bytes: int, *, dry
     weights of an earlier checkpoint in the folder go then.
 
     Args:
-      dry: fetch every tensor and write nothing, for the processes of a pod that only help to gather.
+      dry: fetch every tensor and write nothing, for the processes of a pod that only help to
+        gather.
     """
     shards = _shards(list(tensors), max_shard_bytes)
     total = len(shards)
@@ -183,7 +184,7 @@ def _shards(tensors, max_shard_bytes):
 
 
 def _write_file(file: Path, tensors: list[Planned]):
-    """The format: length of the header, JSON header, bytes. The library can only write from memory."""
+    """Length of the header, JSON header, bytes: the library itself only writes from memory."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for planned in tensors:
         header[planned.name] = {

@@ -15,6 +15,7 @@ from pangea_jax.checkpoints import names
 from pangea_jax.checkpoints.config import PANGEA_TOKENS, SpecialTokens, config_from_folder
 from pangea_jax.checkpoints.files import CheckpointError, Planned, TensorFiles, write, write_json
 from pangea_jax.model import Pangea, PangeaConfig
+from pangea_jax.model.params import flatten, unflatten
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -29,8 +30,8 @@ def load(
 ) -> nnx.State:
     """Reads parameters from safetensors in any layout of `names.LAYOUTS`.
 
-    Each parameter goes straight to its devices; the host holds one at a time, and of a sharded one the
-    part of a device. Every tensor of the file must be used and every parameter found.
+    Each parameter goes straight to its devices; the host holds one at a time, and of a sharded one
+    the part of a device. Every tensor of the file must be used and every parameter found.
 
     Args:
       path: a folder (one file or a sharded index) or a .safetensors file.
@@ -52,20 +53,21 @@ def load(
     parts = _checked_parts(only)
     shapes = {
         dotted: value.shape
-        for dotted, value in _flat(abstract_state(config)).items()
+        for dotted, value in flatten(abstract_state(config)).items()
         if names.part_of_path(dotted) in parts
     }
     layout, entries = _best_layout(files, shapes, config)
     _account(files, layout, entries, parts, everything=only is None, config=config)
-    targets = _flat(shardings) if shardings is not None else {}
+    targets = flatten(shardings) if shardings is not None else {}
     missing = [entry.path for entry in entries if targets and entry.path not in targets]
     if missing:
         raise ValueError(f"shardings lack {', '.join(missing)}")
-    arrays = {
-        tuple(entry.path.split(".")): nnx.Param(_read(files, entry, dtype, targets.get(entry.path)))
-        for entry in entries
-    }
-    return nnx.from_flat_state(arrays)
+    return unflatten(
+        {
+            entry.path: _read(files, entry, dtype, targets.get(entry.path))
+            for entry in entries
+        }
+    )
 
 
 def load_model(path: str | os.PathLike, config: PangeaConfig | None = None, **kwargs) -> Pangea:
@@ -84,12 +86,13 @@ def save(
     dtype: jnp.dtype | None = None,
     tokens: SpecialTokens = PANGEA_TOKENS,
     layout: str = "transformers-4",
+    only: Sequence[str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a folder that transformers' LlavaNextForConditionalGeneration and vLLM load.
+    """Writes a folder that transformers' LlavaNextForConditionalGeneration loads.
 
-    On a pod every process must call it; process 0 writes. A run that is cut off leaves `.partial` files
-    behind and what was there before in place.
+    On a pod every process must call it; process 0 writes. A run that is cut off leaves `.partial`
+    files behind and what was there before in place.
 
     Args:
       model: a `Pangea` or the state of its parameters.
@@ -97,25 +100,31 @@ def save(
       path: a folder, made if need be; weights of an earlier checkpoint in it are replaced.
       dtype: of the tensors written, float32, bfloat16 or float16; by default the parameters' own.
       tokens: ids for config.json; those of Pangea-7B by default.
-      layout: one of `names.LAYOUTS`. transformers 5 reads all of them; transformers 4 and vLLM do not
-        know the shorter names that transformers 5 writes.
+      layout: one of `names.LAYOUTS`; by default the names of neulab/Pangea-7B-hf, which
+        transformers 4 and 5 read. Of the shorter ones that transformers 5 writes, transformers 4
+        does not find the tower.
+      only: the parts to write, as of `load`; the folder is then no whole checkpoint.
       max_shard_bytes: where a new file starts.
 
     Raises:
-      ValueError: an unknown layout, a special token outside of the vocabulary, parameters that do not
-        fit `config`, or a value too large for float16.
+      ValueError: an unknown layout or part, a special token outside of the vocabulary, parameters that
+        do not fit `config`, or a value too large for float16.
     """
     if layout not in names.LAYOUTS:
         raise ValueError(f"layout {layout!r} is not one of {', '.join(names.LAYOUTS)}")
-    state = _flat(nnx.state(model, nnx.Param) if isinstance(model, nnx.Module) else model)
+    parts = _checked_parts(only)
+    state = flatten(nnx.state(model, nnx.Param) if isinstance(model, nnx.Module) else model)
+    state = {dotted: v for dotted, v in state.items() if names.part_of_path(dotted) in parts}
     shapes = {dotted: tuple(value.shape) for dotted, value in state.items()}
     expected = {
-        dotted: tuple(value.shape) for dotted, value in _flat(abstract_state(config)).items()
+        dotted: tuple(value.shape)
+        for dotted, value in flatten(abstract_state(config)).items()
+        if names.part_of_path(dotted) in parts
     }
     if shapes != expected:
         wrong = sorted(set(shapes.items()) ^ set(expected.items()))
         raise ValueError(f"parameters do not fit the config: {wrong[:6]}")
-    written = np.dtype(dtype or state["language.embedding_vd"].dtype)
+    written = np.dtype(dtype or next(iter(state.values())).dtype)
     content = config_file.to_transformers(config, written.name, tokens)
     folder = Path(path)
     writes = jax.process_index() == 0
@@ -138,14 +147,6 @@ def _abstract(config):
     return nnx.split(nnx.eval_shape(lambda: Pangea(config, rngs=nnx.Rngs(0))))
 
 
-def _flat(state: nnx.State) -> dict[str, jax.Array]:
-    """Dotted path to array (or sharding, or shape)."""
-    return {
-        ".".join(map(str, path)): leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-        for path, leaf in nnx.to_flat_state(state)
-    }
-
-
 def _checked_parts(only) -> tuple[str, ...]:
     unknown = set(only or ()) - set(names.PARTS)
     if unknown or isinstance(only, str):
@@ -166,7 +167,8 @@ def _best_layout(files: TensorFiles, shapes, config):
     if not found(best):
         raise CheckpointError(
             f"{files.path}: none of its {len(files.names)} tensors (first: "
-            f"{', '.join(sorted(files.names)[:3])}) is one of a known layout: {', '.join(names.LAYOUTS)}"
+            f"{', '.join(sorted(files.names)[:3])}) is one of a known layout: "
+            f"{', '.join(names.LAYOUTS)}"
         )
     return best
 
@@ -174,10 +176,16 @@ def _best_layout(files: TensorFiles, shapes, config):
 def _account(files: TensorFiles, layout, entries, parts, *, everything: bool, config):
     """Raises one error with all that is missing, left over or of another shape."""
     expected = {name: entry.their_shape for entry in entries for name in entry.names}
-    aliases = {f"{layout.head}weight"} if config.language.tied_head else set()
+    head, embedding = f"{layout.head}weight", f"{layout.decoder}embed_tokens.weight"
+    tied = config.language.tied_head and {head, embedding} <= files.names
+    if tied and not np.array_equal(files.tensor(head)[:], files.tensor(embedding)[:]):
+        raise CheckpointError(
+            f"{files.path}: {head} differs from {embedding}, but the config ties them; "
+            "set tied_head=False (tie_word_embeddings in config.json)"
+        )
     unexpected = {
         name
-        for name in files.names - set(expected) - aliases
+        for name in files.names - set(expected) - ({head} if tied else set())
         if not names.BUFFERS.search(name) and (everything or layout.part_of(name) in parts)
     }
     missing = set(expected) - files.names

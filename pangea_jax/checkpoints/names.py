@@ -1,8 +1,8 @@
-"""The one table between our parameters and the tensors of public checkpoints, read in both directions.
+"""The one table between our parameters and public checkpoints, read in both directions.
 
-A row is (our path, their name, axes). Their name is a template over the prefixes of a `Layout`; with
-`{layer}` in it, one of our stacked parameters is that many tensors. Axes are written as in einops, theirs
-before ours: "(h c) d -> d h c" splits their rows into heads and channels.
+A row is (our path, their name, axes). Their name is a template over the prefixes of a `Layout`;
+with `{layer}` in it, one of our stacked parameters is that many tensors. Axes are written as in
+einops, theirs before ours: "(h c) d -> d h c" splits their rows into heads and channels.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Layout:
     head: str
 
     def part_of(self, name: str) -> str | None:
-        """The part (a key of `PARTS`) that a tensor's name belongs to; None if it has no known prefix."""
+        """The part (a key of `PARTS`) of a tensor; None if its name has no known prefix."""
         prefixes = [
             (prefix, part) for part, fields in PARTS.items() for prefix in self._prefixes(fields)
         ]
@@ -218,8 +218,8 @@ def _parse(axes):
 def read_part(tensor, axes: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
     """`ours[index]`, where ours has `shape` and is their `tensor` rearranged.
 
-    Reads no more of `tensor` (anything sliceable) than the first axis of each group asks for: a device
-    that holds some of the heads reads the rows of those heads.
+    Reads no more of `tensor` (anything sliceable) than the first axis of each group asks for: a
+    device that holds some of the heads reads the rows of those heads.
     """
     groups, ours = _parse(axes)
     sizes = dict(zip(ours, shape, strict=True))

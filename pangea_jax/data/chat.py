@@ -12,7 +12,8 @@ The template is `qwen_1_5` of LLaVA-NeXT's conversation.py; every message is tok
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -50,6 +51,7 @@ def render(
     loss_mask: str = "answer",
     system: str = SYSTEM_PROMPT,
     answer_next: bool = False,
+    move_marker_first: bool = False,
 ) -> Rendered:
     """Renders turns, each `<image>` marker replaced by the picture's layout.
 
@@ -60,8 +62,9 @@ def render(
         later picture's index past those before it.
       loss_mask: "answer": the assistant's words and the end token. "pangea": what LLaVA-NeXT's
         `preprocess_qwen` leaves: the whole assistant message with its header, and every newline,
-        <|im_start|> and <|im_end|> anywhere (pangea.md 1.8).
+        <|im_start|> and <|im_end|> anywhere.
       answer_next: end with the header of an assistant message to be generated.
+      move_marker_first: put a message's only marker before its words, see `marker_first`.
 
     Raises:
       ValueError: markers and layouts differ in number, or the mask is unknown.
@@ -73,6 +76,8 @@ def render(
         raise ValueError(
             f"{markers} {IMAGE_MARKER} markers in the turns, but {len(layouts)} pictures"
         )
+    if move_marker_first:
+        turns = [Turn(turn.role, marker_first(turn.text)) for turn in turns]
     layouts = iter(_shifted(layouts, tiles_per_image, patches))
     messages = [_message("system", system, tokenizer, layouts, loss_mask)] if system else []
     messages += [_message(turn.role, turn.text, tokenizer, layouts, loss_mask) for turn in turns]
@@ -87,6 +92,64 @@ def render(
         marks = [tokenizer.im_start_id, tokenizer.im_end_id, *tokenizer.newline_ids]
         trained |= np.isin(tokens, marks) & (image_index < 0)
     return Rendered(tokens.astype(np.int32), trained, image_index.astype(np.int32))
+
+
+def from_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Turn], list[Any]]:
+    """Messages in the form of transformers and OpenAI, as (system prompt, turns, pictures).
+
+    >>> from_messages([{"role": "user", "content": [{"type": "image", "image": "cat.png"},
+    ...                                             {"type": "text", "text": "What is this?"}]}])
+    ('You are a helpful assistant.', [Turn(role='user', text='<image>\\nWhat is this?')], ['cat.png'])
+
+    Pictures keep their place among the text; each stands on a line of its own, as in training.
+
+    Raises:
+      ValueError: a role or a content type that is not known, naming the message.
+    """
+    system, turns, pictures = SYSTEM_PROMPT, [], []
+    for i, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"messages[{i}].role is {role!r}, not system, user or assistant")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        lines = []
+        for j, part in enumerate(parts or ()):
+            if part.get("type") == "text":
+                # Spelled out in somebody's words the marker is no picture.
+                lines.append(part["text"].replace(IMAGE_MARKER, "<image\u200b>"))
+            elif part.get("type") == "image" and part.get("image") is not None:
+                lines.append(IMAGE_MARKER)
+                pictures.append(part["image"])
+            else:
+                raise ValueError(
+                    f"messages[{i}].content[{j}] is neither a text nor an image: {sorted(part)}; expected "
+                    '{"type": "text", "text": ...} or {"type": "image", "image": PIL image, path or bytes}'
+                )
+        if not lines:
+            raise ValueError(f"messages[{i}].content is empty")
+        text = "\n".join(lines)
+        if role == "system" and i == 0:
+            system = text
+        elif role == "system":
+            raise ValueError(f"messages[{i}]: only the first message may be the system's")
+        else:
+            turns.append(Turn(role, text))
+    if not turns:
+        raise ValueError("there is no message of a user")
+    return system, turns, pictures
+
+
+def marker_first(text: str) -> str:
+    """The text with its only `<image>` in front, as LLaVA-NeXT's `preprocess_multimodal` moves it.
+
+    Texts with no marker, with several, or that begin with one stay as they are.
+
+    >>> marker_first("What is this?\\n<image>")
+    '<image>\\nWhat is this?'
+    """
+    if text.count(IMAGE_MARKER) != 1 or text.startswith(IMAGE_MARKER):
+        return text
+    return f"{IMAGE_MARKER}\n{text.replace(IMAGE_MARKER, '').strip()}".strip()
 
 
 def _shifted(layouts, tiles_per_image, patches):

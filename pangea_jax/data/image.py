@@ -115,8 +115,8 @@ def views(
 ) -> UInt8[np.ndarray, "N {tile_size} {tile_size} 3"]:
     """The tiles of a picture in the order of `pangea_jax.anyres.layout`.
 
-    Tile 0, the base view, is the whole picture stretched to a square (aspect ratio not kept, as in the
-    reference `process_anyres_image`); the others cut the padded canvas row by row.
+    Tile 0, the base view, is the whole picture stretched to a square (aspect ratio not kept, as in
+    the reference `process_anyres_image`); the others cut the padded canvas row by row.
 
     Args:
       image: RGB.

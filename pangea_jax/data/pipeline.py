@@ -13,7 +13,7 @@ from pangea_jax.data.record import Conversation, RecordError
 from pangea_jax.data.store import RecordStore
 from pangea_jax.data.tokenizer import Tokenizer
 
-PACKINGS = ("none", "best_fit")
+PACKINGS = ("none", "balanced", "best_fit")
 _TOKEN_FIELDS = ("tokens", "targets", "weights", "image_index")
 
 
@@ -25,10 +25,12 @@ class PipelineConfig:
       rows: rows of the global batch.
       row_tokens, row_tiles: capacity of a row (T and N).
       max_targets: most trained tokens in a row; bounds the work of the output head. None: row_tokens.
-      packing: "best_fit" fills rows with several conversations; "none" gives each a row of its
-        own, so that steps and examples are in a fixed ratio.
-      packing_bins: rows packed at a time; more waste less and mix the order more.
-      loss_mask: see `pangea_jax.data.chat.render`.
+      packing: "none": a row holds one conversation. "balanced": a batch holds exactly `rows` *
+        `examples_per_row` of them, spread evenly over its rows, so that steps and examples are in a
+        fixed ratio. "best_fit": rows take as many as fit, for lengths that vary.
+      examples_per_row: for "balanced".
+      packing_bins: for "best_fit", rows packed at a time; more waste less and mix the order more.
+      loss_mask, move_marker_first: see `pangea_jax.data.chat.render`.
       threads: reading threads a process.
     """
 
@@ -37,13 +39,22 @@ class PipelineConfig:
     row_tiles: int
     max_targets: int | None = None
     packing: str = "none"
+    examples_per_row: int = 1
     packing_bins: int = 64
     loss_mask: str = "answer"
+    move_marker_first: bool = False
     threads: int = 2
 
     def __post_init__(self):
         if self.packing not in PACKINGS:
             raise ValueError(f"pipeline.packing {self.packing!r} is not one of {PACKINGS}")
+        if self.examples_per_row != 1 and self.packing != "balanced":
+            raise ValueError('pipeline.examples_per_row needs pipeline.packing="balanced"')
+
+    @property
+    def examples(self) -> int | None:
+        """Conversations in a batch, where that is fixed."""
+        return None if self.packing == "best_fit" else self.rows * self.examples_per_row
 
 
 class RowSource(Sequence[Conversation]):
@@ -124,6 +135,7 @@ def render_example(
         tiles_per_image=[len(tiles) for tiles, _ in pictures],
         patches=views.patches,
         loss_mask=config.loss_mask,
+        move_marker_first=config.move_marker_first,
     )
     example = {
         "tokens": rendered.tokens,
@@ -162,10 +174,48 @@ def pad_row(example: dict[str, np.ndarray], row_tokens: int, row_tiles: int) -> 
     return row
 
 
+def pack_balanced(examples: Sequence[dict[str, np.ndarray]], rows: int, config: PipelineConfig) -> dict[str, np.ndarray]:
+    """All of `examples` in `rows` rows, each to the row with most room left, the longest first.
+
+    Raises:
+      ValueError: they do not fit.
+    """
+    field = "tiles" if "tiles" in examples[0] else "features"
+    limits = np.array([config.row_tokens, config.row_tiles, config.max_targets or config.row_tokens])
+    room = np.tile(limits, (rows, 1))
+    bins: list[list[dict[str, np.ndarray]]] = [[] for _ in range(rows)]
+    for example in sorted(examples, key=lambda e: -len(e["tokens"])):
+        size = np.array([len(example["tokens"]), len(example[field]), int(example["weights"].sum())])
+        fits = (room >= size).all(axis=1)
+        if not fits.any():
+            raise ValueError(
+                f"{len(examples)} conversations do not fit {rows} rows of {limits.tolist()} (tokens, {field}, "
+                "targets); raise pipeline.row_tokens, row_tiles or max_targets, or lower examples_per_row"
+            )
+        place = int(np.argmax(np.where(fits, room[:, 0], -1)))
+        room[place] -= size
+        bins[place].append(example)
+    packed = [_concatenate(parts, field, config) for parts in bins]
+    return {name: np.stack([row[name] for row in packed]) for name in packed[0]}
+
+
+def _concatenate(parts, field, config):
+    """One row in the form that Grain's packing has, so that both end in `finish_packed`."""
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in (*_TOKEN_FIELDS, field)}
+    for name in ("tokens", field):
+        lengths = [len(part[name]) for part in parts]
+        joined[f"{name}_segment_ids"] = np.repeat(np.arange(1, len(parts) + 1, dtype=np.int32), lengths)
+    joined["tokens_positions"] = np.concatenate([np.arange(len(p["tokens"]), dtype=np.int32) for p in parts])
+    capacity = {field: config.row_tiles, f"{field}_segment_ids": config.row_tiles}
+    return {name: _pad(value, capacity.get(name, config.row_tokens)) for name, value in joined.items()}
+
+
 def finish_packed(packed: dict[str, np.ndarray], field: str, patches: int) -> dict[str, np.ndarray]:
     """A packed row in the batch's form: each segment's `image_index` moved to where its tiles lie."""
     segments, tile_segments = packed["tokens_segment_ids"], packed[f"{field}_segment_ids"]
-    first_tile = np.searchsorted(tile_segments[tile_segments > 0], segments)
+    # Tiles of earlier segments come first; padding (0) behind all of them must not count.
+    before = (tile_segments[..., None, :] < segments[..., :, None]) & (tile_segments[..., None, :] > 0)
+    first_tile = before.sum(-1)
     index = packed["image_index"]
     index = np.where(index > 0, index + first_tile.astype(np.int32) * patches, index)
     return {
@@ -203,13 +253,22 @@ def train_dataset(
     dataset = dataset[process_index::process_count].random_map(render)
     if config.packing == "none":
         dataset = dataset.map(lambda e: pad_row(e, config.row_tokens, config.row_tiles))
-    read = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=4 * config.rows)
+    rows = config.rows // process_count
+    read = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=4 * rows * config.examples_per_row)
     dataset = dataset.to_iter_dataset(read)
+    if config.packing == "balanced":
+        dataset = dataset.batch(rows * config.examples_per_row, drop_remainder=True, batch_fn=list)
+        dataset = dataset.map(lambda examples: pack_balanced(examples, rows, config))
+        return dataset.map(lambda batch: finish_packed(batch, views.field, views.patches))
     if config.packing == "best_fit":
         lengths = {name: config.row_tokens for name in _TOKEN_FIELDS} | {views.field: config.row_tiles}
+        if config.max_targets is not None:
+            # Grain bounds lengths: one element a target keeps a row within what the head computes.
+            lengths["target_slots"] = config.max_targets
+            dataset = dataset.map(lambda e: e | {"target_slots": np.zeros(int(e["weights"].sum()), np.int8)})
         dataset = grain.experimental.BestFitPackIterDataset(
             dataset, length_struct=lengths, num_packing_bins=config.packing_bins, seed=seed
         )
         dataset = dataset.map(lambda row: finish_packed(row, views.field, views.patches))
     # A smaller last batch would have another shape: one more compilation for a fraction of a step.
-    return dataset.batch(config.rows // process_count, drop_remainder=True)
+    return dataset.batch(rows, drop_remainder=True)

@@ -39,14 +39,21 @@ def attention(
     K = k.shape[2]
     if H % K:
         raise ValueError(f"{H} query heads cannot share {K} key heads evenly")
-    q = q.reshape(B, T, K, H // K, C)
-    logits = jnp.einsum("BTKGC,BSKC->BKGTS", q, k, preferred_element_type=jnp.float32) * C**-0.5
+    q = q.reshape(B, T, K, H // K, C) * C**-0.5
+    logits = jnp.einsum("BTKGC,BSKC->BKGTS", q, k, preferred_element_type=jnp.float32)
     mask = _visible(q_segment_ids, kv_segment_ids, q_positions, kv_positions)
     if mask is not None:
         # A finite minimum keeps the softmax of a padding query (which sees nothing) free of NaN.
-        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKC->BTKGC", probs, v).reshape(B, T, H, C)
+        logits += jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min / 2)[:, None, None]
+    # Normalised after the values are mixed, as flash attention does: one division a channel, not a
+    # key, which halves the passes over the largest array.
+    highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.exp(logits - highest)
+    mixed = jnp.einsum(
+        "BKGTS,BSKC->BKGTC", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    mixed = (mixed / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
 
 
 def _visible(q_segment_ids, kv_segment_ids, q_positions, kv_positions):

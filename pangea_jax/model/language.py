@@ -11,7 +11,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from pangea_jax.model.attention import attention
-from pangea_jax.model.layers import RMSNorm, normal, stack_blocks, zeros
+from pangea_jax.model.layers import RMSNorm, linear, normal, stack_blocks, zeros
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,26 +103,20 @@ class DecoderBlock(nnx.Module):
     def qkv(self, x: Float[Array, "B T D"]):
         """Queries [B, T, H, C], keys and values [B, T, K, C] of the normed input."""
         y = self.attention_norm(x)
-        out = []
-        for kernel, bias in (
-            (self.q_kernel_dhc, self.q_bias_hc),
-            (self.k_kernel_dkc, self.k_bias_kc),
-            (self.v_kernel_dkc, self.v_bias_kc),
-        ):
-            z = jnp.einsum("BTD,DHC->BTHC", y, kernel[...].astype(y.dtype))
-            out.append(z if bias is None else z + bias[...].astype(y.dtype))
-        return out
+        return (
+            linear(y, self.q_kernel_dhc, self.q_bias_hc),
+            linear(y, self.k_kernel_dkc, self.k_bias_kc),
+            linear(y, self.v_kernel_dkc, self.v_bias_kc),
+        )
 
     def finish(
         self, x: Float[Array, "B T D"], mixed: Float[Array, "B T H C"]
     ) -> Float[Array, "B T D"]:
         """Output projection and MLP, each with its residual."""
-        x = x + jnp.einsum("BTHC,HCD->BTD", mixed, self.o_kernel_hcd[...].astype(x.dtype))
+        x = x + linear(mixed, self.o_kernel_hcd, inputs=2)
         y = self.mlp_norm(x)
-        gate = jax.nn.silu(y @ self.gate_kernel_df[...].astype(y.dtype))
-        return x + (gate * (y @ self.up_kernel_df[...].astype(y.dtype))) @ self.down_kernel_fd[
-            ...
-        ].astype(y.dtype)
+        gated = jax.nn.silu(linear(y, self.gate_kernel_df)) * linear(y, self.up_kernel_df)
+        return x + linear(gated, self.down_kernel_fd)
 
 
 class Decoder(nnx.Module):

@@ -1,5 +1,7 @@
 """Small pieces that the vision tower and the decoder share."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -27,6 +29,26 @@ def stack_blocks(block, num_layers: int, rngs: nnx.Rngs):
     """
     make = nnx.vmap(block, in_axes=(0,), transform_metadata={nnx.PARTITION_NAME: None})
     return make(rngs.split(num_layers))
+
+
+def linear(
+    x: Float[Array, "... D"],
+    kernel: nnx.Param,
+    bias: nnx.Param | None = None,
+    *,
+    inputs: int = 1,
+) -> Float[Array, "..."]:
+    """Contracts the last `inputs` axes of x with as many leading axes of the kernel, in x's dtype.
+
+    Written as one matrix product: XLA's CPU backend runs a product with more free axes about three
+    times slower; for an accelerator the two are the same.
+    """
+    kernel = kernel[...].astype(x.dtype)
+    contracted, features = kernel.shape[:inputs], kernel.shape[inputs:]
+    width = math.prod(contracted)
+    y = x.reshape(-1, width) @ kernel.reshape(width, -1)
+    y = y.reshape(*x.shape[: x.ndim - inputs], *features)
+    return y if bias is None else y + bias[...].astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

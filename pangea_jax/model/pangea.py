@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from pangea_jax.model.language import Decoder, KVCache, LanguageConfig
-from pangea_jax.model.layers import normal, zeros
+from pangea_jax.model.layers import linear, normal, zeros
 from pangea_jax.model.vision import VisionConfig, VisionTower, normalize
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -40,9 +40,8 @@ class Projector(nnx.Module):
         self.out_bias_d = zeros((width,), dtype)
 
     def __call__(self, x: Float[Array, "... E"]) -> Float[Array, "... D"]:
-        x = x @ self.in_kernel_ed[...].astype(x.dtype) + self.in_bias_d[...].astype(x.dtype)
-        x = jax.nn.gelu(x, approximate=False)
-        return x @ self.out_kernel_dd[...].astype(x.dtype) + self.out_bias_d[...].astype(x.dtype)
+        x = jax.nn.gelu(linear(x, self.in_kernel_ed, self.in_bias_d), approximate=False)
+        return linear(x, self.out_kernel_dd, self.out_bias_d)
 
 
 class Pangea(nnx.Module):

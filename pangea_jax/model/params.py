@@ -24,9 +24,10 @@ def merge(graphdef: nnx.GraphDef, params: Mapping[str, Array]) -> nnx.Module:
 
 
 def flatten(state: nnx.State) -> dict[str, Array]:
-    """An NNX state by dotted name."""
+    """An NNX state (of arrays, shapes or shardings) by dotted name."""
     return {
-        ".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)
+        ".".join(map(str, path)): leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        for path, leaf in nnx.to_flat_state(state)
     }
 
 

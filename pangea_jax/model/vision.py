@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from pangea_jax.model.attention import attention
-from pangea_jax.model.layers import LayerNorm, normal, stack_blocks, zeros
+from pangea_jax.model.layers import LayerNorm, linear, normal, stack_blocks, zeros
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -94,19 +94,12 @@ class VisionBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "N S D"]) -> Float[Array, "N S D"]:
         y = self.attention_norm(x)
-        q, k, v = (
-            jnp.einsum("NSD,DHC->NSHC", y, kernel[...].astype(y.dtype)) + bias[...].astype(y.dtype)
-            for kernel, bias in (
-                (self.q_kernel_dhc, self.q_bias_hc),
-                (self.k_kernel_dhc, self.k_bias_hc),
-                (self.v_kernel_dhc, self.v_bias_hc),
-            )
-        )
-        y = jnp.einsum("NSHC,HCD->NSD", attention(q, k, v), self.o_kernel_hcd[...].astype(y.dtype))
-        x = x + y + self.o_bias_d[...].astype(y.dtype)
-        y = self.mlp_norm(x)
-        y = quick_gelu(y @ self.up_kernel_df[...].astype(y.dtype) + self.up_bias_f[...].astype(y.dtype))
-        return x + y @ self.down_kernel_fd[...].astype(y.dtype) + self.down_bias_d[...].astype(y.dtype)
+        q = linear(y, self.q_kernel_dhc, self.q_bias_hc)
+        k = linear(y, self.k_kernel_dhc, self.k_bias_hc)
+        v = linear(y, self.v_kernel_dhc, self.v_bias_hc)
+        x = x + linear(attention(q, k, v), self.o_kernel_hcd, self.o_bias_d, inputs=2)
+        y = quick_gelu(linear(self.mlp_norm(x), self.up_kernel_df, self.up_bias_f))
+        return x + linear(y, self.down_kernel_fd, self.down_bias_d)
 
 
 class VisionTower(nnx.Module):

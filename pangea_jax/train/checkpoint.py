@@ -35,7 +35,9 @@ class Checkpoints:
         step = int(jax.device_get(state.step))
         if step == self.latest_step:
             return
-        self._orbax.save_checkpointables_async(step, {"state": state, "data": data, "clock": dict(clock)})
+        parts = {"state": state, "data": data, "clock": dict(clock)}
+        # Without force Orbax skips a save, the last of a run included, while another is being written.
+        self._orbax.save_checkpointables_async(step, parts, force=True)
 
     def restore(
         self, abstract_state: TrainState, data: Iterator

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import optax
 
+from pangea_jax.model import params as model_params
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -56,6 +58,11 @@ def _scale_by_name(factors: Mapping[str, float]) -> optax.GradientTransformation
     def factor(name):
         return next((f for pattern, f in factors.items() if re.fullmatch(pattern, name)), 1.0)
 
-    return optax.stateless(
-        lambda updates, params: {name: factor(name) * u for name, u in updates.items()}
-    )
+    def init(params):
+        model_params.select(params, factors)  # a pattern that fits nothing is a typing error
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        return {name: factor(name) * u for name, u in updates.items()}, state
+
+    return optax.GradientTransformation(init, update)

@@ -49,7 +49,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "accuracy": hits / jnp.maximum(count, 1),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "target_tokens": count,
             "tokens": jnp.sum(segments > 0),
             "examples": jnp.sum(segments.max(axis=1)),

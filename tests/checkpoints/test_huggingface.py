@@ -154,10 +154,11 @@ def test_part_reading_equals_slicing_of_the_whole():
     np.testing.assert_array_equal(names.to_theirs(whole, "(h c) d -> d h c"), theirs)
 
 
-def test_loads_onto_shardings(saved):
-    """Layers, heads and vocabulary sharded; on as many devices as there are."""
+def test_loads_onto_shardings_and_saves_from_them(saved, tmp_path):
+    """The first axis of each parameter that divides, be it layers, heads or vocabulary."""
     folder, state = saved
-    devices = [d for d in jax.devices()][: 2 if len(jax.devices()) > 1 else 1]
+    devices = jax.devices()[:2]
+    assert len(devices) == 2, "the tests run on simulated devices, see conftest.py"
     mesh = jax.sharding.Mesh(np.array(devices), ("model",))
 
     def sharding(value):
@@ -175,6 +176,8 @@ def test_loads_onto_shardings(saved):
         assert value[...].sharding == target.get_value(), path
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), state)
     assert_same_state(found, expected)
+    checkpoints.save(found, CONFIG, tmp_path, tokens=TOKENS)
+    assert_same_state(checkpoints.load(tmp_path), expected)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -245,6 +248,19 @@ def test_missing_unexpected_and_misshapen_tensors_in_one_error(saved, tmp_path):
     assert "position_ids" not in message
 
 
+def test_a_tied_head_may_be_stored_if_it_is_the_embedding(make_reference, tmp_path):
+    reference = make_reference("qwen2", True)
+    shutil.copy(reference.folder / "config.json", tmp_path)
+    stored = tensors(reference.folder)
+    head = stored["language_model.model.embed_tokens.weight"].copy()
+    save_file(stored | {"language_model.lm_head.weight": head}, tmp_path / "model.safetensors")
+    assert_same_state(checkpoints.load(tmp_path), checkpoints.load(reference.folder))
+    head[3, 5] += 1
+    save_file(stored | {"language_model.lm_head.weight": head}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="the config ties them"):
+        checkpoints.load(tmp_path)
+
+
 def test_truncated_and_missing_files_are_named(saved, tmp_path):
     _, state = saved
     checkpoints.save(state, CONFIG, tmp_path, tokens=TOKENS, max_shard_bytes=60_000)
@@ -266,13 +282,13 @@ def test_index_cannot_point_out_of_its_folder(saved, tmp_path):
     shutil.copy(folder / "config.json", tmp_path)
     index = {"weight_map": {"image_newline": "../model.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="not a .safetensors file of this folder"):
+    with pytest.raises(CheckpointError, match=r"not a \.safetensors file of this folder"):
         checkpoints.load(tmp_path)
 
 
 def test_pickled_weights_are_refused_with_the_remedy(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(CheckpointError, match="pytorch_model.bin.*save_pretrained"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*save_pretrained"):
         checkpoints.load(tmp_path, CONFIG)
     with pytest.raises(CheckpointError, match="unpickling runs code"):
         checkpoints.load(tmp_path / "pytorch_model.bin", CONFIG)
@@ -314,7 +330,7 @@ def test_saving_over_a_sharded_checkpoint_replaces_it_whole(saved, tmp_path):
 
 def test_save_refuses_what_does_not_fit(saved, tmp_path):
     _, state = saved
-    with pytest.raises(ValueError, match="special token image=151646 .* vocabulary of 97"):
+    with pytest.raises(ValueError, match=r"special token image=151646 .* vocabulary of 97"):
         checkpoints.save(state, CONFIG, tmp_path)
     with pytest.raises(ValueError, match="layout 'onnx'"):
         checkpoints.save(state, CONFIG, tmp_path, tokens=TOKENS, layout="onnx")
@@ -427,6 +443,8 @@ def test_vocabulary_is_that_of_the_tensor(saved, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ([], "holds a list, not a JSON object"),
+        (PANGEA_7B | {"hidden_size": "3584"}, "hidden_size is '3584', but only a positive number"),
         ({"model_type": "qwen2"}, "without mm_vision_tower is no LLaVA"),
         (PANGEA_7B | {"mm_vision_tower": "google/siglip"}, "mm_vision_tower is 'google/siglip'"),
         (PANGEA_7B | {"mm_projector_type": "linear"}, "mm_projector_type is 'linear'"),

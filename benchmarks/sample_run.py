@@ -1,0 +1,64 @@
+"""How long the main command takes on this machine, and where the time goes.
+
+    python benchmarks/sample_run.py [--config=configs/ablate_en_ratio.py] [--cold]
+
+Runs `launch/train.py` in a process of its own with a fresh work directory (with `--cold` a fresh compile cache,
+too) and prints the machine, wall time, time to the first step, peak memory, examples a second and every phase's
+share.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(config: str, cold: bool, overrides: list[str]) -> dict:
+    """One timed run; its results, with wall time and memory added."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = dict(os.environ)
+        if cold:
+            environment["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/cache"
+        workdir = Path(folder) / "run"
+        command = [sys.executable, "launch/train.py", f"--config={config}", f"--workdir={workdir}", *overrides]
+        started, clock = time.time(), time.perf_counter()
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+        wall = time.perf_counter() - clock
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+        results = json.loads((workdir / "results.json").read_text())
+        rates = sorted(line["examples_per_second"] for line in lines[1:])
+        return {
+            "wall_s": wall,
+            "first_log_s": lines[0]["time"] - started,
+            "peak_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
+            "examples_per_s": rates[len(rates) // 2] if rates else lines[0]["examples_per_second"],
+            "timing": results["timing"],
+        }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/ablate_en_ratio.py")
+    parser.add_argument("--cold", action="store_true", help="with an empty compile cache")
+    args, overrides = parser.parse_known_args()
+    figures = run(args.config, args.cold, overrides)
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(f"{args.config} {' '.join(overrides)}{' (cold compile cache)' if args.cold else ''}")
+    print(f"wall time         {figures['wall_s']:8.1f} s")
+    print(f"to the first log  {figures['first_log_s']:8.1f} s")
+    print(f"peak memory       {figures['peak_gib']:8.2f} GiB")
+    print(f"median rate       {figures['examples_per_s']:8.0f} examples/s")
+    for phase, spent in figures["timing"].items():
+        print(f"{phase:17} {spent['seconds']:8.1f} s {spent['share']:7.1%}")
+
+
+if __name__ == "__main__":
+    main()

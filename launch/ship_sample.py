@@ -1,0 +1,57 @@
+"""Takes the weights that the package ships from finished runs.
+
+    python launch/pretrain_tower.py --workdir=runs/sample_tower
+    python launch/ship_sample.py tower runs/sample_tower
+    python launch/train.py --config=configs/ablate_en_ratio.py --workdir=runs/en_ratio
+    python launch/ship_sample.py model runs/en_ratio
+
+float16 on disk: at this size its 11 bits cost no accuracy (the tests score what is shipped).
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from pangea_jax.checkpoints import SpecialTokens, config_from_folder, load, save
+from pangea_jax.data import emoji
+from pangea_jax.data.tokenizer import load_tokenizer
+from pangea_jax.generate.engine import SAMPLE_MODEL
+
+
+def ship_tower(run: Path) -> None:
+    """The tower of `launch/pretrain_tower.py`."""
+    SAMPLE_MODEL.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(run / "tower" / "model.safetensors", SAMPLE_MODEL / "tower.safetensors")
+
+
+def ship_model(run: Path) -> None:
+    """All but the tower of a run of `launch/train.py`, and its config."""
+    config = config_from_folder(run / "model")
+    tokenizer = load_tokenizer(emoji.DIRECTORY)
+    tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
+    only = ("projector", "newline", "language")
+    with tempfile.TemporaryDirectory() as folder:
+        state = load(run / "model", config, only=only)
+        save(state, config, folder, dtype=np.dtype("float16"), tokens=tokens, only=only)
+        for file in ("model.safetensors", "config.json"):
+            shutil.copyfile(Path(folder) / file, SAMPLE_MODEL / file)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("tower", "model"))
+    parser.add_argument("run", type=Path, help="work directory of the finished run")
+    args = parser.parse_args()
+    {"tower": ship_tower, "model": ship_model}[args.part](args.run)
+    for file in sorted(SAMPLE_MODEL.iterdir()):
+        print(f"{file.stat().st_size:>9} bytes  {file.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The main command, run as a user runs it: in a process of its own, for a few steps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).parents[2]
+# 12 steps of 32 examples, checkpoints every 4, a handful of questions.
+SHORT = (
+    "--config.mixture.num_examples=384",
+    "--config.augmented_views=1",
+    "--config.checkpoint.every=4",
+    "--config.log_every=2",
+    "--config.eval.limit=4",
+)
+COMMAND = (sys.executable, "launch/train.py", "--config=configs/ablate_en_ratio.py")
+
+
+def start(*flags, command=COMMAND, devices=1, **kwargs):
+    environment = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    return subprocess.Popen(
+        [*command, *flags],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **kwargs,
+    )
+
+
+def run(*flags, **kwargs):
+    """(exit code, standard output, standard error) of the command."""
+    process = start(*flags, **kwargs)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def metrics(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open(encoding="utf-8")]
+    return {line["step"]: (line["loss"], line["grad_norm"], line["learning_rate"]) for line in lines}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The work directory and output of one uninterrupted short run."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    code, out, err = run(f"--workdir={workdir}", *SHORT)
+    assert code == 0, err[-3000:]
+    return workdir, out
+
+
+def test_writes_what_it_promises(finished):
+    workdir, out = finished
+    results = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
+    assert set(results["splits"]) == {"seen_artwork", "unseen_artwork"}
+    for split in results["splits"].values():
+        assert set(split["languages"]) == {"en", "es", "sw", "ru", "ar", "hi", "zh", "ko"}
+        for scores in (split["english"], split["multilingual"], *split["languages"].values()):
+            shares = [value for name, value in scores.items() if name != "n"]
+            assert len(shares) == 4
+            assert all(0 <= share <= 1 for share in shares)
+        assert split["languages"]["sw"]["n"] == 4
+        assert split["multilingual"]["n"] == 28
+    mixture = results["mixture"]
+    assert mixture["examples_per_language"]["en"] == round(0.4 * 384)
+    assert sum(mixture["examples_per_language"].values()) == 384
+    assert results["steps"] == 12
+    assert sorted(metrics(workdir)) == [1, 3, 5, 7, 9, 11]
+    for figure in ("loss", "languages", "sheet"):
+        assert (workdir / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (workdir / f"{figure}.svg").read_text(encoding="utf-8")[:2000]
+    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+    assert json.loads((workdir / "config.json").read_text())["mixture"]["en_ratio"] == 0.4
+    assert "English" in out
+    assert "12/12" in out
+
+
+def test_the_loss_falls(finished):
+    losses = [loss for loss, *_ in metrics(finished[0]).values()]
+    assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path):
+    """Ctrl-C in mid-run: saved, told how to go on; then the same losses and weights, bit for bit."""
+    workdir = tmp_path / "run"
+    process = start(f"--workdir={workdir}", *SHORT)
+    path = workdir / "metrics.jsonl"
+    deadline = time.time() + 300
+    while time.time() < deadline and not (path.exists() and path.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err[-3000:]
+    assert "the same command goes on" in err
+    saved = max(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
+    assert 0 < saved < 12
+    code, _, err = run(f"--workdir={workdir}", *SHORT)
+    assert code == 0, err[-3000:]
+    assert f"resumed from step {saved} of 12" in err
+    assert_same_run(finished[0], workdir)
+
+
+def assert_same_run(one, other):
+    ours, theirs = metrics(one), metrics(other)
+    # A log line averages since the last one, so those right after a resume may cover fewer steps.
+    common = [step for step in ours if ours[step] == theirs.get(step)]
+    assert 11 in common
+    for name, value in load_file(one / "model" / "model.safetensors").items():
+        np.testing.assert_array_equal(load_file(other / "model" / "model.safetensors")[name], value)
+    splits = [json.loads((w / "results.json").read_text())["splits"] for w in (one, other)]
+    assert splits[0] == splits[1]
+
+
+@pytest.mark.slow
+def test_eight_devices_equal_one(finished, tmp_path):
+    workdir = tmp_path / "run"
+    code, _, err = run(f"--workdir={workdir}", *SHORT, devices=8)
+    assert code == 0, err[-3000:]
+    assert "'fsdp': 8" in err
+    one, eight = metrics(finished[0]), metrics(workdir)
+    for step, values in one.items():
+        np.testing.assert_allclose(eight[step], values, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--config.optimizer.learning_rat=1"], "learning_rate"),
+        (["--config=configs/ablate_en_ratio.py:en_ration=0.5"], "did you mean 'en_ratio'"),
+        (["--config=configs/ablate_en_ratio.py:scale=huge"], "not one of ('sample',)"),
+        (["--config=configs/ablate_en_ratio.py:en_ratio=1.5"], "must lie in [0, 1]"),
+        (["--config=configs/no_such.py"], "no_such.py"),
+        (["--config.mesh.data=3"], "does not fill the 1 devices"),
+        (["--workdir=README.md/run"], "cannot write to README.md/run"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, says, tmp_path):
+    workdir = [] if any("workdir" in flag for flag in flags) else [f"--workdir={tmp_path / 'run'}"]
+    code, _, err = run(*workdir, *flags)
+    assert code == 1
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_refuses_the_work_directory_of_another_config(finished):
+    code, _, err = run(f"--workdir={finished[0]}", *SHORT, "--config.seed=7")
+    assert code == 1
+    assert "another config (seed is 0 there and 7 here" in err

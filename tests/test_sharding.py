@@ -1,0 +1,149 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pangea_jax import sharding
+from pangea_jax.model import Pangea, PangeaConfig
+from pangea_jax.model import params as model_params
+from pangea_jax.train import optimizer as optim
+from pangea_jax.train.state import init_state
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    """Names and shapes of Pangea-7B; no memory is taken."""
+    return model_params.abstract(lambda: Pangea(PangeaConfig(), rngs=nnx.Rngs(0)))[1]
+
+
+def size(leaf):
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def test_the_full_model_has_the_published_size(full_size):
+    # Qwen2-7B-Instruct, CLIP ViT-L/14-336, the projector and the newline vector.
+    projector = 1024 * 3584 + 3584 + 3584**2 + 3584
+    expected = 7_615_616_512 + 303_507_456 + projector + 3584
+    assert sum(math.prod(leaf.shape) for leaf in full_size.values()) == expected
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (8, 1, 1), (1, 512, 1), (4, 64, 4)])
+def test_every_parameter_of_the_full_model_has_a_place(full_size, sizes):
+    mesh = AbstractMesh(sizes, sharding.AXES)
+    shardings = sharding.param_shardings(full_size, mesh)
+    assert shardings.keys() == full_size.keys()
+    split = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    local = sum(
+        math.prod(shardings[name].shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for name, leaf in full_size.items()
+    )
+    total = sum(map(size, full_size.values()))
+    # Everything but norms, biases and single vectors is cut into `split` pieces.
+    assert total / split <= local <= total / split + 0.02 * total
+    if split > 1:
+        whole = [name for name, s in shardings.items() if s.is_fully_replicated]
+        assert sum(size(full_size[name]) for name in whole) <= 0.02 * total
+
+
+def test_the_layer_axis_is_never_split(full_size):
+    mesh = AbstractMesh((2, 2, 2), sharding.AXES)
+    for name, placed in sharding.param_shardings(full_size, mesh).items():
+        if "blocks." in name and placed.spec:
+            assert placed.spec[0] is None, name
+
+
+def test_every_rule_is_used(full_size):
+    names = [*full_size, "vision.tail_blocks.q_kernel_dhc"]
+    for pattern, _ in sharding.RULES:
+        assert model_params.select(names, [pattern]), pattern
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    mesh = AbstractMesh((1, 8, 1), sharding.AXES)
+    with pytest.raises(ValueError, match=r"no sharding rule matches parameter 'language\.gate_dh'"):
+        sharding.spec("language.gate_dh", (8, 8), mesh)
+
+
+def test_an_axis_that_does_not_divide_is_an_error(full_size):
+    mesh = AbstractMesh((1, 5, 1), sharding.AXES)
+    with pytest.raises(ValueError, match=r"head_kernel_dv.*dimension 0 .* 5 devices .*'fsdp'"):
+        sharding.spec("language.head_kernel_dv", (3584, 152064), mesh)
+    with pytest.raises(ValueError, match=r"k_bias_kc.*dimension 1 .* 8 devices .*'tensor'"):
+        sharding.param_shardings(full_size, AbstractMesh((1, 1, 8), sharding.AXES))
+
+
+def test_too_many_replicated_bytes_are_an_error():
+    shapes = {
+        "language.head_kernel_dv": jax.ShapeDtypeStruct((64, 64), jnp.float32),
+        "newline_d": jax.ShapeDtypeStruct((64,), jnp.float32),
+    }
+    assert sharding.param_shardings(shapes, AbstractMesh((1, 8, 1), sharding.AXES))
+    shapes["language.final_norm.scale"] = jax.ShapeDtypeStruct((64,), jnp.float32)
+    with pytest.raises(ValueError, match=r"3\.0% of the parameter bytes are replicated"):
+        sharding.param_shardings(shapes, AbstractMesh((1, 8, 1), sharding.AXES))
+    # Data parallelism alone is meant to replicate.
+    assert sharding.param_shardings(shapes, AbstractMesh((8, 1, 1), sharding.AXES))
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"),
+    [((1, -1, 1), (1, 8, 1)), ((2, 2, -1), (2, 2, 2)), ((-1, 4, 2), (1, 4, 2)), ((8, 1, 1),) * 2],
+)
+def test_make_mesh_fills_the_devices(asked, made):
+    mesh = sharding.make_mesh(*asked)
+    assert tuple(mesh.shape.values()) == made
+    assert mesh.axis_names == sharding.AXES
+
+
+@pytest.mark.parametrize("asked", [(1, 4, 1), (3, -1, 1), (16, 1, 1)])
+def test_a_mesh_that_does_not_fill_the_devices_is_an_error(asked):
+    with pytest.raises(ValueError, match="does not fill the 8 devices"):
+        sharding.make_mesh(*asked)
+
+
+def test_only_one_axis_can_be_left_open():
+    with pytest.raises(ValueError, match="only one axis may be -1"):
+        sharding.make_mesh(-1, -1, 1)
+
+
+def test_adam_moments_lie_as_their_parameter(tiny_config):
+    mesh = sharding.make_mesh(1, -1, 1)
+    optimizer = optim.make_optimizer(optim.OptimizerConfig(), 10)
+    state = init_state(tiny_config, optimizer, mesh, seed=0)[1]
+    placed = sharding.param_shardings(jax.eval_shape(lambda: state.params), mesh)
+    moments = state.opt_state[1]
+    for name, value in state.params.items():
+        for leaf in (value, moments.mu[name], moments.nu[name]):
+            assert leaf.sharding.is_equivalent_to(placed[name], leaf.ndim), name
+    assert state.step.sharding.is_fully_replicated
+
+
+def test_to_global_keeps_the_rows_in_order():
+    mesh = sharding.make_mesh(2, 2, 2)
+    rows = np.arange(24, dtype=np.int32).reshape(8, 3)
+    batch = sharding.to_global({"tokens": rows}, mesh)["tokens"]
+    assert np.array_equal(batch, rows)
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
+
+
+def test_the_table_adds_up():
+    mesh = AbstractMesh((1, 4, 1), sharding.AXES)
+    shapes = {
+        "language.head_kernel_dv": jax.ShapeDtypeStruct((64, 32), jnp.float32),
+        "newline_d": jax.ShapeDtypeStruct((16,), jnp.float32),
+    }
+    placed = {
+        "language.head_kernel_dv": NamedSharding(mesh, P("fsdp", "tensor")),
+        "newline_d": NamedSharding(mesh, P()),
+    }
+    head, newline, total = sharding.table(shapes, placed).splitlines()
+    assert "fsdp, tensor" in head
+    assert head.endswith("2.0 KiB")
+    assert "replicated" in newline
+    assert newline.endswith("64 B")
+    assert "8.1 KiB in all, 2.1 KiB per device" in total

@@ -1,0 +1,147 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pangea_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
+
+PARAMS = {
+    "vision.blocks.o_kernel_hcd": (2, 3),
+    "vision.position_embedding_sd": (3,),
+    "language.embedding_vd": (4, 2),
+    "language.blocks.q_bias_hc": (3,),
+    "language.final_norm.scale": (2,),
+    "newline_d": (2,),
+}
+DECAYED = {name for name in PARAMS if "kernel" in name or "embedding" in name}
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(0)
+    return {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in PARAMS.items()
+    }
+
+
+def run(config, params, gradients, total_steps):
+    optimizer = make_optimizer(config, total_steps)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for grads in gradients:
+        params, state = step(params, state, grads)
+    return params
+
+
+def adamw(config, params, gradients, total_steps, lr_of):
+    """Textbook AdamW (Loshchilov and Hutter, 2019) with global clipping, float64 NumPy."""
+    params = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    first = {name: np.zeros_like(value) for name, value in params.items()}
+    second = {name: np.zeros_like(value) for name, value in params.items()}
+    warmup = max(1, round(config.warmup_ratio * total_steps))
+    for step, grads in enumerate(gradients):
+        norm = np.sqrt(sum(np.sum(np.square(np.asarray(g, np.float64))) for g in grads.values()))
+        if step < warmup:
+            lr = config.learning_rate * step / warmup
+        else:
+            done = (step - warmup) / (total_steps - warmup)
+            cosine = 0.5 * (1 + np.cos(np.pi * done))
+            lr = config.learning_rate * (config.final_ratio + (1 - config.final_ratio) * cosine)
+        for name in params:
+            g = np.asarray(grads[name], np.float64) * min(1, config.clip_norm / norm)
+            first[name] = config.b1 * first[name] + (1 - config.b1) * g
+            second[name] = config.b2 * second[name] + (1 - config.b2) * g * g
+            m = first[name] / (1 - config.b1 ** (step + 1))
+            v = second[name] / (1 - config.b2 ** (step + 1))
+            update = m / (np.sqrt(v) + config.eps)
+            if name in DECAYED:
+                update += config.weight_decay * params[name]
+            params[name] = params[name] - lr * lr_of(name) * update
+    return params
+
+
+def gradients(params, steps, scale):
+    rng = np.random.default_rng(1)
+    return [
+        {n: jnp.asarray(scale * rng.normal(size=v.shape), jnp.float32) for n, v in params.items()}
+        for _ in range(steps)
+    ]
+
+
+@pytest.mark.parametrize("scale", [0.01, 5.0], ids=["unclipped", "clipped"])
+def test_ten_steps_equal_textbook_adamw(params, scale):
+    config = OptimizerConfig(
+        learning_rate=1e-2,
+        warmup_ratio=0.3,
+        final_ratio=0.1,
+        weight_decay=0.2,
+        lr_scale={r"vision\..*": 0.1},
+    )
+    grads = gradients(params, 10, scale)
+    expected = adamw(
+        config, params, grads, 10, lambda name: 0.1 if name.startswith("vision") else 1
+    )
+    for name, value in run(config, params, grads, 10).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_decay_acts_on_kernels_and_embeddings_alone(params):
+    config = OptimizerConfig(learning_rate=0.5, warmup_ratio=0, weight_decay=0.1)
+    zero = {name: jnp.zeros_like(value) for name, value in params.items()}
+    # The first step of a warm-up has learning rate 0, the second the peak.
+    after = run(config, params, [zero, zero], 100)
+    for name, value in params.items():
+        factor = 0.95 if name in DECAYED else 1.0
+        np.testing.assert_allclose(after[name], factor * value, rtol=1e-6, err_msg=name)
+
+
+def test_the_first_matching_scale_counts(params):
+    grads = gradients(params, 2, 1.0)
+    base = {"learning_rate": 0.1, "warmup_ratio": 0, "clip_norm": 1e9}
+
+    def change(name, **scales):
+        after = run(OptimizerConfig(**base, **scales), params, grads, 100)
+        return np.asarray(after[name] - params[name])
+
+    scales = {r"vision\..*kernel_\w+": 0.5, r"vision\..*": 0.0}
+    for name, factor in {
+        "vision.blocks.o_kernel_hcd": 0.5,
+        "vision.position_embedding_sd": 0.0,
+        "newline_d": 1.0,
+    }.items():
+        scaled = change(name, lr_scale=scales)
+        np.testing.assert_allclose(scaled, factor * change(name), rtol=1e-4, atol=1e-6)
+
+
+def test_a_scale_that_fits_no_parameter_is_an_error(params):
+    optimizer = make_optimizer(OptimizerConfig(lr_scale={r"visoin\..*": 0.1}), 10)
+    with pytest.raises(ValueError, match="matches no parameter"):
+        optimizer.init(params)
+
+
+@pytest.mark.parametrize(("total", "ratio"), [(1000, 0.03), (100, 0.0), (7, 0.5)])
+def test_schedule_end_points(total, ratio):
+    config = OptimizerConfig(learning_rate=3e-4, warmup_ratio=ratio, final_ratio=0.1)
+    schedule = make_schedule(config, total)
+    warmup = max(1, round(ratio * total))
+    middle = (warmup + total) / 2
+    np.testing.assert_allclose(schedule(0), 0, atol=1e-12)
+    np.testing.assert_allclose(schedule(warmup), 3e-4, rtol=1e-6)
+    np.testing.assert_allclose(schedule(total), 3e-5, rtol=1e-5)
+    np.testing.assert_allclose(schedule(middle), (3e-4 + 3e-5) / 2, rtol=1e-5)
+    np.testing.assert_allclose(schedule(total + 50), 3e-5, rtol=1e-5)
+
+
+def test_defaults_are_the_papers_fine_tuning_stage():
+    config = OptimizerConfig()
+    assert (config.learning_rate, config.warmup_ratio, config.weight_decay) == (2e-5, 0.03, 0)
+    schedule = make_schedule(config, 12_000)
+    assert float(schedule(12_000)) == 0
+    assert float(schedule(360)) == pytest.approx(2e-5)
+    assert make_schedule(config, 1)(0) == 0

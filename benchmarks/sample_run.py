@@ -28,7 +28,13 @@ def run(config: str, cold: bool, overrides: list[str]) -> dict:
         if cold:
             environment["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/cache"
         workdir = Path(folder) / "run"
-        command = [sys.executable, "launch/train.py", f"--config={config}", f"--workdir={workdir}", *overrides]
+        command = [
+            sys.executable,
+            "launch/train.py",
+            f"--config={config}",
+            f"--workdir={workdir}",
+            *overrides,
+        ]
         started, clock = time.time(), time.perf_counter()
         subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
         wall = time.perf_counter() - clock
@@ -45,12 +51,16 @@ def run(config: str, cold: bool, overrides: list[str]) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/ablate_en_ratio.py")
     parser.add_argument("--cold", action="store_true", help="with an empty compile cache")
     args, overrides = parser.parse_known_args()
     figures = run(args.config, args.cold, overrides)
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    )
     print(f"{args.config} {' '.join(overrides)}{' (cold compile cache)' if args.cold else ''}")
     print(f"wall time         {figures['wall_s']:8.1f} s")
     print(f"to the first log  {figures['first_log_s']:8.1f} s")

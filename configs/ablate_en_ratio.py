@@ -19,6 +19,8 @@ POINTS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(arg, en_ratio=0.4, scale="sample", languages="default", seed=0)
     choice("scale", args["scale"], ("sample",))
-    config = sample.get_config(f"languages={args['languages']},seed={args['seed']},en_ratio={args['en_ratio']}")
+    config = sample.get_config(
+        f"languages={args['languages']},seed={args['seed']},en_ratio={args['en_ratio']}"
+    )
     config.title = f"{args['en_ratio']:.0%} English"
     return config

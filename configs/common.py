@@ -31,7 +31,9 @@ def _convert(key, text, default):
         return type(default)(text)
     except (KeyError, ValueError):
         kind = type(default).__name__
-        raise ValueError(f"config argument {key}={text!r}: expected a {kind}, like {default!r}") from None
+        raise ValueError(
+            f"config argument {key}={text!r}: expected a {kind}, like {default!r}"
+        ) from None
 
 
 def choice(key: str, value: str, options: tuple[str, ...]) -> str:

@@ -15,7 +15,16 @@ def get_config() -> ConfigDict:
     config.artists = ("noto", "fluent", "emojione", "openmoji")
     config.test_artist = "twemoji"
     config.vision = ConfigDict(
-        dict(image_size=48, patch_size=8, width=128, layers=4, heads=4, mlp=512, feature_layer=-1, scan_unroll=4)
+        dict(
+            image_size=48,
+            patch_size=8,
+            width=128,
+            layers=4,
+            heads=4,
+            mlp=512,
+            feature_layer=-1,
+            scan_unroll=4,
+        )
     )
     config.steps = 4500
     config.batch_size = 128

@@ -103,7 +103,11 @@ def make_items(
                     names.append(name)
             artist = record.images[0].split("/")[0]
             other_image = _blind_image(store, artist, shown, others, concepts, language, names)
-            items.append(Item(split, language, record.turns[:-1], record.images[0], other_image, tuple(names)))
+            items.append(
+                Item(
+                    split, language, record.turns[:-1], record.images[0], other_image, tuple(names)
+                )
+            )
     return items
 
 
@@ -154,12 +158,17 @@ class Namer:
             seen = self._run(params, batch, [item.image for item in batch], views)
             blind = self._run(params, batch, [item.other_image for item in batch], views)
             for place, item, a, b in zip(places, batch, seen, blind, strict=True):
-                answers[place] = Answer(item, a[0], _same(a[0], item), a[1], _same(b[0], item), b[1])
+                answers[place] = Answer(
+                    item, a[0], _same(a[0], item), a[1], _same(b[0], item), b[1]
+                )
         return answers
 
     def _run(self, params, items, images, views) -> list[tuple[str, bool]]:
         """(greedy text, true name ranked first) for each item under the given pictures."""
-        rows = [self._prompt(item, views(key, None), views) for item, key in zip(items, images, strict=True)]
+        rows = [
+            self._prompt(item, views(key, None), views)
+            for item, key in zip(items, images, strict=True)
+        ]
         names, mask = self._names(items)
         filler = self._batch_size - len(items)
         batch = {k: np.stack([row[k] for row in rows] + [rows[-1][k]] * filler) for k in rows[0]}
@@ -168,21 +177,37 @@ class Namer:
             self._score(params, jax.tree.map(place, batch), place(names), place(mask))
         )
         return [
-            (self._tokenizer.decode(_until(tokens[i], self._tokenizer.im_end_id)), bool(scores[i].argmax() == 0))
+            (
+                self._tokenizer.decode(_until(tokens[i], self._tokenizer.im_end_id)),
+                bool(scores[i].argmax() == 0),
+            )
             for i in range(len(items))
         ]
 
     def _prompt(self, item, picture, views):
         tiles, image_index = picture
         rendered = chat.render(
-            item.question, self._tokenizer, [image_index], tiles_per_image=[1], patches=views.patches, answer_next=True
+            item.question,
+            self._tokenizer,
+            [image_index],
+            tiles_per_image=[1],
+            patches=views.patches,
+            answer_next=True,
         )
         if len(rendered.tokens) > self._prompt_tokens:
-            raise ValueError(f"a prompt of {len(rendered.tokens)} tokens; eval.prompt_tokens is {self._prompt_tokens}")
-        example = {"tokens": rendered.tokens, "image_index": rendered.image_index, views.field: tiles}
+            raise ValueError(
+                f"a prompt of {len(rendered.tokens)} tokens; eval.prompt_tokens is {self._prompt_tokens}"
+            )
+        example = {
+            "tokens": rendered.tokens,
+            "image_index": rendered.image_index,
+            views.field: tiles,
+        }
         unused = np.zeros_like(rendered.tokens)
         row = pad_row(example | {"targets": unused, "weights": unused}, self._prompt_tokens, 1)
-        return {k: row[k] for k in ("tokens", "image_index", "positions", "segment_ids", views.field)}
+        return {
+            k: row[k] for k in ("tokens", "image_index", "positions", "segment_ids", views.field)
+        }
 
     @functools.cache  # noqa: B019 - lives as long as the run
     def _encode(self, name: str) -> list[int]:
@@ -233,7 +258,9 @@ def _score(
     flat = names.reshape(B * J, A)
     positions = jnp.repeat(lengths, J)[:, None] + jnp.arange(A - 1)
     x = model.language.embed(flat[:, :-1], last.dtype)
-    x, _ = model.language.extend(x, positions, mask.reshape(B * J, A)[:, :-1].astype(jnp.int32), copies)
+    x, _ = model.language.extend(
+        x, positions, mask.reshape(B * J, A)[:, :-1].astype(jnp.int32), copies
+    )
     x = jnp.concatenate([jnp.repeat(last, J, axis=0)[:, None], x], axis=1)
     logits = model.language.logits(x)
     right = jnp.take_along_axis(logits, flat[..., None], axis=-1)[..., 0]
@@ -289,7 +316,9 @@ def summarize(answers: Sequence[Answer], languages: Sequence[str]) -> dict:
         means = np.mean(columns, axis=0).tolist()
         by_language[code] = dict(zip(METRICS, means, strict=True)) | {"n": len(mine)}
     others = [scores for code, scores in by_language.items() if code != "en"]
-    mean = {m: float(np.mean([scores[m] for scores in others])) for m in METRICS} if others else None
+    mean = (
+        {m: float(np.mean([scores[m] for scores in others])) for m in METRICS} if others else None
+    )
     return {
         "english": by_language.get("en"),
         "multilingual": mean and mean | {"n": sum(scores["n"] for scores in others)},

@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,18 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
+from pangea_jax.checkpoints import huggingface
+from pangea_jax.data.record import RecordError
+from pangea_jax.data.store import RecordStore, StoreError
+from pangea_jax.generate.engine import SAMPLE_MODEL
+from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig
+from pangea_jax.model import params as model_params
+
 Config = ConfigDict | FrozenConfigDict
+PRETRAINED = {
+    "tower": ("tower.safetensors", ("vision",)),
+    "stage1": ("stage1.safetensors", ("projector", "newline", "language")),
+}
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
 
@@ -27,23 +38,27 @@ class Interrupted(Exception):
     """The run was asked to stop and has saved itself."""
 
     def __init__(self, step: int, total: int):
-        super().__init__(f"stopped after step {step} of {total} and saved; the same command goes on from there")
+        super().__init__(
+            f"stopped after step {step} of {total} and saved; the same command goes on from there"
+        )
 
 
 def define_config(default: str) -> flags.FlagHolder:
     """The `--config=FILE[:ARG]` flag; `--config.key=value` overrides one leaf."""
     return config_flags.DEFINE_config_file(
-        "config", default, "Config file, with :key=value,... arguments; --config.key=value overrides a leaf.", lock_config=True
+        "config",
+        default,
+        "Config file, with :key=value,... arguments; --config.key=value overrides a leaf.",
+        lock_config=True,
     )
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
     """`app.run`, with user errors as one sentence and distinct exit codes."""
-    from pangea_jax.data.record import RecordError
-    from pangea_jax.data.store import StoreError
-
     # JAX looks for a TPU wherever libtpu is not installed and says so at every start.
-    logging.get_absl_handler().addFilter(lambda r: "Unable to initialize backend 'tpu'" not in r.getMessage())
+    logging.get_absl_handler().addFilter(
+        lambda r: "Unable to initialize backend 'tpu'" not in r.getMessage()
+    )
 
     def guarded(argv):
         try:
@@ -52,7 +67,10 @@ def run(main: Callable[[list[str]], Any]) -> None:
             print(stop, file=sys.stderr)
             sys.exit(EXIT_INTERRUPTED)
         except KeyboardInterrupt:
-            print("stopped; nothing was trained since the last checkpoint, the same command goes on from it", file=sys.stderr)
+            print(
+                "stopped; nothing was trained since the last checkpoint, the same command goes on from it",
+                file=sys.stderr,
+            )
             sys.exit(EXIT_INTERRUPTED)
         except (UserError, StoreError, RecordError, PermissionError, ValueError) as error:
             if "PANGEA_DEBUG" in os.environ:
@@ -67,15 +85,48 @@ def _parse_flags(argv):
     """Parses flags; an unknown config key or argument becomes one sentence with the nearest name."""
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError) as error:
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        ValueError,
+        TypeError,
+        OSError,
+        ImportError,
+    ) as error:
         known = [name for name in flags.FLAGS if name.startswith(("config", "workdir"))]
         message = str(error).strip("'\"")
         unknown = re.search(r"Unknown command line flag '([^']+)'", message)
         if unknown:
             near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.5)
-            message += f"; did you mean --{near[0]}?" if near and "Did you mean" not in message else ""
+            message += (
+                f"; did you mean --{near[0]}?" if near and "Did you mean" not in message else ""
+            )
         print(f"error: {message}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
+
+
+def model_config(config: Config) -> PangeaConfig:
+    """The model that `config.model` describes; unknown keys are errors."""
+    parts = dict(config.model)
+    vision, language = VisionConfig(**parts.pop("vision")), LanguageConfig(**parts.pop("language"))
+    return PangeaConfig(vision=vision, language=language, **parts)
+
+
+def load_pretrained(config: PangeaConfig, names: Sequence[str]) -> dict[str, jax.Array]:
+    """Parameters that training starts from, by name. Pangea starts from CLIP and Qwen2, the sample
+    model from what it ships with."""
+    params = {}
+    for name in names:
+        file, parts = PRETRAINED[name]
+        params |= model_params.flatten(huggingface.load(SAMPLE_MODEL / file, config, only=parts))
+    return params
+
+
+def picture_keys(store: RecordStore, sources: Sequence[str]) -> list[str]:
+    """Keys of all drawings of some sources, such as "emoji/noto"."""
+    artists = {source.removeprefix("emoji/") for source in sources}
+    return [key for key in store.image_index["key"].to_pylist() if key.split("/")[0] in artists]
 
 
 def default_workdir(holder: flags.FlagHolder) -> str:
@@ -108,9 +159,13 @@ def claim_workdir(workdir: Path, config: Config) -> None:
                 )
         write_json(path, mine)
     except OSError as error:
-        raise UserError(f"cannot write to {workdir} ({error.strerror}); give a --workdir you may write to") from None
+        raise UserError(
+            f"cannot write to {workdir} ({error.strerror}); give a --workdir you may write to"
+        ) from None
     except json.JSONDecodeError:
-        raise UserError(f"{path} is not JSON, so {workdir} is no work directory of ours; give another --workdir") from None
+        raise UserError(
+            f"{path} is not JSON, so {workdir} is no work directory of ours; give another --workdir"
+        ) from None
 
 
 def _differences(theirs: Any, mine: Any, key: str = "") -> list[str]:
@@ -133,7 +188,9 @@ def write_json(path: Path, value: Any) -> None:
 def use_compile_cache() -> None:
     """Keeps compiled programs across runs, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
     if not jax.config.jax_compilation_cache_dir:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pangea_jax" / "xla"
+        cache = (
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pangea_jax" / "xla"
+        )
         try:
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -163,7 +220,10 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping: finishing this step and saving (once more to stop at once)", file=sys.stderr)
+        print(
+            "\nstopping: finishing this step and saving (once more to stop at once)",
+            file=sys.stderr,
+        )
 
 
 class Rates:
@@ -183,7 +243,8 @@ class Rates:
         self._pending, self._since = [], time.perf_counter()
         weights = [float(m["target_tokens"]) for m in metrics]
         weighted = {
-            name: sum(float(m[name]) * w for m, w in zip(metrics, weights, strict=True)) / max(sum(weights), 1)
+            name: sum(float(m[name]) * w for m, w in zip(metrics, weights, strict=True))
+            / max(sum(weights), 1)
             for name in ("loss", "accuracy")
         }
         return weighted | {

@@ -124,13 +124,20 @@ def main(_):
             params, opt_state, metrics = step_fn(params, opt_state, jax.random.fold_in(root, step))
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 telemetry.log(step, {name: float(value) for name, value in metrics.items()})
-    results = {a: test(graphdef, params, store, a, vision.image_size) for a in (*config.artists, config.test_artist)}
+    results = {
+        a: test(graphdef, params, store, a, vision.image_size)
+        for a in (*config.artists, config.test_artist)
+    }
     (workdir / "results.json").write_text(json.dumps(results, indent=2))
     print(json.dumps(results, indent=2))
     tower = {name: value for name, value in params.items() if name.startswith("vision.")}
     whole = PangeaConfig(vision=vision, pinpoints=())
     huggingface.save(
-        model_params.unflatten(tower), whole, workdir / "tower", only=("vision",), dtype=np.dtype("float16")
+        model_params.unflatten(tower),
+        whole,
+        workdir / "tower",
+        only=("vision",),
+        dtype=np.dtype("float16"),
     )
 
 

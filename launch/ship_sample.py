@@ -2,6 +2,8 @@
 
     python launch/pretrain_tower.py --workdir=runs/sample_tower
     python launch/ship_sample.py tower runs/sample_tower
+    python launch/pretrain_sample.py --workdir=runs/sample_stage1
+    python launch/ship_sample.py stage1 runs/sample_stage1
     python launch/train.py --config=configs/ablate_en_ratio.py --workdir=runs/en_ratio
     python launch/ship_sample.py model runs/en_ratio
 
@@ -24,10 +26,10 @@ from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.generate.engine import SAMPLE_MODEL
 
 
-def ship_tower(run: Path) -> None:
-    """The tower of `launch/pretrain_tower.py`."""
+def ship_pretrained(run: Path, name: str) -> None:
+    """The tower or stage 1, as `launch/pretrain_*.py` wrote it."""
     SAMPLE_MODEL.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(run / "tower" / "model.safetensors", SAMPLE_MODEL / "tower.safetensors")
+    shutil.copyfile(run / name / "model.safetensors", SAMPLE_MODEL / f"{name}.safetensors")
 
 
 def ship_model(run: Path) -> None:
@@ -44,11 +46,16 @@ def ship_model(run: Path) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("tower", "model"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=("tower", "stage1", "model"))
     parser.add_argument("run", type=Path, help="work directory of the finished run")
     args = parser.parse_args()
-    {"tower": ship_tower, "model": ship_model}[args.part](args.run)
+    if args.part == "model":
+        ship_model(args.run)
+    else:
+        ship_pretrained(args.run, args.part)
     for file in sorted(SAMPLE_MODEL.iterdir()):
         print(f"{file.stat().st_size:>9} bytes  {file.name}")
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from rich.console import Console
 
 from eval import naming, report
@@ -28,8 +28,6 @@ from pangea_jax import sharding
 from pangea_jax.checkpoints import SpecialTokens, huggingface
 from pangea_jax.data import emoji, mixture, pipeline
 from pangea_jax.data.tokenizer import load_tokenizer
-from pangea_jax.generate.engine import SAMPLE_MODEL
-from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig
 from pangea_jax.model import params as model_params
 from pangea_jax.train import optimizer as optim
 from pangea_jax.train.checkpoint import Checkpoints
@@ -39,8 +37,9 @@ from pangea_jax.train.step import make_train_step
 from pangea_jax.train.telemetry import StepTimer, Telemetry
 
 CONFIG = common.define_config("configs/ablate_en_ratio.py")
-TOWER = SAMPLE_MODEL / "tower.safetensors"
-WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; default runs/<config and argument>.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where everything is written; default runs/<config and argument>."
+)
 
 
 @dataclasses.dataclass
@@ -58,27 +57,12 @@ class Run:
         return jax.process_index() == 0
 
 
-def model_config(config) -> PangeaConfig:
-    parts = dict(config.model)
-    vision, language = VisionConfig(**parts.pop("vision")), LanguageConfig(**parts.pop("language"))
-    return PangeaConfig(vision=vision, language=language, **parts)
-
-
 def load_data(config):
     """Store, tokenizer, and the realised mixture."""
     store = emoji.open_store()
     store.verify()
     choice = mixture.choose(store.index, mixture.Mixture(seed=config.seed, **config.mixture))
     return store, load_tokenizer(emoji.DIRECTORY), choice
-
-
-def load_tower(config: PangeaConfig):
-    """Pangea starts from CLIP, the sample model from the tower it ships with."""
-    return model_params.flatten(huggingface.load(TOWER, config, only=("vision",)))
-
-
-def picture_keys(store, artists):
-    return [key for key in store.image_index["key"].to_pylist() if key.split("/")[0] in artists]
 
 
 def training_views(run, model, store, artists) -> pipeline.CachedViews | pipeline.Views:
@@ -88,7 +72,7 @@ def training_views(run, model, store, artists) -> pipeline.CachedViews | pipelin
         vision = model.config.vision
         return pipeline.Views(store, config.model.pinpoints, vision.image_size, vision.grid)
     with run.timer.phase("features"):
-        keys = picture_keys(store, artists)
+        keys = common.picture_keys(store, config.mixture.sources)
         features = frozen_features(
             model.vision, store, keys, run.mesh, augmented=config.augmented_views, seed=config.seed
         )
@@ -101,17 +85,26 @@ def train(run, optimizer, graphdef, state, shardings, batches, total_steps):
     checkpoints = Checkpoints(run.workdir / "checkpoints", keep=config.checkpoint.keep)
     data = iter(batches)
     if checkpoints.latest_step is not None:
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+        abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+        )
         state, clock = checkpoints.restore(abstract, data)
         run.timer = StepTimer(clock)
         logging.info("resumed from step %d of %d", int(state.step), total_steps)
     first = int(state.step)
     examples_per_step = pipeline.PipelineConfig(**config.pipeline).examples
-    step_fn = make_train_step(graphdef, optimizer, shardings, run.mesh, max_targets=config.pipeline.max_targets)
+    step_fn = make_train_step(
+        graphdef, optimizer, shardings, run.mesh, max_targets=config.pipeline.max_targets
+    )
     schedule = optim.make_schedule(optim.OptimizerConfig(**config.optimizer), total_steps)
     stop = common.StopSignal(signal.SIGINT, signal.SIGTERM)
     rates = common.Rates()
-    with Telemetry(run.workdir, total_steps, start_step=first, is_main=run.is_main, console=run.console) as telemetry, stop:
+    with (
+        Telemetry(
+            run.workdir, total_steps, start_step=first, is_main=run.is_main, console=run.console
+        ) as telemetry,
+        stop,
+    ):
         for step in range(first, total_steps):
             with run.timer.data():
                 batch = sharding.to_global(next(data), run.mesh)
@@ -123,8 +116,19 @@ def train(run, optimizer, graphdef, state, shardings, batches, total_steps):
             if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
                 with run.timer.step():
                     scalars = rates.flush()
-                telemetry.log(step, scalars | {"learning_rate": float(schedule(step)), "examples": (step + 1) * examples_per_step})
-            if (step + 1) % config.checkpoint.every == 0 or step + 1 == total_steps or stop.requested:
+                telemetry.log(
+                    step,
+                    scalars
+                    | {
+                        "learning_rate": float(schedule(step)),
+                        "examples": (step + 1) * examples_per_step,
+                    },
+                )
+            if (
+                (step + 1) % config.checkpoint.every == 0
+                or step + 1 == total_steps
+                or stop.requested
+            ):
                 with run.timer.phase("checkpoint"):
                     checkpoints.save(state, data, run.timer.seconds)
             if stop.requested and step + 1 < total_steps:
@@ -155,8 +159,10 @@ def evaluate(run, graphdef, params, store, tokenizer, artists):
         items = naming.make_items(store, split, languages, shown_by, limit=limit)
         # Fresh augmentation of trained drawings; the test artist's as they are.
         fresh = int(split == "seen_artwork")
-        keys = picture_keys(store, shown_by)
-        features = frozen_features(model.vision, store, keys, run.mesh, augmented=fresh, seed=config.seed + 1)
+        keys = common.picture_keys(store, shown_by)
+        features = frozen_features(
+            model.vision, store, keys, run.mesh, augmented=fresh, seed=config.seed + 1
+        )
         views = pipeline.CachedViews({key: value[fresh:] for key, value in features.items()})
         answers[split] = namer(params, items, views)
         splits[split] = naming.summarize(answers[split], languages)
@@ -167,11 +173,19 @@ def write_report(run, results, answers, store):
     """results.json, the table, and the figures."""
     report.plot_loss(run.workdir / "metrics.jsonl", run.workdir)
     report.plot_languages(results, run.workdir, run.config.title)
-    examples = naming.sheet_examples(answers["unseen_artwork"], store, count=24, seed=run.config.seed)
-    report.answer_sheet(examples, run.workdir / "sheet", f"{run.config.title}: drawings by an artist never trained on")
+    examples = naming.sheet_examples(
+        answers["unseen_artwork"], store, count=24, seed=run.config.seed
+    )
+    report.answer_sheet(
+        examples,
+        run.workdir / "sheet",
+        f"{run.config.title}: drawings by an artist never trained on",
+    )
     run.console.print(report.results_table(results))
     run.console.print(report.timing_table(results["timing"]))
-    run.console.print(f"Everything is in {run.workdir}/: results.json, languages.png, sheet.png, loss.png, tensorboard/")
+    run.console.print(
+        f"Everything is in {run.workdir}/: results.json, languages.png, sheet.png, loss.png, tensorboard/"
+    )
 
 
 def execute(run):
@@ -180,20 +194,34 @@ def execute(run):
     if run.is_main:
         common.claim_workdir(run.workdir, config)
         logging.info("mixture: %s", json.dumps(choice.summary()))
-    if tokenizer.vocab_size != config.model.language.vocab_size:
+    wanted = config.model.language.vocab_size
+    if tokenizer.vocab_size != wanted:
         raise common.UserError(
-            f"config.model.language.vocab_size is {config.model.language.vocab_size}, the tokenizer has {tokenizer.vocab_size}"
+            f"config.model.language.vocab_size is {wanted}, the tokenizer has {tokenizer.vocab_size}"
         )
     feed = pipeline.PipelineConfig(**config.pipeline)
+    if feed.examples is None:
+        raise common.UserError(
+            'a fixed number of examples needs pipeline.packing "balanced" or "none"'
+        )
     steps = len(choice.rows) // feed.examples
     optimizer = optim.make_optimizer(optim.OptimizerConfig(**config.optimizer), steps)
     with run.timer.phase("compile"):
-        tower = load_tower(model_config(config))
+        pretrained = common.load_pretrained(common.model_config(config), config.pretrained)
         graphdef, state, shardings = init_state(
-            model_config(config), optimizer, run.mesh, seed=config.seed, frozen=config.frozen, pretrained=tower
+            common.model_config(config),
+            optimizer,
+            run.mesh,
+            seed=config.seed,
+            frozen=config.frozen,
+            pretrained=pretrained,
         )
     shapes = jax.eval_shape(lambda: state.params)
-    logging.info("parameters on mesh %s\n%s", dict(run.mesh.shape), sharding.table(shapes, sharding.param_shardings(shapes, run.mesh)))
+    logging.info(
+        "parameters on mesh %s\n%s",
+        dict(run.mesh.shape),
+        sharding.table(shapes, sharding.param_shardings(shapes, run.mesh)),
+    )
     artists = tuple(source.removeprefix("emoji/") for source in config.mixture.sources)
     views = training_views(run, model_params.merge(graphdef, state.params), store, artists)
     batches = pipeline.train_dataset(
@@ -220,7 +248,12 @@ def execute(run):
             common.write_json(run.workdir / "results.json", results)
             write_report(run, results, answers, store)
         tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
-        huggingface.save(model_params.unflatten(state.params), model_config(config), run.workdir / "model", tokens=tokens)
+        huggingface.save(
+            model_params.unflatten(state.params),
+            common.model_config(config),
+            run.workdir / "model",
+            tokens=tokens,
+        )
 
 
 def _count(params) -> int:
@@ -229,7 +262,9 @@ def _count(params) -> int:
 
 def main(argv):
     if len(argv) > 1:
-        raise common.UserError(f"unexpected arguments {argv[1:]}; overrides are written --config.key=value")
+        raise common.UserError(
+            f"unexpected arguments {argv[1:]}; overrides are written --config.key=value"
+        )
     config = CONFIG.value
     workdir = Path(WORKDIR.value or common.default_workdir(CONFIG))
     common.use_compile_cache()

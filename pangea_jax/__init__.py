@@ -1,9 +1,9 @@
 """Pangea in JAX: a multilingual multimodal LLM for 39 languages.
 
-    import pangea_jax
-    model = pangea_jax.load("sample")                      # or a folder in one of the public layouts
-    message = {"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "Hii ni nini?"}]}
-    model.generate([[message]])                            # -> list[str]
+import pangea_jax
+model = pangea_jax.load("sample")                      # or a folder in one of the public layouts
+message = {"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "Hii ni nini?"}]}
+model.generate([[message]])                            # -> list[str]
 """
 
 from typing import TYPE_CHECKING

@@ -62,11 +62,11 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     Raises:
       ValueError: no rule names it, or an axis does not divide.
     """
-    for pattern, rule in RULES:
-        if re.fullmatch(pattern, name):
-            break
-    else:
-        raise ValueError(f"no sharding rule matches parameter {name!r}; add one to pangea_jax/sharding.py")
+    rule = next((spec for pattern, spec in RULES if re.fullmatch(pattern, name)), None)
+    if rule is None:
+        raise ValueError(
+            f"no sharding rule matches parameter {name!r}; add one to pangea_jax/sharding.py"
+        )
     for dim, axis in enumerate(rule):
         if axis and shape[dim] % mesh.shape[axis]:
             raise ValueError(
@@ -76,7 +76,9 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return rule
 
 
-def param_shardings(shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, NamedSharding]:
+def param_shardings(
+    shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
+) -> dict[str, NamedSharding]:
     """Where every parameter lies.
 
     Raises:
@@ -117,7 +119,9 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def table(shapes: Mapping[str, jax.ShapeDtypeStruct], shardings: Mapping[str, NamedSharding]) -> str:
+def table(
+    shapes: Mapping[str, jax.ShapeDtypeStruct], shardings: Mapping[str, NamedSharding]
+) -> str:
     """What `launch/train.py` prints at the start: parameter, shape, spec, bytes per device."""
     lines = []
     total = per_device = 0
@@ -125,7 +129,7 @@ def table(shapes: Mapping[str, jax.ShapeDtypeStruct], shardings: Mapping[str, Na
         local = math.prod(shardings[name].shard_shape(leaf.shape)) * leaf.dtype.itemsize
         total, per_device = total + _bytes(leaf), per_device + local
         axes = ", ".join(str(axis) for axis in shardings[name].spec) or "replicated"
-        lines.append(f"{name:44} {str(leaf.dtype):9} {str(leaf.shape):24} {axes:32} {_human(local):>10}")
+        lines.append(f"{name:44} {leaf.dtype!s:9} {leaf.shape!s:24} {axes:32} {_human(local):>10}")
     lines.append(f"{'all parameters':44} {_human(total)} in all, {_human(per_device)} per device")
     return "\n".join(lines)
 

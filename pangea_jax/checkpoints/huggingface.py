@@ -63,10 +63,7 @@ def load(
     if missing:
         raise ValueError(f"shardings lack {', '.join(missing)}")
     return unflatten(
-        {
-            entry.path: _read(files, entry, dtype, targets.get(entry.path))
-            for entry in entries
-        }
+        {entry.path: _read(files, entry, dtype, targets.get(entry.path)) for entry in entries}
     )
 
 

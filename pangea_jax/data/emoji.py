@@ -10,7 +10,7 @@ Choices among phrasings and languages are made by hash, so a record does not dep
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -95,6 +95,34 @@ def image_record(artist: str, concept: Concept, language: str) -> Row:
     return record, {"concept": concept.codepoint, "source_language": None}
 
 
+class Translations(Sequence[Conversation]):
+    """Every name of every thing from each of some languages into each other, in every phrasing.
+
+    Text only; far more pairs than the store holds, made as they are read. A source for Grain.
+    """
+
+    def __init__(self, codes: Sequence[str]):
+        self._concepts = load_concepts()
+        self._pairs = [
+            (one, other, phrasing)
+            for one in codes
+            for other in codes
+            if one != other
+            for phrasing in range(len(emoji_questions.TEXT[other]))
+        ]
+
+    def __len__(self) -> int:
+        return len(self._concepts) * len(self._pairs)
+
+    def __getitem__(self, i) -> Conversation:
+        place, pair = divmod(int(i), len(self._pairs))
+        one, other, phrasing = self._pairs[pair]
+        return _translation(self._concepts[place], one, other, phrasing)
+
+    def __repr__(self) -> str:
+        return f"Translations(len={len(self)})"
+
+
 def text_record(concept: Concept, language: str) -> Row:
     """A name in another language and its name in `language`.
 
@@ -105,19 +133,21 @@ def text_record(concept: Concept, language: str) -> Row:
         (code for code in concept.names if concept.names[code] != answer),
         key=lambda code: _hash("from", concept.codepoint, language, code),
     )
-    other = others[0]
-    phrasings = emoji_questions.TEXT[language]
-    phrasing = phrasings[_hash("text", concept.codepoint, language) % len(phrasings)]
-    question = phrasing.replace("{name}", concept.names[other])
-    record = Conversation(
-        id=f"text/{concept.codepoint}/{other}-{language}",
+    phrasing = _hash("text", concept.codepoint, language) % len(emoji_questions.TEXT[language])
+    record = _translation(concept, others[0], language, phrasing)
+    return record, {"concept": concept.codepoint, "source_language": others[0]}
+
+
+def _translation(concept: Concept, one: str, other: str, phrasing: int) -> Conversation:
+    question = emoji_questions.TEXT[other][phrasing].replace("{name}", concept.names[one])
+    return Conversation(
+        id=f"text/{concept.codepoint}/{one}-{other}",
         source="emoji/cldr",
-        language=language,
+        language=other,
         category=concept.category,
         images=(),
-        turns=(Turn("user", question), Turn("assistant", answer)),
+        turns=(Turn("user", question), Turn("assistant", concept.names[other])),
     )
-    return record, {"concept": concept.codepoint, "source_language": other}
 
 
 def split_records(

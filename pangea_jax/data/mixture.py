@@ -104,7 +104,9 @@ def choose(index: pa.Table, mixture: Mixture) -> Choice:
     the start when they run out.
 
     Args:
-      index: the store's index, columns `language`, `kind`, `source`.
+      index: the store's index, columns `language`, `kind`, `source`; where it has
+        `source_language`, text records that translate from a language outside of the mixture are
+        left out.
 
     Raises:
       ValueError: a language has no record of a kind asked for, or would repeat more than
@@ -115,14 +117,14 @@ def choose(index: pa.Table, mixture: Mixture) -> Choice:
     )
     usable = {
         "image": (kind == "image") & np.isin(source, mixture.sources),
-        "text": kind == "text",
+        "text": (kind == "text") & _translates_within(index, mixture.languages),
     }
     by_language = shares(mixture)
     totals = apportion(mixture.num_examples, list(by_language.values()))
     rows, repeats = [], {}
     kinds = {"image": 0, "text": 0}
     for code, total in zip(by_language, totals, strict=True):
-        num_text = int(round(total * mixture.text_ratio))
+        num_text = round(total * mixture.text_ratio)
         for name, count in (("image", total - num_text), ("text", num_text)):
             if not count:
                 continue
@@ -151,6 +153,13 @@ def choose(index: pa.Table, mixture: Mixture) -> Choice:
             kinds[name] += count
     counts = dict(zip(by_language, totals, strict=True))
     return Choice(np.concatenate(rows), counts, kinds, repeats)
+
+
+def _translates_within(index: pa.Table, codes: Sequence[str]) -> np.ndarray:
+    if "source_language" not in index.column_names:
+        return np.ones(len(index), bool)
+    column = index["source_language"].to_pylist()
+    return np.array([code is None or code in codes for code in column], bool)
 
 
 def _draw(pool, count, seed):

@@ -105,7 +105,7 @@ class CachedViews:
         self._features = features
         first = next(iter(features.values()))
         self.patches, self.shape, self.dtype = first.shape[1], first.shape[1:], first.dtype
-        side = int(round(self.patches**0.5))
+        side = round(self.patches**0.5)
         self._image_index = anyres.layout((side, side), (), side, side).image_index
 
     def __call__(self, key: str, rng: np.random.Generator | None):
@@ -162,7 +162,9 @@ def _pad(x: np.ndarray, size: int, value=0) -> np.ndarray:
     return np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=value)
 
 
-def pad_row(example: dict[str, np.ndarray], row_tokens: int, row_tiles: int) -> dict[str, np.ndarray]:
+def pad_row(
+    example: dict[str, np.ndarray], row_tokens: int, row_tiles: int
+) -> dict[str, np.ndarray]:
     """One conversation as a row of its own."""
     field = "tiles" if "tiles" in example else "features"
     length = len(example["tokens"])
@@ -174,18 +176,24 @@ def pad_row(example: dict[str, np.ndarray], row_tokens: int, row_tiles: int) -> 
     return row
 
 
-def pack_balanced(examples: Sequence[dict[str, np.ndarray]], rows: int, config: PipelineConfig) -> dict[str, np.ndarray]:
+def pack_balanced(
+    examples: Sequence[dict[str, np.ndarray]], rows: int, config: PipelineConfig
+) -> dict[str, np.ndarray]:
     """All of `examples` in `rows` rows, each to the row with most room left, the longest first.
 
     Raises:
       ValueError: they do not fit.
     """
     field = "tiles" if "tiles" in examples[0] else "features"
-    limits = np.array([config.row_tokens, config.row_tiles, config.max_targets or config.row_tokens])
+    limits = np.array(
+        [config.row_tokens, config.row_tiles, config.max_targets or config.row_tokens]
+    )
     room = np.tile(limits, (rows, 1))
     bins: list[list[dict[str, np.ndarray]]] = [[] for _ in range(rows)]
     for example in sorted(examples, key=lambda e: -len(e["tokens"])):
-        size = np.array([len(example["tokens"]), len(example[field]), int(example["weights"].sum())])
+        size = np.array(
+            [len(example["tokens"]), len(example[field]), int(example["weights"].sum())]
+        )
         fits = (room >= size).all(axis=1)
         if not fits.any():
             raise ValueError(
@@ -201,20 +209,30 @@ def pack_balanced(examples: Sequence[dict[str, np.ndarray]], rows: int, config: 
 
 def _concatenate(parts, field, config):
     """One row in the form that Grain's packing has, so that both end in `finish_packed`."""
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in (*_TOKEN_FIELDS, field)}
+    joined = {
+        name: np.concatenate([part[name] for part in parts]) for name in (*_TOKEN_FIELDS, field)
+    }
     for name in ("tokens", field):
         lengths = [len(part[name]) for part in parts]
-        joined[f"{name}_segment_ids"] = np.repeat(np.arange(1, len(parts) + 1, dtype=np.int32), lengths)
-    joined["tokens_positions"] = np.concatenate([np.arange(len(p["tokens"]), dtype=np.int32) for p in parts])
+        joined[f"{name}_segment_ids"] = np.repeat(
+            np.arange(1, len(parts) + 1, dtype=np.int32), lengths
+        )
+    joined["tokens_positions"] = np.concatenate(
+        [np.arange(len(p["tokens"]), dtype=np.int32) for p in parts]
+    )
     capacity = {field: config.row_tiles, f"{field}_segment_ids": config.row_tiles}
-    return {name: _pad(value, capacity.get(name, config.row_tokens)) for name, value in joined.items()}
+    return {
+        name: _pad(value, capacity.get(name, config.row_tokens)) for name, value in joined.items()
+    }
 
 
 def finish_packed(packed: dict[str, np.ndarray], field: str, patches: int) -> dict[str, np.ndarray]:
     """A packed row in the batch's form: each segment's `image_index` moved to where its tiles lie."""
     segments, tile_segments = packed["tokens_segment_ids"], packed[f"{field}_segment_ids"]
     # Tiles of earlier segments come first; padding (0) behind all of them must not count.
-    before = (tile_segments[..., None, :] < segments[..., :, None]) & (tile_segments[..., None, :] > 0)
+    before = (tile_segments[..., None, :] < segments[..., :, None]) & (
+        tile_segments[..., None, :] > 0
+    )
     first_tile = before.sum(-1)
     index = packed["image_index"]
     index = np.where(index > 0, index + first_tile.astype(np.int32) * patches, index)
@@ -244,7 +262,9 @@ def train_dataset(
     The order depends on the seed, the process count and the config, on nothing else.
     """
     if config.rows % process_count:
-        raise ValueError(f"pipeline.rows={config.rows} does not divide over {process_count} processes")
+        raise ValueError(
+            f"pipeline.rows={config.rows} does not divide over {process_count} processes"
+        )
 
     def render(conversation, rng):
         return render_example(conversation, rng, tokenizer, views, config)
@@ -254,18 +274,22 @@ def train_dataset(
     if config.packing == "none":
         dataset = dataset.map(lambda e: pad_row(e, config.row_tokens, config.row_tiles))
     rows = config.rows // process_count
-    read = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=4 * rows * config.examples_per_row)
+    read = grain.ReadOptions(
+        num_threads=config.threads, prefetch_buffer_size=4 * rows * config.examples_per_row
+    )
     dataset = dataset.to_iter_dataset(read)
     if config.packing == "balanced":
         dataset = dataset.batch(rows * config.examples_per_row, drop_remainder=True, batch_fn=list)
         dataset = dataset.map(lambda examples: pack_balanced(examples, rows, config))
         return dataset.map(lambda batch: finish_packed(batch, views.field, views.patches))
     if config.packing == "best_fit":
-        lengths = {name: config.row_tokens for name in _TOKEN_FIELDS} | {views.field: config.row_tiles}
+        lengths = dict.fromkeys(_TOKEN_FIELDS, config.row_tokens) | {views.field: config.row_tiles}
         if config.max_targets is not None:
             # Grain bounds lengths: one element a target keeps a row within what the head computes.
             lengths["target_slots"] = config.max_targets
-            dataset = dataset.map(lambda e: e | {"target_slots": np.zeros(int(e["weights"].sum()), np.int8)})
+            dataset = dataset.map(
+                lambda e: e | {"target_slots": np.zeros(int(e["weights"].sum()), np.int8)}
+            )
         dataset = grain.experimental.BestFitPackIterDataset(
             dataset, length_struct=lengths, num_packing_bins=config.packing_bins, seed=seed
         )

@@ -39,7 +39,7 @@ def greedy(
     tokens = jnp.full((first.shape[0], max_new_tokens), stop_id, jnp.int32).at[:, 0].set(first)
 
     def unfinished(carry):
-        step, token, done, *_ = carry
+        step, _token, done, *_ = carry
         return (step < max_new_tokens) & ~jnp.all(done)
 
     def body(carry):

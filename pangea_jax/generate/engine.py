@@ -75,7 +75,9 @@ class Engine:
                 f"context of {self.config.language.max_positions}"
             )
         tokens = np.asarray(self._generate(self.params, batch, max_new_tokens=max_new_tokens))
-        return [self.tokenizer.decode(_until(row, self.tokenizer.im_end_id)) for row in tokens.tolist()]
+        return [
+            self.tokenizer.decode(_until(row, self.tokenizer.im_end_id)) for row in tokens.tolist()
+        ]
 
     def logits(self, messages: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "T V"]:
         """float32 logits at every token of one conversation; the header of the next answer is

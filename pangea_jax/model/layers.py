@@ -69,8 +69,8 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, statistics in float32."""
 
-    def __init__(self, width: int, eps: float, dtype):
-        self.scale = ones((width,), dtype)
+    def __init__(self, width: int, eps: float, dtype, *, scale: float = 1.0):
+        self.scale = nnx.Param(jnp.full((width,), scale, dtype))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:

@@ -100,9 +100,7 @@ class Pangea(nnx.Module):
         """float32 logits at every position; for checking and scoring, not for training."""
         return self.language.logits(self.hidden(batch, **kwargs))
 
-    def prefill(
-        self, batch: dict[str, Array], slots: int
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
+    def prefill(self, batch: dict[str, Array], slots: int) -> tuple[Float[Array, "B T D"], KVCache]:
         """Reads the prompts into a fresh cache of `slots` >= T."""
         features = batch.get("features")
         if features is None:

@@ -30,7 +30,9 @@ class VisionConfig:
     mlp: int = 4096
     feature_layer: int = -2
     norm_eps: float = 1e-5
-    scan_unroll: int = 1  # > 1 is faster on CPU, where a loop copies what it saves for the backward pass
+    scan_unroll: int = (
+        1  # > 1 is faster on CPU, where a loop copies what it saves for the backward pass
+    )
 
     @property
     def grid(self) -> int:
@@ -48,11 +50,15 @@ class VisionConfig:
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise ValueError(f"vision: image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"vision: image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
+            )
         if self.width % self.heads:
             raise ValueError(f"vision: width {self.width} does not divide into {self.heads} heads")
         if not -self.layers <= self.feature_layer <= -1:
-            raise ValueError(f"vision: feature_layer {self.feature_layer} must lie in [-{self.layers}, -1]")
+            raise ValueError(
+                f"vision: feature_layer {self.feature_layer} must lie in [-{self.layers}, -1]"
+            )
 
 
 def normalize(tiles: UInt8[Array, "... H W 3"], dtype=jnp.float32) -> Float[Array, "... H W 3"]:

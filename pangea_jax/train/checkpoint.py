@@ -17,7 +17,9 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path, *, keep: int):
         newest = ocp.training.preservation_policies.LatestN(keep)
-        self._orbax = ocp.training.Checkpointer(Path(directory).absolute(), preservation_policy=newest)
+        self._orbax = ocp.training.Checkpointer(
+            Path(directory).absolute(), preservation_policy=newest
+        )
 
     @property
     def latest_step(self) -> int | None:

@@ -63,7 +63,11 @@ def frozen_features(
         root = jax.random.fold_in(jax.random.key(seed), view)
         random_keys = jax.random.split(root, len(keys))
         views.append(
-            run(lambda places, k=random_keys: augment.augment(drawings[places], k[places], size=size))
+            run(
+                lambda places, k=random_keys: augment.augment(
+                    drawings[places], k[places], size=size
+                )
+            )
         )
     return dict(zip(keys, np.stack(views, axis=1), strict=True))
 

@@ -30,14 +30,14 @@ def cross_entropy(
         hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
         targets = jnp.take_along_axis(targets, order, axis=1)
         weights = jnp.take_along_axis(weights, order, axis=1)
-    B, T, D = hidden.shape
+    B, T, _D = hidden.shape
     chunk = min(chunk, T)
     pad = -T % chunk
     hidden, targets, weights = (
-        jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, targets, weights)
+        jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        for x in (hidden, targets, weights)
     )
 
-    @jax.checkpoint
     def body(sums, piece):
         hidden, targets, weights = piece
         logits = decoder.logits(hidden)
@@ -46,12 +46,15 @@ def cross_entropy(
         # Ties count as right only for the true token at the maximum: argmax equality without argmax.
         hits = right >= logits.max(axis=-1)
         return tuple(
-            total + jnp.sum(x * weights) for total, x in zip(sums, (losses, jnp.ones_like(losses), hits))
+            total + jnp.sum(x * weights)
+            for total, x in zip(sums, (losses, jnp.ones_like(losses), hits))
         ), None
 
     chunks = [
         x.reshape(B, -1, chunk, *x.shape[2:]).swapaxes(0, 1) for x in (hidden, targets, weights)
     ]
+    # A single chunk's logits are small enough to be kept.
+    body = jax.checkpoint(body) if len(chunks[0]) > 1 else body
     zero = jnp.float32(0)
     sums, _ = jax.lax.scan(body, (zero, zero, zero), tuple(chunks))
     return sums

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import optax
 
@@ -14,8 +14,8 @@ class OptimizerConfig:
     """Hyper-parameters; the defaults are Pangea's fine-tuning stage (paper, Table 1 and section 4.1).
 
     Attributes:
-      lr_scale: pattern -> factor on the learning rate of the parameters it fully matches; the
-        first match counts. Pangea's tower learns at a tenth: {"vision\\..*": 0.1}.
+      lr_scale: (pattern, factor) pairs: the factor on the learning rate of the parameters it fully matches; the
+        first match counts. Pangea's tower learns at a tenth: (("vision\\..*", 0.1),).
       weight_decay: acts on kernels and embeddings, not on norms and biases.
     """
 
@@ -27,7 +27,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    lr_scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    lr_scale: Sequence[tuple[str, float]] = ()
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -45,7 +45,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=_decays),
-        _scale_by_name(config.lr_scale),
+        _scale_by_name(dict(config.lr_scale)),
         optax.scale_by_learning_rate(make_schedule(config, total_steps)),
     )
 

@@ -18,7 +18,10 @@ from pangea_jax.data.image import ImageError, decode, resize_and_pad, views
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 # A folder with PangeaIns.json, its pictures and golden_images.jsonl.gz, see the last test.
-GOLDEN = os.environ.get("PANGEAINS_SAMPLE")
+SAMPLE = Path(
+    os.environ.get("PANGEAINS_SAMPLE", Path(__file__).parents[3] / "shared/data/pangeains_sample")
+)
+GOLDEN = SAMPLE if SAMPLE.is_dir() else None
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:

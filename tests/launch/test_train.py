@@ -46,7 +46,9 @@ def run(*flags, **kwargs):
 
 def metrics(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open(encoding="utf-8")]
-    return {line["step"]: (line["loss"], line["grad_norm"], line["learning_rate"]) for line in lines}
+    return {
+        line["step"]: (line["loss"], line["grad_norm"], line["learning_rate"]) for line in lines
+    }
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,33 @@
+"""What the sample model knows before multimodal fine-tuning begins.
+
+    python launch/pretrain_sample.py --config=configs/sample_stage1.py --workdir=runs/sample_stage1
+
+Pangea starts from Qwen2, a decoder that knows its languages, and from a first stage on English captions (section 4.1 of
+the paper). So does the sample model: this run learns, at once, to translate the names of 283 things between the 8
+default languages (text alone, all pairs alike) and to name pictures in English. No picture is named in any other
+language. Writes what is shipped as `pangea_jax/assets/sample_model/stage1.safetensors`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import sample
+
+
+def get_config() -> ConfigDict:
+    base = sample.get_config()
+    config = ConfigDict()
+    config.seed = 0
+    config.model = base.model
+    config.frozen = base.frozen
+    config.languages = base.mixture.languages
+    config.sources = base.mixture.sources
+    config.translation_passes = 2
+    config.picture_passes = 36
+    config.augmented_views = base.augmented_views
+    config.pipeline = dict(
+        rows=4, row_tokens=232, row_tiles=4, max_targets=64, packing="balanced", examples_per_row=4
+    )
+    config.optimizer = dict(learning_rate=2e-3, b2=0.98, weight_decay=0.01)
+    config.mesh = base.mesh
+    config.log_every = 20
+    return config

@@ -1,0 +1,113 @@
+"""Trains what the sample model starts from: translation of names, and pictures named in English.
+
+Config: configs/sample_stage1.py.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import numpy as np
+from absl import flags, logging
+
+from launch import common
+from pangea_jax import sharding
+from pangea_jax.checkpoints import SpecialTokens, huggingface
+from pangea_jax.data import emoji, mixture, pipeline
+from pangea_jax.data.tokenizer import load_tokenizer
+from pangea_jax.model import params as model_params
+from pangea_jax.train import optimizer as optim
+from pangea_jax.train.features import frozen_features
+from pangea_jax.train.state import init_state
+from pangea_jax.train.step import make_train_step
+from pangea_jax.train.telemetry import Telemetry
+
+CONFIG = common.define_config("configs/sample_stage1.py")
+WORKDIR = flags.DEFINE_string("workdir", "runs/sample_stage1", "Where results are written.")
+
+
+class Lessons:
+    """Translations and pictures named in English, each so many times over; a source for Grain."""
+
+    def __init__(self, store, config):
+        translations = emoji.Translations(config.languages)
+        pictures = mixture.choose(
+            store.index,
+            mixture.Mixture(
+                num_examples=config.picture_passes * self._drawings(store, config.sources),
+                en_ratio=None,
+                languages=("en",),
+                sources=config.sources,
+                seed=config.seed,
+            ),
+        )
+        self._parts = (translations, pipeline.RowSource(store, pictures.rows))
+        self._translations = config.translation_passes * len(translations)
+
+    @staticmethod
+    def _drawings(store, sources) -> int:
+        artists = {source.removeprefix("emoji/") for source in sources}
+        return sum(key.split("/")[0] in artists for key in store.image_index["key"].to_pylist())
+
+    def __len__(self) -> int:
+        return self._translations + len(self._parts[1])
+
+    def __getitem__(self, i):
+        if i < self._translations:
+            return self._parts[0][i % len(self._parts[0])]
+        return self._parts[1][i - self._translations]
+
+    def __repr__(self) -> str:
+        return f"Lessons(len={len(self)})"
+
+
+def main(_):
+    config, workdir = CONFIG.value, Path(WORKDIR.value)
+    common.claim_workdir(workdir, config)
+    common.use_compile_cache()
+    mesh = sharding.make_mesh(**config.mesh)
+    model, feed = common.model_config(config), pipeline.PipelineConfig(**config.pipeline)
+    store, tokenizer = emoji.open_store(), load_tokenizer(emoji.DIRECTORY)
+    lessons = Lessons(store, config)
+    steps = len(lessons) // feed.examples
+    logging.info("%d examples, %d steps", len(lessons), steps)
+    optimizer = optim.make_optimizer(optim.OptimizerConfig(**config.optimizer), steps)
+    graphdef, state, shardings = init_state(
+        model,
+        optimizer,
+        mesh,
+        seed=config.seed,
+        frozen=config.frozen,
+        pretrained=common.load_pretrained(model, ("tower",)),
+    )
+    keys = common.picture_keys(store, config.sources)
+    tower = model_params.merge(graphdef, state.params).vision
+    views = pipeline.CachedViews(
+        frozen_features(
+            tower, store, keys, mesh, augmented=config.augmented_views, seed=config.seed
+        )
+    )
+    dataset = pipeline.train_dataset(lessons, tokenizer, views, feed, seed=config.seed)
+    step_fn = make_train_step(graphdef, optimizer, shardings, mesh, max_targets=feed.max_targets)
+    rates = common.Rates()
+    with Telemetry(workdir, steps, is_main=jax.process_index() == 0) as telemetry:
+        for step, batch in enumerate(dataset, start=1):
+            state, metrics = step_fn(state, sharding.to_global(batch, mesh))
+            rates.add(metrics)
+            if step % config.log_every == 0 or step == steps:
+                telemetry.log(step - 1, rates.flush() | {"examples": step * feed.examples})
+    tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
+    huggingface.save(
+        model_params.unflatten(state.params),
+        model,
+        workdir / "stage1",
+        only=("projector", "newline", "language"),
+        dtype=np.dtype("float16"),
+        tokens=tokens,
+    )
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,102 @@
+"""What is shipped works: `load("sample")`, and the default point is far above chance and its blind floor."""
+
+import numpy as np
+import pytest
+
+import pangea_jax
+from pangea_jax.data import chat, emoji, image
+from pangea_jax.data.record import Turn
+
+LANGUAGES = ("en", "es", "sw", "ru", "ar", "hi", "zh", "ko")
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return pangea_jax.load("sample")
+
+
+def message(key, question):
+    return [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": emoji.open_store().image(key)},
+                {"type": "text", "text": question},
+            ],
+        }
+    ]
+
+
+def questions(language, count):
+    """(picture key, question, name) of drawings by the artist never trained on."""
+    store = emoji.open_store()
+    rows = zip(
+        store.index["split"].to_pylist(),
+        store.index["position"].to_pylist(),
+        store.index["language"].to_pylist(),
+        strict=True,
+    )
+    positions = [p for split, p, code in rows if split == "unseen_artwork" and code == language]
+    records = store.records("unseen_artwork")
+    chosen = [records[p] for p in positions[:: len(positions) // count][:count]]
+    return [(r.images[0], r.turns[0].text.split("\n")[1], r.turns[-1].text) for r in chosen]
+
+
+def test_names_unseen_drawings_and_only_by_looking(sample):
+    """Exact names in English, of drawings never trained on; nearly none with the pictures exchanged."""
+    asked = questions("en", 60)
+    answers = sample.generate([message(key, q) for key, q, _ in asked], max_new_tokens=16)
+    right = np.mean([a == name for a, (*_, name) in zip(answers, asked, strict=True)])
+    exchanged = [message(asked[i - 7][0], q) for i, (_, q, _) in enumerate(asked)]
+    blind = sample.generate(exchanged, max_new_tokens=16)
+    blind_right = np.mean([a == name for a, (*_, name) in zip(blind, asked, strict=True)])
+    assert right > 0.2
+    assert blind_right < 0.05
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_true_name_outranks_another(sample, language):
+    """The log-likelihood of the true name beats that of another thing's far more often than by chance."""
+    asked = questions(language, 24)
+    wins = 0
+    for i, (key, question, name) in enumerate(asked):
+        other = asked[i - 5][2]
+        scores = [log_likelihood(sample, key, question, text) for text in (name, other)]
+        wins += scores[0] > scores[1]
+    assert wins >= 17  # by chance 12; 17 or more in 3 % of cases
+
+
+def log_likelihood(sample, key, question, name):
+    """Of an answer and its end token, from `Engine.logits` of the whole conversation."""
+    messages = [*message(key, question), {"role": "assistant", "content": name}]
+    logits = sample.logits(messages)
+    vision = sample.config.vision
+    rendered = chat.render(
+        [Turn("user", f"<image>\n{question}"), Turn("assistant", name)],
+        sample.tokenizer,
+        [np.append(np.arange(vision.patches) + 1, 0)],
+        tiles_per_image=[1],
+        patches=vision.patches,
+    )
+    where = np.flatnonzero(rendered.trained)
+    before = logits[where - 1].astype(np.float64)
+    log_normaliser = np.log(np.exp(before - before.max(-1, keepdims=True)).sum(-1)) + before.max(-1)
+    return (before[np.arange(len(where)), rendered.tokens[where]] - log_normaliser).sum()
+
+
+def test_transparent_pictures_are_laid_on_white(sample):
+    picture = image.decode(emoji.open_store().image("twemoji/1f408"), background=(255, 255, 255))
+    opaque = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": picture}, {"type": "text", "text": "x"}],
+        }
+    ]
+    np.testing.assert_array_equal(
+        sample.logits(opaque), sample.logits(message("twemoji/1f408", "x"))
+    )
+
+
+def test_a_prompt_beyond_the_context_is_refused(sample):
+    with pytest.raises(ValueError, match="context of 512"):
+        sample.generate([[{"role": "user", "content": "what " * 600}]])

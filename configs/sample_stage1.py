@@ -21,11 +21,11 @@ def get_config() -> ConfigDict:
     config.frozen = base.frozen
     config.languages = base.mixture.languages
     config.sources = base.mixture.sources
-    config.translation_passes = 2
-    config.picture_passes = 36
+    config.translation_passes = 1
+    config.picture_passes = 24
     config.augmented_views = base.augmented_views
     config.pipeline = dict(
-        rows=4, row_tokens=232, row_tiles=4, max_targets=64, packing="balanced", examples_per_row=4
+        rows=8, row_tokens=152, row_tiles=3, max_targets=40, packing="balanced", examples_per_row=2
     )
     config.optimizer = dict(learning_rate=2e-3, b2=0.98, weight_decay=0.01)
     config.mesh = base.mesh

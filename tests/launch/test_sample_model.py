@@ -7,7 +7,7 @@ import pangea_jax
 from pangea_jax.data import chat, emoji, image
 from pangea_jax.data.record import Turn
 
-LANGUAGES = ("en", "es", "sw", "ru", "ar", "hi", "zh", "ko")
+LANGUAGES = ("en", "es", "sw", "ar", "hi", "zh", "ko", "ru")
 
 
 @pytest.fixture(scope="module")

@@ -72,13 +72,21 @@ def run(main: Callable[[list[str]], Any]) -> None:
                 file=sys.stderr,
             )
             sys.exit(EXIT_INTERRUPTED)
-        except (UserError, StoreError, RecordError, PermissionError, ValueError) as error:
+        except (UserError, StoreError, RecordError, OSError, ValueError) as error:
             if "PANGEA_DEBUG" in os.environ:
                 raise
-            print(f"error: {error}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)
+            print(f"error: {_sentence(error)}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)
             sys.exit(EXIT_ERROR)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _sentence(error: Exception) -> str:
+    """An error's message on one line; of a traceback that a library put into it, what was raised."""
+    lines = [line.strip() for line in str(error).strip("'\" \n").splitlines() if line.strip()]
+    if any(line.startswith("Traceback") for line in lines):
+        return lines[-1].partition(": ")[2]
+    return " ".join(lines)
 
 
 def _parse_flags(argv):
@@ -95,7 +103,7 @@ def _parse_flags(argv):
         ImportError,
     ) as error:
         known = [name for name in flags.FLAGS if name.startswith(("config", "workdir"))]
-        message = str(error).strip("'\"")
+        message = _sentence(error)
         unknown = re.search(r"Unknown command line flag '([^']+)'", message)
         if unknown:
             near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.5)

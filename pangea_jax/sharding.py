@@ -114,9 +114,20 @@ def state_shardings(state_shapes, shardings: Mapping[str, NamedSharding], mesh: 
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as part of one global array a key, rows over the data axes."""
+    """This process's rows of a batch as part of one global array a key, rows over the data axes.
+
+    Rows of padding (segment 0, weight 0) fill up what does not divide over the devices; the loss is
+    a sum over a count, so they change nothing.
+    """
     sharding = NamedSharding(mesh, BATCH_SPEC)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    shards = max(1, mesh.shape["data"] * mesh.shape["fsdp"] // jax.process_count())
+
+    def place(rows):
+        missing = -len(rows) % shards
+        padded = np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1)) if missing else rows
+        return jax.make_array_from_process_local_data(sharding, padded)
+
+    return {name: place(rows) for name, rows in batch.items()}
 
 
 def table(

@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
-# 12 steps of 32 examples, checkpoints every 4, a handful of questions.
+# 12 steps of 8 examples, checkpoints every 4, a handful of questions.
 SHORT = (
-    "--config.mixture.num_examples=384",
+    "--config.mixture.num_examples=96",
     "--config.augmented_views=1",
     "--config.checkpoint.every=4",
     "--config.log_every=2",
@@ -73,8 +73,8 @@ def test_writes_what_it_promises(finished):
         assert split["languages"]["sw"]["n"] == 4
         assert split["multilingual"]["n"] == 28
     mixture = results["mixture"]
-    assert mixture["examples_per_language"]["en"] == round(0.4 * 384)
-    assert sum(mixture["examples_per_language"].values()) == 384
+    assert abs(mixture["examples_per_language"]["en"] - 0.4 * 96) < 1
+    assert sum(mixture["examples_per_language"].values()) == 96
     assert results["steps"] == 12
     assert sorted(metrics(workdir)) == [1, 3, 5, 7, 9, 11]
     for figure in ("loss", "languages", "sheet"):

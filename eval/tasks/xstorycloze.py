@@ -1,0 +1,27 @@
+"""XStoryCloze: which of two sentences ends a story, in 11 languages, by log-likelihood (juletxara/xstory_cloze)."""
+
+from eval.metrics import likelihood
+from eval.task import Dataset, Generation, Prompt, languages_to_subsets, schema
+
+_LANGUAGES = ("en", "ar", "es", "eu", "hi", "id", "my", "ru", "sw", "te", "zh")
+
+
+class XStoryCloze(Dataset):
+    name, title, group = "xstorycloze", "XStoryCloze", "text"
+    hub = "juletxara/xstory_cloze"
+    subsets = languages_to_subsets(dict.fromkeys(_LANGUAGES, 1511))
+    fields = schema(sentences=list, endings=list, answer=int)
+    generation = Generation(output_type="loglikelihood", chat=False)
+
+    def prompt(self, document, subset, profile):
+        return Prompt(" ".join(document.row["sentences"]))
+
+    def choices(self, document):
+        # The space is lm-eval's; Chinese and Burmese would do better without one.
+        return tuple(f" {ending}" for ending in document.row["endings"])
+
+    def score(self, document, response, subset, profile, reply=None):
+        return likelihood.score(response, self.choices(document), document.row["answer"])
+
+
+DATASET = XStoryCloze()

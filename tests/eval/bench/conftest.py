@@ -1,0 +1,80 @@
+"""Public evaluation data beside the repository, converted to the layout of eval/data.py; skipped where absent."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[4] / "shared" / "data" / "bench"
+XCHAT_FOLDERS = {
+    "en": "English",
+    "es": "Spanish",
+    "hi": "Hindi",
+    "id": "Indonesian",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "zh": "Chinese",
+    "rw": "Kinyarwanda",
+}
+
+
+def _read_jsonl(path: Path) -> list[dict]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def _write_jsonl(path: Path, rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def read_jsonl():
+    return _read_jsonl
+
+
+@pytest.fixture(scope="session")
+def write_jsonl():
+    return _write_jsonl
+
+
+@pytest.fixture(scope="session")
+def bench() -> Path:
+    """The folder of public data and golden outputs."""
+    if not (BENCH / "golden").is_dir():
+        pytest.skip("the public evaluation data is not beside the repository")
+    return BENCH
+
+
+@pytest.fixture(scope="session")
+def golden(bench):
+    """Reads a golden file by name."""
+
+    def read(name: str):
+        path = bench / "golden" / name
+        return _read_jsonl(path) if ".jsonl" in name else json.loads(path.read_text("utf-8"))
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def xchat_data(bench, tmp_path_factory) -> Path:
+    """A data folder with all of xChatBench; pictures are links."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "xchat").mkdir()
+    (folder / "xchat" / "images").symlink_to(bench / "xchat" / "images")
+    for code, name in XCHAT_FOLDERS.items():
+        rows = []
+        for path in sorted((bench / "xchat" / "data" / name).glob("*/data.json")):
+            for item in json.loads(path.read_text("utf-8")):
+                place = f"{item['task']}/{item['instance_idx']}"
+                names = ("system_prompt", "input", "reference_answer")
+                row = {"id": place} | {field: item[field] for field in names}
+                row |= {"rubric": item["score_rubric"], "images": [f"images/{place}.jpg"]}
+                rows.append(row)
+        _write_jsonl(folder / "xchat" / f"{code}.jsonl", rows)
+    return folder

@@ -1,8 +1,9 @@
-"""Public checkpoints: read and write the Hugging Face layouts of LLaVA-NeXT."""
+"""Checkpoints of whole models: the public Hugging Face layouts and our own form, read and written."""
 
 from pangea_jax.checkpoints.config import SpecialTokens, config_from_folder
 from pangea_jax.checkpoints.files import CheckpointError
-from pangea_jax.checkpoints.huggingface import load, load_model, save
+from pangea_jax.checkpoints.folder import load, load_model, load_tokenizer, resolve, tokenizer_files
+from pangea_jax.checkpoints.huggingface import save
 
 __all__ = [
     "CheckpointError",
@@ -10,5 +11,8 @@ __all__ = [
     "config_from_folder",
     "load",
     "load_model",
+    "load_tokenizer",
+    "resolve",
     "save",
+    "tokenizer_files",
 ]

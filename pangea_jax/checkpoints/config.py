@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pangea_jax.checkpoints import orbax
 from pangea_jax.checkpoints.files import CheckpointError, TensorFiles
 from pangea_jax.model import PINPOINTS, LanguageConfig, PangeaConfig, VisionConfig
 
@@ -102,7 +103,7 @@ class _Fields:
 
 
 def config_from_folder(path: str | os.PathLike) -> PangeaConfig:
-    """Sizes from config.json of any of the three public layouts.
+    """Sizes from config.json of any of the public layouts, of our own form, or of a training run.
 
     The vocabulary is that of the embedding tensor where the weights are there: config.json is known
     to disagree. `dtype`, that of activations, stays at its default.
@@ -117,17 +118,9 @@ def config_from_folder(path: str | os.PathLike) -> PangeaConfig:
       FileNotFoundError: no config.json.
       CheckpointError: not a LLaVA or LLaVA-NeXT, or with a part that the model does not have.
     """
-    file = Path(path) / "config.json"
-    try:
-        values = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"no config.json in {path}; pass config=PangeaConfig(...)"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} holds a {type(values).__name__}, not a JSON object")
+    file, values = read_config(path)
+    if isinstance(values.get("model"), dict):
+        return _from_run(file, values["model"])
     if "mm_vision_tower" in values:
         config = _from_llava(_Fields(file, "", values))
     elif values.get("model_type") in ("llava_next", "llava"):
@@ -139,6 +132,48 @@ def config_from_folder(path: str | os.PathLike) -> PangeaConfig:
             "only=('vision',)"
         )
     return _with_vocabulary_of_tensor(config, Path(path))
+
+
+def read_config(path: str | os.PathLike) -> tuple[Path, dict]:
+    """config.json of a folder, and what it holds."""
+    location = orbax.find(path)
+    file = location.config if location else Path(path) / "config.json"
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no config.json in {file.parent}; pass config=PangeaConfig(...)"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} holds a {type(values).__name__}, not a JSON object")
+    return file, values
+
+
+def special_tokens(path: str | os.PathLike) -> SpecialTokens | None:
+    """The ids that config.json of a folder in transformers' layouts names; None if it does not."""
+    _, values = read_config(path)
+    text = values.get("text_config") or {}
+    ids = {
+        "image": values.get("image_token_index", values.get("image_token_id")),
+        "end": text.get("eos_token_id", values.get("eos_token_id")),
+        "pad": text.get("pad_token_id", values.get("pad_token_id")),
+    }
+    known = all(isinstance(value, int) for value in ids.values())
+    return SpecialTokens(**ids) if known else None
+
+
+def _from_run(file: Path, model: dict) -> PangeaConfig:
+    """`config.model` of a training run, as `launch/train.py` wrote it."""
+    try:
+        parts = dict(model)
+        vision = VisionConfig(**parts.pop("vision"))
+        language = LanguageConfig(**parts.pop("language"))
+        pinpoints = tuple((int(w), int(h)) for w, h in parts.pop("pinpoints", PINPOINTS))
+        return PangeaConfig(vision=vision, language=language, pinpoints=pinpoints, **parts)
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{file}: `model` is no config of this model ({error})") from None
 
 
 def _with_vocabulary_of_tensor(config: PangeaConfig, path: Path) -> PangeaConfig:

@@ -1,9 +1,11 @@
-"""Safetensors on disk: find and read the tensors of a folder, write them one at a time."""
+"""Safetensors on disk: find and read the tensors of a folder, write them part by part."""
 
 import collections
 import json
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,16 +21,52 @@ _DTYPE_NAMES = {
     np.dtype(np.float16): "F16",
     np.dtype(ml_dtypes.bfloat16): "BF16",
 }
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; says which file or tensor, and what to do."""
 
 
+class Tensor:
+    """A tensor in a file. Slicing reads the rows asked for, with plain reads.
+
+    The library maps whole files into memory; what was touched of a map counts as this process's
+    memory until the file is closed, which adds up to the checkpoint.
+    """
+
+    def __init__(self, file: Path, name: str, dtype: str, shape: tuple[int, ...], offset: int):
+        self.name, self.shape = name, shape
+        self._file, self._dtype, self._offset = file, dtype, offset
+
+    @property
+    def dtype(self) -> np.dtype:
+        if self._dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{self._file}: tensor {self.name} is {self._dtype}, but only "
+                f"{', '.join(_DTYPES)} are supported; quantised checkpoints are not"
+            )
+        return _DTYPES[self._dtype]
+
+    def __getitem__(self, index) -> np.ndarray:
+        index = index if isinstance(index, tuple) else (index,)
+        start, stop, _ = index[0].indices(self.shape[0])
+        row = math.prod(self.shape[1:])
+        found = np.fromfile(
+            self._file,
+            self.dtype,
+            count=(stop - start) * row,
+            offset=self._offset + start * row * self.dtype.itemsize,
+        )
+        if found.size != (stop - start) * row:
+            raise CheckpointError(f"{self._file} ends within tensor {self.name}; fetch it again")
+        return found.reshape(stop - start, *self.shape[1:])[(slice(None), *index[1:])]
+
+
 class TensorFiles:
     """The tensors of a safetensors file, or of a folder with one file or a sharded index.
 
-    Headers alone are read here; `tensor[slices]` reads the bytes it needs.
+    Headers alone are read here; `tensor(name)[slices]` reads the bytes it needs.
 
     Raises:
       FileNotFoundError: nothing to read at `path`.
@@ -37,27 +75,41 @@ class TensorFiles:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self._files = {file: _open(file) for file in _weight_files(self.path)}
-        self._file_of: dict[str, Path] = {}
-        for file, opened in self._files.items():
-            self._file_of.update(dict.fromkeys(opened.keys(), file))
-        _check_index(self.path, self._file_of)
+        self._tensors: dict[str, Tensor] = {}
+        file_of: dict[str, Path] = {}
+        for file in _weight_files(self.path):
+            for tensor in _header(file):
+                self._tensors[tensor.name], file_of[tensor.name] = tensor, file
+        _check_index(self.path, file_of)
 
     @property
     def names(self) -> set[str]:
-        return set(self._file_of)
+        return set(self._tensors)
 
-    def tensor(self, name: str):
-        """A lazy view with `get_shape()` and slicing."""
-        return self._files[self._file_of[name]].get_slice(name)
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensor(name).get_shape())
+        return self._tensors[name].shape
+
+    def dtype(self, names: Sequence[str]) -> np.dtype:
+        """What several tensors are that become one parameter.
+
+        Raises:
+          CheckpointError: not all the same.
+        """
+        found = {self._tensors[name].dtype.name: name for name in names}
+        if len(found) > 1:
+            listed = ", ".join(f"{name} is {dtype}" for dtype, name in sorted(found.items()))
+            raise CheckpointError(f"{self.path}: {listed}; choose a dtype for all")
+        return self._tensors[names[0]].dtype
 
 
-def _open(file: Path):
+def _header(file: Path) -> list[Tensor]:
+    """The tensors of one file, after the library has found its header sound and its bytes complete."""
     try:
-        return safe_open(file, framework="numpy")
+        with safe_open(file, framework="numpy"):
+            pass
     except FileNotFoundError:
         raise CheckpointError(
             f"{file} is named by {INDEX} but is not there; copy it here"
@@ -66,6 +118,14 @@ def _open(file: Path):
         raise CheckpointError(
             f"{file} is truncated or no safetensors file ({error}); fetch it again"
         ) from None
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return [
+        Tensor(file, name, x["dtype"], tuple(x["shape"]), 8 + length + x["data_offsets"][0])
+        for name, x in header.items()
+    ]
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -121,27 +181,54 @@ def _check_index(path: Path, file_of: dict[str, Path]):
 
 
 class Planned(NamedTuple):
-    """A tensor to write: `fetch()` makes it when its turn comes."""
+    """A tensor to write: what `parts` return, one after the other, is the whole."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    fetch: Callable[[], np.ndarray]
+    parts: Sequence[Callable[[], np.ndarray]]
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(folder: Path, tensors: Iterable[Planned], max_shard_bytes: int, *, dry: bool = False):
+def in_order(jobs: Iterable[Callable], threads: int) -> Iterator:
+    """What the jobs return, in their order; `threads` of them run ahead, by twice their number."""
+    if not threads:
+        yield from (job() for job in jobs)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        pending = collections.deque()
+        try:
+            for job in jobs:
+                pending.append(pool.submit(job))
+                if len(pending) > 2 * threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def write(
+    folder: Path,
+    tensors: Iterable[Planned],
+    max_shard_bytes: int,
+    *,
+    dry: bool = False,
+    threads: int = 0,
+    progress: Callable[[int], None] = lambda nbytes: None,
+):
     """Writes tensors into one file or, beyond `max_shard_bytes`, several with an index.
 
-    One tensor is in memory at a time. Files appear under their names when all of them are complete;
-    weights of an earlier checkpoint in the folder go then.
+    A few parts are in memory at a time. Files appear under their names when all of them are
+    complete; weights of an earlier checkpoint in the folder go then.
 
     Args:
-      dry: fetch every tensor and write nothing, for the processes of a pod that only help to
-        gather.
+      dry: make every part and write nothing, for the processes of a pod that only help to gather.
+      threads: that make parts ahead of the writing.
+      progress: told the bytes written since it was last called.
     """
     shards = _shards(list(tensors), max_shard_bytes)
     total = len(shards)
@@ -151,10 +238,11 @@ def write(folder: Path, tensors: Iterable[Planned], max_shard_bytes: int, *, dry
         else [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
     )
     if dry:
-        collections.deque((planned.fetch() for shard in shards for planned in shard), maxlen=0)
+        parts = (part for shard in shards for planned in shard for part in planned.parts)
+        collections.deque(in_order(parts, threads), maxlen=0)
         return
     for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / f"{name}.partial", shard)
+        _write_file(folder / f"{name}.partial", shard, threads, progress)
     for old in (folder / INDEX, *folder.glob("model*.safetensors")):
         old.unlink(missing_ok=True)
     for name in names:
@@ -163,6 +251,16 @@ def write(folder: Path, tensors: Iterable[Planned], max_shard_bytes: int, *, dry
         weight_map = {planned.name: name for name, shard in zip(names, shards) for planned in shard}
         size = sum(planned.nbytes for shard in shards for planned in shard)
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def cast(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Rounds to `dtype`; float16 is the one target that bfloat16 and float32 overflow."""
+    with np.errstate(over="ignore"):
+        rounded = x.astype(dtype, copy=False)
+    narrowed = dtype == np.float16 and x.dtype != np.float16
+    if narrowed and np.isinf(rounded).any() and not np.isinf(x).any():
+        raise ValueError(f"{name} has values beyond float16; choose bfloat16 or float32")
+    return rounded
 
 
 def write_json(file: Path, content: dict):
@@ -183,7 +281,7 @@ def _shards(tensors, max_shard_bytes):
     return shards
 
 
-def _write_file(file: Path, tensors: list[Planned]):
+def _write_file(file: Path, tensors: list[Planned], threads, progress):
     """Length of the header, JSON header, bytes: the library itself only writes from memory."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for planned in tensors:
@@ -197,7 +295,10 @@ def _write_file(file: Path, tensors: list[Planned]):
     encoded += b" " * (-len(encoded) % 8)  # keeps the tensors aligned
     with open(file, "wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
-        for planned in tensors:
-            stream.write(planned.fetch().reshape(-1).view(np.uint8).data)
+        for part in in_order((part for planned in tensors for part in planned.parts), threads):
+            stream.write(part.reshape(-1).view(np.uint8).data)
+            progress(part.nbytes)
         stream.flush()
         os.fsync(stream.fileno())
+        if stream.tell() != 8 + len(encoded) + offset:
+            raise AssertionError(f"{file}: the parts are not the size of their tensors")

@@ -1,7 +1,8 @@
-"""Load and save public checkpoints, tensor by tensor."""
+"""Load and save public checkpoints in safetensors, tensor by tensor."""
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -13,7 +14,14 @@ from jax.experimental import multihost_utils
 from pangea_jax.checkpoints import config as config_file
 from pangea_jax.checkpoints import names
 from pangea_jax.checkpoints.config import PANGEA_TOKENS, SpecialTokens, config_from_folder
-from pangea_jax.checkpoints.files import CheckpointError, Planned, TensorFiles, write, write_json
+from pangea_jax.checkpoints.files import (
+    CheckpointError,
+    Planned,
+    TensorFiles,
+    cast,
+    write,
+    write_json,
+)
 from pangea_jax.model import Pangea, PangeaConfig
 from pangea_jax.model.params import flatten, unflatten
 
@@ -30,8 +38,9 @@ def load(
 ) -> nnx.State:
     """Reads parameters from safetensors in any layout of `names.LAYOUTS`.
 
-    Each parameter goes straight to its devices; the host holds one at a time, and of a sharded one
-    the part of a device. Every tensor of the file must be used and every parameter found.
+    (`pangea_jax.checkpoints.load` reads these and our own form.) Each parameter goes straight to its
+    devices; the host holds one at a time, and of a sharded one the part of a device. Every tensor of
+    the file must be used and every parameter found.
 
     Args:
       path: a folder (one file or a sharded index) or a .safetensors file.
@@ -50,14 +59,8 @@ def load(
     """
     files = TensorFiles(path)
     config = config or config_from_folder(path)
-    parts = _checked_parts(only)
-    shapes = {
-        dotted: value.shape
-        for dotted, value in flatten(abstract_state(config)).items()
-        if names.part_of_path(dotted) in parts
-    }
-    layout, entries = _best_layout(files, shapes, config)
-    _account(files, layout, entries, parts, everything=only is None, config=config)
+    shapes = shapes_of(config, only)
+    entries = account(files, shapes, config, only)
     targets = flatten(shardings) if shardings is not None else {}
     missing = [entry.path for entry in entries if targets and entry.path not in targets]
     if missing:
@@ -65,14 +68,6 @@ def load(
     return unflatten(
         {entry.path: _read(files, entry, dtype, targets.get(entry.path)) for entry in entries}
     )
-
-
-def load_model(path: str | os.PathLike, config: PangeaConfig | None = None, **kwargs) -> Pangea:
-    """The whole model from a folder; arguments as of `load`."""
-    if kwargs.get("only") is not None:
-        raise ValueError("load_model() makes whole models; use load(only=...) and nnx.update")
-    config = config or config_from_folder(path)
-    return nnx.merge(_abstract(config)[0], load(path, config, **kwargs))
 
 
 def save(
@@ -109,15 +104,11 @@ def save(
     """
     if layout not in names.LAYOUTS:
         raise ValueError(f"layout {layout!r} is not one of {', '.join(names.LAYOUTS)}")
-    parts = _checked_parts(only)
+    parts = checked_parts(only)
     state = flatten(nnx.state(model, nnx.Param) if isinstance(model, nnx.Module) else model)
     state = {dotted: v for dotted, v in state.items() if names.part_of_path(dotted) in parts}
     shapes = {dotted: tuple(value.shape) for dotted, value in state.items()}
-    expected = {
-        dotted: tuple(value.shape)
-        for dotted, value in flatten(abstract_state(config)).items()
-        if names.part_of_path(dotted) in parts
-    }
+    expected = shapes_of(config, only)
     if shapes != expected:
         wrong = sorted(set(shapes.items()) ^ set(expected.items()))
         raise ValueError(f"parameters do not fit the config: {wrong[:6]}")
@@ -137,14 +128,30 @@ def save(
 
 def abstract_state(config: PangeaConfig) -> nnx.State:
     """Shapes of all parameters, nothing allocated."""
-    return _abstract(config)[1]
+    return abstract_model(config)[1]
 
 
-def _abstract(config):
+def abstract_model(config: PangeaConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """Structure and shapes of the model, nothing allocated."""
     return nnx.split(nnx.eval_shape(lambda: Pangea(config, rngs=nnx.Rngs(0))))
 
 
-def _checked_parts(only) -> tuple[str, ...]:
+def shapes_of(config: PangeaConfig, only: Sequence[str] | None = None) -> dict[str, tuple]:
+    """Shape of every parameter (of the parts `only`) by dotted name."""
+    parts = checked_parts(only)
+    return {
+        dotted: tuple(value.shape)
+        for dotted, value in flatten(abstract_state(config)).items()
+        if names.part_of_path(dotted) in parts
+    }
+
+
+def checked_parts(only: Sequence[str] | None) -> tuple[str, ...]:
+    """The parts that `only` names, all by default.
+
+    Raises:
+      ValueError: one that there is not.
+    """
     unknown = set(only or ()) - set(names.PARTS)
     if unknown or isinstance(only, str):
         raise ValueError(f"only={only!r}: choose some of {tuple(names.PARTS)}")
@@ -170,8 +177,19 @@ def _best_layout(files: TensorFiles, shapes, config):
     return best
 
 
-def _account(files: TensorFiles, layout, entries, parts, *, everything: bool, config):
-    """Raises one error with all that is missing, left over or of another shape."""
+def account(
+    files: TensorFiles,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: PangeaConfig,
+    only: Sequence[str] | None = None,
+) -> list[names.Entry]:
+    """Where in the files each of our parameters is.
+
+    Raises:
+      CheckpointError: all that is missing, left over or of another shape, in one message.
+    """
+    layout, entries = _best_layout(files, shapes, config)
+    parts = checked_parts(only)
     expected = {name: entry.their_shape for entry in entries for name in entry.names}
     head, embedding = f"{layout.head}weight", f"{layout.decoder}embed_tokens.weight"
     tied = config.language.tied_head and {head, embedding} <= files.names
@@ -183,7 +201,7 @@ def _account(files: TensorFiles, layout, entries, parts, *, everything: bool, co
     unexpected = {
         name
         for name in files.names - set(expected) - ({head} if tied else set())
-        if not names.BUFFERS.search(name) and (everything or layout.part_of(name) in parts)
+        if not names.BUFFERS.search(name) and (only is None or layout.part_of(name) in parts)
     }
     missing = set(expected) - files.names
     misshapen = [
@@ -204,10 +222,12 @@ def _account(files: TensorFiles, layout, entries, parts, *, everything: bool, co
         raise CheckpointError(
             f"{files.path} does not fit the config; tensors " + "; ".join(problems)
         )
+    return entries
 
 
 def _read(files: TensorFiles, entry: names.Entry, dtype, sharding) -> jax.Array:
     """One of our parameters, each device's part put together from its slices of the file."""
+    dtype = np.dtype(dtype or files.dtype(entry.names))
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, entry.shape))
@@ -218,13 +238,21 @@ def _read(files: TensorFiles, entry: names.Entry, dtype, sharding) -> jax.Array:
             name = entry.names[layer]
             piece = names.read_part(files.tensor(name), entry.axes, entry.layer_shape, rest)
             if out is None:
-                out = np.empty((len(layers), *piece.shape), dtype or piece.dtype)
-            out[i] = _cast(piece, out.dtype, name)
+                out = _empty((len(layers), *piece.shape), dtype)
+            out[i] = cast(piece, dtype, name)
         return out if entry.stacked else out[0]
 
     if sharding is None:
-        return jnp.asarray(part((slice(None),) * len(entry.shape)))
+        # Nobody else knows the array, so that a CPU may keep it instead of copying.
+        return jax.device_put(part((slice(None),) * len(entry.shape)), may_alias=True)
     return jax.make_array_from_callback(entry.shape, sharding, part)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that JAX on a CPU takes over as it is; it copies what does not lie on 64 bytes."""
+    memory = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + memory.size - 64].view(dtype).reshape(shape)
 
 
 def _plan(state, entries, dtype) -> Iterator[Planned]:
@@ -235,22 +263,12 @@ def _plan(state, entries, dtype) -> Iterator[Planned]:
 
             def fetch(value=value, entry=entry, i=i, name=name, target=target):
                 layer = _on_host(value[i] if entry.stacked else value)
-                return _cast(names.to_theirs(layer, entry.axes), target, name)
+                return cast(names.to_theirs(layer, entry.axes), target, name)
 
-            yield Planned(name, entry.their_shape, target, fetch)
+            yield Planned(name, entry.their_shape, target, (fetch,))
 
 
 def _on_host(x: jax.Array) -> np.ndarray:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
-
-
-def _cast(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Rounds to `dtype`; float16 is the one target that bfloat16 and float32 overflow."""
-    with np.errstate(over="ignore"):
-        cast = x.astype(dtype, copy=False)
-    narrowed = dtype == np.float16 and x.dtype != np.float16
-    if narrowed and np.isinf(cast).any() and not np.isinf(x).any():
-        raise ValueError(f"{name} has values beyond float16; choose bfloat16 or float32")
-    return cast

@@ -1,5 +1,6 @@
 """Tokenizers behind one small interface: SentencePiece models and Hugging Face tokenizer.json."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -8,6 +9,17 @@ END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 IMAGE = "<image>"
+
+
+# Qwen2's split of a text into what merges may not cross.
+_QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class NoImageToken(ValueError):
+    """A vocabulary without `<image>`, and nobody said which id it has."""
 
 
 @runtime_checkable
@@ -79,19 +91,26 @@ class SentencePieceTokenizer:
 
 
 class TokenizerJson:
-    """A byte-level BPE of the Qwen family from tokenizer.json.
+    """A byte-level BPE of the Qwen family.
 
     Args:
-      path: the file.
+      path: a tokenizer.json, or the vocab.json of the older form of the same, with merges.txt (and,
+        where there are special tokens, added_tokens.json) beside it.
       image_id: id of `<image>` where the file does not have it as a token, as in a plain Qwen2
         vocabulary; Pangea puts it at 151646. A file that has the token must agree.
+
+    Raises:
+      NoImageToken: no `<image>` in the file and no `image_id`.
+      ValueError: no such file, a marker of ChatML missing, or `<image>` at another id.
     """
 
     def __init__(self, path: str | Path, image_id: int | None = None):
         import tokenizers
 
+        path = Path(path)
         try:
-            self._model = tokenizers.Tokenizer.from_file(str(path))
+            read = _read_bpe if path.name == "vocab.json" else tokenizers.Tokenizer.from_file
+            self._model = read(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
         # Special tokens are spelled out when met in text; a file may hold a marker as an ordinary
@@ -107,12 +126,35 @@ class TokenizerJson:
         self.im_end_id = self._required(path, IM_END)
         stored = self._model.token_to_id(IMAGE)
         if stored is None and image_id is None:
-            raise ValueError(f"{path} has no token {IMAGE}; pass image_id (151646 for Pangea)")
+            raise NoImageToken(f"{path} has no token {IMAGE}; pass image_id (151646 for Pangea)")
         if None not in (stored, image_id) and stored != image_id:
             raise ValueError(f"{path} has {IMAGE} at {stored}, not at image_id={image_id}")
+        self._path = path
         self.image_id = stored if stored is not None else image_id
         self.vocab_size = max(self._model.get_vocab_size(with_added_tokens=True), self.image_id + 1)
         self.newline_ids = tuple(self.encode("\n"))
+
+    def save(self, path: str | Path) -> None:
+        """Writes a tokenizer.json in which `<image>` is a special token.
+
+        Raises:
+          ValueError: its id cannot be had, since files give ids without gaps.
+        """
+        import tokenizers
+
+        copy = tokenizers.Tokenizer.from_str(self._model.to_str())
+        copy.add_special_tokens([tokenizers.AddedToken(IMAGE, normalized=False)])
+        if copy.token_to_id(IMAGE) != self.image_id:
+            raise ValueError(
+                f"{self._path} has no token {IMAGE}, and the next free id is "
+                f"{copy.token_to_id(IMAGE)}, not {self.image_id}: this is another model's vocabulary"
+            )
+        copy.save(str(path))
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        # `tokenizers` does not pickle this one: without it a text could forge a turn in a worker.
+        self._model.encode_special_tokens = True
 
     def _required(self, path: str | Path, symbol: str) -> int:
         id = self._model.token_to_id(symbol)
@@ -137,22 +179,48 @@ class TokenizerJson:
         return self._model.decode(ids, skip_special_tokens=skip_special)
 
 
+def _read_bpe(vocabulary: str):
+    """vocab.json, merges.txt and added_tokens.json of Qwen2 as the library's object."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    folder = Path(vocabulary).parent
+    model = tokenizers.Tokenizer(models.BPE.from_file(vocabulary, str(folder / "merges.txt")))
+    model.normalizer = normalizers.NFC()
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_QWEN2_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    model.decoder = decoders.ByteLevel()
+    added = folder / "added_tokens.json"
+    ids = json.loads(added.read_text(encoding="utf-8")) if added.is_file() else {}
+    tokens = sorted(ids, key=ids.get)
+    model.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in tokens])
+    moved = [token for token in tokens if model.token_to_id(token) != ids[token]]
+    if moved:
+        raise ValueError(f"{added}: {moved[0]} cannot have id {ids[moved[0]]}")
+    return model
+
+
 def load_tokenizer(path: str | Path, image_id: int | None = None) -> Tokenizer:
     """Loads a tokenizer by what lies at `path`: a `.model`, a `.json`, or a folder with one.
 
     Args:
-      path: a file, or a folder holding `tokenizer.json` or `tokenizer.model`.
+      path: a file, or a folder holding `tokenizer.json`, `tokenizer.model` or `vocab.json`.
       image_id: see `TokenizerJson`; not used by SentencePiece models.
 
     Raises:
       FileNotFoundError: nothing is there; the message says what was looked for.
     """
     path = Path(path)
-    candidates = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
+    known = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    candidates = [path / name for name in known] if path.is_dir() else [path]
     for candidate in candidates:
         if candidate.is_file() and candidate.suffix == ".model":
             return SentencePieceTokenizer(candidate)
         if candidate.is_file() and candidate.suffix == ".json":
             return TokenizerJson(candidate, image_id)
-    looked = " and ".join(str(candidate) for candidate in candidates)
+    looked = ", ".join(str(candidate) for candidate in candidates)
     raise FileNotFoundError(f"no tokenizer: looked for {looked} (a .model or .json file)")

@@ -1,3 +1,5 @@
+import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -6,6 +8,7 @@ import tokenizers
 from pangea_jax import languages
 from pangea_jax.data import emoji, emoji_questions, vocabulary
 from pangea_jax.data.tokenizer import (
+    NoImageToken,
     SentencePieceTokenizer,
     Tokenizer,
     TokenizerJson,
@@ -98,9 +101,64 @@ def test_qwen3_ids_are_the_published_ones():
     assert ids == (151_643, 151_644, 151_645, (198,))
 
 
+# The sample has no Sundanese.
+SUNDANESE = ("Naon ieu téh?", "Ieu téh ucing keur saré dina korsi.", "Sabaraha hargana, 12.500?")
+
+
+@pytest.mark.parametrize("language", languages.PANGEAINS)
+def test_ids_equal_those_of_transformers(qwen2_folder, references, language):
+    """vocab.json as read here, and the tokenizer.json made of it, against Qwen2Tokenizer."""
+    tokenizer, reference, saved = references
+    of_language = SUNDANESE if language == "su" else tuple(texts(language))
+    name = languages.get(language).native_name
+    for text in (
+        *of_language,
+        name,
+        f"1. {name}\n\n  {name}: 3,50 % ",
+        unicodedata.normalize("NFD", name),
+    ):
+        expected = reference(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode(text) == expected
+        assert saved(text, add_special_tokens=False)["input_ids"] == expected
+        assert tokenizer.decode(expected) == reference.decode(expected)
+
+
+@pytest.fixture(scope="module")
+def references(qwen2_folder, tmp_path_factory):
+    transformers = pytest.importorskip("transformers", reason="is in requirements-parity.txt")
+    tokenizer = load_tokenizer(qwen2_folder, image_id=151_646)
+    file = tmp_path_factory.mktemp("saved") / "tokenizer.json"
+    tokenizer.save(file)
+    merges = (qwen2_folder / "merges.txt").read_text("utf-8").splitlines()[1:]
+    reference = transformers.Qwen2Tokenizer(
+        vocab=json.loads((qwen2_folder / "vocab.json").read_text("utf-8")),
+        merges=[tuple(merge.split(" ")) for merge in merges],
+    )
+    return tokenizer, reference, transformers.PreTrainedTokenizerFast(tokenizer_file=str(file))
+
+
+def test_the_older_form_is_the_same_vocabulary(qwen2_folder):
+    tokenizer = load_tokenizer(qwen2_folder, image_id=151_646)
+    ids = (tokenizer.pad_id, tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.newline_ids)
+    assert ids == (151_643, 151_644, 151_645, (198,))
+    assert (tokenizer.image_id, tokenizer.vocab_size) == (151_646, 151_647)
+    with pytest.raises(NoImageToken):
+        load_tokenizer(qwen2_folder)
+
+
+def test_saving_puts_the_image_marker_where_it_belongs(tmp_path):
+    path = small_json(tmp_path, image=None)
+    size = TokenizerJson(path, image_id=999).vocab_size
+    assert size == 1_000
+    with pytest.raises(ValueError, match="next free id is 271, not 999"):
+        TokenizerJson(path, image_id=999).save(tmp_path / "saved.json")
+    TokenizerJson(path, image_id=271).save(tmp_path / "saved.json")
+    assert TokenizerJson(tmp_path / "saved.json").image_id == 271
+
+
 def test_image_id_must_be_known_and_agree(tmp_path):
     path = small_json(tmp_path, image=None)
-    with pytest.raises(ValueError, match="has no token <image>; pass image_id"):
+    with pytest.raises(NoImageToken, match="has no token <image>; pass image_id"):
         TokenizerJson(path)
     assert TokenizerJson(path, image_id=999).vocab_size == 1_000
     path = small_json(tmp_path, image="special")
@@ -109,9 +167,7 @@ def test_image_id_must_be_known_and_agree(tmp_path):
 
 
 def test_what_is_no_tokenizer_is_named(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"looked for .*tokenizer.json and .*tokenizer.model"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"looked for .*tokenizer.json, .*tokenizer.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="is not a SentencePiece model"):

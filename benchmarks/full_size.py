@@ -1,0 +1,249 @@
+"""Pangea-7B at full size on a small machine: write, convert, one forward pass.
+
+    python benchmarks/full_size.py write   --folder=/data/full      # 15.9 GB of random weights, -hf layout
+    python benchmarks/full_size.py convert --folder=/data/full      # to Orbax and back, beside a plain copy
+    python benchmarks/full_size.py forward --folder=/data/full      # a picture, a question, 8 new tokens
+
+`convert` needs three times the checkpoint's size of free disk in all (two at a time beside the first) and less than
+6 GiB of memory, `forward` about 20 GiB and JAX 0.12 (earlier ones widen all weights to float32 on a CPU). `--layers`
+makes a smaller model to try the script on.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+BLOCK = 2**25
+IMAGE, NEW_TOKENS = (640, 480), 8
+MAX_GIB = 22
+
+
+def config_of(layers: int):
+    from pangea_jax.model import PangeaConfig
+
+    config = PangeaConfig()
+    return dataclasses.replace(config, language=dataclasses.replace(config.language, layers=layers))
+
+
+def random_block(random: np.random.Generator, size: int, exponent: int) -> np.ndarray:
+    """bfloat16 of random sign and fraction, magnitude in [2^exponent, 2^(exponent + 2)): random bits
+    are many times faster than random normals, and never infinite."""
+    bits = np.frombuffer(random.bytes(2 * size), np.uint16) & np.uint16(0x80FF)
+    return (bits | np.uint16((exponent + 127) << 7 & 0x7F00)).view(BFLOAT16)
+
+
+def planned(name: str, shape: tuple[int, ...], random):
+    """Weights at the scale of their fan-in, norms at one, everything else small."""
+    from pangea_jax.checkpoints.files import Planned
+
+    size = math.prod(shape)
+    if "norm" in name and name.endswith("weight"):
+        parts = (lambda: np.ones(size, BFLOAT16),)
+    else:
+        fan_in = math.prod(shape[1:]) if len(shape) > 1 else 4096
+        # Two steps below: magnitudes reach up to four times this, and the field must be even.
+        exponent = 2 * (math.floor(math.log2(fan_in**-0.5)) // 2) - 1
+        sizes = [min(BLOCK, size - start) for start in range(0, size, BLOCK)]
+        parts = tuple(lambda n=n: random_block(random, n, exponent) for n in sizes)
+    return Planned(name, shape, BFLOAT16, parts)
+
+
+def write(folder: Path, layers: int):
+    """A random checkpoint in the layout of neulab/Pangea-7B-hf."""
+    from pangea_jax.checkpoints import SpecialTokens, files, huggingface, names
+    from pangea_jax.checkpoints import config as config_file
+    from pangea_jax.data import emoji
+    from pangea_jax.data.tokenizer import load_tokenizer
+
+    config = config_of(layers)
+    layout = names.LAYOUTS["transformers-4"]
+    entries = names.entries(huggingface.shapes_of(config), config, layout)
+    random = np.random.Generator(np.random.SFC64(0))
+    tensors = [
+        planned(name, entry.their_shape, random) for entry in entries for name in entry.names
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    clock = time.perf_counter()
+    files.write(folder, tensors, huggingface.MAX_SHARD_BYTES, threads=1)
+    seconds, size = time.perf_counter() - clock, weight_bytes(folder)
+    # Any vocabulary will do for random weights; this one is in the package.
+    tokenizer = load_tokenizer(emoji.DIRECTORY)
+    shutil.copy(emoji.DIRECTORY / emoji.TOKENIZER, folder)
+    tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
+    files.write_json(
+        folder / "config.json", config_file.to_transformers(config, "bfloat16", tokens)
+    )
+    print(f"wrote {size / 1e9:.2f} GB in {seconds:.0f} s, {size / 1e6 / seconds:.0f} MB/s")
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def forget(folder: Path):
+    """Drops the folder's files from the page cache, so that what follows reads the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copy(source: Path, target: Path):
+    """What the conversions are compared with: the same files, read and written, on disk at the end."""
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        with open(file, "rb") as reader, open(target / file.name, "wb") as writer:
+            shutil.copyfileobj(reader, writer, 2**24)
+            writer.flush()
+            os.fsync(writer.fileno())
+
+
+def timed(name: str, source: Path, target: Path, command: list[str] | None) -> dict:
+    """Seconds, MB/s and, of a process, peak resident memory (mapped files included)."""
+    forget(source)
+    clock = time.perf_counter()
+    peak = None
+    if command is None:
+        copy(source, target)
+    else:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            sys.exit(f"{' '.join(command)} failed")
+        peak = usage.ru_maxrss / 2**20
+    seconds = time.perf_counter() - clock
+    rate = weight_bytes(source) / 1e6 / seconds
+    memory = "" if peak is None else f", peak memory {peak:.2f} GiB"
+    print(f"{name:16} {seconds:7.1f} s {rate:7.0f} MB/s{memory}", flush=True)
+    return {"seconds": seconds, "mb_per_s": rate, "peak_gib": peak}
+
+
+def differing(first: Path, second: Path) -> list[str]:
+    """Names of tensors that are not byte-equal, read block by block."""
+    from pangea_jax.checkpoints.files import TensorFiles
+
+    one, two = TensorFiles(first), TensorFiles(second)
+    wrong = sorted(one.names ^ two.names)
+    for name in sorted(one.names & two.names):
+        a, b = one.tensor(name), two.tensor(name)
+        rows = max(1, BLOCK // math.prod(a.shape[1:]))
+        same = (a.shape, a.dtype) == (b.shape, b.dtype) and all(
+            a[i : i + rows].tobytes() == b[i : i + rows].tobytes()
+            for i in range(0, a.shape[0], rows)
+        )
+        wrong += [] if same else [name]
+    return wrong
+
+
+def convert(folder: Path):
+    """To Orbax and back, beside a plain copy; every tensor compared at the end."""
+    copied, orbax, back = (folder.with_name(f"{folder.name}-{x}") for x in ("copy", "orbax", "hf"))
+    figures = {"plain copy": timed("plain copy", folder, copied, None)}
+    shutil.rmtree(copied)
+    script = "launch/convert.py"
+    figures["to Orbax"] = timed(
+        "to Orbax", folder, orbax, [script, f"--from={folder}", f"--to={orbax}", "--format=orbax"]
+    )
+    figures["back to hf"] = timed(
+        "back to hf", orbax, back, [script, f"--from={orbax}", f"--to={back}", "--format=hf"]
+    )
+    wrong = differing(folder, back)
+    shutil.rmtree(orbax)
+    shutil.rmtree(back)
+    print(json.dumps(figures))
+    if wrong:
+        sys.exit(f"{len(wrong)} tensors differ: {wrong[:5]}")
+    print("every tensor byte-equal")
+
+
+class Numbers:
+    """A tokenizer that decodes to numbers: most ids that random weights choose are no words."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def decode(self, ids, skip_special=True):
+        return "".join(f"{id} " for id in ids)
+
+
+def answer(folder: Path):
+    """Loads the model and answers a short question about a picture, twice; the second time compiled."""
+    import jax
+    from PIL import Image
+
+    import pangea_jax
+
+    clock = time.perf_counter()
+    pangea = pangea_jax.load(folder)
+    jax.block_until_ready(pangea._params)
+    pangea.tokenizer = Numbers(pangea.tokenizer)
+    print(f"jax {jax.__version__}: loaded in {time.perf_counter() - clock:.0f} s", flush=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (*IMAGE[::-1], 3), np.uint8)
+    content = [
+        {"type": "image", "image": Image.fromarray(pixels)},
+        {"type": "text", "text": "What is this?"},
+    ]
+    for run in ("compiling", "compiled"):
+        clock, times, ids = time.perf_counter(), [], ""
+        messages = [{"role": "user", "content": content}]
+        for piece in pangea.stream(messages, max_new_tokens=NEW_TOKENS, stop=()):
+            times.append(time.perf_counter() - clock)
+            ids += piece
+        token = (times[-1] - times[0]) / (len(times) - 1)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(
+            f"{run}: first token after {times[0]:.1f} s, {token:.2f} s a further token, "
+            f"peak memory {peak:.2f} GiB; ids {ids}",
+            flush=True,
+        )
+
+
+def forward(folder: Path):
+    """`answer` in a process that is ended before it takes more than `MAX_GIB`."""
+    process = subprocess.Popen([sys.executable, __file__, "answer", f"--folder={folder}"])
+    pages = Path(f"/proc/{process.pid}/statm")
+    while process.poll() is None:
+        resident = int((pages.read_text().split() or [0, 0])[1]) * os.sysconf("SC_PAGE_SIZE")
+        if resident > MAX_GIB * 2**30:
+            process.kill()
+            sys.exit(f"ended: more than {MAX_GIB} GiB of memory")
+        time.sleep(0.1)
+    sys.exit(process.returncode)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    phases = {"write": write, "convert": convert, "forward": forward, "answer": answer}
+    parser.add_argument("phase", choices=phases, help="`answer` is `forward` without its limit")
+    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint lies")
+    parser.add_argument("--layers", type=int, default=28, help="of the decoder (write)")
+    args = parser.parse_args()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    more = {"layers": args.layers} if args.phase == "write" else {}
+    phases[args.phase](args.folder.absolute(), **more)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Converts a checkpoint: public layouts (safetensors) to our own form (Orbax), and back.
+
+    python launch/convert.py --from=neulab/Pangea-7B-hf --to=checkpoints/pangea-7b
+    python launch/convert.py --from=checkpoints/pangea-7b --to=Pangea-7B-hf --format=hf --dtype=bfloat16
+    python launch/convert.py --from=runs/finetune --to=My-Pangea-hf --format=hf
+
+`--from` is a folder in any layout, the work directory of a training run (its newest step), or a name on the
+Hugging Face hub. The result holds weights, config, tokenizer and processor; `pangea_jax.load` takes either form,
+transformers and vLLM take `--format=hf`. The model is never in memory as a whole. Cut off, it leaves only
+`<to>.partial`, and the same command starts anew.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import numpy as np
+from absl import flags, logging
+from rich import progress
+from rich.console import Console
+
+from launch import common
+from pangea_jax import checkpoints
+from pangea_jax.checkpoints import convert
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+FROM = flags.DEFINE_string(
+    "from", None, "A folder, a run's work directory, or owner/name on the hub."
+)
+TO = flags.DEFINE_string("to", None, "The folder to write; must not be there yet.")
+FORMAT = flags.DEFINE_enum("format", "orbax", convert.FORMATS, "What to write.")
+DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of the parameters; by default as they are.")
+LAYOUT = flags.DEFINE_enum(
+    "layout",
+    "transformers-4",
+    convert.LAYOUTS,
+    "Names of tensors for --format=hf: those of neulab/Pangea-7B-hf, which transformers 4 and 5 and vLLM "
+    "read, or those that transformers 5 writes.",
+)
+TOKENIZER = flags.DEFINE_string(
+    "tokenizer",
+    None,
+    "A folder or file with the tokenizer, if it is not in --from nor named by the run's config.",
+)
+
+
+def main(argv):
+    if len(argv) > 1 or not FROM.value or not TO.value:
+        raise common.UserError("expected --from=DIR|owner/name and --to=DIR, and nothing but flags")
+    # Conversion is host work: it must not take an accelerator away from a job that needs it.
+    jax.config.update("jax_platforms", "cpu")
+    logging.set_verbosity(logging.ERROR)
+    source, target = checkpoints.resolve(FROM.value), Path(TO.value)
+    files = Path(TOKENIZER.value or checkpoints.tokenizer_files(source))
+    tokenizer = checkpoints.load_tokenizer(source, files)
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    try:
+        with progress.Progress(*columns, console=console) as bar:
+            task = bar.add_task(f"{source.name} to {FORMAT.value}", total=None)
+            notes = convert.convert(
+                source,
+                target,
+                tokenizer,
+                tokenizer_files=files,
+                form=FORMAT.value,
+                dtype=np.dtype(DTYPE.value) if DTYPE.value else None,
+                layout=LAYOUT.value,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    except KeyboardInterrupt:
+        console.print(f"stopped; {target}.partial is of no use, the same command starts anew")
+        sys.exit(common.EXIT_INTERRUPTED)
+    for note in notes:
+        console.print(f"note: {note}")
+    print(
+        f"{target}: {FORMAT.value}, {sum(f.stat().st_size for f in target.rglob('*')) / 1e9:.2f} GB"
+    )
+
+
+if __name__ == "__main__":
+    common.run(main)

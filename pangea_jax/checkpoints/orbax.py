@@ -1,0 +1,270 @@
+"""Parameters in Orbax checkpoints: our own form of a model, and what training leaves.
+
+Our form is a folder with `config.json`, the tokenizer's files and `params/`, an Orbax checkpoint of the flat
+dict of parameters that `orbax.checkpoint.v1.load` reads as any other. Its arrays are plain Zarr 3, one layer
+or less a file, with a checksum each, so that a part is read or written without the rest.
+"""
+
+import dataclasses
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+from orbax.checkpoint import v1 as ocp
+
+from pangea_jax.checkpoints.files import CheckpointError, cast
+
+PARAMS = "params"
+_ITEM = "state"  # Orbax's name for the tree of a checkpoint that holds one
+# In a train state (`pangea_jax.train.state.TrainState`); everything else of it is the optimiser's.
+_IN_TRAIN_STATE = ("trainable", "frozen")
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """Where the parameters of a folder lie.
+
+    Attributes:
+      arrays: the folder with Orbax's `_METADATA`.
+      config: the config.json that goes with it.
+      trained: whether it is a train state.
+    """
+
+    arrays: Path
+    config: Path
+    trained: bool
+
+
+def find(path: str | os.PathLike) -> Location | None:
+    """The parameters in our form, or of the newest step of a run; None if `path` is neither.
+
+    Args:
+      path: a folder in our form, a work directory of `launch/train.py`, its `checkpoints` folder, or
+        one step in there.
+    """
+    path = Path(path)
+    if (path / PARAMS / _ITEM / "_METADATA").is_file():
+        return Location(path / PARAMS / _ITEM, path / "config.json", trained=False)
+    if (path / _ITEM / "_METADATA").is_file() and path.name.isdecimal():
+        return Location(path / _ITEM, path.parents[1] / "config.json", trained=True)
+    for steps in (path / "checkpoints", path):
+        # A step that is still being written has another name until it is whole.
+        done = [step for step in steps.glob(f"*/{_ITEM}/_METADATA") if step.parts[-3].isdecimal()]
+        if done:
+            newest = max(done, key=lambda file: int(file.parts[-3]))
+            return Location(newest.parent, steps.parent / "config.json", trained=True)
+    return None
+
+
+class OrbaxArrays:
+    """The parameters at a `Location`, by dotted name; `read` reads the chunks it needs.
+
+    Raises:
+      CheckpointError: metadata or an array that cannot be read.
+    """
+
+    def __init__(self, location: Location):
+        self.path = location.arrays
+        try:
+            metadata = json.loads((self.path / "_METADATA").read_text())
+            paths = [
+                tuple(str(key["key"]) for key in leaf["key_metadata"])
+                for leaf in metadata["tree_metadata"].values()
+                if leaf["value_metadata"]["value_type"] in ("jax.Array", "np.ndarray")
+            ]
+            use_ocdbt, use_zarr3 = metadata["use_ocdbt"], metadata["use_zarr3"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.path / '_METADATA'} is no metadata of Orbax ({error!r})"
+            ) from None
+        if location.trained:
+            paths = [path for path in paths if path[0] in _IN_TRAIN_STATE and len(path) == 2]
+        files = f"file://{self.path.absolute()}/"
+        self._arrays, self._whole, self._lock = {}, (None, None), threading.Lock()
+        for path in paths:
+            stored = ".".join(path)
+            store = (
+                {"driver": "ocdbt", "base": files, "path": f"{stored}/"}
+                if use_ocdbt
+                else f"{files}{stored}/"
+            )
+            spec = {
+                "driver": "zarr3" if use_zarr3 else "zarr",
+                "kvstore": store,
+                # Otherwise a chunk that is not there would read as zeros.
+                "fill_missing_data_reads": False,
+            }
+            self._arrays[path[-1]] = self._open(path[-1], spec)
+
+    def _open(self, name, spec):
+        try:
+            return ts.open(spec, open=True, read=True).result()
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.path}: {name} cannot be opened ({_short(error)})"
+            ) from None
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._arrays)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._arrays[name].shape)
+
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype(self._arrays[name].dtype.numpy_dtype)
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """`array[index]` of one parameter.
+
+        A training checkpoint may hold a parameter as one compressed chunk. It is then decoded once
+        and kept until another one is read.
+        """
+        array = self._arrays[name]
+        try:
+            if array.chunk_layout.read_chunk.shape != array.shape:
+                return array[index].read().result()
+            with self._lock:
+                if self._whole[0] != name:
+                    self._whole = (None, None)  # let go of the last one before reading the next
+                    self._whole = (name, array.read().result())
+                return self._whole[1][index]
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.path}: {name} is damaged or incomplete ({_short(error)}); "
+                "copy or convert it again"
+            ) from None
+
+
+def _short(error: Exception) -> str:
+    """The first clause of TensorStore's message, without its list of source lines."""
+    return str(error).split(" [")[0]
+
+
+def load(
+    location: Location,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: jnp.dtype | None = None,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> dict[str, jax.Array]:
+    """Parameters by name, each straight to its devices.
+
+    Args:
+      shapes: of the parameters wanted; what else the checkpoint holds is left alone.
+      dtype, shardings: as of `pangea_jax.checkpoints.load`.
+
+    Raises:
+      CheckpointError: parameters that are missing or of another shape, all in one message.
+    """
+    arrays = OrbaxArrays(location)
+    check(arrays, shapes)
+
+    def one(name, shape):
+        def part(index):
+            return cast(arrays.read(name, index), np.dtype(dtype or arrays.dtype(name)), name)
+
+        if shardings is None:
+            return jax.device_put(part((slice(None),) * len(shape)), may_alias=True)
+        return jax.make_array_from_callback(shape, shardings[name], part)
+
+    return {name: one(name, shape) for name, shape in shapes.items()}
+
+
+def check(arrays: OrbaxArrays, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises one CheckpointError for all parameters that are missing or of another shape."""
+    missing = sorted(set(shapes) - arrays.names)
+    misshapen = [
+        f"{name} is {arrays.shape(name)}, the config says {tuple(shape)}"
+        for name, shape in sorted(shapes.items())
+        if name in arrays.names and arrays.shape(name) != tuple(shape)
+    ]
+    problems = [
+        f"{label} {len(found)}: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}"
+        for label, found in (("missing", missing), ("of another shape", misshapen))
+        if found
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{arrays.path} does not fit the config; parameters " + "; ".join(problems)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A run of one of our parameters to write: `make()` returns `array[index]`."""
+
+    name: str
+    index: tuple[slice, ...]
+    make: Callable[[], np.ndarray]
+
+
+def write(
+    folder: Path,
+    arrays: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], np.dtype]],
+    parts: Iterator[Part],
+) -> Iterator[Callable[[], int]]:
+    """Writes `folder`/params part by part.
+
+    Args:
+      arrays: name to (shape, chunk shape, dtype).
+      parts: no chunk may be touched by two of them.
+
+    Yields:
+      For each part a function that makes and writes it and returns its bytes; they are independent
+      and may run in threads. The checkpoint is whole when all have returned, and on disk when its files
+      have been synced.
+    """
+    # Orbax writes its own metadata, for arrays of one element; the real ones then take their places.
+    stand_ins = {
+        name: np.zeros((1,) * len(shape), dtype) for name, (shape, _, dtype) in arrays.items()
+    }
+    options = ocp.Context()
+    options.array.saving.use_ocdbt = False
+    options.array.saving.use_zarr3 = True
+    options.array.saving.use_compression = False
+    target = (folder / PARAMS).absolute()
+    with options:
+        ocp.save(target, stand_ins)
+    # Without a sync a file, which would have the disk wait for the next part to be made; the caller
+    # does one at the end.
+    context = ts.Context({"file_io_sync": False})
+    opened = {
+        name: _create(target / _ITEM / name, *described, context)
+        for name, described in arrays.items()
+    }
+
+    def job(part):
+        def run():
+            made = np.ascontiguousarray(part.make())
+            opened[part.name][part.index].write(made).result()
+            return made.nbytes
+
+        return run
+
+    return (job(part) for part in parts)
+
+
+def _create(folder: Path, shape, chunk, dtype, context):
+    spec = {
+        "driver": "zarr3",
+        "kvstore": f"file://{folder}/",
+        "metadata": {
+            "shape": shape,
+            "data_type": dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+            "codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "crc32c"},
+            ],
+            "fill_value": 0.0,
+        },
+        "store_data_equal_to_fill_value": True,
+    }
+    return ts.open(spec, create=True, delete_existing=True, context=context).result()

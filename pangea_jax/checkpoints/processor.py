@@ -1,0 +1,125 @@
+"""What lies beside the weights in a folder for transformers and vLLM: tokenizer, picture processor, chat template."""
+
+import json
+import shutil
+from pathlib import Path
+
+from pangea_jax.checkpoints.files import write_json
+from pangea_jax.data.tokenizer import (
+    END_OF_TEXT,
+    IM_END,
+    IMAGE,
+    SentencePieceTokenizer,
+    Tokenizer,
+    TokenizerJson,
+)
+from pangea_jax.model import PangeaConfig
+from pangea_jax.model.vision import CLIP_MEAN, CLIP_STD
+
+# ChatML as `pangea_jax.data.chat` renders it: a system message unless the first one is, and every
+# picture on a line of its own.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+{%- if loop.first and message['role'] != 'system' %}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{{- '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['content'] is string %}
+{{- message['content'] }}
+{%- else %}
+{%- for part in message['content'] %}
+{{- '\\n' if not loop.first else '' }}
+{{- '<image>' if part['type'] in ('image', 'image_url') else part['text'] }}
+{%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+
+def write(folder: Path, config: PangeaConfig, tokenizer: Tokenizer, files: Path) -> list[str]:
+    """Writes them for a model; what transformers cannot have is returned in sentences.
+
+    Args:
+      files: the folder or file that `tokenizer` came from.
+    """
+    notes = []
+    write_json(folder / "preprocessor_config.json", picture_processor(config))
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        model = files / "tokenizer.model" if files.is_dir() else files
+        shutil.copyfile(model, folder / "tokenizer.model")
+        notes.append(
+            "transformers loads the weights, but has no tokenizer class for the SentencePiece model "
+            "with ChatML markers, so AutoProcessor cannot be used; pangea_jax.load can"
+        )
+    else:
+        _write_tokenizer(folder, config, tokenizer, files)
+        write_json(folder / "processor_config.json", _processor(config))
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+        # Where transformers before 4.49 looks for it.
+        write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    if config.newline and not config.pinpoints:
+        notes.append(
+            "transformers has no pictures of a single view with a newline vector: the folder answers "
+            "text there, and pictures in pangea_jax only"
+        )
+    return notes
+
+
+def picture_processor(config: PangeaConfig) -> dict:
+    """preprocessor_config.json: CLIP's normalisation, LLaVA-NeXT's canvases as (height, width)."""
+    size = config.vision.image_size
+    name = "LlavaNextImageProcessor" if config.newline else "CLIPImageProcessor"
+    canvases = [[height, width] for width, height in config.pinpoints]
+    return {
+        "image_processor_type": name,
+        "processor_class": _processor(config)["processor_class"],
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+    } | ({"do_pad": True, "image_grid_pinpoints": canvases} if config.newline else {})
+
+
+def _processor(config: PangeaConfig) -> dict:
+    """processor_config.json; with it the processor repeats `<image>` once a picture feature."""
+    return {
+        "processor_class": "LlavaNextProcessor" if config.newline else "LlavaProcessor",
+        "image_token": IMAGE,
+        "patch_size": config.vision.patch_size,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,  # CLIP's class token, which "default" takes off again
+    }
+
+
+def _write_tokenizer(folder: Path, config, tokenizer: TokenizerJson, files: Path):
+    """tokenizer.json with `<image>` in it, and tokenizer_config.json that agrees."""
+    tokenizer.save(folder / "tokenizer.json")
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    beside = (files if files.is_dir() else files.parent) / "tokenizer_config.json"
+    content = json.loads(beside.read_text()) if beside.is_file() else {}
+    defaults = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": IM_END,
+        "pad_token": END_OF_TEXT,
+        "model_max_length": config.language.max_positions,
+        "clean_up_tokenization_spaces": False,
+    }
+    ours = {
+        "added_tokens_decoder": {
+            str(token.pop("id")): token for token in sorted(added, key=lambda token: token["id"])
+        },
+        "processor_class": _processor(config)["processor_class"],
+        "chat_template": CHAT_TEMPLATE,
+    }
+    write_json(folder / "tokenizer_config.json", defaults | content | ours)

@@ -1,0 +1,91 @@
+"""`launch/convert.py` as a user runs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from pangea_jax import checkpoints
+from pangea_jax.checkpoints import SpecialTokens
+from pangea_jax.checkpoints.huggingface import abstract_state
+from pangea_jax.data import emoji
+from pangea_jax.data.tokenizer import load_tokenizer
+from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig
+
+ROOT = Path(__file__).parents[2]
+CONFIG = PangeaConfig(
+    vision=VisionConfig(image_size=28, patch_size=7, width=32, layers=3, heads=4, mlp=48),
+    language=LanguageConfig(
+        vocab_size=4500, width=32, layers=2, heads=4, kv_heads=2, head_width=8, mlp=48
+    ),
+    pinpoints=((28, 56), (56, 28)),
+)
+
+
+def convert(*flags):
+    """(exit code, standard output, standard error)."""
+    done = subprocess.run(
+        [sys.executable, "launch/convert.py", *flags],
+        cwd=ROOT,
+        env=dict(os.environ, HF_HUB_OFFLINE="1"),
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("public")
+    random = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda x: jnp.asarray(random.normal(size=x.shape), jnp.bfloat16), abstract_state(CONFIG)
+    )
+    tokenizer = load_tokenizer(emoji.DIRECTORY)
+    tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
+    checkpoints.save(state, CONFIG, folder, tokens=tokens)
+    (folder / "tokenizer.model").write_bytes((emoji.DIRECTORY / emoji.TOKENIZER).read_bytes())
+    return folder
+
+
+def test_there_and_back(public, tmp_path):
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    code, out, err = convert(f"--from={public}", f"--to={ours}")
+    assert code == 0, err
+    assert str(ours) in out
+    code, _, err = convert(f"--from={ours}", f"--to={back}", "--format=hf", "--dtype=float32")
+    assert code == 0, err
+    assert "AutoProcessor cannot be used" in " ".join(err.split())
+    first, second = (load_file(path / "model.safetensors") for path in (public, back))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        np.testing.assert_array_equal(second[name], value.astype(np.float32), err_msg=name)
+    assert load_tokenizer(back).encode("cat") == load_tokenizer(public).encode("cat")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--to=x",), "expected --from=DIR|owner/name and --to=DIR"),
+        (("--from=nowhere", "--to=x"), "there is no folder nowhere"),
+        (("--from=owner/name", "--to=x"), "could not be fetched from the Hugging Face hub"),
+        (("--from={public}", "--to={public}"), "is there already"),
+        (("--from={empty}", "--to=x"), "no config.json"),
+        (("--from={public}", "--to=x", "--format=onnx"), "onnx"),
+        (("--from={public}", "--to=x", "--tokenizer={empty}"), "no tokenizer: looked for"),
+    ],
+)
+def test_mistakes_are_one_sentence(public, tmp_path, flags, message):
+    code, out, err = convert(*(flag.format(public=public, empty=tmp_path) for flag in flags))
+    assert code == 1
+    assert message in err
+    assert out == ""
+    assert "Traceback" not in err
+    assert not (ROOT / "x").exists()

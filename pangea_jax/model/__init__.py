@@ -6,12 +6,14 @@ K kv heads, G query heads per kv head, C channels per head, F ffn, V vocabulary,
 S keys or cache slots.
 """
 
+from pangea_jax.model.attention import AttentionImpl
 from pangea_jax.model.language import Decoder, KVCache, LanguageConfig
 from pangea_jax.model.pangea import PINPOINTS, Pangea, PangeaConfig
 from pangea_jax.model.vision import VisionConfig, VisionTower
 
 __all__ = [
     "PINPOINTS",
+    "AttentionImpl",
     "Decoder",
     "KVCache",
     "LanguageConfig",

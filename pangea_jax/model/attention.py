@@ -1,10 +1,44 @@
 """One attention for every use: packed rows, padded rows, and decoding from a KV cache."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
+from absl import logging
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-BACKENDS = ("xla",)
+from pangea_jax.model import attention_kernels as kernels
+
+BACKENDS = ("xla", *kernels.KERNELS)
+# Logits of more queries than this are never in memory at once: of 8192 keys and 28 heads, those of 1024
+# queries are 0.9 GB a row in float32, all 8192 would be 7.5 GB.
+QUERY_CHUNK = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionImpl:
+    """Which code mixes the values. All give the same result, up to rounding.
+
+    Attributes:
+      name: `xla` (plain JAX, serves every call, and the reference of the tests), `splash` (a Pallas
+        kernel for TPU), `triton` (a Pallas kernel for NVIDIA GPUs), or `auto`: the kernel of the
+        accelerator where it can serve the call, else `xla`. What `auto` chose is logged once.
+      block_q, block_kv: queries and keys a kernel works on at once, one of its `blocks`; None is its
+        default (`attention_kernels.KERNELS`). Rows are padded to a multiple of both, so on unusual row
+        lengths smaller blocks waste less.
+      interpret: run a kernel's arithmetic without its accelerator, slowly. For tests.
+    """
+
+    name: str = "auto"
+    block_q: int | None = None
+    block_kv: int | None = None
+    interpret: bool = False
+
+    def __post_init__(self):
+        if self.name not in ("auto", *BACKENDS):
+            raise ValueError(f"attention impl {self.name!r} is not one of {('auto', *BACKENDS)}")
 
 
 def attention(
@@ -12,36 +46,106 @@ def attention(
     k: Float[Array, "B S K C"],
     v: Float[Array, "B S K C"],
     *,
-    q_segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
     kv_segment_ids: Int[Array, "B S"] | None = None,
-    q_positions: Int[Array, "B T"] | None = None,
     kv_positions: Int[Array, "B S"] | None = None,
-    impl: str = "xla",
+    impl: AttentionImpl | str = "auto",
 ) -> Float[Array, "B T H C"]:
     """Scaled dot-product attention with grouped keys; softmax in float32.
 
-    A query sees a key when both carry the same segment id (0 marks padding, which nobody sees) and, if
-    positions are given, the key's position is not after the query's. Positions count from 0 within each
-    segment, so one rule serves packed training rows, right-padded prompts and a KV cache alike.
+    A query sees a key when both carry the same segment id (0 marks padding, which no token sees) and,
+    if positions are given, the key's position is not after the query's. Positions count from 0 within
+    each segment, so one rule serves packed training rows, right-padded prompts and a KV cache alike.
     Without ids every query sees every key (the vision tower).
 
     Args:
       q: queries; H = K * G heads, query head h reads key head h // G.
       k, v: keys and values; S = T in training, the number of cache slots when decoding.
-      impl: one of `BACKENDS`.
+      segment_ids, positions: of the queries. Positions increase along the row within a segment; the
+        kernels rely on it, for they compare indices.
+      kv_segment_ids, kv_positions: of the keys, where these are not the queries' own tokens (a KV
+        cache). Only `xla` serves that.
+      impl: a backend, or its name alone.
 
     Returns:
       The mixed values. Rows of padding queries are finite but meaningless.
+
+    Raises:
+      ValueError: the named backend cannot serve this call; it says why.
     """
-    if impl not in BACKENDS:
-        raise ValueError(f"attention impl {impl!r} is not one of {BACKENDS}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly")
+    impl = AttentionImpl(impl) if isinstance(impl, str) else impl
+    packed = segment_ids is not None and positions is not None
+    packed = packed and kv_segment_ids is None and kv_positions is None
+    impl = _choose(impl, q, k, packed)
+    if impl.name != "xla":
+        return kernels.run(impl, q, k, v, segment_ids)
+    kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
+    kv_positions = positions if kv_positions is None else kv_positions
+    mixed = _xla(q, k, v, segment_ids, positions, kv_segment_ids, kv_positions)
+    return checkpoint_name(mixed, kernels.RESIDUALS)
+
+
+def _choose(impl: AttentionImpl, q: Array, k: Array, packed: bool) -> AttentionImpl:
+    """`auto` resolved; a named kernel that cannot serve the call is an error."""
+    if impl.name == "xla":
+        return impl
+    if impl.name != "auto":
+        obstacle = kernels.obstacle(impl, q, k, packed)
+        if obstacle:
+            raise ValueError(f"attention impl {impl.name!r}: {obstacle}; use impl 'auto' or 'xla'")
+        return impl
+    platform = kernels.platform()
+    name = next((n for n, kernel in kernels.KERNELS.items() if kernel.platform == platform), None)
+    if name is None:
+        _log_choice("xla", f"there is no kernel for {platform}")
+        return dataclasses.replace(impl, name="xla")
+    chosen = dataclasses.replace(impl, name=name)
+    obstacle = kernels.obstacle(chosen, q, k, packed) or kernels.unknown_placement()
+    if obstacle:
+        _log_choice("xla", f"{name} does not serve it: {obstacle}")
+        return dataclasses.replace(impl, name="xla")
+    _log_choice(name, f"packed causal rows on {platform}")
+    return chosen
+
+
+@functools.cache
+def _log_choice(name: str, reason: str):
+    logging.info("attention: impl 'auto' is %r here (%s)", name, reason)
+
+
+def _xla(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
+    """The rule of `attention` in plain JAX, a chunk of queries at a time if there are many."""
+    B, T, H, C = q.shape
+    if T <= QUERY_CHUNK:
+        return _mix(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions)
+    chunks = -(-T // QUERY_CHUNK)
+    length = -(-T // chunks)
+
+    def split(x):
+        """[B, T, ...] to [chunks, B, length, ...]; what is added has segment and position 0."""
+        x = jnp.pad(x, [(0, 0), (0, chunks * length - T)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(B, chunks, length, *x.shape[2:]).swapaxes(0, 1)
+
+    # Recomputed in the backward pass, which otherwise would keep the weights of every chunk.
+    @jax.checkpoint
+    def mix(chunk):
+        q, segment_ids, positions = chunk
+        return _mix(q, k, v, segment_ids, positions, kv_segment_ids, kv_positions)
+
+    mixed = jax.lax.map(mix, jax.tree.map(split, (q, q_segment_ids, q_positions)))
+    return mixed.swapaxes(0, 1).reshape(B, chunks * length, H, C)[:, :T]
+
+
+def _mix(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
+    """Attention of all queries at once."""
     B, T, H, C = q.shape
     K = k.shape[2]
-    if H % K:
-        raise ValueError(f"{H} query heads cannot share {K} key heads evenly")
     q = q.reshape(B, T, K, H // K, C) * C**-0.5
     logits = jnp.einsum("BTKGC,BSKC->BKGTS", q, k, preferred_element_type=jnp.float32)
-    mask = _visible(q_segment_ids, kv_segment_ids, q_positions, kv_positions)
+    mask = _visible(q_segment_ids, q_positions, kv_segment_ids, kv_positions)
     if mask is not None:
         # A finite minimum keeps the softmax of a padding query (which sees nothing) free of NaN.
         logits += jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min / 2)[:, None, None]
@@ -56,7 +160,7 @@ def attention(
     return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
 
 
-def _visible(q_segment_ids, kv_segment_ids, q_positions, kv_positions):
+def _visible(q_segment_ids, q_positions, kv_segment_ids, kv_positions):
     """Which keys a query may see, bool [B, T, S]; None means all."""
     mask = None
     if q_segment_ids is not None:

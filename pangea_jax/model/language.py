@@ -8,10 +8,20 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pangea_jax.model.attention import attention
-from pangea_jax.model.layers import RMSNorm, linear, normal, stack_blocks, zeros
+from pangea_jax.model.attention import AttentionImpl, attention
+from pangea_jax.model.layers import (
+    RMSNorm,
+    checkpoint,
+    linear,
+    normal,
+    run_blocks,
+    stack_blocks,
+    unstack_blocks,
+    zeros,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,28 +174,27 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         *,
-        remat: bool = False,
-        impl: str = "xla",
+        remat: str = "everything",
+        impl: AttentionImpl | str = "auto",
     ) -> Float[Array, "B T D"]:
-        """Hidden states after the final norm; training and scoring (no cache)."""
+        """Hidden states after the final norm; training and scoring (no cache).
+
+        `remat` is what a block keeps for the backward pass, a policy of `layers.REMAT`."""
         cos, sin = rope_angles(positions, self.config.head_width, self.config.rope_theta)
 
-        def body(x, block):
+        def body(x, block, _layer):
             q, k, v = block.qkv(x)
             mixed = attention(
-                rotate(q, cos, sin),
-                rotate(k, cos, sin),
-                v,
-                q_segment_ids=segment_ids,
-                kv_segment_ids=segment_ids,
-                q_positions=positions,
-                kv_positions=positions,
+                checkpoint_name(rotate(q, cos, sin), "q"),
+                checkpoint_name(rotate(k, cos, sin), "k"),
+                checkpoint_name(v, "v"),
+                segment_ids=segment_ids,
+                positions=positions,
                 impl=impl,
             )
-            return block.finish(x, mixed), None
+            return block.finish(x, mixed)
 
-        body = jax.checkpoint(body) if remat else body
-        x, _ = jax.lax.scan(body, x, self.blocks, unroll=self.config.scan_unroll)
+        x = run_blocks(checkpoint(body, remat), x, self.blocks, unroll=self.config.scan_unroll)
         return self.final_norm(x)
 
     def extend(
@@ -194,31 +203,46 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         cache: KVCache,
+        *,
+        first: bool = False,
+        impl: AttentionImpl | str = "auto",
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Reads T more tokens after those in the cache: the prefill (T = prompt) and every step (T = 1)."""
+        """Reads T more tokens after those in the cache: the prefill (T = prompt) and every step (T = 1).
+
+        Args:
+          first: the cache is empty, so that the tokens see each other alone and any `impl` serves;
+            later ones, which also see the cache, are mixed by `xla`.
+        """
         cos, sin = rope_angles(positions, self.config.head_width, self.config.rope_theta)
         start = (0, cache.length)
         kv_segment_ids = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, start)
         kv_positions = jax.lax.dynamic_update_slice(cache.positions, positions, start)
+        queries = {"segment_ids": segment_ids, "positions": positions}
+        slots = {"kv_segment_ids": kv_segment_ids, "kv_positions": kv_positions}
 
-        def body(x, layer):
-            block, k_cache, v_cache = layer
+        # The caches are carried, not scanned over: so XLA writes a step's slots in place.
+        def body(carry, block, layer):
+            x, k_cache, v_cache = carry
             q, k, v = block.qkv(x)
-            at = (0, cache.length, 0, 0)
-            k = rotate(k, cos, sin).astype(k_cache.dtype)
-            k_cache = jax.lax.dynamic_update_slice(k_cache, k, at)
-            v_cache = jax.lax.dynamic_update_slice(v_cache, v.astype(v_cache.dtype), at)
-            mixed = attention(
-                rotate(q, cos, sin),
-                k_cache.astype(x.dtype),
-                v_cache.astype(x.dtype),
-                q_segment_ids=segment_ids,
-                kv_segment_ids=kv_segment_ids,
-                q_positions=positions,
-                kv_positions=kv_positions,
-            )
-            return block.finish(x, mixed), (k_cache, v_cache)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            at = (layer, 0, cache.length, 0, 0)
+            k_cache = jax.lax.dynamic_update_slice(k_cache, k[None].astype(k_cache.dtype), at)
+            v_cache = jax.lax.dynamic_update_slice(v_cache, v[None].astype(v_cache.dtype), at)
+            if first:
+                mixed = attention(q, k, v, **queries, impl=impl)
+            else:
+                k, v = (
+                    jax.lax.dynamic_index_in_dim(c, layer, keepdims=False).astype(x.dtype)
+                    for c in (k_cache, v_cache)
+                )
+                mixed = attention(q, k, v, **queries, **slots, impl="xla")
+            return block.finish(x, mixed), k_cache, v_cache
 
-        x, (k, v) = jax.lax.scan(body, x, (self.blocks, cache.k, cache.v))
+        x, k, v = run_blocks(body, (x, cache.k, cache.v), self.blocks)
         cache = KVCache(k, v, kv_segment_ids, kv_positions, cache.length + x.shape[1])
         return self.final_norm(x), cache
+
+    def unstack(self) -> None:
+        """Gives every layer arrays of its own, for decoding on a CPU: there a loop over stacked
+        layers copies a layer's weights before using them, which doubles the time of a token."""
+        self.blocks = unstack_blocks(self.blocks)

@@ -7,6 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+# What the forward pass of a block keeps for the backward pass, by the name of the policy: values marked
+# with `checkpoint_name`. Whatever is not kept is computed again. From least memory to most, but for
+# "offload", which keeps what "qkv" does in the host's memory.
+REMAT = {
+    "nothing": (),
+    "attention": ("attention",),
+    "qkv": ("q", "k", "v", "attention"),
+    "offload": ("q", "k", "v", "attention"),
+    "everything": None,
+}
+
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, dtype) -> nnx.Param:
     """A parameter drawn from N(0, stddev^2)."""
@@ -31,6 +42,71 @@ def stack_blocks(block, num_layers: int, rngs: nnx.Rngs):
     return make(rngs.split(num_layers))
 
 
+def unstack_blocks(blocks) -> nnx.List:
+    """Stacked blocks as a list of them; the stacked parameters are freed one by one on the way."""
+    graphdef, state = nnx.split(blocks)
+    state = nnx.to_flat_state(state)
+    layers: list[list] = [[] for _ in range(len(state[0][1].get_value()))]
+    for path, variable in state:
+        stacked = variable.get_value()
+        for layer, found in enumerate(layers):
+            found.append((path, variable.replace(stacked[layer])))
+        jax.block_until_ready([found[-1][1].get_value() for found in layers])
+        stacked.delete()
+    return nnx.List([nnx.merge(graphdef, nnx.from_flat_state(found)) for found in layers])
+
+
+def run_blocks(body, carry, blocks, *, unroll: int = 1):
+    """`carry = body(carry, block, layer)` through all blocks, stacked or unstacked."""
+    if isinstance(blocks, nnx.List):
+        for layer, block in enumerate(blocks):
+            carry = body(carry, block, layer)
+        return carry
+
+    def step(carry, stacked):
+        return body(carry, *stacked), None
+
+    layers = jnp.arange(len(jax.tree.leaves(blocks)[0]))
+    return jax.lax.scan(step, carry, (blocks, layers), unroll=unroll)[0]
+
+
+def checkpoint(body, remat: str):
+    """A block's `body`, which keeps for the backward pass what the policy `remat` of `REMAT` says.
+
+    Raises:
+      ValueError: there is no such policy.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat {remat!r} is not one of {', '.join(REMAT)}")
+    names = REMAT[remat]
+    if names is None:
+        return body
+    if remat == "offload":
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=(),
+            names_which_can_be_offloaded=names,
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    else:
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+    # Forward and backward are two loops, across which XLA merges nothing; its guard would cost time.
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def _in_turn(x: Array, kernel: Array) -> tuple[Array, Array]:
+    """Both unchanged; on a CPU the kernel cannot be used before x is there.
+
+    XLA's CPU backend multiplies bfloat16 in float32. Left alone, it widens the kernels of all layers
+    before the first product, which takes twice the model's size in memory.
+    """
+    if x.dtype == jnp.float32:
+        return x, kernel
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=lambda *both: jax.lax.optimization_barrier(both), default=lambda *both: both
+    )
+
+
 def linear(
     x: Float[Array, "... D"],
     kernel: nnx.Param,
@@ -43,11 +119,13 @@ def linear(
     Written as one matrix product: XLA's CPU backend runs a product with more free axes about three
     times slower; for an accelerator the two are the same.
     """
-    kernel = kernel[...].astype(x.dtype)
+    x, kernel = _in_turn(x, kernel[...].astype(x.dtype))
     contracted, features = kernel.shape[:inputs], kernel.shape[inputs:]
     width = math.prod(contracted)
-    y = x.reshape(-1, width) @ kernel.reshape(width, -1)
-    y = y.reshape(*x.shape[: x.ndim - inputs], *features)
+    rows = x.shape[: x.ndim - inputs]
+    # Sizes are spelled out, since of no rows at all (text alone has no tiles) -1 cannot be inferred.
+    y = x.reshape(math.prod(rows), width) @ kernel.reshape(width, math.prod(features))
+    y = y.reshape(*rows, *features)
     return y if bias is None else y + bias[...].astype(x.dtype)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
+from pangea_jax.model.attention import AttentionImpl
 from pangea_jax.model.language import Decoder, KVCache, LanguageConfig
 from pangea_jax.model.layers import linear, normal, zeros
 from pangea_jax.model.vision import VisionConfig, VisionTower, normalize
@@ -61,12 +62,13 @@ class Pangea(nnx.Module):
         self.language = Decoder(config.language, rngs=rngs, dtype=dtype)
 
     def encode(
-        self, tiles: UInt8[Array, "B N H W 3"], *, remat: bool = False
+        self, tiles: UInt8[Array, "B N H W 3"], *, remat: str = "everything"
     ) -> Float[Array, "B N P E"]:
         """Tower features of uint8 tiles."""
-        flat = normalize(tiles.reshape(-1, *tiles.shape[2:]), self.config.dtype)
+        B, N, *pixels = tiles.shape
+        flat = normalize(tiles.reshape(B * N, *pixels), self.config.dtype)
         features = self.vision(flat, remat=remat)
-        return features.reshape(*tiles.shape[:2], *features.shape[1:])
+        return features.reshape(B, N, *features.shape[1:])
 
     def embed(
         self,
@@ -76,7 +78,9 @@ class Pangea(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Decoder input: word embeddings, and picture features where `image_index` says so."""
         B, N, P, _ = features.shape
-        projected = self.projector(features.astype(self.config.dtype)).reshape(B, N * P, -1)
+        projected = self.projector(features.astype(self.config.dtype)).reshape(
+            B, N * P, self.config.language.width
+        )
         # Without a newline vector index 0 is never used, but keeps its place.
         newline = jnp.zeros(()) if self.newline_d is None else self.newline_d[...]
         newline = jnp.broadcast_to(newline.astype(projected.dtype), (B, 1, projected.shape[-1]))
@@ -86,10 +90,17 @@ class Pangea(nnx.Module):
         return jnp.where((image_index >= 0)[..., None], picture, words)
 
     def hidden(
-        self, batch: dict[str, Array], *, remat: bool = False, impl: str = "xla"
+        self,
+        batch: dict[str, Array],
+        *,
+        remat: str = "everything",
+        impl: AttentionImpl | str = "auto",
     ) -> Float[Array, "B T D"]:
         """Hidden states of a batch with `tokens`, `positions`, `segment_ids`, `image_index` [B, T] and
-        either `tiles` (uint8) or, for a frozen tower whose features were computed before, `features`."""
+        either `tiles` (uint8) or, for a frozen tower whose features were computed before, `features`.
+
+        `remat` is what the blocks keep for the backward pass, a policy of `layers.REMAT`; `impl` is the
+        decoder's attention."""
         features = batch.get("features")
         if features is None:
             features = self.encode(batch["tiles"], remat=remat)
@@ -100,11 +111,15 @@ class Pangea(nnx.Module):
         """float32 logits at every position; for checking and scoring, not for training."""
         return self.language.logits(self.hidden(batch, **kwargs))
 
-    def prefill(self, batch: dict[str, Array], slots: int) -> tuple[Float[Array, "B T D"], KVCache]:
+    def prefill(
+        self, batch: dict[str, Array], slots: int, *, impl: AttentionImpl | str = "auto"
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Reads the prompts into a fresh cache of `slots` >= T."""
         features = batch.get("features")
         if features is None:
             features = self.encode(batch["tiles"])
         x = self.embed(batch["tokens"], batch["image_index"], features)
         cache = KVCache.empty(self.config.language, x.shape[0], slots, x.dtype)
-        return self.language.extend(x, batch["positions"], batch["segment_ids"], cache)
+        return self.language.extend(
+            x, batch["positions"], batch["segment_ids"], cache, first=True, impl=impl
+        )

@@ -5,10 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, UInt8
 
 from pangea_jax.model.attention import attention
-from pangea_jax.model.layers import LayerNorm, linear, normal, stack_blocks, zeros
+from pangea_jax.model.layers import LayerNorm, checkpoint, linear, normal, stack_blocks, zeros
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -100,10 +101,13 @@ class VisionBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "N S D"]) -> Float[Array, "N S D"]:
         y = self.attention_norm(x)
-        q = linear(y, self.q_kernel_dhc, self.q_bias_hc)
-        k = linear(y, self.k_kernel_dhc, self.k_bias_hc)
-        v = linear(y, self.v_kernel_dhc, self.v_bias_hc)
-        x = x + linear(attention(q, k, v), self.o_kernel_hcd, self.o_bias_d, inputs=2)
+        q = checkpoint_name(linear(y, self.q_kernel_dhc, self.q_bias_hc), "q")
+        k = checkpoint_name(linear(y, self.k_kernel_dhc, self.k_bias_hc), "k")
+        v = checkpoint_name(linear(y, self.v_kernel_dhc, self.v_bias_hc), "v")
+        # Nothing is masked, so a kernel would skip nothing, and it would pad 577 tokens to 640; the
+        # logits of one tile are small enough to hold.
+        mixed = attention(q, k, v, impl="xla")
+        x = x + linear(mixed, self.o_kernel_hcd, self.o_bias_d, inputs=2)
         y = quick_gelu(linear(self.mlp_norm(x), self.up_kernel_df, self.up_bias_f))
         return x + linear(y, self.down_kernel_fd, self.down_bias_d)
 
@@ -132,9 +136,11 @@ class VisionTower(nnx.Module):
         self.post_norm = LayerNorm(D, config.norm_eps, dtype)
 
     def __call__(
-        self, tiles: Float[Array, "N H W 3"], *, remat: bool = False
+        self, tiles: Float[Array, "N H W 3"], *, remat: str = "everything"
     ) -> Float[Array, "N P D"]:
-        """Features of normalised tiles, one per patch in row-major order."""
+        """Features of normalised tiles, one per patch in row-major order.
+
+        `remat` is what a block keeps for the backward pass, a policy of `layers.REMAT`."""
         p = self.config.patch_size
         x = jax.lax.conv_general_dilated(
             tiles,
@@ -153,6 +159,5 @@ class VisionTower(nnx.Module):
         def body(x, block):
             return block(x), None
 
-        body = jax.checkpoint(body) if remat else body
-        x, _ = jax.lax.scan(body, x, self.blocks, unroll=self.config.scan_unroll)
+        x, _ = jax.lax.scan(checkpoint(body, remat), x, self.blocks, unroll=self.config.scan_unroll)
         return x[:, 1:]

@@ -5,6 +5,14 @@ import pytest
 
 from pangea_jax.anyres import layout
 from pangea_jax.data.image import views
+from pangea_jax.model.attention import AttentionImpl
+
+# Kernels in interpret mode, with blocks so small that a short row has several.
+IMPLS = (
+    AttentionImpl("xla"),
+    AttentionImpl("splash", 128, 128, interpret=True),
+    AttentionImpl("triton", 64, 64, interpret=True),
+)
 
 
 class Examples:
@@ -22,7 +30,14 @@ class Examples:
                 tokens += piece
                 index += [-1] * len(piece)
                 continue
-            found = layout(piece.size, pinpoints, vision.image_size, vision.grid, self.rounding)
+            found = layout(
+                piece.size,
+                pinpoints,
+                vision.image_size,
+                vision.grid,
+                self.rounding,
+                newline=self.config.newline,
+            )
             shift = vision.patches * len(tiles)
             tokens += [self.image_id] * len(found.image_index)
             index += [place + shift if place else 0 for place in found.image_index.tolist()]
@@ -52,3 +67,14 @@ class Examples:
 @pytest.fixture(scope="session")
 def make_examples():
     return Examples
+
+
+@pytest.fixture(scope="session")
+def impls():
+    return IMPLS
+
+
+@pytest.fixture(scope="session", params=IMPLS, ids=lambda impl: impl.name)
+def impl(request):
+    """Every attention backend, so that it runs on this machine."""
+    return request.param

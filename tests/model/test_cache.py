@@ -10,7 +10,7 @@ import pytest
 from pangea_jax import checkpoints
 
 IMAGE_ID = 96
-PROMPT, TILES, NEW = 112, 5, 16
+PROMPT, TILES, NEW = 112, 5, 64
 
 
 @pytest.fixture(scope="module")

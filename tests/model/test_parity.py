@@ -22,16 +22,25 @@ SIZES = [
     *[(28, 84), (100, 300), (130, 900), (9, 2000), (28, 57)],  # tall
     *[(2600, 1700), (1700, 2600)],  # huge
 ]
+# Prefixes in transformers 5, and in the checkpoints of LLaVA's own code, such as neulab/Pangea-7B.
+LLAVA_NAMES = {
+    "language_model.lm_head.": "lm_head.",
+    "language_model.model.": "model.",
+    "vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+    "multi_modal_projector.linear_1.": "model.mm_projector.0.",
+    "multi_modal_projector.linear_2.": "model.mm_projector.2.",
+    "image_newline": "model.image_newline",
+}
 
 
 class Pair:
-    """A reference model and ours with the same parameters."""
+    """A reference model and ours with the same parameters, read from `folder`."""
 
-    def __init__(self, reference, make_examples):
+    def __init__(self, reference, make_examples, folder=None):
         config = checkpoints.config_from_folder(reference.folder)
         self.reference = reference.model
         self.config = dataclasses.replace(config, dtype="float32")
-        self.model = checkpoints.load_model(reference.folder, self.config)
+        self.model = checkpoints.load_model(folder or reference.folder, self.config)
         self.examples = make_examples(self.config, IMAGE_ID)
         self.forward = jax.jit(lambda model, batch: model(batch))
 
@@ -55,6 +64,9 @@ class Pair:
             # One zero-padded stack, cut down again by the reference from image_sizes.
             inputs["pixel_values"] = torch.nn.utils.rnn.pad_sequence(tiles, batch_first=True)
             inputs["image_sizes"] = torch.tensor([picture.size[::-1] for picture in pictures])
+            if not self.config.pinpoints:  # LLaVA-1.5 knows neither tiles nor sizes
+                inputs["pixel_values"] = inputs["pixel_values"][:, 0]
+                del inputs["image_sizes"]
         return inputs
 
     def theirs(self, rows):
@@ -103,6 +115,35 @@ def test_decoders(make_pair, picture, decoder, tied):
     assert pair.config.language.tied_head == tied
     pair.assert_equal([([1, 2, 3], picture(640, 480), [4, 5, 6, 7, 8])])
     pair.assert_equal([(list(range(1, 90)),)])
+
+
+def test_llava_names(make_reference, make_examples, picture, tmp_path):
+    """The same weights under the names of neulab/Pangea-7B, written out by hand."""
+    from safetensors.numpy import load_file, save_file
+
+    reference = make_reference()
+    named = {}
+    for name, tensor in load_file(reference.folder / "model.safetensors").items():
+        (prefix,) = (prefix for prefix in LLAVA_NAMES if name.startswith(prefix))
+        named[LLAVA_NAMES[prefix] + name.removeprefix(prefix)] = tensor
+    save_file(named, tmp_path / "model.safetensors")
+    assert {name.split(".")[0] for name in named} == {"model", "lm_head"}
+    pair = Pair(reference, make_examples, folder=tmp_path)
+    pair.assert_equal([([1, 2, 3], picture(640, 480), [4, 5]), (list(range(1, 90)),)])
+
+
+def test_llava_1_5(make_pair, picture):
+    """One view, no newline vector, a Llama decoder without biases."""
+    pair = make_pair("llava-1.5")
+    assert (pair.config.pinpoints, pair.config.newline) == ((), False)
+    assert not pair.config.language.qkv_bias
+    pair.assert_equal(
+        [
+            ([1, 2, 3], picture(640, 480), [4, 5, 6]),
+            ([7], picture(30, 90), [8, 9], picture(20, 20)),
+            (list(range(1, 40)),),
+        ]
+    )
 
 
 def test_two_pictures_in_one_row(make_pair, picture):

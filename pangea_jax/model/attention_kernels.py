@@ -1,0 +1,202 @@
+"""Flash attention (Dao 2023) of packed causal rows: Pallas kernels that come with JAX, on our layout.
+
+Both kernels mask by segment and by index, hold no [T, T] array, and read each key head once for all
+the query heads that share it. Under a mesh every device runs its own rows and heads.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from pangea_jax.sharding import BATCH_SPEC
+
+# The name under which a remat policy can keep what the backward pass needs of the forward one.
+RESIDUALS = "attention"
+
+
+def run(
+    impl,
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B T K C"],
+    v: Float[Array, "B T K C"],
+    segment_ids: Int[Array, "B T"],
+) -> Float[Array, "B T H C"]:
+    """Attention of every token to itself and those before it in its segment.
+
+    `impl` is an `AttentionImpl` that names one of `KERNELS` and has no `obstacle`. Padding (segment 0)
+    attends to padding, so its rows are finite.
+    """
+    T = q.shape[1]
+    block_q, block_kv, length = _blocks(impl, T)
+    kernel = functools.partial(
+        KERNELS[impl.name].call, block_q=block_q, block_kv=block_kv, interpret=impl.interpret
+    )
+    padding = [(0, 0), (0, length - T)]
+    q, k, v = (jnp.pad(x, [*padding, (0, 0), (0, 0)]) for x in (q, k, v))
+    segment_ids = jnp.pad(segment_ids, padding)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1:
+        rows = BATCH_SPEC[0]
+        heads = P(rows, None, "tensor", None)
+        # The kernels say nothing of how their outputs vary over the mesh, so JAX cannot check it.
+        kernel = jax.shard_map(
+            kernel,
+            mesh=mesh,
+            in_specs=(heads, heads, heads, P(rows, None)),
+            out_specs=heads,
+            check_vma=False,
+        )
+    return kernel(q, k, v, segment_ids)[:, :T]
+
+
+def obstacle(impl, q: Array, k: Array, packed: bool) -> str | None:
+    """Why the kernel `impl` names cannot serve a call, or None.
+
+    `packed` says that keys are the queries' own tokens, with segment ids and positions.
+    """
+    kernel = KERNELS[impl.name]
+    if not packed:
+        return "it takes rows with segment_ids and positions, and no KV cache"
+    found = platform()
+    if found != kernel.platform and not impl.interpret:
+        return f"it runs on {kernel.platform}, this is {found}"
+    if q.shape[3] not in kernel.head_widths:
+        return f"head width {q.shape[3]} is not one of {kernel.head_widths}"
+    if q.dtype not in kernel.dtypes and not impl.interpret:
+        return f"it takes {' or '.join(kernel.dtypes)}, not {q.dtype}"
+    for name in ("block_q", "block_kv"):
+        block = getattr(impl, name)
+        if block is not None and (block not in kernel.blocks):
+            return f"{name} {block} is not one of {', '.join(map(str, kernel.blocks))}"
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1:
+        shards = math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
+        for count, what, parts in (
+            (q.shape[0], "rows", shards),
+            (k.shape[2], "key heads", mesh.shape["tensor"]),
+        ):
+            if count % parts:
+                return f"{count} {what} do not divide over {parts} devices of the mesh"
+    return None
+
+
+def platform() -> str:
+    """Where the code being traced will run: that of the mesh in context, which may be one to compile
+    for ahead of time, else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def unknown_placement() -> str | None:
+    """Why `auto` must not choose a kernel, which XLA cannot split over devices by itself."""
+    if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
+        return "there are several devices and no mesh in context (jax.set_mesh)"
+    return None
+
+
+def _blocks(impl, T: int) -> tuple[int, int, int]:
+    """Block sizes no longer than the row, and the padded length, a multiple of both."""
+    kernel = KERNELS[impl.name]
+    longest = _round_up(T, min(kernel.blocks))
+    block_q = min(impl.block_q or kernel.block_q, longest)
+    block_kv = min(impl.block_kv or kernel.block_kv, longest)
+    return block_q, block_kv, _round_up(T, math.lcm(block_q, block_kv))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _splash(q, k, v, segment_ids, *, block_q, block_kv, interpret):
+    """TPU: splash attention, which skips the blocks above the diagonal."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, T, H, C = q.shape
+    sizes = splash.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        use_fused_bwd_kernel=True,
+    )
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((T, T))] * H),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=RESIDUALS,
+        interpret=interpret,
+    )
+    q, k, v = (x.swapaxes(1, 2) for x in (q * C**-0.5, k, v))
+    mixed = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment_ids, segment_ids))
+    return mixed.swapaxes(1, 2)
+
+
+def _triton(q, k, v, segment_ids, *, block_q, block_kv, interpret):
+    """NVIDIA GPUs: JAX's Pallas-Triton kernel.
+
+    It has one key head per query head; mapped over the query heads of a group, it reads the keys of
+    the group in place. JAX's cuDNN attention knows no segments short of a [T, T] mask, and tokamax, to
+    which JAX 0.12 points those who import this kernel, asks for Python 3.12.
+    """
+    from jax.experimental.pallas.ops.gpu import attention as gpu
+
+    B, T, H, C = q.shape
+    K = k.shape[2]
+    # The backward pass holds more in registers, hence its smaller blocks.
+    sizes = gpu.BlockSizes(
+        block_q, block_kv, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32
+    )
+
+    def one_head_of_each_group(q):
+        # By position: what follows the segment ids does not take part in differentiation.
+        static = (C**-0.5, True, sizes, "triton", None, 2, None, interpret)
+        return gpu.mha(q, k, v, segment_ids, *static)
+
+    grouped = q.reshape(B, T, K, H // K, C)
+    mixed = jax.vmap(one_head_of_each_group, in_axes=3, out_axes=3)(grouped)
+    return mixed.reshape(B, T, H, C)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What a kernel runs on and takes, and its default block sizes."""
+
+    call: Callable[..., Array]
+    platform: str
+    head_widths: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    blocks: tuple[int, ...]
+    block_q: int
+    block_kv: int
+
+
+KERNELS = {
+    "splash": Kernel(
+        _splash,
+        platform="tpu",
+        head_widths=(64, 128),
+        dtypes=("bfloat16", "float32"),
+        blocks=tuple(range(128, 2048 + 1, 128)),
+        block_q=1024,
+        block_kv=1024,
+    ),
+    "triton": Kernel(
+        _triton,
+        platform="gpu",
+        head_widths=(32, 64, 128),
+        dtypes=("bfloat16", "float16"),  # float32 outgrows the shared memory of a multiprocessor
+        blocks=(64, 128),
+        block_q=128,
+        block_kv=64,
+    ),
+}

@@ -2,23 +2,37 @@
 
 python launch/build_data.py emoji                       # rebuild the embedded sample in place
 python launch/build_data.py emoji --out=/data/emoji --packages=/data/npm
+python launch/build_data.py pangeains --source=/data/PangeaInstruct --out=/data/pangeains --tokenizer=/data/Pangea-7B-hf
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pyarrow.parquet as pq
 from rich.console import Console
-from rich.progress import track
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    track,
+)
 from rich.table import Table
 
-from pangea_jax.data import emoji, emoji_licences, emoji_sources, vocabulary
+from eval import composition
+from pangea_jax import languages
+from pangea_jax.data import emoji, emoji_licences, emoji_sources, image, pangeains, vocabulary
 from pangea_jax.data.emoji import Concept
 from pangea_jax.data.emoji_sources import ARTISTS, Annotations, Artwork
-from pangea_jax.data.store import RecordStore
+from pangea_jax.data.release import ReleaseError
+from pangea_jax.data.store import INDEX, RecordStore
 from pangea_jax.data.write_store import Picture, write_store
 
 console = Console()
@@ -44,7 +58,139 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder of already downloaded npm archives (.tgz); default: download with npm pack",
     )
     sample.set_defaults(run=build_emoji)
-    return parser.parse_args(argv)
+    add_pangeains(commands)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not getattr(arguments, "runner", None):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.pipeline_options = rest
+    return arguments
+
+
+def add_pangeains(commands) -> None:
+    real = commands.add_parser(
+        "pangeains",
+        help="PangeaIns as it is released, or any records in its form",
+        description="Makes a store of PangeaIns.json (or *.jsonl, *.parquet) and its pictures, read from "
+        "folders, tar files (split ones too) and zip files. Killed and started again it goes on.",
+    )
+    add = real.add_argument
+    add("--source", type=Path, required=True, help="folder of the release, or a file of records")
+    add("--out", type=Path, required=True, help="folder of the store")
+    add("--images", type=Path, help="folder of the pictures (default: that of the records)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    add("--tokenizer", type=Path, help="tokenizer.json, .model or their folder: counts tokens")
+    add("--image_id", type=int, help="id of <image> where the tokenizer has none (Pangea: 151646)")
+    add(
+        "--default_language",
+        type=language_code,
+        help="of records that name none (default: identified from their words)",
+    )
+    add(
+        "--max_bad_fraction",
+        type=float,
+        default=0.01,
+        help="stop if a larger share of the records cannot be used (default: 0.01)",
+    )
+    add("--limit", type=int, help="take only so many records, from the first on")
+    add("--max_pixels", type=int, default=image.MAX_PIXELS, help="reject larger pictures")
+    add(
+        "--runner",
+        help="run as an Apache Beam pipeline (DirectRunner, DataflowRunner, FlinkRunner, ...); further "
+        "flags are its pipeline options",
+    )
+    real.set_defaults(run=build_pangeains)
+
+
+def language_code(tag: str) -> str:
+    try:
+        return languages.get(tag).code
+    except KeyError as error:
+        raise argparse.ArgumentTypeError(error.args[0]) from None
+
+
+class Bar:
+    """A progress bar: how far, records a second, time left."""
+
+    def __init__(self):
+        columns = (
+            TextColumn("{task.description:18}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[what]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=console)
+        self._task, self._unit, self._records = None, "", 0
+
+    def __enter__(self):
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_):
+        self._progress.stop()
+
+    def start(self, stage: str, total: int | None, unit: str) -> None:
+        if self._task is not None:
+            done = self._progress.tasks[self._task].completed
+            self._progress.update(self._task, total=max(done, 1), completed=max(done, 1))
+        self._task = self._progress.add_task(stage, total=total, what="")
+        self._unit, self._records = unit, 0
+
+    def advance(self, amount: int) -> None:
+        self._progress.advance(self._task, amount)
+        self._show()
+
+    def count(self, records: int) -> None:
+        self._records += records
+        self._show()
+
+    def _show(self) -> None:
+        task = self._progress.tasks[self._task]
+        parts = []
+        if self._unit == "bytes":
+            parts.append(f"{task.completed / 1e6:,.0f} of {task.total / 1e6:,.0f} MB")
+        elif task.total is not None:
+            parts.append(f"{task.completed:,.0f} of {task.total:,.0f} {self._unit}")
+        if self._records:
+            rate = self._records / max(task.elapsed or 0, 1e-3)
+            what = "members" if self._unit == "members" else "records"
+            parts.append(f"{self._records:,} {what}, {rate:,.0f}/s")
+        self._progress.update(self._task, what=", ".join(parts))
+
+
+def build_pangeains(arguments: argparse.Namespace) -> None:
+    build = pangeains.Build(
+        source=arguments.source,
+        out=arguments.out,
+        images=arguments.images,
+        tokenizer=arguments.tokenizer,
+        image_id=arguments.image_id,
+        default_language=arguments.default_language,
+        limit=arguments.limit,
+        max_pixels=arguments.max_pixels,
+    )
+    allowed = arguments.max_bad_fraction
+    with Bar() as bar:
+        if arguments.runner:
+            options = [f"--runner={arguments.runner}", *arguments.pipeline_options]
+            run = pangeains.Beam(options)
+            summary = pangeains.build(build, run, max_bad_fraction=allowed, progress=bar)
+        else:
+            with pangeains.Local(arguments.workers) as run:
+                summary = pangeains.build(build, run, max_bad_fraction=allowed, progress=bar)
+    columns = ["category", "source", "language"]
+    index = pq.read_table(build.out / INDEX, columns=columns)
+    report = composition.write(index, build.out / "report", summary)
+    console.print(
+        f"{summary['kept']:,} of {summary['total']:,} records, {summary['pictures']:,} pictures, "
+        f"{summary['picture_bytes'] / 1e9:,.2f} GB in {build.out}"
+    )
+    if summary["rejected"]:
+        console.print(f"dropped (the first of them: {build.out / pangeains.REJECTED}):")
+        console.print(pangeains.reasons_text(summary["rejected"]), markup=False)
+    console.print(f"report: {report}")
 
 
 def build_emoji(arguments: argparse.Namespace) -> None:
@@ -122,7 +268,15 @@ def main() -> None:
     arguments = parse_arguments()
     try:
         arguments.run(arguments)
-    except (emoji_sources.SourceError, OSError) as error:
+    except KeyboardInterrupt:
+        sys.exit("build_data.py: stopped; the same command goes on")
+    except (
+        emoji_sources.SourceError,
+        pangeains.BuildError,
+        ReleaseError,
+        OSError,
+        ValueError,
+    ) as error:
         sys.exit(f"build_data.py: {error}")
 
 

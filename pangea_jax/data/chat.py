@@ -11,9 +11,13 @@
 The template is `qwen_1_5` of LLaVA-NeXT's conversation.py; every message is tokenised on its own.
 """
 
+import base64
 import dataclasses
+import functools
+import itertools
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -23,6 +27,9 @@ from pangea_jax.data.tokenizer import Tokenizer
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 LOSS_MASKS = ("answer", "pangea")
+
+# Of records, questions and the names of small vocabularies come back; essays do not.
+_CACHED_CHARACTERS, _CACHED_MESSAGES = 256, 16_384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +85,15 @@ def render(
         )
     if move_marker_first:
         turns = [Turn(turn.role, marker_first(turn.text)) for turn in turns]
-    layouts = iter(_shifted(layouts, tiles_per_image, patches))
-    messages = [_message("system", system, tokenizer, layouts, loss_mask)] if system else []
-    messages += [_message(turn.role, turn.text, tokenizer, layouts, loss_mask) for turn in turns]
+    messages = [("system", system)] if system else []
+    messages += [(turn.role, turn.text) for turn in turns]
+    spans = []
+    for role, text in messages:
+        message = _cached_message if len(text) <= _CACHED_CHARACTERS else _message
+        spans.append(message(tokenizer, role, text, loss_mask))
     if answer_next:
-        header = [tokenizer.im_start_id, *tokenizer.encode("assistant\n")]
-        messages.append((header, [False] * len(header), [-1] * len(header)))
-    tokens, trained, image_index = (
-        np.concatenate([np.asarray(message[part]) for message in messages]) for part in range(3)
-    )
-    trained = trained.astype(bool)
-    if loss_mask == "pangea":
-        marks = [tokenizer.im_start_id, tokenizer.im_end_id, *tokenizer.newline_ids]
-        trained |= np.isin(tokens, marks) & (image_index < 0)
-    return Rendered(tokens.astype(np.int32), trained, image_index.astype(np.int32))
+        spans.append(_header(tokenizer, "assistant", loss_mask))
+    return _assemble(spans, _shifted(layouts, tiles_per_image, patches), tokenizer.image_id)
 
 
 def from_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Turn], list[Any]]:
@@ -101,33 +103,28 @@ def from_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Turn
     ...                                             {"type": "text", "text": "What is this?"}]}])
     ('You are a helpful assistant.', [Turn(role='user', text='<image>\\nWhat is this?')], ['cat.png'])
 
-    Pictures keep their place among the text; each stands on a line of its own, as in training.
+    A part of a message that is a picture is one of
+      `{"type": "image", "image": PIL image, path or bytes}` (or "path", or "base64": text),
+      `{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}`.
+    It keeps its place among the text and stands on a line of its own, as in training.
+
+    With `{"role": "user", "content": text, "images": [...]}` the text has an `<image>` mark wherever a
+    picture goes. If it has none, the marks come first, in one line, as Pangea's evaluation does it
+    (`lmms_eval/models/pangea.py`); one picture then reads the same as the picture part above.
 
     Raises:
       ValueError: a role or a content type that is not known, naming the message.
     """
     system, turns, pictures = SYSTEM_PROMPT, [], []
     for i, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
+        role = message.get("role")
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"messages[{i}].role is {role!r}, not system, user or assistant")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        lines = []
-        for j, part in enumerate(parts or ()):
-            if part.get("type") == "text":
-                # Spelled out in somebody's words the marker is no picture.
-                lines.append(part["text"].replace(IMAGE_MARKER, "<image\u200b>"))
-            elif part.get("type") == "image" and part.get("image") is not None:
-                lines.append(IMAGE_MARKER)
-                pictures.append(part["image"])
-            else:
-                raise ValueError(
-                    f"messages[{i}].content[{j}] is neither a text nor an image: {sorted(part)}; expected "
-                    '{"type": "text", "text": ...} or {"type": "image", "image": PIL image, path or bytes}'
-                )
-        if not lines:
+        read = _marked if message.get("images") else _parts
+        text, found = read(message, f"messages[{i}]")
+        if not text:
             raise ValueError(f"messages[{i}].content is empty")
-        text = "\n".join(lines)
+        pictures += found
         if role == "system" and i == 0:
             system = text
         elif role == "system":
@@ -137,6 +134,72 @@ def from_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Turn
     if not turns:
         raise ValueError("there is no message of a user")
     return system, turns, pictures
+
+
+def _parts(message: Mapping[str, Any], name: str) -> tuple[str, list[Any]]:
+    """Text with marks, and pictures, of a message in parts."""
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
+    lines, pictures = [], []
+    for j, part in enumerate(parts):
+        if part.get("type") == "text" and isinstance(part.get("text"), str):
+            # Spelled out in somebody's words the marker is no picture.
+            lines.append(part["text"].replace(IMAGE_MARKER, "<image\u200b>"))
+        else:
+            pictures.append(_picture(part, f"{name}.content[{j}]"))
+            lines.append(IMAGE_MARKER)
+    return "\n".join(lines), pictures
+
+
+def _marked(message: Mapping[str, Any], name: str) -> tuple[str, list[Any]]:
+    """Text with marks, and pictures, of a message with `images`."""
+    text, pictures = message.get("content"), list(message["images"])
+    if not isinstance(text, str):
+        raise ValueError(f"{name} has images beside its content, which must then be text")
+    marks = text.count(IMAGE_MARKER)
+    if not marks:
+        text = " ".join([IMAGE_MARKER] * len(pictures)) + "\n" + text
+    elif marks != len(pictures):
+        raise ValueError(f"{name} has {marks} {IMAGE_MARKER} marks, but {len(pictures)} images")
+    return text, pictures
+
+
+def _picture(part: Mapping[str, Any], name: str) -> Any:
+    """What `pangea_jax.data.image.decode` takes, of a part of a message."""
+    kind = part.get("type")
+    if kind == "image_url" and part.get("image_url"):
+        url = part["image_url"]
+        return _from_data_url(url["url"] if isinstance(url, Mapping) else url, name)
+    if kind == "image":
+        if part.get("base64") is not None:
+            return _from_base64(part["base64"], name)
+        found = next((part[k] for k in ("image", "path", "url") if part.get(k) is not None), None)
+        if isinstance(found, str) and re.match(r"(data|https?):", found):
+            return _from_data_url(found, name)
+        if found is not None:
+            return found
+    raise ValueError(
+        f"{name} is neither a text nor an image: {sorted(part)}; expected "
+        '{"type": "text", "text": ...}, {"type": "image", "image": PIL image, path or bytes} or '
+        '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
+    )
+
+
+def _from_data_url(url: str, name: str) -> bytes:
+    header, comma, data = str(url).partition(",")
+    if not (comma and header.startswith("data:") and header.endswith(";base64")):
+        raise ValueError(
+            f"{name}: a picture is given as data:image/...;base64,..., not as {header[:60]!r}; "
+            "download it first"
+        )
+    return _from_base64(data, name)
+
+
+def _from_base64(data: str, name: str) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError as error:  # binascii.Error is one
+        raise ValueError(f"{name}: the picture's base64 is broken ({error})") from None
 
 
 def marker_first(text: str) -> str:
@@ -152,36 +215,82 @@ def marker_first(text: str) -> str:
     return f"{IMAGE_MARKER}\n{text.replace(IMAGE_MARKER, '').strip()}".strip()
 
 
-def _shifted(layouts, tiles_per_image, patches):
-    """Each picture's index moved behind the tiles of the pictures before it; newlines (0) stay."""
-    first_tile = 0
-    for i, layout in enumerate(layouts):
-        yield np.where(layout > 0, layout + first_tile * patches, layout)
-        first_tile += tiles_per_image[i] if len(layouts) > 1 else 0
+class _Span(NamedTuple):
+    """Words between pictures: their ids, and which of them are trained. Shared, so read-only."""
+
+    tokens: Int[np.ndarray, "T"]
+    trained: Bool[np.ndarray, "T"]
 
 
-def _message(role, text, tokenizer, layouts, loss_mask):
-    """Tokens, trained flags and image_index of one message, as lists."""
-    header = [tokenizer.im_start_id, *tokenizer.encode(f"{role}\n")]
-    tokens, image_index = [tokenizer.im_start_id], [-1]
+def _message(tokenizer, role, text, loss_mask) -> tuple[_Span, ...]:
+    """One message as the spans between its pictures; a picture stands between any two."""
     # Header and text go through the tokenizer as one string, as in the reference: a text that
     # starts with a newline shares a token with the header's.
-    for i, piece in enumerate(f"{role}\n{text}".split(IMAGE_MARKER)):
-        if i:
-            layout = next(layouts)
-            tokens += [tokenizer.image_id] * len(layout)
-            image_index += layout.tolist()
-        words = tokenizer.encode(piece) if piece else []
-        tokens += words
-        image_index += [-1] * len(words)
-    end = len(tokens) + 1
-    tail = [tokenizer.im_end_id, *tokenizer.newline_ids]
-    tokens += tail
-    image_index += [-1] * len(tail)
-    trained = [role == "assistant"] * len(tokens)
+    pieces = [
+        tokenizer.encode(piece) if piece else [] for piece in f"{role}\n{text}".split(IMAGE_MARKER)
+    ]
+    pieces[0] = [tokenizer.im_start_id, *pieces[0]]
+    newline = list(tokenizer.newline_ids)
+    pieces[-1] = [*pieces[-1], tokenizer.im_end_id, *newline]
+    trained = [np.full(len(piece), role == "assistant") for piece in pieces]
     if loss_mask == "answer" and role == "assistant":
-        start = next(
-            (i for i, pair in enumerate(zip(header, tokens)) if pair[0] != pair[1]), len(header)
-        )
-        trained = [start <= i < end for i in range(len(tokens))]
-    return tokens, trained, image_index
+        header = [tokenizer.im_start_id, *tokenizer.encode(f"{role}\n")]
+        start = sum(1 for _ in itertools.takewhile(bool, map(int.__eq__, header, pieces[0])))
+        trained[0][:start] = False
+        trained[-1][len(pieces[-1]) - len(newline) :] = False
+    return tuple(
+        map(_span, itertools.repeat(tokenizer), itertools.repeat(loss_mask), pieces, trained)
+    )
+
+
+_cached_message = functools.lru_cache(maxsize=_CACHED_MESSAGES)(_message)
+
+
+@functools.lru_cache(maxsize=64)
+def _header(tokenizer, role, loss_mask) -> tuple[_Span, ...]:
+    tokens = [tokenizer.im_start_id, *tokenizer.encode(f"{role}\n")]
+    return (_span(tokenizer, loss_mask, tokens, np.zeros(len(tokens), bool)),)
+
+
+def _span(tokenizer, loss_mask, tokens, trained) -> _Span:
+    tokens = np.asarray(tokens, np.int32)
+    if loss_mask == "pangea":
+        marks = [tokenizer.im_start_id, tokenizer.im_end_id, *tokenizer.newline_ids]
+        trained = trained | np.isin(tokens, marks)
+    for array in (tokens, trained):
+        array.setflags(write=False)
+    return _Span(tokens, trained)
+
+
+def _assemble(messages, layouts, image_id) -> Rendered:
+    """Spans and pictures in turn, one after the other in arrays of their own."""
+    layouts = iter(layouts)
+    parts = []  # (tokens or a constant, trained or a constant, image_index or a constant, length)
+    for spans in messages:
+        for i, span in enumerate(spans):
+            if i:
+                layout = next(layouts)
+                parts.append((image_id, False, layout, len(layout)))
+            parts.append((span.tokens, span.trained, -1, len(span.tokens)))
+    length = sum(part[3] for part in parts)
+    rendered = Rendered(
+        np.empty(length, np.int32), np.empty(length, bool), np.empty(length, np.int32)
+    )
+    end = 0
+    for tokens, trained, image_index, size in parts:
+        start, end = end, end + size
+        rendered.tokens[start:end] = tokens
+        rendered.trained[start:end] = trained
+        rendered.image_index[start:end] = image_index
+    return rendered
+
+
+def _shifted(layouts, tiles_per_image, patches):
+    """Each picture's index moved behind the tiles of the pictures before it; newlines (0) stay."""
+    if len(layouts) < 2:
+        return layouts
+    first_tiles = np.cumsum([0, *tiles_per_image[:-1]])
+    return [
+        np.where(layout > 0, layout + first_tile * patches, layout)
+        for layout, first_tile in zip(layouts, first_tiles, strict=True)
+    ]

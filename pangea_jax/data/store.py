@@ -7,6 +7,7 @@ A store is a directory written by `pangea_jax.data.write_store`:
     images.parquet           one row per picture: key, position, width, height, bytes
     records/<version>/       TFDS ArrayRecord, one TFDS split per split
     images_<collection>/<version>/   TFDS ArrayRecord, one folder per collection of pictures
+                             (`images/<version>/` in PangeaIns, whose pictures are one collection)
 
 A picture is stored once and referred to by its key `<collection>/<name>`, because translations of
 one record share its picture. Collections have folders of their own, so that the licence of each
@@ -17,7 +18,7 @@ can lie beside its files. The record folders are ordinary TFDS data sets
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -25,6 +26,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Int64, UInt64
 
 from pangea_jax.data.record import Conversation, Turn
 
@@ -147,7 +149,8 @@ class RecordStore:
     Attributes:
       directory: where it lies.
       index: one row per conversation (`split, position, id, source, language, category, kind,
-        num_images, num_turns` and the columns a data set adds of its own).
+        num_images, num_turns` and the columns a data set adds of its own; those of PangeaIns:
+        `pangea_jax.data.pangeains`).
 
     Raises:
       StoreError: on construction if the directory holds no store of this version.
@@ -182,7 +185,8 @@ class RecordStore:
 
     @cached_property
     def index(self) -> pa.Table:
-        return self._table(INDEX)
+        # Written in parts, each with dictionaries of its own, which Arrow would not group by.
+        return self._table(INDEX).unify_dictionaries()
 
     @cached_property
     def image_index(self) -> pa.Table:
@@ -196,16 +200,21 @@ class RecordStore:
 
     def image(self, key: str) -> bytes:
         """The encoded picture (WebP, JPEG or PNG as stored) of a key `<collection>/<name>`."""
-        if key not in self._positions:
-            raise KeyError(f"no picture {key!r} in {self.directory / IMAGE_INDEX}")
         collection = key.split("/", 1)[0]
-        if collection not in self._pictures:
-            self._pictures[collection] = self._reader("images", collection)
-        stored, encoded = parse_picture(self._pictures[collection].read(self._positions[key]))
-        if stored != key:
-            problem = f"does not match its shard: picture {key!r} is {stored!r} there"
-            raise StoreError(self.directory / IMAGE_INDEX, problem, self._remedy)
-        return encoded
+        hashes, positions = self._positions
+        wanted = key_hash(key)
+        first, last = (np.searchsorted(hashes, wanted, side) for side in ("left", "right"))
+        stored = None
+        for position in positions[first:last] if collection in self.collections else ():
+            if collection not in self._pictures:
+                self._pictures[collection] = self._reader("images", collection)
+            stored, encoded = parse_picture(self._pictures[collection].read(int(position)))
+            if stored == key:
+                return encoded
+        if stored is None or key_hash(stored) == wanted:
+            raise KeyError(f"no picture {key!r} in {self.directory / IMAGE_INDEX}")
+        problem = f"does not match its shard: picture {key!r} is {stored!r} there"
+        raise StoreError(self.directory / IMAGE_INDEX, problem, self._remedy)
 
     def verify(self) -> None:
         """Checks size and SHA-256 of every file against the manifest; about 5 ms for 3 MB.
@@ -225,21 +234,32 @@ class RecordStore:
                 raise StoreError(path, "differs from the SHA-256 in the manifest", self._remedy)
 
     @cached_property
-    def _positions(self) -> dict[str, int]:
-        table = self.image_index
-        return dict(zip(table["key"].to_pylist(), table["position"].to_pylist(), strict=True))
+    def _positions(self) -> tuple[UInt64[np.ndarray, "K"], Int64[np.ndarray, "K"]]:
+        """Hashes of all keys, ascending, and the pictures' positions: 16 bytes a picture, where a
+        dict of the five million keys of PangeaIns would take a gigabyte in every process."""
+        table = self._table(IMAGE_INDEX, ["key_hash", "position"])
+        if "key_hash" in table.column_names:
+            hashes = table["key_hash"].to_numpy()
+        else:  # a small store
+            keys = self._table(IMAGE_INDEX, ["key"])["key"].to_pylist()
+            hashes = np.array([key_hash(key) for key in keys], np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], table["position"].to_numpy()[order]
 
     def _reader(self, part: str, name: str) -> ShardReader:
         shards = self._manifest[part][name]
         paths = [self.directory / shard["path"] for shard in shards]
         return ShardReader(paths, [shard["num_records"] for shard in shards], self._remedy)
 
-    def _table(self, name: str) -> pa.Table:
+    def _table(self, name: str, columns: Collection[str] | None = None) -> pa.Table:
+        """A Parquet file of the store; of `columns` those that it has."""
         path = self.directory / name
         if not path.is_file():
             raise StoreError(path, "is missing", self._remedy)
         try:
-            return pq.read_table(path)
+            with pq.ParquetFile(path) as file:
+                names = file.schema_arrow.names
+                return file.read([n for n in names if columns is None or n in columns])
         except (pa.ArrowInvalid, OSError) as error:
             raise StoreError(path, f"is damaged ({_first_line(error)})", self._remedy) from None
 
@@ -250,6 +270,11 @@ class RecordStore:
 
     def __repr__(self) -> str:
         return f"RecordStore({str(self.directory)!r}, splits={self.splits})"
+
+
+def key_hash(key: str) -> np.uint64:
+    """64 bits of a picture's key, for finding it among millions."""
+    return np.uint64(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big"))
 
 
 def sha256(path: Path) -> str:

@@ -1,0 +1,70 @@
+"""Shows what training will see: decoded rows with the trained tokens in colour, and their tiles.
+
+    python launch/inspect_data.py --config=configs/sample.py --n=8
+    python launch/inspect_data.py --config=configs/sample.py --skip=100 --workdir=runs/look
+
+Prints the mixture and the first `n` rows; writes batch.html with the same and batch.png with the tiles into the
+work directory. Pictures are shown as tiles also where training takes cached features of augmented views.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+# A clone runs without being installed: launch/ lies beside this file, not in the package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags, logging
+from rich.console import Console
+
+from launch import common
+from pangea_jax.data import batch_view, mixture, pipeline
+
+CONFIG = common.define_config("configs/ablate_en_ratio.py")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where batch.html and batch.png go; default runs/<config and argument>."
+)
+ROWS = flags.DEFINE_integer("n", 8, "Rows to show.", lower_bound=1)
+SKIP = flags.DEFINE_integer("skip", 0, "Batches to go past first.", lower_bound=0)
+
+
+def batches(config) -> tuple[pipeline.Feed, object, int]:
+    """The feed of a config on one process, the tokenizer, and patches a tile."""
+    store, tokenizer = common.open_data(config)
+    choice = mixture.choose(store.index, mixture.Mixture(seed=config.seed, **config.mixture))
+    logging.info("mixture: %s", json.dumps(choice.summary()))
+    vision = common.model_config(config).vision
+    views = pipeline.Views(store, config.model.pinpoints, vision.image_size, vision.grid)
+    feed = dataclasses.replace(pipeline.PipelineConfig(**config.pipeline), workers=0)
+    source = pipeline.RowSource(store, choice.rows)
+    return (
+        pipeline.train_dataset(source, tokenizer, views, feed, seed=config.seed),
+        tokenizer,
+        vision.grid**2,
+    )
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise common.UserError(
+            f"unexpected arguments {argv[1:]}; overrides are written --config.key=value"
+        )
+    config = CONFIG.value
+    feed, tokenizer, patches = batches(config)
+    if feed.num_batches is not None and SKIP.value >= feed.num_batches:
+        raise common.UserError(f"--skip={SKIP.value}, but there are {feed.num_batches} batches")
+    data = iter(feed)
+    for _ in range(SKIP.value + 1):
+        batch = next(data)
+    workdir = Path(WORKDIR.value or common.default_workdir(CONFIG))
+    console = Console()
+    batch_view.print_batch(batch, tokenizer, patches, console, rows=ROWS.value)
+    batch_view.save_batch(batch, tokenizer, patches, workdir, rows=ROWS.value, name="batch")
+    steps = "an unknown number of" if feed.num_batches is None else feed.num_batches
+    console.print(f"{steps} steps; the tiles are in {workdir / 'batch.png'}")
+    data.close()
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,132 @@
+"""A batch as a person can check it: its words with what is trained marked, and a sheet of its tiles."""
+
+import io
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.rule import Rule
+from rich.text import Text
+
+from pangea_jax.data.tokenizer import Tokenizer
+
+TRAINED, CONTEXT, PICTURE = "bold green", "dim", "cyan"
+_SHEET_WIDTH, _GAP = 1600, 4
+_UNUSED = (60, 60, 60)
+
+
+def trained_tokens(row: Mapping[str, np.ndarray]) -> np.ndarray:
+    """bool [T]: true at the tokens that the model is trained to say, not at the places before them."""
+    trained = np.zeros(len(row["tokens"]), bool)
+    trained[1:] = (row["weights"][:-1] > 0) & (row["segment_ids"][1:] == row["segment_ids"][:-1])
+    return trained
+
+
+def render_row(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, patches: int) -> Iterator:
+    """Yields rich renderables: for every segment a rule and its words, pictures as one phrase."""
+    trained, pictured = trained_tokens(row), row["image_index"] >= 0
+    segments = row["segment_ids"]
+    for segment in range(1, int(segments.max(initial=0)) + 1):
+        places = np.flatnonzero(segments == segment)
+        start, count = places[0], len(places)
+        targets = int(np.count_nonzero(row["weights"][places]))
+        yield Rule(f"segment {segment}: {count} tokens from {start}, {targets} trained")
+        text = Text()
+        for (is_picture, is_trained), run in itertools.groupby(
+            places, key=lambda t: (bool(pictured[t]), bool(trained[t]))
+        ):
+            run = list(run)
+            if is_picture:
+                index = row["image_index"][run]
+                tiles = (index[index > 0] - 1) // patches
+                text.append(
+                    f"[{len(run)} places of tiles {tiles.min()} to {tiles.max()}]", style=PICTURE
+                )
+            else:
+                words = tokenizer.decode(row["tokens"][run].tolist(), skip_special=False)
+                text.append(words, style=TRAINED if is_trained else CONTEXT)
+        yield text
+
+
+def describe(batch: Mapping[str, np.ndarray], patches: int) -> str:
+    """One line: rows, conversations, padding, tile fill, trained tokens."""
+    segments = batch["segment_ids"]
+    tiles = batch["tiles" if "tiles" in batch else "features"]
+    used = np.maximum((batch["image_index"].max(axis=1) - 1) // patches + 1, 0).sum()
+    slots = tiles.shape[0] * tiles.shape[1]
+    targets = np.count_nonzero(batch["weights"])
+    return (
+        f"{len(segments)} rows of {segments.shape[1]} tokens and {tiles.shape[1]} tiles: "
+        f"{segments.max(axis=1).sum()} conversations, {np.mean(segments == 0):.1%} padding, "
+        f"{used / max(slots, 1):.1%} of the tiles filled, {targets} tokens trained "
+        f"({targets / max(np.count_nonzero(segments), 1):.1%})"
+    )
+
+
+def print_batch(
+    batch: Mapping[str, np.ndarray],
+    tokenizer: Tokenizer,
+    patches: int,
+    console: Console,
+    *,
+    rows: int,
+) -> None:
+    """Prints the first `rows` rows, the trained tokens in colour."""
+    console.print(describe(batch, patches), highlight=False)
+    for r in range(min(rows, len(batch["tokens"]))):
+        row = {name: values[r] for name, values in batch.items()}
+        padding = np.mean(row["segment_ids"] == 0)
+        console.print(Rule(f"row {r}, {padding:.1%} padding", characters="=", style="bold"))
+        for part in render_row(row, tokenizer, patches):
+            console.print(part)
+
+
+def contact_sheet(batch: Mapping[str, np.ndarray], patches: int, *, rows: int) -> Image.Image:
+    """The tiles of the first `rows` rows, a line or more a row, unused ones crossed out."""
+    tiles, index = batch["tiles"][:rows], batch["image_index"][:rows]
+    count, per_row, side = tiles.shape[0], tiles.shape[1], tiles.shape[2]
+    columns = min(per_row, max(1, _SHEET_WIDTH // (min(side, 160) + _GAP)))
+    shown = min(side, (_SHEET_WIDTH // columns) - _GAP)
+    lines = math.ceil(per_row / columns)
+    step = shown + _GAP
+    sheet = Image.new(
+        "RGB", (columns * step + _GAP, count * (lines * step + 2 * _GAP) + _GAP), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    for r, n in np.ndindex(count, per_row):
+        x = _GAP + (n % columns) * step
+        y = _GAP + r * (lines * step + 2 * _GAP) + (n // columns) * step
+        if n * patches < index[r].max():
+            tile = Image.fromarray(tiles[r, n]).resize((shown, shown), Image.Resampling.BILINEAR)
+            sheet.paste(tile, (x, y))
+        else:
+            draw.rectangle((x, y, x + shown - 1, y + shown - 1), outline=_UNUSED)
+            draw.line((x, y, x + shown - 1, y + shown - 1), fill=_UNUSED)
+    return sheet
+
+
+def save_batch(
+    batch: Mapping[str, np.ndarray],
+    tokenizer: Tokenizer,
+    patches: int,
+    directory: Path,
+    *,
+    rows: int = 8,
+    name: str = "first_batch",
+) -> str:
+    """Writes `name`.html with the words, `name`.png with the tiles if there are any; returns `describe`.
+
+    What a trainer calls once: most mistakes in data are visible here and nowhere else.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / f"{name}.html").open("w", encoding="utf-8") as file:
+        console = Console(record=True, file=io.StringIO(), width=160)
+        print_batch(batch, tokenizer, patches, console, rows=rows)
+        file.write(console.export_html())
+    if "tiles" in batch:
+        contact_sheet(batch, patches, rows=rows).save(directory / f"{name}.png")
+    return describe(batch, patches)

@@ -1,0 +1,533 @@
+"""Reads PangeaIns as it is released: one 12 GB JSON array, and 784 GB of pictures in archives.
+
+Records are streamed from JSON, JSONL or Parquet. Pictures are read where they lie: in folders, in
+tar files (also split ones, `cat part_* > images.tar` not needed) and in zip files; an SQLite index
+says where in an archive each begins. Memory stays constant whatever the size of the release.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import re
+import sqlite3
+import struct
+import tarfile
+import zipfile
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import ijson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pangea_jax.data.record import RecordError
+
+RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
+RELEASED_NAME = "PangeaIns.json"
+_BLOCK = 1 << 18
+_PARQUET_BATCH = 1024
+_COMMIT_EVERY = 50_000
+# `images.tar.partaa`, `part_00`, `images.tar.part_01`: one file cut into parts.
+_PART = re.compile(r"(?:(?P<stem>.+?)[._-])?part[_.-]?(?P<number>[a-z]{2}|\d+)", re.ASCII)
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+class ReleaseError(RuntimeError):
+    """The release cannot be read.
+
+    Attributes:
+      path: the file at fault.
+      offset: the byte at which it is at fault, None where that has no meaning.
+    """
+
+    def __init__(self, path: Path | str, problem: str, offset: int | None = None):
+        self.path, self.problem, self.offset = str(path), problem, offset
+        place = "" if offset is None else f", byte {offset:,}"
+        super().__init__(f"{path}{place}: {problem}")
+
+    def __reduce__(self):
+        return type(self), (self.path, self.problem, self.offset)
+
+
+def record_files(source: Path) -> list[Path]:
+    """The files that hold the records: `source` itself, or in a folder PangeaIns.json, else the
+    Parquet, JSONL or JSON files at its top.
+
+    Raises:
+      ReleaseError: there are none, or of two kinds.
+    """
+    if source.is_file():
+        return [source]
+    if (source / RELEASED_NAME).is_file():
+        return [source / RELEASED_NAME]
+    found = sorted(p for p in source.glob("*") if p.suffix in RECORD_SUFFIXES and p.is_file())
+    if not found:
+        raise ReleaseError(source, f"holds no {RELEASED_NAME}, nor *.json, *.jsonl or *.parquet")
+    if len({path.suffix for path in found}) > 1 or (len(found) > 1 and found[0].suffix == ".json"):
+        names = ", ".join(path.name for path in found[:5])
+        raise ReleaseError(source, f"holds several sets of records ({names}); name one of them")
+    return found
+
+
+def read_records(path: Path, on_bytes: Callable[[int], Any] = lambda count: None) -> Iterator[Any]:
+    """Streams the records of one file, in its order, as they are; memory does not grow with it.
+
+    Args:
+      path: `.json` (one array), `.jsonl` (one object a line) or `.parquet`.
+      on_bytes: called with the number of bytes read since the last call.
+
+    Raises:
+      ReleaseError: the file is broken or ends early; names the byte.
+    """
+    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise ReleaseError(path, f"is none of {', '.join(RECORD_SUFFIXES)}")
+    return readers[path.suffix](path, on_bytes)
+
+
+def _json_parser():
+    # Left to choose, ijson takes a parser in Python, 20 times slower, where the C one is missing.
+    try:
+        return ijson.get_backend("yajl2_c")
+    except ImportError as error:
+        raise ReleaseError("ijson", f"has no C parser here ({error}); reinstall ijson") from None
+
+
+class _Counted:
+    """A file that tells how many bytes have been read, and where the last block began."""
+
+    def __init__(self, file: BinaryIO, on_bytes: Callable[[int], Any]):
+        self._file, self._on_bytes, self.start, self.end = file, on_bytes, 0, 0
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._file.read(size)
+        if block:
+            self.start, self.end = self.end, self.end + len(block)
+            self._on_bytes(len(block))
+        return block
+
+
+def _read_json(path, on_bytes):
+    parser = _json_parser()
+    with path.open("rb") as file:
+        first = file.read(4096).lstrip()[:1]
+        if first != b"[":
+            raise ReleaseError(path, f"expected an array of records, found {first!r}", 0)
+        file.seek(0)
+        counted, number = _Counted(file, on_bytes), 0
+        try:
+            for record in parser.items(counted, "item", use_float=True, buf_size=_BLOCK):
+                yield record
+                number += 1
+        except ijson.JSONError as error:
+            offset = _offset_of_error(path, counted.start)
+            ended = offset == path.stat().st_size
+            problem = "ends inside of the array" if ended else f"is no JSON ({_line(error)})"
+            raise ReleaseError(path, f"{problem}, after {number:,} records", offset) from None
+
+
+def _offset_of_error(path: Path, block: int) -> int:
+    """The parser does not tell where it stumbled: it is fed again, byte by byte in the last block."""
+    parser = _json_parser()
+    events = _Sink()
+    feed = parser.basic_parse_coro(events, use_float=True)
+    with path.open("rb") as file:
+        while file.tell() < block:
+            feed.send(file.read(min(_BLOCK, block - file.tell())))
+        while byte := file.read(1):
+            try:
+                feed.send(byte)
+            except ijson.JSONError:
+                return file.tell() - 1
+        return file.tell()
+
+
+class _Sink:
+    def send(self, event: Any) -> None:
+        pass
+
+
+def _read_jsonl(path, on_bytes):
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            on_bytes(len(line))
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    place = offset + len(error.doc[: error.pos].encode("utf-8", "surrogatepass"))
+                    raise ReleaseError(path, f"line {number}: {error.msg}", place) from None
+                except UnicodeDecodeError as error:
+                    problem = f"line {number}: not UTF-8 ({error.reason})"
+                    raise ReleaseError(path, problem, offset + error.start) from None
+            offset += len(line)
+
+
+def _read_parquet(path, on_bytes):
+    try:
+        with pq.ParquetFile(path) as file:
+            share = path.stat().st_size / max(1, file.metadata.num_rows)
+            for batch in file.iter_batches(_PARQUET_BATCH):
+                on_bytes(round(share * len(batch)))
+                # A column is there for every record; what a record lacks is null.
+                for row in batch.to_pylist():
+                    yield {name: value for name, value in row.items() if value is not None}
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ReleaseError(path, f"is no whole Parquet file ({_line(error)})") from None
+
+
+def _line(error: Exception) -> str:
+    text = str(error)
+    # ijson shows what the C parser says of undecodable text as the repr of bytes.
+    text = text[2:] if text.startswith("b'") else text
+    return re.split(r"\n|\\n", text.strip())[0][:120]
+
+
+class Place(NamedTuple):
+    """Where a picture lies.
+
+    Attributes:
+      archive: path of the archive within the release, empty for a file of its own.
+      name: path of the file, or of the member, within the release.
+      offset: byte of the archive at which its bytes begin.
+      size: bytes it takes there.
+      deflated: whether zlib must unpack them.
+    """
+
+    archive: str
+    name: str
+    offset: int
+    size: int
+    deflated: bool
+
+
+class JoinedFile(io.RawIOBase):
+    """Several files one after the other as one, for reading and seeking."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._files = [path.open("rb") for path in paths]
+        self._ends = list(accumulate(path.stat().st_size for path in paths))
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origins = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._ends[-1]}
+        self._position = origins[whence] + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        part = bisect_right(self._ends, self._position)
+        if part == len(self._files):
+            return 0
+        begin = self._ends[part - 1] if part else 0
+        room = min(len(buffer), self._ends[part] - self._position)
+        self._files[part].seek(self._position - begin)
+        count = self._files[part].readinto(memoryview(buffer)[:room])
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+        super().close()
+
+
+class Archive(NamedTuple):
+    """An archive of the release: its folder, its name without parts and suffix, and its files."""
+
+    name: str
+    folder: str
+    stem: str
+    parts: tuple[str, ...]
+
+    @property
+    def own_folder(self) -> str:
+        return "/".join(part for part in (self.folder, self.stem) if part)
+
+    def open(self, source: Path) -> BinaryIO:
+        return io.BufferedReader(JoinedFile([source / part for part in self.parts]), _BLOCK)
+
+    def fingerprint(self, source: Path) -> str:
+        stats = [(source / part).stat() for part in self.parts]
+        return json.dumps([[s.st_size, s.st_mtime_ns] for s in stats])
+
+
+def find_archives(source: Path) -> list[Archive]:
+    """All tar and zip files below a folder, parts of one archive together, ordered by name.
+
+    Raises:
+      ReleaseError: a part is missing, or a tar file is compressed as a whole.
+    """
+    whole, split = [], {}
+    for folder, _, names in os.walk(source):
+        where = Path(folder).relative_to(source).as_posix()
+        where = "" if where == "." else where
+        for name in names:
+            path = f"{where}/{name}" if where else name
+            if name.endswith(_COMPRESSED):
+                problem = "is compressed as a whole and cannot be read in places; decompress it"
+                raise ReleaseError(source / path, problem)
+            if name.endswith((".tar", ".zip")):
+                whole.append(Archive(path, where, name[:-4], (path,)))
+            elif match := _PART.fullmatch(name):
+                number = _part_number(match["number"])
+                split.setdefault((where, match["stem"] or ""), []).append((number, path))
+    for (where, stem), parts in split.items():
+        parts.sort()
+        numbers = [number for number, _ in parts]
+        if numbers[0] > 1 or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+            names = ", ".join(path.rpartition("/")[2] for _, path in parts)
+            raise ReleaseError(source / where, f"a part of an archive is missing; found {names}")
+        name = "/".join(part for part in (where, stem or "part") if part)
+        stem = stem.removesuffix(".tar").removesuffix(".zip")
+        whole.append(Archive(name, where, stem, tuple(path for _, path in parts)))
+    return sorted(whole)
+
+
+def _part_number(part: str) -> int:
+    """Part `aa` of `split` is number 0, `ab` 1, `ba` 26."""
+    if part.isdigit():
+        return int(part)
+    first, second = (ord(letter) - ord("a") for letter in part)
+    return first * 26 + second
+
+
+class Pictures:
+    """Finds and reads the pictures of a release; picklable, opens archives on first use.
+
+    Args:
+      source: folder of the release, or the folder its pictures are in.
+      database: SQLite file of the archives' members; `index` makes it.
+    """
+
+    def __init__(self, source: Path, database: Path):
+        self.source, self.database = source, database
+        self._opened: dict[str, BinaryIO] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source, "database": self.database, "_opened": {}}
+
+    def index(self, on_members: Callable[[int], Any] = lambda count: None) -> None:
+        """Lists the members of every archive, once: archives that have not changed are kept.
+
+        Args:
+          on_members: called with the number of members listed since the last call.
+
+        Raises:
+          ReleaseError: an archive is damaged or ends early.
+        """
+        self.database.parent.mkdir(parents=True, exist_ok=True)
+        found = find_archives(self.source)
+        with contextlib.closing(sqlite3.connect(self.database)) as database:
+            database.executescript(_SCHEMA)
+            known = dict(database.execute("SELECT name, fingerprint FROM archives"))
+            prints = {archive.name: archive.fingerprint(self.source) for archive in found}
+            for name in known:
+                if prints.get(name) != known[name]:
+                    database.execute("DELETE FROM members WHERE archive = ?", (name,))
+                    database.execute("DELETE FROM archives WHERE name = ?", (name,))
+            database.commit()
+            for archive in found:
+                if known.get(archive.name) != prints[archive.name]:
+                    self._index(database, archive, prints[archive.name], on_members)
+
+    def _index(self, database, archive: Archive, fingerprint: str, on_members) -> None:
+        with archive.open(self.source) as file, database:
+            # Rows of an archive that was not finished: its name is entered last.
+            database.execute("DELETE FROM members WHERE archive = ?", (archive.name,))
+            members = _zip_members if zipfile.is_zipfile(file) else _tar_members
+            file.seek(0)
+            count = 0
+            for count, (name, *place) in enumerate(members(file, self.source / archive.name), 1):
+                path = f"{archive.folder}/{name}" if archive.folder else name
+                row = (path, archive.name, *place)
+                database.execute("INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, ?)", row)
+                if count % _COMMIT_EVERY == 0:
+                    database.commit()
+                    on_members(_COMMIT_EVERY)
+            row = (archive.name, archive.folder, archive.stem, json.dumps(archive.parts))
+            database.execute("INSERT INTO archives VALUES (?, ?, ?, ?, ?)", (*row, fingerprint))
+            on_members(count % _COMMIT_EVERY)
+
+    @functools.cached_property
+    def _connection(self) -> sqlite3.Connection:
+        # Immutable: no locks, which network file systems are bad at.
+        return sqlite3.connect(f"{self.database.resolve().as_uri()}?immutable=1", uri=True)
+
+    @functools.cached_property
+    def archives(self) -> dict[str, Archive]:
+        rows = self._connection.execute("SELECT name, folder, stem, parts FROM archives")
+        return {row[0]: Archive(*row[:3], tuple(json.loads(row[3]))) for row in rows}
+
+    def find(self, path: str) -> tuple[str, Place] | None:
+        """Finds the picture that a record names, None if it is nowhere.
+
+        Relative paths count from the release or from its folder `images`; nothing is guessed from
+        the name of a file alone. Absolute paths, of the machine on which the release was made, are
+        found by the end of their folder: `/data/x/laion-multi-1M/images/1.jpg` is
+        `cultural/laion-multi-1M/images/1.jpg` if that is the only folder ending so.
+
+        Args:
+          path: as `pangea_jax.data.record.image_paths` returns it.
+
+        Returns:
+          the key, `images/` and the path below the images folder, and where it lies.
+
+        Raises:
+          RecordError: an absolute path that fits two folders.
+        """
+        if path.startswith("/"):
+            folder, _, name = path.rpartition("/")
+            found = self._folder(folder)
+            if found is None:
+                return None
+            path = f"{found}/{name}"
+        other = path.removeprefix("images/") if path.startswith("images/") else f"images/{path}"
+        place = self._place(path) or self._place(other)
+        return place and ("images/" + place.name.removeprefix("images/"), place)
+
+    def _place(self, path: str) -> Place | None:
+        try:
+            size = (self.source / path).stat().st_size
+            if (self.source / path).is_file():
+                return Place("", path, 0, size, False)
+        except OSError:  # no such file, or no possible name of one
+            pass
+        for name in self._spellings(path):
+            row = self._connection.execute(
+                "SELECT archive, path, offset, size, deflated FROM members WHERE path = ?", (name,)
+            ).fetchone()
+            if row:
+                return Place(*row[:4], bool(row[4]))
+        return None
+
+    def _spellings(self, path: str) -> Iterator[str]:
+        """The path, and what it is called in an archive that is to be unpacked into a folder of its
+        own name: `a/images/1.jpg` is `a/1.jpg` if the members of `a/images.tar` have no folder."""
+        yield path
+        for archive in self.archives.values():
+            if archive.stem and path.startswith(f"{archive.own_folder}/"):
+                rest = path.removeprefix(f"{archive.own_folder}/")
+                yield f"{archive.folder}/{rest}" if archive.folder else rest
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 one object a process, few folders
+    def _folder(self, folder: str) -> str | None:
+        parts = folder.strip("/").split("/")
+        for start in range(len(parts)):
+            tail = "/".join(parts[start:])
+            found = {
+                f"{root}/{tail}".lstrip("/") for root in self._roots if self._is_folder(root, tail)
+            }
+            if len(found) > 1:
+                detail = f"{folder!r} may be any of {', '.join(sorted(found))}"
+                raise RecordError("path is ambiguous", "image", detail)
+            # The last folder alone is often called `images` and says nothing.
+            if found and (len(parts) - start > 1 or len(parts) == 1):
+                return found.pop()
+        return None
+
+    @functools.cached_property
+    def _roots(self) -> list[str]:
+        """Folders of the release down to two levels, and those that archives lie in."""
+        roots = {""} | {archive.folder for archive in self.archives.values()}
+        for pattern in ("*", "*/*"):
+            roots |= {p.relative_to(self.source).as_posix() for p in self._folders(pattern)}
+        return sorted(roots)
+
+    def _folders(self, pattern: str) -> Iterator[Path]:
+        return (path for path in self.source.glob(pattern + "/") if path.is_dir())
+
+    def _is_folder(self, root: str, tail: str) -> bool:
+        path = f"{root}/{tail}".lstrip("/")
+        own_folders = {archive.own_folder for archive in self.archives.values()}
+        if (self.source / path).is_dir() or path in own_folders:
+            return True
+        query = "SELECT 1 FROM members WHERE path > ? AND path < ? LIMIT 1"
+        row = self._connection.execute(query, (f"{path}/", f"{path}0")).fetchone()
+        return row is not None
+
+    def read(self, place: Place) -> bytes:
+        """The bytes of a picture.
+
+        Raises:
+          OSError: they cannot be read, or not as many as there were when they were found.
+        """
+        if not place.archive:
+            return (self.source / place.name).read_bytes()
+        if place.archive not in self._opened:
+            self._opened[place.archive] = self.archives[place.archive].open(self.source)
+        file = self._opened[place.archive]
+        file.seek(place.offset)
+        data = file.read(place.size)
+        if len(data) != place.size:
+            raise OSError(f"{place.archive} ends inside of {place.name}")
+        try:
+            return zlib.decompress(data, -15) if place.deflated else data
+        except zlib.error as error:
+            raise OSError(f"{place.archive} is damaged at {place.name}: {error}") from None
+
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS archives (
+  name TEXT PRIMARY KEY, folder TEXT, stem TEXT, parts TEXT, fingerprint TEXT);
+CREATE TABLE IF NOT EXISTS members (
+  path TEXT PRIMARY KEY, archive TEXT, offset INTEGER, size INTEGER, deflated INTEGER
+) WITHOUT ROWID;
+"""
+
+
+def _tar_members(file: BinaryIO, path: Path) -> Iterator[tuple[str, int, int, bool]]:
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                tar.members = []  # it keeps them all, a kilobyte each
+                if member.isreg() and not member.issparse():
+                    yield _member_name(member.name), member.offset_data, member.size, False
+            _check_tar_end(file, tar.offset, path)
+    except tarfile.TarError as error:
+        raise ReleaseError(path, f"is no whole tar file ({error})", file.tell()) from None
+
+
+def _check_tar_end(file: BinaryIO, end: int, path: Path) -> None:
+    """A tar file ends with blocks of zeros; without them it was cut, perhaps inside of a member."""
+    file.seek(end)
+    tail = file.read(1024)
+    if len(tail) < 512 or tail.strip(b"\0"):
+        size = file.seek(0, os.SEEK_END)
+        raise ReleaseError(path, "is cut off: a tar file ends with zeros; download it again", size)
+
+
+def _zip_members(file: BinaryIO, path: Path) -> Iterator[tuple[str, int, int, bool]]:
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.is_dir():
+                continue
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                problem = f"compresses {member.filename!r} in a way other than stored or deflated"
+                raise ReleaseError(path, problem)
+            # The name and extra field before the data may differ from those in the directory.
+            file.seek(member.header_offset + 26)
+            name_length, extra_length = struct.unpack("<HH", file.read(4))
+            offset = member.header_offset + 30 + name_length + extra_length
+            deflated = member.compress_type == zipfile.ZIP_DEFLATED
+            yield _member_name(member.filename), offset, member.compress_size, deflated
+
+
+def _member_name(name: str) -> str:
+    plain = "/".join(part for part in name.split("/") if part not in ("", "."))
+    return plain.encode("utf-8", "replace").decode()  # names in other encodings are no text

@@ -1,0 +1,98 @@
+"""Plans of rows: complete, within capacity, tight. How rows are filled is tested with the pipeline."""
+
+import numpy as np
+import pytest
+
+from pangea_jax.data.packing import balance, plan_rows
+
+CAPACITY = (8192, 20, 8192)
+
+
+# Tokens of an example at these shares of the official sample of PangeaIns.
+SHARES, TOKENS = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1), (151, 1208, 1738, 2354, 2703, 2986, 4015)
+
+
+def lengths(count, seed=0):
+    """(tokens, tiles, targets) with the tokens of PangeaIns."""
+    rng = np.random.default_rng(seed)
+    tokens = np.interp(rng.random(count), SHARES, TOKENS).astype(int)
+    tiles = np.where(tokens < 1000, 0, np.where(tokens < 2000, 3, 5))
+    return np.stack([tokens, tiles, rng.integers(1, 150, count)], axis=1)
+
+
+def rows_of(plan):
+    return [plan[row].tolist() for row in range(len(plan))]
+
+
+@pytest.mark.parametrize("window", [1, 64, 4096])
+def test_a_plan_holds_every_example_once_and_no_row_overflows(window):
+    sizes = lengths(3000)
+    sizes[::50] = 0
+    rows = rows_of(plan_rows(sizes, CAPACITY, seed=1, window=window))
+    assert sorted(i for row in rows for i in row) == np.flatnonzero(sizes[:, 0]).tolist()
+    assert all((sizes[row].sum(axis=0) <= CAPACITY).all() for row in rows)
+    assert all(rows)
+
+
+def test_a_plan_uses_97_percent_of_the_tokens():
+    sizes = lengths(8192)
+    plan = plan_rows(sizes, CAPACITY, seed=0, window=4096)
+    assert sizes[:, 0].sum() / (len(plan) * CAPACITY[0]) > 0.97
+
+
+def test_best_fit_by_brute_force():
+    """One window: the longest first, each to the open row that it leaves the fewest tokens of."""
+    sizes = lengths(200, seed=3)
+    capacity = (6200, 9, 200)
+    order = np.random.default_rng(7).permutation(200)
+    room, expected = [], []
+    for i in sorted(order, key=lambda i: -sizes[i, 0]):
+        fitting = [r for r, left in enumerate(room) if (left >= sizes[i]).all()]
+        if not fitting:
+            room.append(np.array(capacity))
+            expected.append([])
+            fitting = [len(room) - 1]
+        best = min(fitting, key=lambda r: (*room[r].tolist(), r))
+        room[best] = room[best] - sizes[i]
+        expected[best].append(i)
+    plan = plan_rows(sizes, capacity, seed=7, window=1000)
+    assert sorted(rows_of(plan)) == sorted(expected)
+
+
+def test_the_seed_decides_and_a_window_keeps_the_order_loose():
+    sizes = lengths(2000)
+
+    def members(seed, window=100):
+        return plan_rows(sizes, CAPACITY, seed=seed, window=window).members
+
+    assert np.array_equal(members(1), members(1))
+    assert not np.array_equal(members(1), members(2))
+    shuffled = np.random.default_rng(1).permutation(2000)
+    place = np.empty(2000, int)
+    place[shuffled] = np.arange(2000)
+    assert np.abs(place[members(1)] - np.arange(2000)).max() < 100
+    # Long and short are not apart: the rows of a window are shuffled.
+    tokens = sizes[members(1, window=2000), 0].reshape(20, 100).mean(axis=1)
+    assert tokens.std() < 0.25 * tokens.mean()
+
+
+def test_an_example_larger_than_a_row_is_an_error():
+    sizes = lengths(10)
+    sizes[4] = (9000, 3, 5)
+    with pytest.raises(ValueError, match=r"1 examples are larger .* number 4 with \[9000, 3, 5\]"):
+        plan_rows(sizes, CAPACITY, seed=0, window=8)
+
+
+def test_balanced_rows_by_hand():
+    def example(tokens):
+        return {
+            "tokens": np.zeros(tokens),
+            "weights": np.ones(tokens),
+            "tiles": np.zeros((1, 2, 2, 3)),
+        }
+
+    rows = balance([example(n) for n in (9, 5, 4, 8, 1, 3)], 2, (16, 4, 16))
+    # The longest first, each to the row with most room left.
+    assert [[len(e["tokens"]) for e in row] for row in rows] == [[9, 4, 3], [8, 5, 1]]
+    with pytest.raises(ValueError, match="6 conversations do not fit 2 rows"):
+        balance([example(5)] * 6, 2, (16, 2, 16))

@@ -1,0 +1,341 @@
+"""Reading the release: records from JSON, JSONL and Parquet, pictures from folders and archives."""
+
+import io
+import json
+import pickle
+import random
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pangea_jax.data.record import RecordError
+from pangea_jax.data.release import (
+    JoinedFile,
+    Pictures,
+    ReleaseError,
+    find_archives,
+    read_records,
+    record_files,
+)
+
+ROOT = Path(__file__).parents[2]
+RECORDS = [
+    {
+        "id": 2433684022797.0 if n % 3 == 0 else f"r{n}",
+        "image": f"general/{n}.jpg",
+        "conversations": [
+            {"from": "human", "value": f"<image>\n这 {n}?"},
+            {"from": "gpt", "value": "é"},
+        ],
+        "language": "zh_simplified",
+    }
+    for n in range(500)
+]
+
+
+def write_records(folder, suffix):
+    path = folder / f"records{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps(RECORDS, ensure_ascii=False, indent=1), encoding="utf-8")
+    elif suffix == ".jsonl":
+        lines = [json.dumps(record, ensure_ascii=False) for record in RECORDS]
+        path.write_text("\n\n".join(lines), encoding="utf-8")
+    else:
+        # A Parquet column has one type.
+        rows = [record | {"id": str(record["id"])} for record in RECORDS]
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_records_are_read_in_order(tmp_path, suffix):
+    read = []
+    path = write_records(tmp_path, suffix)
+    found = list(read_records(path, read.append))
+    assert [str(record["id"]) for record in found] == [str(record["id"]) for record in RECORDS]
+    same = ("image", "conversations", "language")
+    assert [[r[k] for k in same] for r in found] == [[r[k] for k in same] for r in RECORDS]
+    assert sum(read) == pytest.approx(path.stat().st_size, rel=0.01)
+
+
+_PEAK = """
+import resource, sys
+from pathlib import Path
+from pangea_jax.data.release import read_records
+count = sum(1 for _ in read_records(Path(sys.argv[1])))
+print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
+    line = json.dumps({"id": "a", "conversations": [{"from": "human", "value": "x" * 2_000}]})
+    peaks = []
+    for records in (500, 30_000):  # 1 MB, 62 MB
+        path = tmp_path / f"{records}{suffix}"
+        begin, between, end = ("[", ",", "]") if suffix == ".json" else ("", "\n", "")
+        path.write_text(begin + between.join([line] * records) + end)
+        command = [sys.executable, "-c", _PEAK, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        count, peak = map(int, done.stdout.split())
+        assert count == records
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 20, f"peak memory in MiB: {peaks}"
+
+
+def test_parquet_has_no_null_fields(tmp_path):
+    rows = [{"id": "a", "image": None, "language": "en"}, {"id": "b", "image": "x.jpg"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet")
+    found = list(read_records(tmp_path / "r.parquet"))
+    assert found == [{"id": "a", "language": "en"}, {"id": "b", "image": "x.jpg"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "offset", "problem"),
+    [
+        (b'[{"id": 1}, {"id": nul}]', 22, "is no JSON .*after 1 records"),
+        (b'[{"id": 1}, {"id": "x', 21, "ends inside of the array, after 1 records"),
+        (b'[{"id": 1} {"id": 2}]', 11, "is no JSON"),
+        (b'[{"id": 1}', 10, "ends inside"),
+        (b'[{"id": "\xff"}]', 9, "is no JSON .*UTF8"),
+        (b'[{"id": 1}] x', 12, "is no JSON .*trailing garbage"),
+        (b'{"id": 1}', 0, "expected an array"),
+        (b"", 0, "expected an array"),
+    ],
+)
+def test_broken_json_names_the_byte(tmp_path, text, offset, problem):
+    (tmp_path / "r.json").write_bytes(text)
+    with pytest.raises(ReleaseError, match=rf"r\.json, byte {offset}: {problem}") as caught:
+        list(read_records(tmp_path / "r.json"))
+    assert caught.value.offset == offset
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize("where", [10, 262_143, 262_144, 262_145, 700_000])
+def test_byte_is_exact_wherever_the_blocks_of_the_reader_end(tmp_path, where):
+    record = json.dumps({"id": "a", "text": "x" * 50})
+    text = "[" + ",".join([record] * 12_000) + "]"
+    place = text.index(":", where)
+    (tmp_path / "r.json").write_text(text[:place] + "?" + text[place + 1 :])
+    with pytest.raises(ReleaseError) as caught:
+        list(read_records(tmp_path / "r.json"))
+    assert caught.value.offset == place
+    cut = (tmp_path / "cut.json", text[:place])
+    cut[0].write_text(cut[1])
+    with pytest.raises(ReleaseError, match=rf"byte {place:,}: ends inside"):
+        list(read_records(cut[0]))
+
+
+def test_broken_lines_name_the_byte(tmp_path):
+    path = tmp_path / "r.jsonl"
+    text = '{"id": "é"}\n{"id": "é", 3}\n'.encode()
+    path.write_bytes(text)
+    with pytest.raises(ReleaseError, match=rf"byte {text.index(b'3')}: line 2: "):
+        list(read_records(path))
+    path.write_bytes(b'{"id": 1}\n{"id": "\xff"}\n')
+    with pytest.raises(ReleaseError, match=r"byte 18: line 2: not UTF-8"):
+        list(read_records(path))
+
+
+def test_broken_parquet_is_named(tmp_path):
+    path = write_records(tmp_path, ".parquet")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ReleaseError, match=r"records\.parquet: is no whole Parquet file"):
+        list(read_records(path))
+
+
+def test_record_files_of_a_folder(tmp_path):
+    with pytest.raises(ReleaseError, match=r"holds no PangeaIns\.json"):
+        record_files(tmp_path)
+    parts = [tmp_path / f"{n}.parquet" for n in range(3)]
+    for path in reversed(parts):
+        path.touch()
+    assert record_files(tmp_path) == parts
+    (tmp_path / "more.jsonl").touch()
+    with pytest.raises(ReleaseError, match="several sets of records"):
+        record_files(tmp_path)
+    (tmp_path / "PangeaIns.json").touch()
+    assert record_files(tmp_path) == [tmp_path / "PangeaIns.json"]
+    assert record_files(parts[1]) == [parts[1]]
+    with pytest.raises(ReleaseError, match=r"is none of \.json"):
+        read_records(tmp_path / "x.csv")
+
+
+# Pictures. Their bytes are their names here.
+
+
+def tar(members, **options) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", **options) as archive:
+        for name in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(name) * 100
+            archive.addfile(info, io.BytesIO(name.encode() * 100))
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    return stream.getvalue()
+
+
+def put(path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def cut(data: bytes, parts: int) -> list[bytes]:
+    size = -(-len(data) // parts)
+    return [data[start : start + size] for start in range(0, len(data), size)]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A release with pictures in every form."""
+    folder = tmp_path / "release"
+    put(folder / "general/cambrian/1.jpg", b"general/cambrian/1.jpg" * 100)
+    put(folder / "general/plain.tar", tar([f"plain/{n}.jpg" for n in range(20)]))
+    put(folder / "general/flat.tar", tar(["./1.png", "2.png"]))
+    for number, part in enumerate(cut(tar([f"images/{n}.0.jpg" for n in range(30)]), 3)):
+        put(folder / f"cultural/laion-multi-1M/part_{number:02d}", part)
+    long = "deep/" * 40 + "name.jpg"
+    for letter, part in zip("ab", cut(tar([long]), 2), strict=True):
+        put(folder / f"general/ALLaVA-4V/allava_laion.tar.parta{letter}", part)
+    with zipfile.ZipFile(folder / "doc.zip", "w") as archive:
+        archive.writestr("doc/stored.png", "doc/stored.png" * 100)
+        archive.writestr(
+            "doc/deflated.png", "doc/deflated.png" * 100, compress_type=zipfile.ZIP_DEFLATED
+        )
+    return folder
+
+
+@pytest.fixture
+def pictures(source, tmp_path):
+    pictures = Pictures(source, tmp_path / "archives.sqlite")
+    pictures.index()
+    return pictures
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "content"),
+    [
+        ("general/cambrian/1.jpg", "general/cambrian/1.jpg", "general/cambrian/1.jpg"),
+        ("images/general/cambrian/1.jpg", "general/cambrian/1.jpg", "general/cambrian/1.jpg"),
+        ("general/plain/7.jpg", "general/plain/7.jpg", "plain/7.jpg"),
+        ("images/general/plain/19.jpg", "general/plain/19.jpg", "plain/19.jpg"),
+        ("general/flat/1.png", "general/1.png", "./1.png"),
+        ("general/2.png", "general/2.png", "2.png"),
+        (
+            "cultural/laion-multi-1M/images/13.0.jpg",
+            "cultural/laion-multi-1M/images/13.0.jpg",
+            "images/13.0.jpg",
+        ),
+        (
+            "/data/tir/projects/x/laion-multi-1M/images/29.0.jpg",
+            "cultural/laion-multi-1M/images/29.0.jpg",
+            "images/29.0.jpg",
+        ),
+        (
+            "general/ALLaVA-4V/" + "deep/" * 40 + "name.jpg",
+            "general/ALLaVA-4V/" + "deep/" * 40 + "name.jpg",
+            "deep/" * 40 + "name.jpg",
+        ),
+        ("doc/stored.png", "doc/stored.png", "doc/stored.png"),
+        ("doc/deflated.png", "doc/deflated.png", "doc/deflated.png"),
+    ],
+)
+def test_pictures_are_found_and_read(pictures, path, key, content):
+    found_key, place = pictures.find(path)
+    assert found_key == f"images/{key}"
+    assert pictures.read(place) == content.encode() * 100
+    again = pickle.loads(pickle.dumps(pictures))
+    assert again.read(place) == content.encode() * 100
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "general/cambrian/2.jpg",
+        "1.jpg",
+        "cambrian/1.jpg",
+        "general/folder",
+        "general/cambrian",
+        "/elsewhere/1.jpg",
+        "/data/tir/images/13.0.jpg",
+        "x" * 5000,
+    ],
+)
+def test_nothing_is_guessed(pictures, path):
+    assert pictures.find(path) is None
+
+
+def test_absolute_path_that_fits_two_folders(source, tmp_path):
+    for folder in ("general", "caption"):
+        put(source / folder / "COCO/train/1.jpg", b"x")
+    pictures = Pictures(source, tmp_path / "archives.sqlite")
+    pictures.index()
+    with pytest.raises(RecordError, match=r"path is ambiguous .*caption/COCO/train, general/COCO"):
+        pictures.find("/data/COCO/train/1.jpg")
+    assert pictures.find("/data/caption/COCO/train/1.jpg")[0] == "images/caption/COCO/train/1.jpg"
+
+
+def test_index_is_made_once_and_follows_changes(source, pictures, tmp_path):
+    listed = []
+    Pictures(source, tmp_path / "archives.sqlite").index(listed.append)
+    assert listed == []
+    put(source / "general/plain.tar", tar(["plain/new.jpg"]))
+    changed = Pictures(source, tmp_path / "archives.sqlite")
+    changed.index(listed.append)
+    assert listed == [1]
+    assert changed.find("general/plain/7.jpg") is None
+    assert changed.read(changed.find("general/plain/new.jpg")[1]) == b"plain/new.jpg" * 100
+    (source / "doc.zip").unlink()
+    without = Pictures(source, tmp_path / "archives.sqlite")
+    without.index()
+    assert without.find("doc/stored.png") is None
+
+
+def test_joined_file_equals_its_parts(tmp_path):
+    data = random.Random(0).randbytes(10_000)
+    paths = []
+    for number, part in enumerate([data[:1], data[1:1], data[1:4_000], data[4_000:]]):
+        paths.append(tmp_path / str(number))
+        paths[-1].write_bytes(part)
+    with io.BufferedReader(JoinedFile(paths), 97) as joined:
+        assert joined.read() == data
+        for start, size in [(0, 2), (1, 5_000), (3_999, 2), (4_000, 1), (9_990, 100), (20_000, 5)]:
+            joined.seek(start)
+            assert joined.read(size) == data[start : start + size]
+        assert joined.seek(-10, io.SEEK_END) == 9_990
+        assert joined.read() == data[-10:]
+
+
+@pytest.mark.parametrize("length", [300, 700, 1024, 2_000, 3_584])
+def test_cut_tar_file_is_an_error(tmp_path, length):
+    put(tmp_path / "s/a.tar", tar(["1.jpg", "2.jpg", "3.jpg"])[:length])
+    with pytest.raises(ReleaseError, match=r"a\.tar.*(whole tar|cut off)"):
+        Pictures(tmp_path / "s", tmp_path / "archives.sqlite").index()
+
+
+def test_missing_part_and_compressed_archive_are_errors(tmp_path):
+    for number in (0, 2):
+        put(tmp_path / f"a/part_{number:02d}", b"x")
+    with pytest.raises(
+        ReleaseError, match="a part of an archive is missing; found part_00, part_02"
+    ):
+        find_archives(tmp_path)
+    put(tmp_path / "b/images.tar.gz", b"x")
+    with pytest.raises(ReleaseError, match=r"images\.tar\.gz: is compressed as a whole"):
+        find_archives(tmp_path / "b")
+
+
+def test_file_that_shrank_is_an_error(pictures, source):
+    _, place = pictures.find("general/plain/19.jpg")
+    data = (source / "general/plain.tar").read_bytes()
+    (source / "general/plain.tar").write_bytes(data[: place.offset + 5])
+    with pytest.raises(OSError, match=r"plain\.tar ends inside of general/plain/19\.jpg"):
+        pictures.read(place)

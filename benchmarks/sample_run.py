@@ -2,9 +2,9 @@
 
     python benchmarks/sample_run.py [--config=configs/ablate_en_ratio.py] [--cold]
 
-Runs `launch/train.py` in a process of its own with a fresh work directory (with `--cold` a fresh compile cache,
-too) and prints the machine, wall time, time to the first step, peak memory, examples a second and every phase's
-share.
+Runs `launch/train.py` in a process of its own with a fresh work directory (with `--cold` also fresh caches of compiled
+programs and picture features) and prints the machine, wall time, time to the first log line, peak memory, examples a
+second and every phase's share.
 """
 
 import argparse
@@ -26,7 +26,8 @@ def run(config: str, cold: bool, overrides: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         environment = dict(os.environ)
         if cold:
-            environment["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/cache"
+            environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+            environment["XDG_CACHE_HOME"] = f"{folder}/cache"
         workdir = Path(folder) / "run"
         command = [
             sys.executable,
@@ -55,13 +56,13 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default="configs/ablate_en_ratio.py")
-    parser.add_argument("--cold", action="store_true", help="with an empty compile cache")
+    parser.add_argument("--cold", action="store_true", help="with empty caches")
     args, overrides = parser.parse_known_args()
     figures = run(args.config, args.cold, overrides)
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     )
-    print(f"{args.config} {' '.join(overrides)}{' (cold compile cache)' if args.cold else ''}")
+    print(f"{args.config} {' '.join(overrides)}{' (cold caches)' if args.cold else ''}")
     print(f"wall time         {figures['wall_s']:8.1f} s")
     print(f"to the first log  {figures['first_log_s']:8.1f} s")
     print(f"peak memory       {figures['peak_gib']:8.2f} GiB")

@@ -5,7 +5,6 @@
 Pangea in small: a frozen, pre-trained ViT, a 2-layer MLP, one newline vector and a Qwen2-style decoder learn to
 name pictures of animals, plants and food in 8 languages of 6 scripts (`:languages=all` for 38), from instruction
 records in Pangea's own form. What is learned before: configs/sample_tower.py, configs/sample_stage1.py.
-Under five minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +16,7 @@ LANGUAGES = ("en", "es", "sw", "ru", "ar", "hi", "zh", "ko")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, en_ratio=0.4, languages="default", num_examples=40_000, seed=0)
+    args = parse_arg(arg, en_ratio=0.4, languages="default", num_examples=20_000, seed=0)
     config = ConfigDict()
     config.title = "Sample model"
     config.seed = args["seed"]
@@ -38,7 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             layers=3,
             heads=4,
             kv_heads=2,
-            head_width=32,
+            head_width=64,
             mlp=256,
             rope_theta=10_000.0,
             tied_head=True,
@@ -49,6 +48,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         pinpoints=(),
         dtype="float32",
     )
+    config.data = dict(store="emoji", tokenizer="emoji", verify=True)
     config.pretrained = ("tower", "stage1")
     config.frozen = (r"vision\..*",)
     config.mixture = dict(
@@ -59,14 +59,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
         text_ratio=0.1,
     )
     config.pipeline = dict(
-        rows=4, row_tokens=152, row_tiles=3, max_targets=40, packing="balanced", examples_per_row=2
+        rows=8, row_tokens=152, row_tiles=3, max_targets=40, packing="balanced", examples_per_row=2
     )
     config.augmented_views = 12
     config.optimizer = dict(learning_rate=1e-3, b2=0.98, weight_decay=0.01)
+    config.attention = dict(name="auto")
+    config.remat = "everything"
+    config.accumulation = 1
     config.mesh = dict(data=1, fsdp=-1, tensor=1)
     config.log_every = 10
-    config.checkpoint = dict(every=500, keep=2)
-    config.eval = dict(limit=140, batch_size=64, prompt_tokens=56, max_new_tokens=32)
+    config.checkpoint = dict(every=250, keep=2)
+    config.eval = dict(limit=100, batch_size=64, prompt_tokens=56, max_new_tokens=32)
     return config
 
 

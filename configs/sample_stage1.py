@@ -4,8 +4,9 @@
 
 Pangea starts from Qwen2, a decoder that knows its languages, and from a first stage on English captions (section 4.1 of
 the paper). So does the sample model: this run learns, at once, to translate the names of 283 things between the 8
-default languages (text alone, all pairs alike) and to name pictures in English. No picture is named in any other
-language. Writes what is shipped as `pangea_jax/assets/sample_model/stage1.safetensors`.
+default languages (text alone, all pairs alike; asked for a translation, or asked about a picture with a name in the
+picture's place) and to name pictures in English. No picture is named in any other language. 200,000 examples, 20 to 40
+minutes on two CPU cores. Writes what is shipped as `pangea_jax/assets/sample_model/stage1.safetensors`.
 """
 
 from ml_collections import ConfigDict
@@ -21,11 +22,11 @@ def get_config() -> ConfigDict:
     config.frozen = base.frozen
     config.languages = base.mixture.languages
     config.sources = base.mixture.sources
-    config.translation_passes = 1
-    config.picture_passes = 24
+    config.translation_passes = 2
+    config.picture_passes = 40
     config.augmented_views = base.augmented_views
     config.pipeline = dict(
-        rows=8, row_tokens=152, row_tiles=3, max_targets=40, packing="balanced", examples_per_row=2
+        rows=10, row_tokens=160, row_tiles=4, max_targets=60, packing="balanced", examples_per_row=3
     )
     config.optimizer = dict(learning_rate=2e-3, b2=0.98, weight_decay=0.01)
     config.mesh = base.mesh

@@ -9,23 +9,14 @@ Writes `tower.safetensors`, shipped as `pangea_jax/assets/emoji/tower.safetensor
 
 from ml_collections import ConfigDict
 
+from configs import sample
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.artists = ("noto", "fluent", "emojione", "openmoji")
     config.test_artist = "twemoji"
-    config.vision = ConfigDict(
-        dict(
-            image_size=48,
-            patch_size=8,
-            width=128,
-            layers=4,
-            heads=4,
-            mlp=512,
-            feature_layer=-1,
-            scan_unroll=4,
-        )
-    )
+    config.vision = sample.get_config().model.vision
     config.steps = 4500
     config.batch_size = 128
     config.learning_rate = 1e-3

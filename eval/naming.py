@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.generate.decode import greedy, last_hidden
 from pangea_jax.model import params as model_params
 from pangea_jax.sharding import BATCH_SPEC
+from pangea_jax.train.features import frozen_features
 
 SPLITS = ("seen_artwork", "unseen_artwork")
 CHOICES = 10
@@ -275,6 +277,54 @@ def _until(tokens, stop_id) -> list[int]:
 
 def _same(text: str, item: Item) -> bool:
     return unicodedata.normalize("NFC", text.strip()) == unicodedata.normalize("NFC", item.names[0])
+
+
+def evaluate(
+    graphdef: nnx.GraphDef,
+    params: Mapping[str, Array],
+    store: RecordStore,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh,
+    *,
+    languages: Sequence[str],
+    artists: Sequence[str],
+    limit: int | None,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    cache: Path | None = None,
+) -> tuple[dict[str, dict], dict[str, list[Answer]]]:
+    """Scores of every split, see `summarize`, and every answer.
+
+    Seen artwork is fresh augmentation of drawings by `artists`; the test artist's are as they are.
+
+    Args:
+      limit: things asked for in each split, None for all.
+      seed: of the augmentation; another than the training's.
+      cache: see `pangea_jax.train.features.frozen_features`.
+    """
+    tower = model_params.merge(graphdef, params).vision
+    namer = Namer(
+        graphdef,
+        tokenizer,
+        mesh,
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    splits, answers = {}, {}
+    for split, shown_by in zip(SPLITS, (artists, (emoji.TEST_ARTIST,)), strict=True):
+        items = make_items(store, split, languages, shown_by, limit=limit)
+        fresh = int(split == "seen_artwork")
+        keys = emoji.picture_keys(store, shown_by)
+        features = frozen_features(
+            tower, store, keys, mesh, augmented=fresh, seed=seed, cache=cache
+        )
+        views = CachedViews({key: value[fresh:] for key, value in features.items()})
+        answers[split] = namer(params, items, views)
+        splits[split] = summarize(answers[split], languages)
+    return splits, answers
 
 
 def sheet_examples(

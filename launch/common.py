@@ -12,14 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags, logging
+from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from pangea_jax.checkpoints import huggingface
+from pangea_jax import checkpoints
+from pangea_jax.data import emoji
+from pangea_jax.data.feed import BadRecordsError, Feed, RestartError
 from pangea_jax.data.record import RecordError
 from pangea_jax.data.store import RecordStore, StoreError
+from pangea_jax.data.tokenizer import Tokenizer, load_tokenizer
 from pangea_jax.generate.engine import SAMPLE_MODEL
-from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig
+from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig, VisionTower
 from pangea_jax.model import params as model_params
 
 Config = ConfigDict | FrozenConfigDict
@@ -32,6 +37,10 @@ EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
 class UserError(Exception):
     """Something the user can put right; shown as one sentence, without a traceback."""
+
+
+# What is wrong with the input rather than with the program.
+ERRORS = (UserError, StoreError, RecordError, RestartError, BadRecordsError)
 
 
 class Interrupted(Exception):
@@ -72,7 +81,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
                 file=sys.stderr,
             )
             sys.exit(EXIT_INTERRUPTED)
-        except (UserError, StoreError, RecordError, OSError, ValueError) as error:
+        except (*ERRORS, OSError, ValueError) as error:
             if "PANGEA_DEBUG" in os.environ:
                 raise
             print(f"error: {_sentence(error)}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)
@@ -121,20 +130,101 @@ def model_config(config: Config) -> PangeaConfig:
     return PangeaConfig(vision=vision, language=language, **parts)
 
 
+def open_data(config: Config) -> tuple[RecordStore, Tokenizer]:
+    """`config.data`: the store of records and the folder with the tokenizer; "emoji" is the embedded sample.
+    `image_id` is that of `<image>` where the tokenizer has no such token.
+
+    Raises:
+      UserError: the vocabulary is not the model's.
+    """
+    store = emoji.open_store() if config.data.store == "emoji" else RecordStore(config.data.store)
+    if config.data.verify:
+        store.verify()
+    folder = config.data.tokenizer
+    path = emoji.DIRECTORY if folder == "emoji" else Path(folder)
+    tokenizer = load_tokenizer(path, config.data.get("image_id"))
+    wanted = config.model.language.vocab_size
+    if tokenizer.vocab_size > wanted:
+        raise UserError(
+            f"config.model.language.vocab_size is {wanted}, the tokenizer in {folder} has "
+            f"{tokenizer.vocab_size} tokens"
+        )
+    return store, tokenizer
+
+
+def artists(sources: Sequence[str]) -> tuple[str, ...]:
+    """The artists among the embedded sample's sources, such as "emoji/noto"."""
+    return tuple(source.removeprefix("emoji/") for source in sources)
+
+
 def load_pretrained(config: PangeaConfig, names: Sequence[str]) -> dict[str, jax.Array]:
     """Parameters that training starts from, by name. Pangea starts from CLIP and Qwen2, the sample
-    model from what it ships with."""
+    model from what it ships with.
+
+    Args:
+      names: of `PRETRAINED`, or whatever `checkpoints.resolve` takes; "NAME:vision+language" takes
+        parts.
+    """
     params = {}
     for name in names:
-        file, parts = PRETRAINED[name]
-        params |= model_params.flatten(huggingface.load(SAMPLE_MODEL / file, config, only=parts))
+        if name in PRETRAINED:
+            file, parts = PRETRAINED[name]
+            path = SAMPLE_MODEL / file
+        else:
+            folder, _, chosen = name.partition(":")
+            path, parts = checkpoints.resolve(folder), chosen.split("+") if chosen else None
+        params |= model_params.flatten(checkpoints.load(path, config, only=parts))
     return params
 
 
-def picture_keys(store: RecordStore, sources: Sequence[str]) -> list[str]:
-    """Keys of all drawings of some sources, such as "emoji/noto"."""
-    artists = {source.removeprefix("emoji/") for source in sources}
-    return [key for key in store.image_index["key"].to_pylist() if key.split("/")[0] in artists]
+def frozen_tower(
+    config: Config, vision: VisionConfig, pretrained: Mapping[str, jax.Array]
+) -> VisionTower:
+    """The tower whose features can be computed once and kept.
+
+    Raises:
+      UserError: it is not pretrained, or not frozen.
+    """
+    graphdef, shapes = model_params.abstract(lambda: VisionTower(vision, rngs=nnx.Rngs(0)))
+    names = {name: f"vision.{name}" for name in shapes}
+    missing = set(names.values()) - set(pretrained)
+    if missing or set(names.values()) - model_params.select(names.values(), config.frozen):
+        raise UserError(
+            "config.augmented_views keeps features of a frozen, pretrained tower: add the tower to "
+            'config.pretrained and "vision\\..*" to config.frozen, or set augmented_views=0'
+        )
+    params = {name: pretrained[full].astype(jnp.float32) for name, full in names.items()}
+    return model_params.merge(graphdef, params)
+
+
+def number_of_steps(config: Config, batches: Feed) -> int:
+    """Steps of the run: `config.steps`, or the whole epoch.
+
+    Raises:
+      UserError: the epoch's length is not known, too short, or nothing.
+    """
+    wanted, there = config.get("steps"), batches.num_batches
+    if there is None and not wanted:
+        raise UserError(
+            f'packing "{config.pipeline.packing}" does not know its number of steps; set config.steps, '
+            'or pipeline.packing to "planned", "balanced" or "none"'
+        )
+    if there is not None and (wanted or 1) > there:
+        raise UserError(
+            f"the examples chosen make {there} steps of {config.pipeline.rows} rows, "
+            f"not {wanted or 1}; lower config.steps or pipeline.rows, or raise mixture.num_examples"
+        )
+    return wanted or there
+
+
+def feed_metrics(counts: Mapping[str, Any]) -> dict[str, float]:
+    """The data pipeline's counters as metrics: one number a language and source."""
+    metrics = {"examples": counts["total_examples"]}
+    for name in ("padding", "tile_fill", "cut", "dropped"):
+        metrics[f"data/{name}"] = counts[name]
+    for group in ("examples_per_language", "examples_per_source", "bad_records"):
+        metrics |= {f"data/{group}/{label}": n for label, n in counts[group].items()}
+    return metrics
 
 
 def default_workdir(holder: flags.FlagHolder) -> str:
@@ -193,16 +283,22 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
+def cache_directory(name: str) -> Path | None:
+    """A folder of the user's cache for what the next run need not do again; None if unwritable."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pangea_jax" / name
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logging.warning("nothing is cached: cannot write %s (%s)", cache, error.strerror)
+        return None
+    return cache
+
+
 def use_compile_cache() -> None:
     """Keeps compiled programs across runs, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
     if not jax.config.jax_compilation_cache_dir:
-        cache = (
-            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pangea_jax" / "xla"
-        )
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            logging.warning("no compile cache: cannot write %s (%s)", cache, error.strerror)
+        cache = cache_directory("xla")
+        if cache is None:
             return
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

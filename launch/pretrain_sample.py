@@ -48,8 +48,7 @@ class Lessons:
 
     @staticmethod
     def _drawings(store, sources) -> int:
-        artists = {source.removeprefix("emoji/") for source in sources}
-        return sum(key.split("/")[0] in artists for key in store.image_index["key"].to_pylist())
+        return len(emoji.picture_keys(store, common.artists(sources)))
 
     def __len__(self) -> int:
         return self._translations + len(self._parts[1])
@@ -82,13 +81,16 @@ def main(_):
         frozen=config.frozen,
         pretrained=common.load_pretrained(model, ("tower",)),
     )
-    keys = common.picture_keys(store, config.sources)
-    tower = model_params.merge(graphdef, state.params).vision
-    views = pipeline.CachedViews(
-        frozen_features(
-            tower, store, keys, mesh, augmented=config.augmented_views, seed=config.seed
-        )
+    features = frozen_features(
+        model_params.merge(graphdef, state.params).vision,
+        store,
+        emoji.picture_keys(store, common.artists(config.sources)),
+        mesh,
+        augmented=config.augmented_views,
+        seed=config.seed,
+        cache=common.cache_directory("features"),
     )
+    views = pipeline.CachedViews(features)
     dataset = pipeline.train_dataset(lessons, tokenizer, views, feed, seed=config.seed)
     step_fn = make_train_step(graphdef, optimizer, shardings, mesh, max_targets=feed.max_targets)
     rates = common.Rates()
@@ -97,7 +99,7 @@ def main(_):
             state, metrics = step_fn(state, sharding.to_global(batch, mesh))
             rates.add(metrics)
             if step % config.log_every == 0 or step == steps:
-                telemetry.log(step - 1, rates.flush() | {"examples": step * feed.examples})
+                telemetry.log(step - 1, rates.flush())
     tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
     huggingface.save(
         model_params.unflatten(state.params),

@@ -4,8 +4,9 @@
     python launch/train.py --config=configs/ablate_en_ratio.py:en_ratio=0.8 --workdir=runs/en_080
     python launch/train.py --config=configs/sample.py --config.optimizer.learning_rate=1e-3
 
-Into the work directory: config.json, checkpoints/, metrics.jsonl, tensorboard/, results.json, and the figures
-loss, languages and sheet as PNG and SVG. Started again with the same work directory it goes on where it was.
+Into the work directory: config.json, checkpoints/, metrics.jsonl, tensorboard/, results.json, model/, and as PNG and
+SVG the loss, and languages and sheet if it is evaluated. Started again with the same work directory it goes on where
+it was.
 """
 
 import dataclasses
@@ -26,8 +27,8 @@ from eval import naming, report
 from launch import common
 from pangea_jax import sharding
 from pangea_jax.checkpoints import SpecialTokens, huggingface
-from pangea_jax.data import emoji, mixture, pipeline
-from pangea_jax.data.tokenizer import load_tokenizer
+from pangea_jax.data import batch_view, emoji, mixture, pipeline
+from pangea_jax.model import AttentionImpl, VisionConfig
 from pangea_jax.model import params as model_params
 from pangea_jax.train import optimizer as optim
 from pangea_jax.train.checkpoint import Checkpoints
@@ -57,29 +58,25 @@ class Run:
         return jax.process_index() == 0
 
 
-def load_data(config):
-    """Store, tokenizer, and the realised mixture."""
-    store = emoji.open_store()
-    store.verify()
-    choice = mixture.choose(store.index, mixture.Mixture(seed=config.seed, **config.mixture))
-    return store, load_tokenizer(emoji.DIRECTORY), choice
-
-
-def training_views(run, model, store, artists) -> pipeline.CachedViews | pipeline.Views:
+def training_views(run, model, pretrained, store) -> pipeline.CachedViews | pipeline.Views:
     """How training sees pictures: cached features of a frozen tower, or tiles for one that trains."""
     config = run.config
     if not config.augmented_views:
-        vision = model.config.vision
-        return pipeline.Views(store, config.model.pinpoints, vision.image_size, vision.grid)
+        return pipeline.Views(store, model.pinpoints, model.vision.image_size, model.vision.grid)
     with run.timer.phase("features"):
-        keys = common.picture_keys(store, config.mixture.sources)
         features = frozen_features(
-            model.vision, store, keys, run.mesh, augmented=config.augmented_views, seed=config.seed
+            common.frozen_tower(config, model.vision, pretrained),
+            store,
+            emoji.picture_keys(store, common.artists(config.mixture.sources)),
+            run.mesh,
+            augmented=config.augmented_views,
+            seed=config.seed,
+            cache=common.cache_directory("features"),
         )
     return pipeline.CachedViews(features)
 
 
-def train(run, optimizer, graphdef, state, shardings, batches, total_steps):
+def train(run, optimizer, graphdef, state, shardings, batches, total_steps, tokenizer):
     """The loop: draw a batch, step, log, save. Returns the final state."""
     config = run.config
     checkpoints = Checkpoints(run.workdir / "checkpoints", keep=config.checkpoint.keep)
@@ -92,9 +89,14 @@ def train(run, optimizer, graphdef, state, shardings, batches, total_steps):
         run.timer = StepTimer(clock)
         logging.info("resumed from step %d of %d", int(state.step), total_steps)
     first = int(state.step)
-    examples_per_step = pipeline.PipelineConfig(**config.pipeline).examples
     step_fn = make_train_step(
-        graphdef, optimizer, shardings, run.mesh, max_targets=config.pipeline.max_targets
+        graphdef,
+        optimizer,
+        shardings,
+        run.mesh,
+        max_targets=config.pipeline.max_targets,
+        remat=config.remat,
+        impl=AttentionImpl(**config.attention),
     )
     schedule = optim.make_schedule(optim.OptimizerConfig(**config.optimizer), total_steps)
     stop = common.StopSignal(signal.SIGINT, signal.SIGTERM)
@@ -107,7 +109,12 @@ def train(run, optimizer, graphdef, state, shardings, batches, total_steps):
     ):
         for step in range(first, total_steps):
             with run.timer.data():
-                batch = sharding.to_global(next(data), run.mesh)
+                rows = next(data)
+                batch = sharding.to_global(rows, run.mesh)
+            if step == 0 and run.is_main:
+                patches = VisionConfig(**config.model.vision).patches
+                seen = batch_view.save_batch(rows, tokenizer, patches, run.workdir)
+                logging.info("first batch: %s", seen)
             with run.timer.phase("compile") if step == first else run.timer.step():
                 state, metrics = step_fn(state, batch)
                 rates.add(metrics)
@@ -116,14 +123,8 @@ def train(run, optimizer, graphdef, state, shardings, batches, total_steps):
             if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
                 with run.timer.step():
                     scalars = rates.flush()
-                telemetry.log(
-                    step,
-                    scalars
-                    | {
-                        "learning_rate": float(schedule(step)),
-                        "examples": (step + 1) * examples_per_step,
-                    },
-                )
+                rate = {"learning_rate": float(schedule(step))}
+                telemetry.log(step, scalars | rate | common.feed_metrics(data.counters.flush()))
             if (
                 (step + 1) % config.checkpoint.every == 0
                 or step + 1 == total_steps
@@ -137,79 +138,67 @@ def train(run, optimizer, graphdef, state, shardings, batches, total_steps):
                 raise common.Interrupted(step + 1, total_steps)
     with run.timer.phase("checkpoint"):
         checkpoints.close()
+    data.close()
     return state
 
 
-def evaluate(run, graphdef, params, store, tokenizer, artists):
-    """Scores per split and language, and every answer."""
+def evaluate(run, graphdef, params, store, tokenizer):
+    """Scores per split and language, and every answer; nothing without `config.eval`."""
     config = run.config
-    model = model_params.merge(graphdef, params)
-    namer = naming.Namer(
+    if not config.eval:
+        return {}, {}
+    return naming.evaluate(
         graphdef,
+        params,
+        store,
         tokenizer,
         run.mesh,
-        prompt_tokens=config.eval.prompt_tokens,
-        max_new_tokens=config.eval.max_new_tokens,
-        batch_size=config.eval.batch_size,
+        languages=config.mixture.languages,
+        artists=common.artists(config.mixture.sources),
+        seed=config.seed + 1,
+        cache=common.cache_directory("features"),
+        **config.eval,
     )
-    splits, answers = {}, {}
-    languages = config.mixture.languages
-    for split, shown_by in (("seen_artwork", artists), ("unseen_artwork", ("twemoji",))):
-        limit = config.eval.limit or None
-        items = naming.make_items(store, split, languages, shown_by, limit=limit)
-        # Fresh augmentation of trained drawings; the test artist's as they are.
-        fresh = int(split == "seen_artwork")
-        keys = common.picture_keys(store, shown_by)
-        features = frozen_features(
-            model.vision, store, keys, run.mesh, augmented=fresh, seed=config.seed + 1
-        )
-        views = pipeline.CachedViews({key: value[fresh:] for key, value in features.items()})
-        answers[split] = namer(params, items, views)
-        splits[split] = naming.summarize(answers[split], languages)
-    return splits, answers
 
 
 def write_report(run, results, answers, store):
-    """results.json, the table, and the figures."""
+    """The figures, and the tables on the console."""
     report.plot_loss(run.workdir / "metrics.jsonl", run.workdir)
-    report.plot_languages(results, run.workdir, run.config.title)
-    examples = naming.sheet_examples(
-        answers["unseen_artwork"], store, count=24, seed=run.config.seed
-    )
-    report.answer_sheet(
-        examples,
-        run.workdir / "sheet",
-        f"{run.config.title}: drawings by an artist never trained on",
-    )
-    run.console.print(report.results_table(results))
+    if answers:
+        report.plot_languages(results, run.workdir, run.config.title)
+        unseen = answers["unseen_artwork"]
+        examples = naming.sheet_examples(unseen, store, count=24, seed=run.config.seed)
+        title = f"{run.config.title}: drawings by an artist never trained on"
+        report.answer_sheet(examples, run.workdir / "sheet", title)
+        run.console.print(report.results_table(results))
     run.console.print(report.timing_table(results["timing"]))
-    run.console.print(
-        f"Everything is in {run.workdir}/: results.json, languages.png, sheet.png, loss.png, tensorboard/"
-    )
+    names = sorted(path.name for path in run.workdir.iterdir() if path.suffix != ".svg")
+    run.console.print(f"Everything is in {run.workdir}/: {', '.join(names)}")
 
 
 def execute(run):
     config = run.config
-    store, tokenizer, choice = load_data(config)
+    store, tokenizer = common.open_data(config)
+    choice = mixture.choose(store.index, mixture.Mixture(seed=config.seed, **config.mixture))
     if run.is_main:
         common.claim_workdir(run.workdir, config)
         logging.info("mixture: %s", json.dumps(choice.summary()))
-    wanted = config.model.language.vocab_size
-    if tokenizer.vocab_size != wanted:
-        raise common.UserError(
-            f"config.model.language.vocab_size is {wanted}, the tokenizer has {tokenizer.vocab_size}"
-        )
-    feed = pipeline.PipelineConfig(**config.pipeline)
-    if feed.examples is None:
-        raise common.UserError(
-            'a fixed number of examples needs pipeline.packing "balanced" or "none"'
-        )
-    steps = len(choice.rows) // feed.examples
+    model = common.model_config(config)
+    pretrained = common.load_pretrained(model, config.pretrained)
+    batches = pipeline.train_dataset(
+        pipeline.RowSource(store, choice.rows),
+        tokenizer,
+        training_views(run, model, pretrained, store),
+        pipeline.PipelineConfig(**config.pipeline),
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    steps = common.number_of_steps(config, batches)
     optimizer = optim.make_optimizer(optim.OptimizerConfig(**config.optimizer), steps)
     with run.timer.phase("compile"):
-        pretrained = common.load_pretrained(common.model_config(config), config.pretrained)
         graphdef, state, shardings = init_state(
-            common.model_config(config),
+            model,
             optimizer,
             run.mesh,
             seed=config.seed,
@@ -217,43 +206,24 @@ def execute(run):
             pretrained=pretrained,
         )
     shapes = jax.eval_shape(lambda: state.params)
-    logging.info(
-        "parameters on mesh %s\n%s",
-        dict(run.mesh.shape),
-        sharding.table(shapes, sharding.param_shardings(shapes, run.mesh)),
-    )
-    artists = tuple(source.removeprefix("emoji/") for source in config.mixture.sources)
-    views = training_views(run, model_params.merge(graphdef, state.params), store, artists)
-    batches = pipeline.train_dataset(
-        pipeline.RowSource(store, choice.rows),
-        tokenizer,
-        views,
-        feed,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    state = train(run, optimizer, graphdef, state, shardings, batches, steps)
+    table = sharding.table(shapes, sharding.param_shardings(shapes, run.mesh))
+    logging.info("parameters on mesh %s\n%s", dict(run.mesh.shape), table)
+    state = train(run, optimizer, graphdef, state, shardings, batches, steps, tokenizer)
     with run.timer.phase("evaluate"):
-        splits, answers = evaluate(run, graphdef, state.params, store, tokenizer, artists)
+        splits, answers = evaluate(run, graphdef, state.params, store, tokenizer)
+    tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
+    params = model_params.unflatten(state.params)
+    huggingface.save(params, model, run.workdir / "model", tokens=tokens)
     if run.is_main:
         results = {
             "splits": splits,
             "mixture": choice.summary(),
             "steps": steps,
             "parameters": {"trained": _count(state.trainable), "frozen": _count(state.frozen)},
+            "timing": run.timer.summary(),
         }
-        with run.timer.phase("report"):
-            results["timing"] = run.timer.summary()
-            common.write_json(run.workdir / "results.json", results)
-            write_report(run, results, answers, store)
-        tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
-        huggingface.save(
-            model_params.unflatten(state.params),
-            common.model_config(config),
-            run.workdir / "model",
-            tokens=tokens,
-        )
+        common.write_json(run.workdir / "results.json", results)
+        write_report(run, results, answers, store)
 
 
 def _count(params) -> int:

@@ -6,25 +6,36 @@ message = {"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"
 model.generate([[message]])                            # -> list[str]
 """
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from pangea_jax.generate.engine import Engine
 
 __all__ = ["load"]
 
 
-def load(path: str) -> "Engine":
+def load(name: str | os.PathLike, *, dtype=None, mesh: "Mesh | None" = None, **kwargs) -> "Engine":
     """A model ready to answer.
 
     Args:
-      path: "sample" for the model in the package, or a folder with a checkpoint in one of the
-        layouts of `pangea_jax.checkpoints` and its tokenizer (tokenizer.json or tokenizer.model).
+      name: "sample" for the model in the package; a folder with a checkpoint in one of the forms of
+        `pangea_jax.checkpoints` and its tokenizer (tokenizer.json or tokenizer.model); or the name
+        of a model on the Hugging Face hub.
+      dtype: of parameters and activations; by default bfloat16, for the sample float32.
+      mesh: devices to lay the model over, see `pangea_jax.sharding.make_mesh`; by default one.
+      kwargs: of `pangea_jax.generate.engine.Engine`.
 
     Raises:
       CheckpointError, ValueError: the folder lacks something, or holds what the model has not.
+      FileNotFoundError: there is nothing of that name.
     """
     # Imported here, so that `import pangea_jax.languages` needs neither JAX nor a device.
+    from pangea_jax.checkpoints import resolve
     from pangea_jax.generate.engine import load_folder, load_sample
 
-    return load_sample() if path == "sample" else load_folder(path)
+    if name == "sample":
+        return load_sample(dtype=dtype, mesh=mesh, **kwargs)
+    return load_folder(resolve(name), dtype=dtype, mesh=mesh, **kwargs)

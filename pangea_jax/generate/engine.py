@@ -1,8 +1,8 @@
-"""A model, its tokenizer and its picture geometry behind two calls: `generate` and `logits`."""
+"""A model, its tokenizer and its picture geometry: `generate`, `stream`, `logits`, `loglikelihood`."""
 
-import functools
+import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +10,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, UInt8
 
-from pangea_jax import anyres
-from pangea_jax.checkpoints import config_from_folder, load, load_model
+from pangea_jax import anyres, checkpoints, sharding
 from pangea_jax.data import chat, emoji, image
 from pangea_jax.data.pipeline import pad_row
-from pangea_jax.data.tokenizer import Tokenizer, load_tokenizer
-from pangea_jax.generate.decode import greedy, last_hidden
-from pangea_jax.model import Pangea
+from pangea_jax.data.tokenizer import Tokenizer
+from pangea_jax.generate import decode, likelihood
+from pangea_jax.generate.decode import Sampling
+from pangea_jax.generate.likelihood import Candidates, LogLikelihood
+from pangea_jax.model import Pangea, PangeaConfig
 from pangea_jax.model import params as model_params
 
-PROMPT_BUCKET = 64
 SAMPLE_MODEL = Path(__file__).parents[1] / "assets" / "sample_model"
+Conversation = Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A conversation as the model reads it: a row of a batch before padding."""
+
+    tokens: Int[np.ndarray, "T"]
+    image_index: Int[np.ndarray, "T"]
+    tiles: UInt8[np.ndarray, "N H W 3"]
 
 
 class Engine:
-    """Answers conversations.
+    """Answers conversations. A conversation is a list of messages in the form of transformers and
+    OpenAI, see `pangea_jax.data.chat.from_messages`; or a text, which the model goes on with as it
+    stands, without the template of a chat; or either as `read` has prepared it.
 
     Args:
       background: what shows through transparent pictures; None as the reference does (the colour
         hidden under the transparency).
       rounding: how the picture geometry rounds, see `pangea_jax.anyres.layout`.
+      mesh: devices that the model lies on (`pangea_jax.sharding`); rows go over its data axes. With
+        several processes each must make the same calls.
     """
 
     def __init__(
@@ -41,56 +57,192 @@ class Engine:
         *,
         background: tuple[int, int, int] | None = None,
         rounding: str = "llava",
+        mesh: Mesh | None = None,
     ):
         self.config, self.tokenizer = model.config, tokenizer
-        self._background, self._rounding = background, rounding
-        graphdef, self.params = model_params.split(model)
-        merge = functools.partial(model_params.merge, graphdef)
-        self._forward = jax.jit(lambda params, batch: merge(params)(batch))
-        self._generate = jax.jit(
-            functools.partial(_generate, merge, stop_id=tokenizer.im_end_id),
-            static_argnames="max_new_tokens",
-        )
+        self._background, self._rounding, self._mesh = background, rounding, mesh
+        graphdef, self._params = nnx.split(model)
 
-    def generate(
-        self, conversations: Sequence[Sequence[Mapping[str, Any]]], *, max_new_tokens: int = 64
-    ) -> list[str]:
-        """The model's next message in each conversation, decoded greedily.
+        def jit(function, outputs=None, **kwargs):
+            def call(params, *args, **named):
+                return function(nnx.merge(graphdef, params), *args, **named)
 
-        Args:
-          conversations: lists of messages in the form of transformers and OpenAI:
-            `{"role": "user", "content": text or [{"type": "image", "image": picture}, {"type":
-            "text", "text": ...}]}`; a picture is a PIL image, a path or encoded bytes.
+            # What the host reads must be whole in every process.
+            shardings = {"out_shardings": NamedSharding(mesh, P())} if mesh and outputs else {}
+            return jax.jit(call, **kwargs, **shardings)
+
+        self._forward = jit(lambda model, batch: model(batch), outputs=True)
+        self._generate = jit(_generate, outputs=True, static_argnames="new_tokens")
+        self._begin = jit(_begin, static_argnames="new_tokens")
+        self._advance = jit(_advance, donate_argnums=1)
+        self._score = jit(likelihood.score, outputs=True)
+
+    def read(self, conversation: Conversation | str, max_new_tokens: int = 0) -> Prompt:
+        """A conversation as the other calls take it too: its pictures are decoded and cut to tiles.
 
         Raises:
-          ValueError: a message that cannot be read, or a prompt longer than the model's context.
+          ImageError, FileNotFoundError, ValueError: as of `generate`.
         """
-        if not conversations:
-            return []
-        batch = self._batch([self._render(messages, True) for messages in conversations])
-        width = batch["tokens"].shape[1] + max_new_tokens
-        if width > self.config.language.max_positions:
-            raise ValueError(
-                f"{width - max_new_tokens} prompt tokens and {max_new_tokens} new ones exceed the model's "
-                f"context of {self.config.language.max_positions}"
-            )
-        tokens = np.asarray(self._generate(self.params, batch, max_new_tokens=max_new_tokens))
-        return [
-            self.tokenizer.decode(_until(row, self.tokenizer.im_end_id)) for row in tokens.tolist()
-        ]
+        return self._prompt(conversation, max_new_tokens, "conversation")
 
-    def logits(self, messages: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "T V"]:
+    def shape(self, prompt: Prompt) -> tuple[int, int]:
+        """Tokens and tiles that a prompt is padded to where it is alone. A batch of prompts with one
+        shape is padded no further, and such batches run one compiled program."""
+        return self._width(len(prompt.tokens)), self._tile_bucket(len(prompt.tiles))
+
+    def generate(
+        self,
+        conversations: Sequence[Conversation | str | Prompt],
+        max_new_tokens: int = 64,
+        *,
+        temperature: float | Sequence[float] = 0.0,
+        top_p: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int] = 0,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[int] | None = None,
+        batch_size: int = 16,
+    ) -> list[str]:
+        """The model's next message in each conversation.
+
+        Args:
+          temperature, top_p, top_k, seed: see `Sampling`; one for all, or one a conversation. As they
+            stand, the likeliest tokens are taken.
+          stop: ids that end an answer; by default those of <|im_end|> and <|endoftext|>.
+          batch_size: conversations answered at a time.
+
+        Raises:
+          ImageError: a picture that cannot be used, by name.
+          ValueError: a message that cannot be read, a setting out of range, or a prompt that together
+            with its answer exceeds the model's context.
+        """
+        prompts = [
+            self._prompt(conversation, max_new_tokens, f"conversations[{i}]")
+            for i, conversation in enumerate(conversations)
+        ]
+        settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+        sampling = Sampling.make(len(prompts), **settings)
+        stop_ids = self._stop_ids(stop)
+        answers = []
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            batch, chosen = self._batch(prompts[rows], sampling.rows(rows))
+            tokens = self._generate(
+                self._params,
+                batch,
+                chosen,
+                stop_ids,
+                np.int32(max_new_tokens),
+                new_tokens=bucket(max_new_tokens),
+            )
+            for row in np.asarray(tokens)[: len(prompts[rows]), :max_new_tokens].tolist():
+                answers.append(self.tokenizer.decode(_until(row, stop_ids)))
+        return answers
+
+    def stream(
+        self,
+        messages: Conversation,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: Sequence[int] | None = None,
+    ) -> Iterator[str]:
+        """`generate` of one conversation, piece by piece; together the pieces are its answer.
+
+        A character of several tokens comes whole. Errors are raised by the call, not by the iterator.
+        """
+        prompt = self._prompt(messages, max_new_tokens, "messages")
+        sampling = Sampling.make(1, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        stop_ids = self._stop_ids(stop)
+        return _pieces(
+            self._tokens(prompt, sampling, stop_ids, max_new_tokens), self.tokenizer, stop_ids
+        )
+
+    def logits(self, messages: Conversation) -> Float[np.ndarray, "T V"]:
         """float32 logits at every token of one conversation; the header of the next answer is
         added if the last message is the user's."""
-        rendered = self._render(messages, messages[-1]["role"] == "user")
-        length = len(rendered[0].tokens)
-        return np.asarray(self._forward(self.params, self._batch([rendered]))[0, :length])
+        prompt = self._prompt(messages, 0, "messages")
+        batch, _ = self._batch([prompt], Sampling.make(1))
+        return np.asarray(self._forward(self._params, batch)[0, : len(prompt.tokens)])
 
-    def _render(self, messages, answer_next):
-        """(rendered tokens, tiles) of a conversation."""
+    def candidates(
+        self, conversation: Conversation | str, continuations: Sequence[str]
+    ) -> tuple[Prompt, Candidates]:
+        """What `loglikelihood` scores: the tokens that all continuations share, and the rest of each.
+
+        After a text a continuation is tokenised together with it, and its first token is the one after
+        as many as the text alone has, as in lm-eval; after a message it is tokenised alone. Nothing is
+        read before an empty text but <|endoftext|>.
+
+        Raises:
+          ValueError: a continuation has no tokens, or exceeds the model's context.
+        """
+        prompt = self.read(conversation)
+        if isinstance(conversation, str) and conversation:
+            wholes = [self.tokenizer.encode(conversation + text) for text in continuations]
+        else:
+            wholes = [
+                prompt.tokens.tolist() + self.tokenizer.encode(text) for text in continuations
+            ]
+        found = Candidates.make(wholes, len(prompt.tokens))
+        longest, context = max(map(len, wholes)), self.config.language.max_positions
+        if longest > context:
+            raise ValueError(
+                f"prompt and continuation have {longest} tokens, over the model's context of {context}"
+            )
+        shared = {name: getattr(prompt, name)[: found.shared] for name in ("tokens", "image_index")}
+        return dataclasses.replace(prompt, **shared), found
+
+    def loglikelihood(
+        self, items: Sequence[tuple[Prompt, Candidates]], *, batch_size: int = 16
+    ) -> list[list[LogLikelihood]]:
+        """How likely each continuation is; `items` come from `candidates`."""
+        results = []
+        for start in range(0, len(items), batch_size):
+            chosen = items[start : start + batch_size]
+            batch, _ = self._batch([prompt for prompt, _ in chosen], Sampling.make(len(chosen)))
+            tails = self._place(likelihood.pad_candidates([c for _, c in chosen]), len(chosen))
+            total, greedy = map(np.asarray, self._score(self._params, batch, *tails))
+            for b, (_, found) in enumerate(chosen):
+                results.append(
+                    [
+                        LogLikelihood(
+                            float(total[b, a]), len(tail) - found.unscored, bool(greedy[b, a])
+                        )
+                        for a, tail in enumerate(found.tails)
+                    ]
+                )
+        return results
+
+    def _tokens(self, prompt, sampling, stop_ids, limit) -> Iterator[int]:
+        batch, sampling = self._batch([prompt], sampling)
+        token, state = self._begin(
+            self._params, batch, sampling, stop_ids, new_tokens=bucket(limit)
+        )
+        yield int(token[0])
+        for _ in range(limit - 1):
+            token, state = self._advance(self._params, state, sampling, stop_ids)
+            yield int(token[0])
+
+    def _prompt(
+        self, messages: Conversation | str | Prompt, max_new_tokens: int, name: str
+    ) -> Prompt:
+        """Reads a conversation; of one that is too long, before its tiles are cut."""
         vision = self.config.vision
+        none = np.zeros((0, vision.image_size, vision.image_size, 3), np.uint8)
+        if isinstance(messages, Prompt | str):
+            if isinstance(messages, str):
+                ids = self.tokenizer.encode(messages) or [self.tokenizer.pad_id]
+                tokens = np.asarray(ids, np.int32)
+                messages = Prompt(tokens, np.full_like(tokens, -1), none)
+            self._check_length(len(messages.tokens), max_new_tokens, name)
+            return messages
         system, turns, pictures = chat.from_messages(messages)
-        decoded = [image.decode(picture, background=self._background) for picture in pictures]
+        decoded = [
+            self._decode(picture, f"{name}, image {i + 1}") for i, picture in enumerate(pictures)
+        ]
         layouts = [
             anyres.layout(
                 picture.size,
@@ -109,52 +261,207 @@ class Engine:
             tiles_per_image=[layout.num_tiles for layout in layouts],
             patches=vision.patches,
             system=system,
-            answer_next=answer_next,
+            answer_next=turns[-1].role == "user",
         )
+        self._check_length(len(rendered.tokens), max_new_tokens, name)
         tiles = [image.views(p, self.config.pinpoints, vision.image_size) for p in decoded]
-        empty = np.zeros((0, vision.image_size, vision.image_size, 3), np.uint8)
-        return rendered, np.concatenate([*tiles, empty])
+        return Prompt(rendered.tokens, rendered.image_index, np.concatenate([*tiles, none]))
 
-    def _batch(self, rows) -> dict[str, np.ndarray]:
-        """Right-padded rows; the width in steps of 64, so that few shapes are compiled."""
-        width = max(len(rendered.tokens) for rendered, _ in rows)
-        width += -width % PROMPT_BUCKET
-        most_tiles = max([1, *(len(tiles) for _, tiles in rows)])
+    def _check_length(self, length: int, max_new_tokens: int, name: str) -> None:
+        context = self.config.language.max_positions
+        if length + max_new_tokens > context:
+            raise ValueError(
+                f"{name}: {length} prompt tokens and {max_new_tokens} new ones exceed the model's "
+                f"context of {context}"
+            )
+
+    def _decode(self, picture, place: str):
+        """A picture in RGB; errors call it by its path, or by its place."""
+        is_path = isinstance(picture, str | os.PathLike)
+        name = os.fspath(picture) if is_path else place
+        decoded = image.decode(picture, name=name, background=self._background)
+        if min(decoded.size) < 1:
+            raise image.ImageError(name, "{} x {} has no pixels".format(*decoded.size))
+        return decoded
+
+    def _batch(self, prompts: Sequence[Prompt], sampling: Sampling):
+        """Right-padded rows and their sampling, on the devices. Rows, tokens and tiles are rounded up,
+        so that few shapes are ever compiled; rows that are added are empty."""
+        width = self._width(max(len(prompt.tokens) for prompt in prompts))
+        tiles = self._tile_bucket(max(len(prompt.tiles) for prompt in prompts))
         padded = []
-        for rendered, tiles in rows:
-            unused = np.zeros_like(rendered.tokens)
-            row = {"tokens": rendered.tokens, "image_index": rendered.image_index, "tiles": tiles}
-            padded.append(pad_row(row | {"targets": unused, "weights": unused}, width, most_tiles))
+        for prompt in prompts:
+            unused = np.zeros_like(prompt.tokens)
+            row = dataclasses.asdict(prompt) | {"targets": unused, "weights": unused}
+            padded.append(pad_row(row, width, tiles))
         wanted = ("tokens", "image_index", "positions", "segment_ids", "tiles")
-        return {name: np.stack([row[name] for row in padded]) for name in wanted}
+        batch = {name: np.stack([row[name] for row in padded]) for name in wanted}
+        return self._place(batch, len(prompts)), self._place(sampling, len(prompts))
+
+    def _place(self, tree, rows: int):
+        """Arrays with a leading row axis, filled up with zeros and laid over the mesh."""
+        shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        missing = _row_bucket(rows, shards) - rows
+
+        def place(x):
+            x = np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
+            if self._mesh is None:
+                return x
+            on_rows = NamedSharding(self._mesh, sharding.BATCH_SPEC)
+            return jax.make_array_from_callback(x.shape, on_rows, lambda index: x[index])
+
+        return jax.tree.map(place, tree)
+
+    def _width(self, tokens: int) -> int:
+        return min(bucket(tokens), self.config.language.max_positions)
+
+    def _tile_bucket(self, tiles: int) -> int:
+        """0, 1, or a multiple of the most tiles that one picture has."""
+        side = self.config.vision.image_size
+        most = 1 + max((w * h // side**2 for w, h in self.config.pinpoints), default=0)
+        return tiles if tiles < 2 else tiles + -tiles % most
+
+    def _stop_ids(self, stop: Sequence[int] | None) -> Int[np.ndarray, "Z"]:
+        ids = (self.tokenizer.im_end_id, self.tokenizer.pad_id) if stop is None else stop
+        if isinstance(ids, str) or not all(isinstance(i, int | np.integer) for i in ids):
+            raise ValueError(f"stop {stop!r} is not a list of token ids")
+        # Without any, an id that no token has.
+        return np.array(sorted(set(ids)) or [-1], np.int32)
 
 
-def _generate(merge, params, batch, *, max_new_tokens: int, stop_id: int) -> Int[Array, "B M"]:
-    model = merge(params)
-    hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + max_new_tokens)
-    last, lengths = last_hidden(hidden, jnp.asarray(batch["segment_ids"]))
-    return greedy(model, last, lengths, cache, max_new_tokens=max_new_tokens, stop_id=stop_id)
+def bucket(size: int) -> int:
+    """`size` rounded up to a multiple of 64 and of an eighth to a quarter of itself: four lengths
+    an octave, so that a context of 32,768 makes 32 shapes and a quarter is wasted at most.
+
+    Raises:
+      ValueError: less than 1.
+    """
+    if size < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {size}")
+    step = max(64, 1 << max(0, (size - 1).bit_length() - 3))
+    return size + -size % step
 
 
-def _until(tokens: list[int], stop_id: int) -> list[int]:
-    return tokens[: tokens.index(stop_id)] if stop_id in tokens else tokens
+def _row_bucket(rows: int, shards: int) -> int:
+    """1, 2, 4 or a multiple of 8, and of the shards."""
+    rows = 1 << (rows - 1).bit_length() if rows <= 8 else rows + -rows % 8
+    return rows + -rows % shards
 
 
-def load_folder(path: str | os.PathLike) -> Engine:
-    """A checkpoint in a public layout, with the tokenizer beside it."""
-    config = config_from_folder(path)
-    tokenizer = load_tokenizer(Path(path))
-    return Engine(load_model(path, config, dtype=jnp.dtype(config.dtype)), tokenizer)
+def _generate(model, batch, sampling, stop_ids, limit, *, new_tokens) -> Int[Array, "B M"]:
+    last, lengths, cache = _prefill(model, batch, new_tokens)
+    return decode.complete(
+        model,
+        last,
+        lengths,
+        cache,
+        max_new_tokens=new_tokens,
+        stop_ids=stop_ids,
+        sampling=sampling,
+        limit=limit,
+    )
 
 
-def load_sample() -> Engine:
+def _begin(model, batch, sampling, stop_ids, *, new_tokens):
+    state = decode.begin(
+        model, *_prefill(model, batch, new_tokens), stop_ids=stop_ids, sampling=sampling
+    )
+    # A copy, since the state's own is given away at the next step.
+    return jnp.copy(state.token), state
+
+
+def _advance(model, state, sampling, stop_ids):
+    tokens, state = decode.advance(
+        model, state, steps=1, limit=state.step + 1, stop_ids=stop_ids, sampling=sampling
+    )
+    return tokens[:, 0], state
+
+
+def _prefill(model, batch, new_tokens):
+    hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + new_tokens)
+    return *decode.last_hidden(hidden, jnp.asarray(batch["segment_ids"])), cache
+
+
+def _until(tokens: list[int], stop_ids) -> list[int]:
+    ends = (i for i, token in enumerate(tokens) if token in stop_ids)
+    return tokens[: next(ends, len(tokens))]
+
+
+def _pieces(tokens: Iterator[int], tokenizer: Tokenizer, stop_ids) -> Iterator[str]:
+    """Text as its tokens come; what ends within a character waits for the rest of it."""
+    ids, told = [], ""
+    for token in tokens:
+        if token in stop_ids:
+            break
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if len(text) > len(told) and not text.endswith("\ufffd"):
+            yield text[len(told) :]
+            told = text
+    rest = tokenizer.decode(ids)[len(told) :]
+    if rest:
+        yield rest
+
+
+def load_folder(
+    path: str | os.PathLike, *, dtype=None, mesh: Mesh | None = None, **kwargs
+) -> Engine:
+    """A checkpoint in any form that `pangea_jax.checkpoints` reads, with its tokenizer beside it.
+
+    Args:
+      dtype: of parameters and activations; by default bfloat16, as published.
+      mesh: devices to lay the parameters over, each tensor straight to its place.
+      kwargs: of `Engine`.
+    """
+    config = checkpoints.config_from_folder(path)
+    config = dataclasses.replace(config, dtype=_dtype_name(dtype or config.dtype))
+    tokenizer = checkpoints.load_tokenizer(path)
+    targets = None if mesh is None else _shardings(config, mesh)
+    model = checkpoints.load_model(path, config, dtype=jnp.dtype(config.dtype), shardings=targets)
+    return Engine(_for_this_machine(model, mesh), tokenizer, mesh=mesh, **kwargs)
+
+
+def load_sample(*, dtype=None, mesh: Mesh | None = None, **kwargs) -> Engine:
     """The sample model: the shipped tower and the default point of the English-share ablation."""
-    config = config_from_folder(SAMPLE_MODEL)
+    config = checkpoints.config_from_folder(SAMPLE_MODEL)
+    config = dataclasses.replace(config, dtype=_dtype_name(dtype or "float32"))
+    targets = None if mesh is None else _shardings(config, mesh)
     parts = {"tower": ("vision",), "model": ("projector", "newline", "language")}
     params = {}
     for file, only in parts.items():
-        state = load(SAMPLE_MODEL / f"{file}.safetensors", config, only=only, dtype=jnp.float32)
+        state = checkpoints.load(
+            SAMPLE_MODEL / f"{file}.safetensors",
+            config,
+            only=only,
+            dtype=jnp.dtype(config.dtype),
+            shardings=targets,
+        )
         params |= model_params.flatten(state)
-    graphdef, _ = model_params.abstract(lambda: Pangea(config, rngs=nnx.Rngs(0)))
-    tokenizer = load_tokenizer(emoji.DIRECTORY)
-    return Engine(model_params.merge(graphdef, params), tokenizer, background=(255, 255, 255))
+    graphdef, _ = _abstract(config)
+    model = _for_this_machine(model_params.merge(graphdef, params), mesh)
+    tokenizer = checkpoints.load_tokenizer(SAMPLE_MODEL, emoji.DIRECTORY)
+    return Engine(model, tokenizer, mesh=mesh, **{"background": (255, 255, 255)} | kwargs)
+
+
+def _abstract(config: PangeaConfig):
+    return model_params.abstract(lambda: Pangea(config, rngs=nnx.Rngs(0)))
+
+
+def _shardings(config: PangeaConfig, mesh: Mesh) -> nnx.State:
+    return model_params.unflatten(sharding.param_shardings(_abstract(config)[1], mesh))
+
+
+def _for_this_machine(model: Pangea, mesh: Mesh | None) -> Pangea:
+    if mesh is None and jax.default_backend() == "cpu":
+        model.language.unstack()
+    return model
+
+
+def _dtype_name(dtype) -> str:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype {name} is not float32, bfloat16 or float16")
+    return name

@@ -3,11 +3,16 @@
 Worth it where pictures are few and seen often, as in the embedded sample; PangeaIns' 784 GB are not.
 """
 
+import hashlib
 import io
+import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
@@ -31,12 +36,51 @@ def frozen_features(
     augmented: int,
     seed: int = 0,
     batch_size: int = 256,
+    cache: Path | None = None,
 ) -> dict[str, Float[np.ndarray, "views P E"]]:
     """float16 features of every picture: view 0 as it is, then `augmented` random views.
 
     A random view depends on the seed, its number and the place of its key in `keys` only, so the
     result is the same on every mesh and in every process.
+
+    Args:
+      cache: a folder that keeps the features for the next run with the same tower and pictures, and
+        gives them back as a memory map. Not used by a run of several processes.
     """
+    if cache is None or jax.process_count() > 1:
+        values = _compute(tower, store, keys, mesh, augmented, seed, batch_size)
+    else:
+        file = cache / f"{_digest(tower, store, keys, augmented, seed)}.npy"
+        if not file.exists():
+            _save(file, _compute(tower, store, keys, mesh, augmented, seed, batch_size))
+        values = np.load(file, mmap_mode="r", allow_pickle=False)
+        logging.info("features of %d pictures, %d views each: %s", len(keys), len(values[0]), file)
+    return dict(zip(keys, values, strict=True))
+
+
+def _digest(tower, store, keys, augmented, seed) -> str:
+    """Names everything that features depend on."""
+    digest = hashlib.sha256(repr((tower.config, augmented, seed, jax.__version__)).encode())
+    for name, value in sorted(model_params.split(tower)[1].items()):
+        digest.update(name.encode())
+        digest.update(np.asarray(value).tobytes())
+    for key in keys:
+        digest.update(key.encode())
+        digest.update(hashlib.sha256(store.image(key)).digest())
+    return digest.hexdigest()[:24]
+
+
+def _save(file: Path, values: np.ndarray) -> None:
+    """Whole or not at all, also when two runs do it at once."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".partial", delete=False) as partial:
+        np.save(partial, values, allow_pickle=False)
+    os.replace(partial.name, file)
+
+
+def _compute(
+    tower, store, keys, mesh, augmented, seed, batch_size
+) -> Float[np.ndarray, "pictures views P E"]:
     size = tower.config.image_size
     graphdef, params = model_params.split(tower)
     rows, whole = NamedSharding(mesh, BATCH_SPEC), NamedSharding(mesh, P())
@@ -69,7 +113,7 @@ def frozen_features(
                 )
             )
         )
-    return dict(zip(keys, np.stack(views, axis=1), strict=True))
+    return np.stack(views, axis=1)
 
 
 def _rgba(encoded: bytes) -> np.ndarray:

@@ -1,9 +1,21 @@
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pangea_jax.generate.decode import greedy, last_hidden
+from pangea_jax.generate.decode import (
+    Sampling,
+    advance,
+    begin,
+    choose,
+    complete,
+    greedy,
+    keep_likely,
+    last_hidden,
+)
 from pangea_jax.model import params as model_params
 
 LENGTHS, PROMPT, NEW = (20, 5, 24, 1), 24, 8
@@ -87,3 +99,181 @@ def test_last_hidden_of_an_empty_row_is_finite():
     last, lengths = last_hidden(hidden, jnp.array([[1, 1, 0], [0, 0, 0]]))
     assert last.tolist() == [[2, 3], [6, 7]]
     assert lengths.tolist() == [2, 0]
+
+
+def make_sampling(rows, **settings):
+    return jax.tree.map(jnp.asarray, Sampling.make(rows, **settings))
+
+
+FILTERS = [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.6), (0, 0.05), (0, 0.0), (7, 0.9), (500, 0.99)]
+
+
+@pytest.fixture(scope="module")
+def logits():
+    """Float32 logits of 64 rows and 200 tokens, no two of a row alike."""
+    rng = np.random.default_rng(1)
+    values = np.stack([rng.permutation(200) for _ in range(64)]) / 20 * rng.uniform(0.2, 3, (64, 1))
+    return values.astype(np.float32)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
+def test_filters_equal_numpy(logits, top_k, top_p):
+    found = np.asarray(
+        keep_likely(jnp.asarray(logits), jnp.full(64, top_k), jnp.full(64, top_p, jnp.float32))
+    )
+    for row, ours in zip(logits.astype(np.float64), found, strict=True):
+        order = np.argsort(-row)[: top_k or None]
+        probabilities = np.exp(row[order]) / np.exp(row[order]).sum()
+        likelier = np.cumsum(probabilities) - probabilities
+        kept = order[(likelier < top_p) | (np.arange(len(order)) == 0)]
+        assert set(np.flatnonzero(np.isfinite(ours))) == set(kept)
+        assert (ours[kept] == row[kept].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
+def test_filters_equal_transformers(logits, top_k, top_p):
+    torch = pytest.importorskip("torch", reason="torch is in requirements-parity.txt")
+    warpers = pytest.importorskip(
+        "transformers.generation.logits_process",
+        reason="transformers is in requirements-parity.txt",
+    )
+    expected = warpers.TemperatureLogitsWarper(0.7)(None, torch.tensor(logits))
+    if top_k:
+        expected = warpers.TopKLogitsWarper(top_k)(None, expected)
+    expected = warpers.TopPLogitsWarper(top_p)(None, expected).softmax(-1).numpy()
+    scaled = jnp.asarray(logits) / jnp.float32(0.7)
+    kept = keep_likely(scaled, jnp.full(64, top_k), jnp.full(64, top_p, jnp.float32))
+    np.testing.assert_allclose(jax.nn.softmax(kept, axis=-1), expected, atol=1e-6)
+
+
+def test_ties_at_the_edge_all_stay():
+    logits = jnp.array([[2.0, 1.0, 1.0, 1.0, 0.0]])
+    for top_k, top_p in ((2, 1.0), (0, 0.6)):
+        kept = keep_likely(logits, jnp.array([top_k]), jnp.array([top_p], jnp.float32))
+        assert np.isfinite(kept).tolist() == [[True, True, True, True, False]]
+
+
+def test_draws_follow_the_filtered_distribution():
+    draws = 20_000
+    logits = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1]))
+    sampling = make_sampling(
+        draws, temperature=0.5, top_k=3, top_p=0.95, seed=np.arange(draws, dtype=np.uint32)
+    )
+    drawn = jax.jit(choose)(jnp.tile(logits, (draws, 1)), sampling, 0)
+    # Temperature 0.5 squares: 16 : 9 : 4 of the three that stay.
+    expected = np.array([16, 9, 4, 0]) / 29
+    deviation = np.sqrt(expected * (1 - expected) / draws)
+    assert (np.abs(np.bincount(drawn, minlength=4) / draws - expected) <= 4 * deviation).all()
+
+
+def test_each_row_has_its_own_settings(logits):
+    settings = {
+        "temperature": [0.0, 1.0, 1.0, 1.0],
+        "top_k": [0, 1, 0, 0],
+        "top_p": [1.0, 1.0, 0.0, 1.0],
+        "seed": [1, 2, 3, 4],
+    }
+    draw = jax.jit(jax.vmap(choose, in_axes=(None, None, 0)))
+    drawn = np.asarray(draw(logits[:4], make_sampling(4, **settings), np.arange(40)))
+    likeliest = logits[:4].argmax(axis=1)
+    assert (drawn[:, :3] == likeliest[:3]).all()
+    assert len(set(drawn[:, 3].tolist())) > 5
+
+
+@pytest.fixture(scope="module")
+def sample_rows(tiny_model, batch):
+    """Sampled tokens of some of the batch's rows, by seed."""
+    graphdef, params = model_params.split(tiny_model)
+
+    @jax.jit
+    def run(batch, sampling):
+        model = model_params.merge(graphdef, params)
+        hidden, cache = model.prefill(batch, PROMPT + NEW)
+        last, lengths = last_hidden(hidden, batch["segment_ids"])
+        stop_ids = jnp.array([NO_STOP])
+        return complete(
+            model, last, lengths, cache, max_new_tokens=NEW, stop_ids=stop_ids, sampling=sampling
+        )
+
+    def rows(which, seeds):
+        chosen = {name: values[list(which)] for name, values in batch.items()}
+        sampling = make_sampling(len(which), temperature=1.5, top_k=50, seed=seeds)
+        return np.asarray(run(chosen, sampling)).tolist()
+
+    return rows
+
+
+def test_a_row_draws_the_same_in_any_batch(sample_rows):
+    together = sample_rows((0, 1, 2, 3), (10, 11, 12, 10))
+    assert sample_rows((3, 2), (10, 12)) == [together[3], together[2]]
+    assert sample_rows((1,), (11,)) == [together[1]]
+    assert sample_rows((1,), (12,)) != [together[1]]
+    assert sample_rows((1, 1), (5, 6))[0] != sample_rows((1, 1), (5, 6))[1]
+
+
+def test_steps_one_by_one_equal_all_at_once(tiny_model, batch, expected):
+    """Several stop ids, a limit below the shape, and a row that is empty."""
+    batch = {name: np.concatenate([rows, np.zeros_like(rows[:1])]) for name, rows in batch.items()}
+    stop_ids = jnp.array([expected[0, 3], expected[2, 1]])
+    limit = NEW - 2
+    graphdef, params = model_params.split(tiny_model)
+    model = functools.partial(model_params.merge, graphdef)
+
+    @jax.jit
+    def prefill(params):
+        hidden, cache = model(params).prefill(batch, PROMPT + NEW)
+        return *last_hidden(hidden, jnp.asarray(batch["segment_ids"])), cache
+
+    run = jax.jit(
+        lambda params, *start: complete(
+            model(params), *start, max_new_tokens=NEW, stop_ids=stop_ids, limit=limit
+        )
+    )
+    first = jax.jit(lambda params, *start: begin(model(params), *start, stop_ids=stop_ids))
+    step = jax.jit(
+        lambda params, state: advance(model(params), state, steps=1, limit=NEW, stop_ids=stop_ids)
+    )
+    start = prefill(params)
+    at_once = np.asarray(run(params, *start))
+    for row, free in zip(at_once, expected, strict=False):
+        ends = [i + 1 for i, token in enumerate(free[:limit]) if token in stop_ids]
+        end = min(ends, default=limit)
+        assert row[:end].tolist() == free[:end].tolist()
+        assert (row[end:] == stop_ids[0]).all()
+    assert (at_once[-1] == stop_ids[0]).all()
+    state = first(params, *start)
+    found = [state.token]
+    while state.step < limit and not state.done.all():
+        tokens, state = step(params, state)
+        found.append(tokens[:, 0])
+    found = np.stack(found, axis=1)
+    assert np.array_equal(found[:-1], at_once[:-1, : found.shape[1]])
+
+
+def test_unstacked_layers_compute_the_same(tiny_config, tiny_model):
+    copy = model_params.merge(*model_params.split(jax.tree.map(jnp.copy, tiny_model)))
+    copy.language.unstack()
+    assert len(copy.language.blocks) == tiny_config.language.layers
+    tokens = jnp.arange(4, 20)[None]
+    where = (jnp.arange(16)[None], jnp.ones((1, 16), jnp.int32))
+    run = jax.jit(lambda decoder: decoder(decoder.embed(tokens, jnp.float32), *where))
+    ours, theirs = run(copy.language), run(tiny_model.language)
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1}, "temperature -1 must be 0 or more"),
+        ({"temperature": float("nan")}, "temperature nan must be"),
+        ({"temperature": "hot"}, "temperature 'hot' is not a number"),
+        ({"top_p": 1.5}, "top_p 1.5 must be within 0 and 1"),
+        ({"top_k": -3}, "top_k -3 must be 0"),
+        ({"top_k": 1.5}, "top_k 1.5 is not whole"),
+        ({"seed": -1}, "seed -1 must be within"),
+        ({"seed": [1, 2]}, "seed: 2 values for 3 rows"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Sampling.make(3, **settings)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
-# 12 steps of 8 examples, checkpoints every 4, a handful of questions.
+# 12 steps of 16 examples, checkpoints every 4, a handful of questions.
 SHORT = (
-    "--config.mixture.num_examples=96",
+    "--config.mixture.num_examples=192",
     "--config.augmented_views=1",
     "--config.checkpoint.every=4",
     "--config.log_every=2",
@@ -73,8 +74,8 @@ def test_writes_what_it_promises(finished):
         assert split["languages"]["sw"]["n"] == 4
         assert split["multilingual"]["n"] == 28
     mixture = results["mixture"]
-    assert abs(mixture["examples_per_language"]["en"] - 0.4 * 96) < 1
-    assert sum(mixture["examples_per_language"].values()) == 96
+    assert abs(mixture["examples_per_language"]["en"] - 0.4 * 192) < 1
+    assert sum(mixture["examples_per_language"].values()) == 192
     assert results["steps"] == 12
     assert sorted(metrics(workdir)) == [1, 3, 5, 7, 9, 11]
     for figure in ("loss", "languages", "sheet"):
@@ -152,6 +153,24 @@ def test_bad_input_is_one_sentence(flags, says, tmp_path):
     assert code == 1
     assert says in err
     assert "Traceback" not in err
+
+
+def test_a_corrupt_shard_is_named(tmp_path):
+    store = tmp_path / "emoji"
+    shutil.copytree(ROOT / "pangea_jax" / "assets" / "emoji", store)
+    shard = next(store.rglob("emoji-train.array_record*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    flags = (f"--workdir={tmp_path / 'run'}", f"--config.data.store={store}")
+    code, _, err = run(*flags)
+    assert code == 1
+    assert shard.name in err
+    assert "Traceback" not in err
+    shard.unlink()
+    code, _, err = run(*flags)
+    assert code == 1
+    assert shard.name in err
 
 
 def test_refuses_the_work_directory_of_another_config(finished):

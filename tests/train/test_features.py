@@ -91,3 +91,29 @@ def test_another_seed_gives_other_views_of_the_same_pictures(features, tower, st
         assert np.abs(other[key][1] - features[key][1]).max() > 0.1
     plain = frozen_features(tower, store, KEYS[:2], mesh, augmented=0, batch_size=3)
     assert [value.shape[0] for value in plain.values()] == [1, 1]
+
+
+def test_the_cache_gives_the_same_and_is_told_apart(features, tower, store, tmp_path):
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    arguments = dict(augmented=2, batch_size=3, cache=tmp_path)
+    for _ in range(2):
+        cached = frozen_features(tower, store, KEYS, mesh, seed=7, **arguments)
+        assert list(cached) == KEYS
+        for key in KEYS:
+            np.testing.assert_array_equal(cached[key], features[key])
+        assert len(list(tmp_path.iterdir())) == 1
+    frozen_features(tower, store, KEYS, mesh, seed=8, **arguments)
+    other = jax.jit(lambda: VisionTower(tower.config, rngs=nnx.Rngs(1)))()
+    frozen_features(other, store, KEYS, mesh, seed=7, **arguments)
+    frozen_features(tower, store, KEYS[:4], mesh, seed=7, **arguments)
+    assert len({file.suffix for file in tmp_path.iterdir()}) == 1
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_features_come_from_the_cache(tower, store, tmp_path, monkeypatch):
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    arguments = dict(augmented=0, batch_size=3, cache=tmp_path)
+    first = frozen_features(tower, store, KEYS, mesh, **arguments)
+    monkeypatch.setattr("pangea_jax.train.features._compute", None)
+    second = frozen_features(tower, store, KEYS, mesh, **arguments)
+    np.testing.assert_array_equal(first[KEYS[0]], second[KEYS[0]])

@@ -1,0 +1,58 @@
+"""How many multimodal samples? The paper's ablation of the size of the data set (section 5, Figure 5).
+
+    python launch/sweep.py --config=configs/ablate_num_samples.py --workdir=runs/num_samples --seeds=3
+    python launch/sweep.py --config=configs/ablate_num_samples.py:design=one_run --workdir=runs/num_samples_one_run
+    python launch/train.py --config=configs/ablate_num_samples.py:fraction=0.5
+
+The points are 10, 30, 50, 70, 90 and 100 % of the examples. The paper's axis ends at 5.5M of 6.15M and its script saves
+every 5 % of the steps, so its points are probably checkpoints of one run, the learning rate still high.
+
+`design=separate` trains a model to the end for every size; for one seed the smaller set is a subset of the larger.
+`design=one_run` is the paper's way: the first 10, 30, ... % of the steps of one long run, under that run's schedule,
+which is the same as its checkpoint there. Both have their examples once, so fewer samples are fewer steps.
+
+Expect a slow start and a rise that has not ended; docs/ablations.md has what came out at sample scale. A sweep takes as long as 3.5 runs in full, 10 to 15 minutes on 2 CPU cores. At
+`:scale=pangea_7b` the whole is the natural mixture of all 6.15M: 1,344 hours of an H100 in the paper, 3.5 times
+that for the sweep.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import scales
+
+FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+PANGEAINS_EXAMPLES = 6_150_624  # the release's 6,450,624 without 300,000 of OCR
+AXIS = "examples trained on (% of all)"
+DESIGNS = {
+    "separate": "How good is a model trained to the end on a part of the data? Fewer examples are also fewer steps.",
+    "one_run": "How good is one long run at a part of its way? Early points have a learning rate that is still high, "
+    "so that they say less about the data than about the run.",
+}
+
+
+def points(arg: str | None = None) -> dict[str, float]:
+    """Name -> percent of the examples."""
+    _parse(arg)
+    return {f"samples_{round(100 * f):03d}": 100 * f for f in FRACTIONS}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = _parse(arg)
+    if args["scale"] == "pangea_7b":
+        args["num_examples"] = args["num_examples"] or PANGEAINS_EXAMPLES
+        args["languages"] = "all" if args["languages"] == "default" else args["languages"]
+    fraction = scales.value(args, points(arg), 100 * args["fraction"]) / 100
+    config = scales.base(args)
+    if args["scale"] == "pangea_7b":
+        config.mixture.update(en_ratio=None, language_alpha=1.0)
+    if args["design"] == "separate":
+        config.mixture.num_examples = round(fraction * config.mixture.num_examples)
+    else:
+        config.optimizer.schedule_steps = scales.steps(config)
+        config.steps = round(fraction * config.optimizer.schedule_steps)
+    config.title = f"{fraction:.0%} of the examples"
+    return config
+
+
+def _parse(arg):
+    return scales.parse(arg, DESIGNS, fraction=1.0)

@@ -1,0 +1,50 @@
+"""Stage 1 of Pangea-7B: the projector learns to read the tower (section 4.1, Table 1).
+
+    python launch/build_data.py pangeains --source=LLaVA-Pretrain/blip_laion_cc_sbu_558k.json \\
+        --images=LLaVA-Pretrain --out=data/llava_pretrain --tokenizer=checkpoints/Pangea-7B-hf
+    python launch/train.py --config=configs/pangea_7b_pretrain.py --workdir=runs/pangea_7b_pretrain
+
+558,128 English captions of LLaVA-Pretrain, each read once: 4,360 steps of 128. Only the projector trains, from
+random values, at 1e-3; the tower is CLIP's and the decoder Qwen2-7B-Instruct's. Table 1 also prints a learning rate
+for tower and decoder in this stage; the released script, which is followed here, trains `mm_mlp_adapter` alone.
+
+Expect a model that captions; no score of this stage is published. The paper: 32 hours of an H100, 4 h on 8 of them.
+
+A picture is one view. LLaVA-NeXT crops its centre and has no newline vector yet; here it is resized whole, as the
+base view of stage 2 is, and followed by the newline vector, which stays at its random start.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import pangea_7b_finetune
+from configs.common import parse_arg
+
+TOWER = "checkpoints/clip-vit-large-patch14-336"
+DECODER = "checkpoints/Qwen2-7B-Instruct"
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = parse_arg(arg, num_examples=558_128, seed=0)
+    config = pangea_7b_finetune.get_config(arg)
+    config.title = "Pangea-7B, stage 1"
+    config.data.store = "data/llava_pretrain"
+    config.model.pinpoints = ()
+    config.pretrained = (f"{TOWER}:vision", f"{DECODER}:language")
+    config.frozen = (r"vision\..*", r"language\..*", "newline_d")
+    config.mixture.num_examples = args["num_examples"]
+    # 32 rows of four captions are the batch of 128. Their pictures take 4 * 577 tokens of a row.
+    config.pipeline = dict(
+        rows=32,
+        row_tokens=4096,
+        row_tiles=4,
+        max_targets=None,
+        packing="balanced",
+        examples_per_row=4,
+        loss_mask="pangea",
+        move_marker_first=True,
+        overlong="truncate",
+        max_bad_fraction=0.001,
+        threads=16,
+    )
+    config.optimizer = dict(learning_rate=1e-3, warmup_ratio=0.03, weight_decay=0.0, clip_norm=1.0)
+    return config

@@ -1,0 +1,46 @@
+"""A rehearsal: 50 steps of the 7B's data path, losses and checkpoints with a model of toy size.
+
+    python launch/build_data.py pangeains --source=PangeaInstruct --out=data/pangeains --limit=2000 \\
+        --tokenizer=checkpoints/Pangea-7B-hf
+    python launch/inspect_data.py --config=configs/rehearsal.py
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python launch/train.py --config=configs/rehearsal.py
+
+What configs/pangea_7b_finetune.py will do with your records, on any machine, before it costs anything: the same
+template, loss mask, tiles of 336 pixels, packing and mixture, through a tower and a decoder of two narrow layers that
+start from random values. `:store=DIR,tokenizer=DIR` for a data set elsewhere, `image_id=151646` for a plain Qwen2
+tokenizer. Expect the loss to fall from 12 (the log of the vocabulary) by several; minutes on two CPU cores, and no
+model worth keeping.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import pangea_7b_finetune
+from configs.common import parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = parse_arg(
+        arg,
+        store="data/pangeains",
+        tokenizer="checkpoints/Pangea-7B-hf",
+        image_id=0,
+        steps=50,
+        seed=0,
+    )
+    config = pangea_7b_finetune.get_config(f"seed={args['seed']}")
+    config.title = "Rehearsal"
+    config.data.update(store=args["store"], tokenizer=args["tokenizer"])
+    if args["image_id"]:
+        config.data.image_id = args["image_id"]
+    config.model.vision.update(width=32, layers=2, heads=2, mlp=64)
+    config.model.language.update(width=64, layers=2, heads=4, kv_heads=2, head_width=16, mlp=128)
+    config.model.dtype = "float32"
+    config.pretrained = ()
+    config.pipeline.update(rows=8, row_tokens=4096, row_tiles=8, threads=2)
+    # Records are drawn again and again, should there be fewer than the steps take.
+    config.mixture.update(num_examples=24 * args["steps"], max_repeat=1e9)
+    config.optimizer.learning_rate = 1e-3
+    config.steps = args["steps"]
+    config.log_every = 5
+    config.checkpoint.every = 25
+    return config

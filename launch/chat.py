@@ -1,0 +1,138 @@
+"""A conversation with a model in the terminal.
+
+    python launch/chat.py --model=sample --image=cat.png
+    python launch/chat.py --model=DIR --image=cat.png --prompt="Apa ini?"       # one answer, to stdout
+
+The model is "sample", a folder with a checkpoint, or a name on the Hugging Face hub. In a conversation `/image FILE`
+adds a picture to the next question, `/reset` forgets what was said, and `/quit` (or Ctrl-D) ends it; Ctrl-C stops an
+answer.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags, logging
+
+import pangea_jax
+from launch import common
+from pangea_jax.data import image
+
+_MODEL = flags.DEFINE_string("model", "sample", "Folder, hub name, or sample.")
+_IMAGE = flags.DEFINE_multi_string("image", [], "Picture for the first question; may be repeated.")
+_PROMPT = flags.DEFINE_string("prompt", None, "Answer this one question and exit.")
+_SYSTEM = flags.DEFINE_string("system", None, "System prompt; the model's own by default.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest tokens.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens of this probability.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from so many likeliest tokens; 0 for all.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
+_DTYPE = flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16.")
+
+
+class Chat:
+    """What was said, and the pictures of the next question."""
+
+    def __init__(self, engine, system: str | None, settings: dict):
+        self._engine, self._settings = engine, settings
+        self._opening = [{"role": "system", "content": system}] if system else []
+        self.reset()
+
+    def reset(self) -> None:
+        self._messages, self._pictures = list(self._opening), []
+
+    def add_image(self, path: str) -> None:
+        """Raises:
+        UserError, ImageError: not a picture; said now and not with the question."""
+        path = os.path.expanduser(path)
+        if not os.path.isfile(path):
+            raise common.UserError(f"there is no file {path}")
+        image.check(path)
+        self._pictures.append({"type": "image", "image": path})
+
+    def ask(self, text: str):
+        """Pieces of the answer. Question and answer, as far as it came, are then part of the
+        conversation; a question that could not be asked is not."""
+        content = [*self._pictures, {"type": "text", "text": text}]
+        asked = [*self._messages, {"role": "user", "content": content}]
+        pieces = self._engine.stream(asked, **self._settings)
+        answer = ""
+        try:
+            for piece in pieces:
+                answer += piece
+                yield piece
+        finally:
+            self._pictures = []
+            self._messages = [*asked, {"role": "assistant", "content": answer or " "}]
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise common.UserError(f"unexpected argument {argv[1]!r}; a question is --prompt=TEXT")
+    settings = {
+        "max_new_tokens": _MAX_NEW_TOKENS.value,
+        "temperature": _TEMPERATURE.value,
+        "top_p": _TOP_P.value,
+        "top_k": _TOP_K.value,
+        "seed": _SEED.value,
+    }
+    logging.set_verbosity(logging.WARNING)
+    common.use_compile_cache()
+
+    chat = Chat(pangea_jax.load(_MODEL.value, dtype=_DTYPE.value), _SYSTEM.value, settings)
+    for path in _IMAGE.value:
+        chat.add_image(path)
+    if _PROMPT.value is None:
+        converse(chat)
+        return
+    try:
+        write_answer(chat, _PROMPT.value)
+    except KeyboardInterrupt:
+        sys.exit(common.EXIT_INTERRUPTED)
+
+
+def converse(chat: Chat) -> None:
+    """Reads questions and commands until the end of the input."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401 - gives `input` history and editing
+
+        print("/image FILE, /reset, /quit", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+            if line == "/quit":
+                return
+            if line:
+                obey(chat, line)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print()
+        except (common.UserError, OSError, ValueError) as error:
+            print("error:", *str(error).split(), file=sys.stderr)
+
+
+def obey(chat: Chat, line: str) -> None:
+    """One line of a person's: a command or a question."""
+    command, _, argument = line.partition(" ")
+    if command == "/reset":
+        chat.reset()
+    elif command == "/image" and argument.strip():
+        chat.add_image(argument.strip().strip("'\""))
+    elif command.startswith("/") and "/" not in command[1:]:
+        raise common.UserError(f"{command} is no command: /image FILE, /reset, /quit")
+    else:
+        write_answer(chat, line)
+
+
+def write_answer(chat: Chat, text: str) -> None:
+    for piece in chat.ask(text):
+        print(piece, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,117 @@
+"""How likely a model finds given continuations of a prompt, which all candidates share."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from pangea_jax.generate.decode import last_hidden
+from pangea_jax.model import Pangea
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """A prompt's continuations after the tokens that all have in common.
+
+    Attributes:
+      shared: how many tokens these are; part of the prompt, at least one.
+      tails: per continuation the tokens that follow.
+      unscored: how many of a tail's first tokens belong to the prompt: more than 0 where a
+        continuation is tokenised together with the end of its prompt.
+    """
+
+    shared: int
+    tails: tuple[tuple[int, ...], ...]
+    unscored: int
+
+    @classmethod
+    def make(cls, wholes: Sequence[Sequence[int]], prompt: int) -> "Candidates":
+        """Of token ids of prompt and continuation together, `prompt` of which are the prompt's.
+
+        Raises:
+          ValueError: there is no continuation, or one without tokens.
+        """
+        if not wholes:
+            raise ValueError("there are no continuations to score")
+        for i, whole in enumerate(wholes):
+            if len(whole) <= prompt:
+                raise ValueError(f"continuation {i} has no tokens of its own")
+        columns = zip(*(whole[:prompt] for whole in wholes))
+        differs = [len(set(column)) > 1 for column in columns]
+        # One token must be read before the first can be predicted.
+        shared = max(1, differs.index(True)) if True in differs else prompt
+        return cls(shared, tuple(tuple(whole[shared:]) for whole in wholes), prompt - shared)
+
+
+class LogLikelihood(NamedTuple):
+    """What a continuation has got.
+
+    Attributes:
+      total: sum over its tokens of the natural logarithm of their probability.
+      tokens: how many these are.
+      greedy: whether each was the likeliest token.
+    """
+
+    total: float
+    tokens: int
+    greedy: bool
+
+
+def pad_candidates(
+    candidates: Sequence[Candidates],
+) -> tuple[Int[np.ndarray, "B A S"], Bool[np.ndarray, "B A S"]]:
+    """Tails of a batch, A a prompt and S tokens each, and where a token is scored.
+
+    S is rounded up to a power of two and A to an even number, so that few shapes are compiled.
+    """
+    A = max(len(c.tails) for c in candidates)
+    S = max(len(tail) for c in candidates for tail in c.tails)
+    shape = len(candidates), A + A % 2, 1 << (S - 1).bit_length()
+    tokens, scored = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for b, candidate in enumerate(candidates):
+        for a, tail in enumerate(candidate.tails):
+            tokens[b, a, : len(tail)] = tail
+            scored[b, a, candidate.unscored : len(tail)] = True
+    return tokens, scored
+
+
+def score(
+    model: Pangea,
+    batch: dict[str, Array],
+    tails: Int[Array, "B A S"],
+    scored: Bool[Array, "B A S"],
+) -> tuple[Float[Array, "B A"], Bool[Array, "B A"]]:
+    """Summed log-likelihoods of tails after their prompts, and whether all scored tokens were likeliest.
+
+    The prompts are read once; every tail then goes on from a copy of their cache.
+    """
+    B, A, S = tails.shape
+    hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + S - 1)
+    last, lengths = last_hidden(hidden, jnp.asarray(batch["segment_ids"]))
+    before = jnp.broadcast_to(last[:, None, None], (B, A, 1, last.shape[-1]))
+    if S > 1:
+        cache = cache.replace(
+            k=jnp.repeat(cache.k, A, axis=1),
+            v=jnp.repeat(cache.v, A, axis=1),
+            segment_ids=jnp.repeat(cache.segment_ids, A, axis=0),
+            positions=jnp.repeat(cache.positions, A, axis=0),
+        )
+        read = tails[..., :-1].reshape(B * A, S - 1)
+        positions = jnp.repeat(lengths, A)[:, None] + jnp.arange(S - 1)
+        x = model.language.embed(read, hidden.dtype)
+        x, _ = model.language.extend(x, positions, jnp.ones_like(positions), cache)
+        before = jnp.concatenate([before, x.reshape(B, A, S - 1, -1)], axis=2)
+
+    def of_one_prompt(row):  # logits of all would be the largest array by far
+        before, tails, scored = row
+        logits = model.language.logits(before)
+        chosen = jnp.take_along_axis(logits, tails[..., None], axis=-1)[..., 0]
+        log_probabilities = chosen - jax.nn.logsumexp(logits, axis=-1)
+        total = jnp.sum(jnp.where(scored, log_probabilities, 0.0), axis=-1)
+        return total, jnp.all(~scored | (logits.argmax(-1) == tails), axis=-1)
+
+    return jax.lax.map(of_one_prompt, (before, tails, scored))

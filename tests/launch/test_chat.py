@@ -1,0 +1,88 @@
+"""The terminal chat with the sample model, as a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pangea_jax.data import emoji
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cat(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "cat.png"
+    path.write_bytes(emoji.open_store().image("twemoji/1f408"))
+    return str(path)
+
+
+def chat(*flags, lines=()):
+    return subprocess.run(
+        [sys.executable, "launch/chat.py", *flags],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        input="".join(f"{line}\n" for line in lines),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+
+
+def test_one_answer(cat):
+    done = chat("--model=sample", f"--image={cat}", "--prompt=What is this?")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cat\n", "")
+
+
+def test_a_conversation(cat):
+    lines = [
+        f"/image {cat}",
+        "What is this?",
+        "What is this?",  # the picture is still part of what was said
+        "/image nowhere.png",
+        "/picture x",
+        "/reset",
+        "What is this?",
+        "/quit",
+        "never read",
+    ]
+    done = chat("--max_new_tokens=8", lines=lines)
+    assert done.returncode == 0
+    first, again, blind = done.stdout.splitlines()
+    assert first == "cat"
+    assert again
+    assert blind != "cat"
+    assert done.stderr.splitlines() == [
+        "error: there is no file nowhere.png",
+        "error: /picture is no command: /image FILE, /reset, /quit",
+    ]
+
+
+def test_sampling_is_seeded(cat):
+    flags = [f"--image={cat}", "--prompt=What is this?", "--temperature=3", "--max_new_tokens=12"]
+    first, second, other = (chat(*flags, f"--seed={seed}").stdout for seed in (1, 1, 2))
+    assert first == second != other
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model=nowhere"], "no folder nowhere"),
+        (["--image=nowhere.png"], "there is no file nowhere.png"),
+        (["--prompt=x", "--top_p=2"], "top_p 2.0 must be within 0 and 1"),
+        (["--prompt=x", "--max_new_tokens=600"], "context of 512"),
+        (["question"], "unexpected argument 'question'"),
+        (["--tempreature=1"], "tempreature"),
+        (["--dtype=int7"], "dtype int7"),
+    ],
+)
+def test_errors_are_one_sentence(flags, message):
+    done = chat(*flags)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+    assert "Traceback" not in done.stderr

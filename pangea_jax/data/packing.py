@@ -80,30 +80,26 @@ def pad_row(example: Example, row_tokens: int, row_tiles: int) -> dict[str, np.n
     return {name: rows[0] for name, rows in batch.items()}
 
 
-def balance(examples: Sequence[Example], num_rows: int, capacity: Size) -> list[list[Example]]:
-    """All of `examples` in `num_rows` rows, each to the row with most room left, the longest first.
+def balance(sizes: Sequence[Size], num_rows: int, capacity: Size) -> list[list[int]] | None:
+    """All of some examples in `num_rows` rows, each to the row with most room left, the longest first.
 
-    Raises:
-      ValueError: they do not fit.
+    Returns:
+      Which of them each row has, or None if they do not fit.
     """
     room = [list(capacity) for _ in range(num_rows)]
-    rows: list[list[Example]] = [[] for _ in range(num_rows)]
-    for example in sorted(examples, key=lambda e: -len(e["tokens"])):
-        needed = size(example)
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][0]):
+        tokens, tiles, targets = sizes[i]
         fitting = [
-            i
-            for i, left in enumerate(room)
-            if needed[0] <= left[0] and needed[1] <= left[1] and needed[2] <= left[2]
+            row
+            for row, left in enumerate(room)
+            if tokens <= left[0] and tiles <= left[1] and targets <= left[2]
         ]
         if not fitting:
-            raise ValueError(
-                f"{len(examples)} conversations do not fit {num_rows} rows of {list(capacity)} (tokens, "
-                "tiles, targets); raise pipeline.row_tokens, row_tiles or max_targets, or lower "
-                "examples_per_row"
-            )
-        place = max(fitting, key=lambda i: room[i][0])
-        room[place] = [left - n for left, n in zip(room[place], needed, strict=True)]
-        rows[place].append(example)
+            return None
+        place = max(fitting, key=lambda row: room[row][0])
+        room[place] = [left - n for left, n in zip(room[place], sizes[i], strict=True)]
+        rows[place].append(i)
     return rows
 
 
@@ -157,6 +153,59 @@ def plan_rows(sizes: Int[np.ndarray, "n 3"], capacity: Size, *, seed: int, windo
         rows += [packed[i] for i in rng.permutation(len(packed))]
     starts = np.cumsum([0, *map(len, rows)])
     return Plan(np.array([i for row in rows for i in row], np.int64), starts)
+
+
+def plan_batches(
+    sizes: Int[np.ndarray, "n 3"], capacity: Size, *, rows: int, examples: int, seed: int
+) -> Plan:
+    """Batches of `examples` shuffled examples each, spread evenly over their `rows` rows.
+
+    Where chance has put too many long ones into a batch, it exchanges the largest for the smallest
+    of the next batches, until it fits.
+
+    Args:
+      sizes, capacity: as of `plan_rows`.
+
+    Raises:
+      ValueError: so many examples do not fit so many rows, however they are exchanged.
+    """
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(sizes[:, 0] > 0))
+    batches = order[: len(order) // examples * examples].reshape(-1, examples).tolist()
+    of = sizes.tolist()
+    packed = [balance([of[i] for i in batch], rows, capacity) for batch in batches]
+
+    def fill(number: int) -> float:
+        return max(n / room for n, room in zip(of[number], capacity, strict=True))
+
+    def exchange(here: int) -> None:
+        for step in range(1, len(batches)):
+            there = (here + step) % len(batches)
+            mine, theirs = batches[here], batches[there]
+            large = max(range(examples), key=lambda i: fill(mine[i]))
+            small = min(range(examples), key=lambda i: fill(theirs[i]))
+            mine[large], theirs[small] = theirs[small], mine[large]
+            changed = [balance([of[i] for i in batch], rows, capacity) for batch in (mine, theirs)]
+            if changed[1] is None and packed[there] is not None:
+                mine[large], theirs[small] = theirs[small], mine[large]
+                continue
+            packed[here], packed[there] = changed
+            if packed[here] is not None:
+                return
+        raise ValueError(
+            f"{examples} conversations do not fit {rows} rows of {list(capacity)} (tokens, tiles, "
+            "targets); raise pipeline.row_tokens, row_tiles or max_targets, or lower examples_per_row"
+        )
+
+    for number in range(len(batches)):
+        if packed[number] is None:
+            exchange(number)
+    members = [
+        [batch[i] for i in row]
+        for batch, found in zip(batches, packed, strict=True)
+        for row in found
+    ]
+    starts = np.cumsum([0, *map(len, members)])
+    return Plan(np.array([i for row in members for i in row], np.int64), starts)
 
 
 def _best_fit(numbers, sizes, capacity) -> list[list[int]]:

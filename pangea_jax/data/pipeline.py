@@ -20,7 +20,7 @@ from jaxtyping import Int
 from pangea_jax.data import chat, image
 from pangea_jax.data.feed import Feed, Notes
 from pangea_jax.data.mixture import column_codes
-from pangea_jax.data.packing import Example, balance, fill_rows, pad_row, plan_rows, size
+from pangea_jax.data.packing import Example, fill_rows, pad_row, plan_batches, plan_rows, size
 from pangea_jax.data.record import Conversation, RecordError
 from pangea_jax.data.store import RecordStore, StoreError
 from pangea_jax.data.tokenizer import Tokenizer
@@ -58,8 +58,8 @@ class PipelineConfig:
       max_targets: most trained tokens in a row; bounds the work of the output head. None: row_tokens.
       packing: "none": a row holds one conversation. "balanced": a batch holds exactly `rows` *
         `examples_per_row` of them, spread evenly over its rows, so that steps and examples are in a
-        fixed ratio. "planned": lengths are measured first, see `measure`, and rows filled as tightly
-        as they can be; the number of steps is known. "best_fit": rows take as many as fit while
+        fixed ratio. "planned": rows are filled as tightly as they can be. For both, lengths are
+        measured first, see `measure`, and the number of steps is known. "best_fit": rows take as many as fit while
         records stream by, for lengths nobody has measured; the number of steps is not known.
       examples_per_row: for "balanced".
       packing_bins: for "best_fit", rows packed at a time; more waste less and mix the order more.
@@ -215,7 +215,7 @@ def measure(
     views: Views | CachedViews,
     config: PipelineConfig,
 ) -> Int[np.ndarray, "n 3"]:
-    """(tokens, tiles, targets) of every example without decoding a picture, for packing "planned".
+    """(tokens, tiles, targets) of every example without decoding a picture: what rows are planned by.
 
     Examples that do not fit a row and are dropped have no tokens. Bad records that are skipped count
     as one token: they are met again, and counted, when they are read. Takes 20 us for a short
@@ -358,9 +358,6 @@ class _Reader:
                 tiles = len(read.example[self.views.field])
                 notes.add(read.language, read.source, tiles=tiles, cut=read.cut)
         examples = [[read.example for read in row if read.example is not None] for row in rows]
-        if config.packing == "balanced":
-            everything = [example for row in examples for example in row]
-            examples = balance(everything, len(rows), config.capacity)
         batch = fill_rows(
             examples, config.row_tokens, config.row_tiles, self.views.patches, self._empty
         )
@@ -391,7 +388,7 @@ def train_dataset(
     and workers, so that a run goes on exactly with another number of either.
 
     Args:
-      sizes: for packing "planned", of `source` as `measure` gives them; absent, they come from the
+      sizes: for packing "planned" and "balanced", of `source` as `measure` gives them; absent, they come from the
         store's index if it has them, and are measured here if not.
       approximate_restart: accept a saved position of another order, see `Feed`.
 
@@ -405,7 +402,8 @@ def train_dataset(
         )
     reader = _Reader(source, tokenizer, views, config)
     part = _Part(process_index, process_count, config.rows // process_count)
-    if config.packing == "planned" and sizes is None:
+    planned = config.packing in ("planned", "balanced")
+    if planned and sizes is None:
         sizes = _sizes(source, tokenizer, views, config)
     dropped = 0 if sizes is None else int(np.count_nonzero(sizes[:, 0] == 0))
     if dropped:
@@ -414,7 +412,7 @@ def train_dataset(
     if config.packing == "best_fit":
         num_batches, open_stream = None, _streamed(reader, part, seed)
     else:
-        make = _planned if config.packing == "planned" else _counted
+        make = _planned if planned else _counted
         batches = make(reader, part, seed, sizes)
         num_batches = len(batches)
 
@@ -489,23 +487,22 @@ def _identity(source, sizes, config, seed, process_count):
 
 
 def _counted(reader, part, seed, sizes) -> grain.MapDataset:
-    """Batches of a fixed number of examples."""
-    config = reader.config
-    examples = _shuffled(reader, part, seed)
-    per_row = config.examples_per_row
-    batches = examples.batch(part.rows * per_row, drop_remainder=True, batch_fn=list)
-
-    def batch(reads):
-        return reader.batch([reads[i : i + per_row] for i in range(0, len(reads), per_row)])
-
+    """Batches of rows with one example each."""
+    batches = _shuffled(reader, part, seed).batch(part.rows, drop_remainder=True, batch_fn=list)
     # The first processes may have one batch more than the last, which nobody could join.
-    return batches.map(batch)[: len(reader.source) // config.examples]
+    batches = batches.map(lambda reads: reader.batch([[read] for read in reads]))
+    return batches[: len(reader.source) // reader.config.rows]
 
 
 def _planned(reader, part, seed, sizes) -> grain.MapDataset:
     """Batches of planned rows. Process p of P has the p-th of P equal parts of every batch."""
     config = reader.config
-    plan = plan_rows(sizes, config.capacity, seed=seed, window=config.packing_window)
+    if config.packing == "balanced":
+        plan = plan_batches(
+            sizes, config.capacity, rows=config.rows, examples=config.examples, seed=seed
+        )
+    else:
+        plan = plan_rows(sizes, config.capacity, seed=seed, window=config.packing_window)
 
     def batch(number):
         first = number * config.rows + part.index * part.rows

@@ -6,6 +6,9 @@ from jaxtyping import Array, Float, Int
 
 from pangea_jax.model import Decoder
 
+# 192 places of Qwen2's 152,064 words: enough for the matrix units, little beside a row's activations.
+LOGITS_BYTES = 128 << 20
+
 
 def cross_entropy(
     decoder: Decoder,
@@ -14,7 +17,7 @@ def cross_entropy(
     weights: Float[Array, "B T"],
     *,
     max_targets: int | None = None,
-    chunk: int = 512,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """Sum of weighted losses, sum of weights, and weighted number of right first guesses.
 
@@ -22,8 +25,8 @@ def cross_entropy(
     the output head, the widest layer of the model, runs on at most that many places a row: exact
     as long as no row has more, which the data pipeline guarantees.
 
-    The head runs on `chunk` places at a time and is recomputed in the backward pass, so that no
-    [B, T, V] array ever exists.
+    The head runs on `chunk` places of every row at a time and is recomputed in the backward pass, so
+    that no [B, T, V] array ever exists; by default a row's logits take at most `LOGITS_BYTES`.
     """
     if max_targets is not None and max_targets < targets.shape[1]:
         order = jnp.argsort(weights == 0, axis=1, stable=True)[:, :max_targets]
@@ -31,6 +34,9 @@ def cross_entropy(
         targets = jnp.take_along_axis(targets, order, axis=1)
         weights = jnp.take_along_axis(weights, order, axis=1)
     B, T, _D = hidden.shape
+    if chunk is None:
+        places = LOGITS_BYTES // (4 * decoder.config.vocab_size)
+        chunk = max(64, places - places % 64)
     chunk = min(chunk, T)
     pad = -T % chunk
     hidden, targets, weights = (
@@ -38,9 +44,12 @@ def cross_entropy(
         for x in (hidden, targets, weights)
     )
 
+    # Gathered, and its gradient scattered, once and not for every chunk: together 2 GiB for Qwen2.
+    head = decoder.head(hidden.dtype)
+
     def body(sums, piece):
         hidden, targets, weights = piece
-        logits = decoder.logits(hidden)
+        logits = decoder.logits(hidden, head)
         right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         losses = jax.nn.logsumexp(logits, axis=-1) - right
         # Ties count as right only for the true token at the maximum: argmax equality without argmax.

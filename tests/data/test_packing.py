@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pangea_jax.data.packing import balance, plan_rows
+from pangea_jax.data.packing import balance, plan_batches, plan_rows
 
 CAPACITY = (8192, 20, 8192)
 
@@ -84,15 +84,35 @@ def test_an_example_larger_than_a_row_is_an_error():
 
 
 def test_balanced_rows_by_hand():
-    def example(tokens):
-        return {
-            "tokens": np.zeros(tokens),
-            "weights": np.ones(tokens),
-            "tiles": np.zeros((1, 2, 2, 3)),
-        }
-
-    rows = balance([example(n) for n in (9, 5, 4, 8, 1, 3)], 2, (16, 4, 16))
+    sizes = [(n, 1, n) for n in (9, 5, 4, 8, 1, 3)]
     # The longest first, each to the row with most room left.
-    assert [[len(e["tokens"]) for e in row] for row in rows] == [[9, 4, 3], [8, 5, 1]]
-    with pytest.raises(ValueError, match="6 conversations do not fit 2 rows"):
-        balance([example(5)] * 6, 2, (16, 2, 16))
+    assert balance(sizes, 2, (16, 4, 16)) == [[0, 2, 5], [3, 1, 4]]
+    assert balance([(5, 1, 5)] * 6, 2, (16, 2, 16)) is None
+
+
+def test_planned_batches_hold_so_many_examples_and_fit():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(30, 90, 1603)
+    tokens[::101] = 0  # left out
+    sizes = np.stack([tokens, rng.integers(0, 2, 1603), tokens // 4], axis=1)
+    capacity = (150, 3, 36)
+    plan = plan_batches(sizes, capacity, rows=4, examples=8, seed=3)
+    used = np.flatnonzero(tokens > 0)
+    assert len(plan) == 4 * (len(used) // 8)
+    assert len(set(plan.members.tolist())) == len(plan.members) == len(used) // 8 * 8
+    assert set(plan.members.tolist()) <= set(used.tolist())
+    for batch in range(len(plan) // 4):
+        rows = [plan[row] for row in range(4 * batch, 4 * batch + 4)]
+        assert sum(map(len, rows)) == 8
+        for row in rows:
+            assert (sizes[row].sum(axis=0) <= capacity).all()
+    # As chance puts them together, some batches would not fit: the exchange was needed.
+    shuffled = np.random.default_rng(3).permutation(used)[: len(plan.members)].reshape(-1, 8)
+    assert any(balance(sizes[batch].tolist(), 4, capacity) is None for batch in shuffled)
+    again = plan_batches(sizes, capacity, rows=4, examples=8, seed=3)
+    np.testing.assert_array_equal(again.members, plan.members)
+
+
+def test_batches_that_cannot_fit_are_an_error():
+    with pytest.raises(ValueError, match=r"6 conversations do not fit 2 rows .* raise pipeline"):
+        plan_batches(np.full((24, 3), 6), (16, 16, 16), rows=2, examples=6, seed=0)

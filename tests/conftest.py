@@ -196,7 +196,8 @@ def make_random_model(tiny_config, emoji_tokenizer):
     from pangea_jax.model import Pangea
     from pangea_jax.model import params as model_params
 
-    language = dataclasses.replace(tiny_config.language, vocab_size=emoji_tokenizer.vocab_size)
+    sizes = {"vocab_size": emoji_tokenizer.vocab_size, "max_positions": 8192}
+    language = dataclasses.replace(tiny_config.language, **sizes)
     config = dataclasses.replace(tiny_config, language=language)
 
     def make(seed: int = 1):

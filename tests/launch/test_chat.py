@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import pangea_jax
 from pangea_jax.data import emoji
 
 ROOT = Path(__file__).parents[2]
@@ -60,10 +61,15 @@ def test_a_conversation(cat):
     ]
 
 
-def test_sampling_is_seeded(cat):
-    flags = [f"--image={cat}", "--prompt=What is this?", "--temperature=3", "--max_new_tokens=12"]
-    first, second, other = (chat(*flags, f"--seed={seed}").stdout for seed in (1, 1, 2))
-    assert first == second != other
+def test_flags_reach_the_engine(cat):
+    settings = {"temperature": 3.0, "top_p": 0.9, "top_k": 40, "seed": 5, "max_new_tokens": 12}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    done = chat(f"--image={cat}", "--prompt=What is this?", "--system=Be odd.", *flags)
+    picture = {"type": "image", "image": cat}
+    asked = [picture, {"type": "text", "text": "What is this?"}]
+    messages = [{"role": "system", "content": "Be odd."}, {"role": "user", "content": asked}]
+    (expected,) = pangea_jax.load("sample").generate([messages], **settings)
+    assert done.stdout == f"{expected}\n"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+"""Prefill and train step beside transformers: same CPU, same weights, same inputs, in turn in one process.
+
+    python benchmarks/forward.py [--repetitions=9]
+
+A 50M-parameter model in float32 (`benchmarks/peer.py`), a 640x480 picture in five tiles and 32 words a row. The
+prefill ends with the last token's logits and the KV cache; the train step is forward, backward, clipping and AdamW of
+all parameters. Prints the ratio of time, the operations a second, and what a large matrix product reaches here.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks import peer
+from pangea_jax.generate.decode import last_hidden
+from pangea_jax.model import params as model_params
+from pangea_jax.sharding import make_mesh
+from pangea_jax.train.state import TrainState
+from pangea_jax.train.step import make_train_step
+
+WORDS, TRAINED, TRAIN_ROWS = 32, 16, 4
+LEARNING_RATE = 1e-5
+
+
+def prefill_pair(ours, theirs):
+    """Functions that read one prompt; both return the last token's logits."""
+    import torch
+
+    batch, inputs = peer.make_inputs(1, WORDS)
+    graphdef, params = model_params.split(ours)
+
+    @jax.jit
+    def prefill(params, batch):
+        model = model_params.merge(graphdef, params)
+        hidden, cache = model.prefill(batch, batch["tokens"].shape[1])
+        return model.language.logits(last_hidden(hidden, batch["segment_ids"])[0]), cache
+
+    @torch.no_grad()
+    def reference():
+        return theirs(**inputs, use_cache=True, logits_to_keep=1).logits[:, 0].numpy()
+
+    return lambda: prefill(params, batch)[0], reference
+
+
+def train_pair(ours, theirs):
+    """Functions that take one optimiser step; both return the loss before it."""
+    import torch
+
+    batch, inputs = peer.make_inputs(TRAIN_ROWS, WORDS)
+    tokens = batch["tokens"]
+    batch["targets"] = np.roll(tokens, -1, axis=1)
+    batch["weights"] = np.zeros(tokens.shape, np.float32)
+    batch["weights"][:, -1 - TRAINED : -1] = 1
+    # A loop over layers copies what it keeps for the backward pass; on a CPU it is better unrolled.
+    ours.config = unrolled = dataclasses.replace(
+        ours.config,
+        vision=dataclasses.replace(ours.config.vision, scan_unroll=ours.config.vision.used_layers),
+        language=dataclasses.replace(ours.config.language, scan_unroll=ours.config.language.layers),
+    )
+    ours.vision.config, ours.language.config = unrolled.vision, unrolled.language
+    graphdef, params = model_params.split(ours)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE))
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    copied = jax.tree.map(jax.numpy.copy, params)
+    state = TrainState(jax.numpy.int32(0), copied, {}, optimizer.init(copied))
+    everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), state)
+    step = make_train_step(graphdef, optimizer, everywhere, mesh, max_targets=TRAINED)
+    states = [jax.device_put(state, everywhere)]
+
+    def train():
+        states[0], metrics = step(states[0], batch)
+        return jax.block_until_ready((metrics["loss"], states[0]))[0]
+
+    labels = torch.full(inputs["input_ids"].shape, -100)
+    labels[:, -TRAINED:] = inputs["input_ids"][:, -TRAINED:]
+    theirs.train()
+    their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
+
+    def reference():
+        their_optimizer.zero_grad(set_to_none=True)
+        loss = theirs(**inputs, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        their_optimizer.step()
+        return loss.item()
+
+    return train, reference, len(tokens[0])
+
+
+def main():
+    args = peer.arguments(__doc__, repetitions=9)
+    ours, theirs = peer.make_pair()
+    total = sum(parameter.numel() for parameter in theirs.parameters())
+    print(peer.machine())
+    print(f"{total / 1e6:.1f}M parameters, float32, picture {peer.PICTURE}, {WORDS} words a row")
+
+    prefill, reference = prefill_pair(ours, theirs)
+    difference = np.abs(np.asarray(prefill()) - reference()).max()
+    print(f"largest difference of a logit {difference:.1e}")
+    prefill_times = peer.in_turn(prefill, reference, args.repetitions)
+    print(prefill_times.report("prefill, 1 row"))
+
+    train, reference, tokens = train_pair(ours, theirs)
+    print(f"loss {float(train()):.6f}, transformers {reference():.6f}")
+    train_times = peer.in_turn(train, reference, args.repetitions)
+    print(train_times.report(f"train step, {TRAIN_ROWS} rows"))
+
+    peak = peer.matmul_flops()
+    flops = peer.forward_flops(peer.CONFIG, 1, tokens, 5, 1)
+    trained = 3 * peer.forward_flops(peer.CONFIG, TRAIN_ROWS, tokens, 5, TRAINED)
+    for name, work, times in (("prefill", flops, prefill_times), ("train", trained, train_times)):
+        reached = work / times.ours[:, 0].min()
+        print(
+            f"{name}: {work / 1e9:.1f} GFLOP, {reached / 1e9:.0f} GFLOP/s at best, {reached / peak:.0%} "
+            f"of the {peak / 1e9:.0f} of a 2048 x 2048 product"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -2,28 +2,22 @@
 
     python launch/sweep.py --config=configs/ablate_language_popularity.py --workdir=runs/popularity --seeds=3
     python launch/sweep.py --config=configs/ablate_language_popularity.py:design=rotate --workdir=runs/rotated
-    python launch/train.py --config=configs/ablate_language_popularity.py:alpha=0.3
 
-The paper trains nothing for this: it sets the scores of its final model, relative to English, against the languages'
-shares of PangeaIns. Here the share is varied. A language is seen in proportion to n ** alpha of its n samples in
-PangeaIns (Table 5), English included: alpha 1 is natural (English 20 times as often as Spanish), 0 uniform.
+The paper trains nothing for this: it sets its final model's scores, relative to English, against the languages' shares
+of PangeaIns. Here the share varies. `design=alpha`: in proportion to n ** alpha of a language's n samples (Table 5),
+English included; 1 is natural (English 20 times Spanish), 0 uniform. The natural point gives the paper's own plot.
 
-`design=alpha` varies alpha, and draws the paper's own plot from its natural point. There a language's share cannot be
-told from the language itself, so `design=rotate` deals shares out anew: at rotation k language i gets the share of
-language i + k, and with 8 languages every language gets every share once. Those shares are Zipf's, 1/r for the r-th
-largest language: the natural ones of all but English and Chinese lie too close together to tell their effects apart.
-
-Expect each language to do better the more often it is seen; docs/ablations.md has what came out at sample scale. A point takes 2 to 4 minutes on 2 CPU cores; at `:scale=pangea_7b`, see
-configs/scales.py.
+There share cannot be told from language. `design=rotate` deals shares out anew: at rotation k language i gets that of
+language i + k; of 8 languages each gets each share once. They are Zipf's, 1/r for the r-th largest language: the
+natural ones of all but English and Chinese lie too close together. Expect more examples to give higher scores;
+docs/ablations.md has what came out. A point takes as long as one of configs/ablate_en_ratio.py.
 """
 
 from ml_collections import ConfigDict
 
 from configs import scales
-from pangea_jax import languages
 
-ALPHAS = (0.0, 0.5, 1.0)
-ROTATIONS = 8
+ALPHAS, ROTATIONS = (0.0, 0.5, 1.0), 8
 AXIS = {"alpha": "alpha: 0 uniform, 1 natural", "rotate": "places by which the shares are moved"}
 DESIGNS = {
     "alpha": "Does evening out how often languages are seen help them? Each language has one share a point, so "
@@ -47,9 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     args = _parse(arg)
     config = scales.base(args)
     config.mixture.en_ratio = None
-    samples = {
-        code: languages.get(code).pangeains_thousands for code in scales.languages_of(config)
-    }
+    samples = scales.samples(config)
     if args["design"] == "alpha":
         alpha = scales.value(args, points(arg), args["alpha"])
         config.mixture.weights = {code: n**alpha for code, n in samples.items()}

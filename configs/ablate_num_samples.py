@@ -11,9 +11,9 @@ every 5 % of the steps, so its points are probably checkpoints of one run, the l
 `design=one_run` is the paper's way: the first 10, 30, ... % of the steps of one long run, under that run's schedule,
 which is the same as its checkpoint there. Both have their examples once, so fewer samples are fewer steps.
 
-Expect a slow start and a rise that has not ended; docs/ablations.md has what came out at sample scale. A sweep takes as long as 3.5 runs in full, 10 to 15 minutes on 2 CPU cores. At
-`:scale=pangea_7b` the whole is the natural mixture of all 6.15M: 1,344 hours of an H100 in the paper, 3.5 times
-that for the sweep.
+Expect a slow start and a rise that has not ended; docs/ablations.md has what came out at sample scale. A sweep takes
+as long as 3.5 runs in full, 10 to 15 minutes on 2 CPU cores. At `:scale=pangea_7b` the whole is the natural mixture of
+all 6.15M: 1,344 hours of an H100 in the paper, 3.5 times that for the sweep.
 """
 
 from ml_collections import ConfigDict

@@ -6,8 +6,8 @@
 keeps it. At sample scale both see the drawings as they are: the augmented views that other configs train on are
 features of a frozen tower, kept from before, and would be a second difference.
 
-Nothing is published to compare with. Two points of about 4 and 8 minutes on 2 CPU cores; at `:scale=pangea_7b`, see
-configs/scales.py.
+Nothing is published to compare with. Two points, each longer than one with kept features, since the tower runs at every
+step, and the tuned one both ways; at `:scale=pangea_7b`, see configs/scales.py.
 """
 
 from ml_collections import ConfigDict

@@ -91,9 +91,10 @@ def steps(config: ConfigDict) -> int:
     return config.mixture.num_examples // (config.pipeline.rows * config.pipeline.examples_per_row)
 
 
-def languages_of(config: ConfigDict) -> tuple[str, ...]:
-    """Canonical codes, in the config's order."""
-    return tuple(languages.get(tag).code for tag in config.mixture.languages)
+def samples(config: ConfigDict) -> dict[str, float]:
+    """Language -> thousands of samples in PangeaIns (Table 5), in the config's order."""
+    found = map(languages.get, config.mixture.languages)
+    return {language.code: language.pangeains_thousands for language in found}
 
 
 def _languages(text: str) -> tuple[str, ...]:

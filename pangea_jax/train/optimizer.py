@@ -16,6 +16,8 @@ class OptimizerConfig:
     Attributes:
       lr_scale: (pattern, factor) pairs: the factor on the learning rate of the parameters it fully matches; the
         first match counts. Pangea's tower learns at a tenth: (("vision\\..*", 0.1),).
+      schedule_steps: length of the schedule; None: the run's own. A run that stops before its schedule
+        ends as the checkpoint of a longer one does.
       weight_decay: acts on kernels and embeddings, not on norms and biases.
     """
 
@@ -28,10 +30,20 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     lr_scale: Sequence[tuple[str, float]] = ()
+    schedule_steps: int | None = None
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Linear warm-up over `warmup_ratio` of the steps, then cosine to `final_ratio` of the peak."""
+    """Linear warm-up over `warmup_ratio` of the steps, then cosine to `final_ratio` of the peak.
+
+    Raises:
+      ValueError: the schedule is shorter than the run.
+    """
+    if (config.schedule_steps or total_steps) < total_steps:
+        raise ValueError(
+            f"optimizer.schedule_steps is {config.schedule_steps}, but the run has {total_steps} steps"
+        )
+    total_steps = config.schedule_steps or total_steps
     warmup = max(1, round(config.warmup_ratio * total_steps))
     peak = config.learning_rate
     return optax.warmup_cosine_decay_schedule(

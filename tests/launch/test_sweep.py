@@ -1,0 +1,203 @@
+"""The sweep, run as a user runs it: two points of a few steps, killed, gone on with, reported."""
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SWEEP = (sys.executable, "launch/sweep.py")
+EN_RATIO = "--config=configs/ablate_en_ratio.py"
+# 6 steps of 8 examples, 2 questions a language.
+SHORT = (
+    "--config.mixture.num_examples=48",
+    "--config.augmented_views=1",
+    "--config.pipeline.rows=4",
+    "--config.checkpoint.every=2",
+    "--config.log_every=1",
+    "--config.eval.limit=2",
+    "--config.pretrained=('tower',)",
+)
+TWO = "--points=en_000,en_040"
+
+
+def start(*flags):
+    one_device = "--xla_force_host_platform_device_count=1"
+    environment = dict(os.environ, XLA_FLAGS=one_device, PYTHONUNBUFFERED="1")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*SWEEP, *flags], cwd=ROOT, env=environment, **pipes)
+
+
+def run(*flags):
+    """(exit code, standard output, standard error)."""
+    process = start(*flags)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep of two points that was interrupted once and then ran to its end."""
+    workdir = tmp_path_factory.mktemp("sweep") / "en"
+    flags = (EN_RATIO, f"--workdir={workdir}", TWO, *SHORT)
+    process = start(*flags)
+    first = workdir / "en_000_seed0" / "results.json"
+    deadline = time.time() + 300
+    while time.time() < deadline and process.poll() is None and not first.exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    between = {path.parent.name: path.stat().st_mtime_ns for path in workdir.glob("*/results.json")}
+    code, out, after = run(*flags)
+    return workdir, flags, process.returncode, err, between, code, out, after
+
+
+@pytest.mark.slow
+def test_goes_on_without_repeating(swept):
+    workdir, _, interrupted, err, between, code, out, after = swept
+    assert interrupted == 130, err[-3000:]
+    assert "the same command goes on" in err
+    assert list(between) == ["en_000_seed0"]
+    assert code == 0, after[-3000:]
+    assert "2 of 2 runs finished" in out
+    first = workdir / "en_000_seed0" / "results.json"
+    assert first.stat().st_mtime_ns == between["en_000_seed0"]
+    for point, share in (("en_000", 0.0), ("en_040", 0.4)):
+        folder = workdir / f"{point}_seed0"
+        results, config = read(folder / "results.json"), read(folder / "config.json")
+        assert config["mixture"]["en_ratio"] == share
+        assert results["mixture"]["examples_per_language"]["en"] == round(48 * share)
+        assert results["steps"] == 6
+        assert results["splits"]["unseen_artwork"]["languages"]["ko"]["n"] == 2
+
+
+@pytest.mark.slow
+def test_killed_sweep_goes_on_with_the_same_numbers(swept, tmp_path):
+    """Its run outlives it and is not started twice; what comes out equals an undisturbed run."""
+    workdir = tmp_path / "en"
+    flags = (EN_RATIO, f"--workdir={workdir}", "--points=en_040", *SHORT)
+    process = start(*flags)
+    log = workdir / "en_040_seed0" / "log.txt"
+    deadline = time.time() + 300
+    while time.time() < deadline and not log.exists():
+        time.sleep(0.05)
+    time.sleep(0.5)  # until the run has been started: its first words come seconds later
+    process.kill()
+    process.wait()
+    code, _, err = run(*flags)
+    assert code == 0, err[-3000:]
+    assert log.read_text(encoding="utf-8").count("mixture: ") == 1
+    mine, theirs = (read(w / "en_040_seed0" / "results.json") for w in (workdir, swept[0]))
+    assert mine["splits"] == theirs["splits"]
+    assert mine["mixture"] == theirs["mixture"]
+
+
+@pytest.mark.slow
+def test_waits_for_another_sweep(swept):
+    workdir, flags, *_ = swept
+    with (workdir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start(*flags)
+        first = process.stdout.readline()
+    out, err = process.communicate(timeout=300)
+    assert "in use by another sweep or its runs; waiting" in first
+    assert process.returncode == 0, err[-3000:]
+    assert "2 of 2 runs finished" in out
+
+
+@pytest.mark.slow
+def test_reports(swept):
+    workdir = swept[0]
+    page = (workdir / "summary.md").read_text(encoding="utf-8")
+    assert "2 of 6 points, one seed." in page
+    assert "| 40 % | 6 | 48 | 19 |" in page
+    for figure in ("curve", "languages"):
+        assert f"({figure}.png)" in page
+        assert (workdir / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+        assert (workdir / f"{figure}.svg").exists()
+    plan = read(workdir / "sweep.json")
+    assert plan["command"].startswith("python launch/sweep.py --config=configs/ablate_en_ratio.py")
+    assert [run["name"] for run in plan["runs"]] == ["en_000_seed0", "en_040_seed0"]
+
+
+@pytest.mark.slow
+def test_report_redraws(swept, tmp_path):
+    workdir = swept[0]
+    before = (workdir / "curve.png").read_bytes()
+    (workdir / "curve.png").unlink()
+    code, out, err = run("report", str(workdir))
+    assert code == 0, err[-3000:]
+    assert "summary.md" in out
+    assert (workdir / "curve.png").read_bytes() == before
+    page = tmp_path / "ablations.md"
+    code, _, err = run("report", str(workdir), f"--page={page}")
+    assert code == 0, err[-3000:]
+    assert "figures/en_ratio_fixed_total/curve.png" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_another_sweep_is_refused(swept):
+    flags = swept[1]
+    code, _, err = run(*flags, "--config.eval.limit=3")
+    assert code == 1
+    assert "holds another sweep" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named(tmp_path):
+    workdir = tmp_path / "en"
+    flags = (f"--workdir={workdir}", "--points=en_100", *SHORT, "--config.mesh.data=3")
+    code, _, err = run(EN_RATIO, *flags)
+    assert code == 1
+    assert "1 of 1 runs failed; en_100_seed0 said: error: mesh" in err
+    assert "does not fill the 1 devices" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--config=configs/sample.py"], "has no points()"),
+        ([f"{EN_RATIO}:seed=3"], "seed= is set by the sweep"),
+        ([EN_RATIO, "--points=en_000,en_05"], "'en_05' is not one of en_000, en_020"),
+        (["report"], "needs the --workdir"),
+        (["report", "no/such"], "expected the --workdir of launch/sweep.py"),
+        (["draw"], "unexpected argument 'draw'"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, says):
+    code, _, err = run(*flags)
+    assert code == 1
+    assert says in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("kind", ["tpu", "slurm"])
+def test_submit_prints_every_command(kind, tmp_path):
+    flags = [f"{EN_RATIO}:scale=pangea_7b", f"--workdir={tmp_path / 'en'}", "--seeds=2"]
+    extra = {"tpu": "--cluster=c --tpu-type=v5p-64", "slurm": "--gpus-per-node=8"}[kind]
+    code, out, err = run(*flags, f"--submit={kind}", f"--submit_args={extra}", "--dry_run")
+    assert code == 0, err[-3000:]
+    commands = [shlex.split(line) for line in out.splitlines()]
+    assert len(commands) == 12
+    assert not (tmp_path / "en").exists()
+    for command in commands:
+        assert command[0] == {"tpu": "xpk", "slurm": "sbatch"}[kind]
+        assert set(extra.split()) <= set(command)
+    inner = shlex.split(commands[-1][-1].partition("=")[2])
+    assert inner[-4:-2] == ["python", "launch/train.py"]
+    assert inner[-2] == f"{EN_RATIO}:scale=pangea_7b,point=en_100,seed=1"
+    assert inner[-1] == f"--workdir={tmp_path / 'en' / 'en_100_seed1'}"
+    name = next(word for word in commands[0] if word.startswith(("--workload", "--job-name")))
+    assert name.partition("=")[2] == "en-en-000-seed0"

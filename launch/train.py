@@ -28,7 +28,7 @@ from launch import common
 from pangea_jax import sharding
 from pangea_jax.checkpoints import SpecialTokens, huggingface
 from pangea_jax.data import batch_view, emoji, mixture, pipeline
-from pangea_jax.model import AttentionImpl, VisionConfig
+from pangea_jax.model import VisionConfig
 from pangea_jax.model import params as model_params
 from pangea_jax.train import optimizer as optim
 from pangea_jax.train.checkpoint import Checkpoints
@@ -90,13 +90,7 @@ def train(run, optimizer, graphdef, state, shardings, batches, total_steps, toke
         logging.info("resumed from step %d of %d", int(state.step), total_steps)
     first = int(state.step)
     step_fn = make_train_step(
-        graphdef,
-        optimizer,
-        shardings,
-        run.mesh,
-        max_targets=config.pipeline.max_targets,
-        remat=config.remat,
-        impl=AttentionImpl(**config.attention),
+        graphdef, optimizer, shardings, run.mesh, **common.step_options(config)
     )
     schedule = optim.make_schedule(optim.OptimizerConfig(**config.optimizer), total_steps)
     stop = common.StopSignal(signal.SIGINT, signal.SIGTERM)

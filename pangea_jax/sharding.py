@@ -113,6 +113,13 @@ def state_shardings(state_shapes, shardings: Mapping[str, NamedSharding], mesh: 
     return jax.tree_util.tree_map_with_path(place, state_shapes)
 
 
+def constrain(x: jax.Array, spec: P) -> jax.Array:
+    """`x`, laid out over the mesh in context as `spec` says; as it is where there is none."""
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch as part of one global array a key, rows over the data axes.
 

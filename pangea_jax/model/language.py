@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from pangea_jax.model.attention import AttentionImpl, attention
@@ -22,6 +23,7 @@ from pangea_jax.model.layers import (
     unstack_blocks,
     zeros,
 )
+from pangea_jax.sharding import BATCH_SPEC, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,23 +152,26 @@ class Decoder(nnx.Module):
         self.head_kernel_dv = None if config.tied_head else normal(rngs, (D, V), D**-0.5, dtype)
 
     def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
-        return jnp.take(self.embedding_vd[...], tokens, axis=0).astype(dtype)
+        words = jnp.take(self.embedding_vd[...], tokens, axis=0).astype(dtype)
+        # Every device looks up its columns of all words, which then go where the rows are. XLA by itself
+        # would gather the table on every device, and its gradient: 2 GiB each.
+        words = constrain(words, P(BATCH_SPEC[0][0], None, BATCH_SPEC[0][1]))
+        return constrain(words, BATCH_SPEC)
 
-    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """float32 scores of the next token."""
+    def head(self, dtype) -> Float[Array, "..."]:
+        """The output head in `dtype`, [D, V], or [V, D] if it is the embedding; no part of it is left on
+        other devices, but for what lies over `tensor`."""
         if self.head_kernel_dv is None:
-            return jnp.einsum(
-                "...D,VD->...V",
-                hidden,
-                self.embedding_vd[...].astype(hidden.dtype),
-                preferred_element_type=jnp.float32,
-            )
-        return jnp.einsum(
-            "...D,DV->...V",
-            hidden,
-            self.head_kernel_dv[...].astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
+            return constrain(self.embedding_vd[...].astype(dtype), P("tensor", None))
+        return constrain(self.head_kernel_dv[...].astype(dtype), P(None, "tensor"))
+
+    def logits(
+        self, hidden: Float[Array, "... D"], head: Float[Array, "..."] | None = None
+    ) -> Float[Array, "... V"]:
+        """float32 scores of the next token; `head`, if it was made before, is that of `hidden`'s type."""
+        head = self.head(hidden.dtype) if head is None else head
+        product = "...D,VD->...V" if self.head_kernel_dv is None else "...D,DV->...V"
+        return jnp.einsum(product, hidden, head, preferred_element_type=jnp.float32)
 
     def __call__(
         self,
@@ -183,6 +188,7 @@ class Decoder(nnx.Module):
         cos, sin = rope_angles(positions, self.config.head_width, self.config.rope_theta)
 
         def body(x, block, _layer):
+            x = constrain(x, BATCH_SPEC)
             q, k, v = block.qkv(x)
             mixed = attention(
                 checkpoint_name(rotate(q, cos, sin), "q"),
@@ -195,7 +201,7 @@ class Decoder(nnx.Module):
             return block.finish(x, mixed)
 
         x = run_blocks(checkpoint(body, remat), x, self.blocks, unroll=self.config.scan_unroll)
-        return self.final_norm(x)
+        return constrain(self.final_norm(x), BATCH_SPEC)
 
     def extend(
         self,

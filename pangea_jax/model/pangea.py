@@ -11,6 +11,7 @@ from pangea_jax.model.attention import AttentionImpl
 from pangea_jax.model.language import Decoder, KVCache, LanguageConfig
 from pangea_jax.model.layers import linear, normal, zeros
 from pangea_jax.model.vision import VisionConfig, VisionTower, normalize
+from pangea_jax.sharding import BATCH_SPEC, constrain
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
@@ -78,9 +79,9 @@ class Pangea(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Decoder input: word embeddings, and picture features where `image_index` says so."""
         B, N, P, _ = features.shape
-        projected = self.projector(features.astype(self.config.dtype)).reshape(
-            B, N * P, self.config.language.width
-        )
+        features = constrain(features.astype(self.config.dtype), BATCH_SPEC)
+        projected = self.projector(features).reshape(B, N * P, self.config.language.width)
+        projected = constrain(projected, BATCH_SPEC)
         # Without a newline vector index 0 is never used, but keeps its place.
         newline = jnp.zeros(()) if self.newline_d is None else self.newline_d[...]
         newline = jnp.broadcast_to(newline.astype(projected.dtype), (B, 1, projected.shape[-1]))

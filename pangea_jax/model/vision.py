@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
 from pangea_jax.model.attention import attention
 from pangea_jax.model.layers import LayerNorm, checkpoint, linear, normal, stack_blocks, zeros
+from pangea_jax.sharding import BATCH_SPEC, constrain
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -144,7 +146,7 @@ class VisionTower(nnx.Module):
         p = self.config.patch_size
         x = jax.lax.conv_general_dilated(
             tiles,
-            self.patch_kernel_hwcd[...].astype(tiles.dtype),
+            constrain(self.patch_kernel_hwcd[...].astype(tiles.dtype), P()),
             window_strides=(p, p),
             padding="VALID",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -154,10 +156,11 @@ class VisionTower(nnx.Module):
             self.class_embedding_d[...].astype(x.dtype), (x.shape[0], 1, x.shape[2])
         )
         x = jnp.concatenate([cls, x], axis=1) + self.position_embedding_sd[...].astype(x.dtype)
-        x = self.pre_norm(x)
+        x = self.pre_norm(constrain(x, BATCH_SPEC))
 
+        # Left to itself, XLA splits the channels, as the kernels are, and runs all tiles everywhere.
         def body(x, block):
-            return block(x), None
+            return block(constrain(x, BATCH_SPEC)), None
 
         x, _ = jax.lax.scan(checkpoint(body, remat), x, self.blocks, unroll=self.config.scan_unroll)
-        return x[:, 1:]
+        return constrain(x[:, 1:], BATCH_SPEC)

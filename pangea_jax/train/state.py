@@ -34,7 +34,7 @@ def init_state(
     *,
     seed: int,
     frozen: Sequence[str] = (),
-    frozen_dtype=jnp.float32,
+    frozen_dtype: str | None = None,
     pretrained: dict[str, Array] | None = None,
 ) -> tuple[nnx.GraphDef, TrainState, TrainState]:
     """Structure, state, and the state's shardings.
@@ -44,19 +44,42 @@ def init_state(
 
     Args:
       frozen: patterns of parameter names that are not trained.
+      frozen_dtype: what these are kept in; None: the type they are used in, `config.dtype`.
       pretrained: values by name, any subset.
 
     Raises:
       ValueError: a pattern or a pretrained name or shape fits no parameter.
     """
     pretrained = pretrained or {}
+    graphdef, create, shapes, shardings = _plan(config, optimizer, mesh, seed, frozen, frozen_dtype)
+    _check_pretrained(pretrained, shapes.params)
+    state = jax.jit(create, out_shardings=shardings)(pretrained)
+    return graphdef, state, shardings
+
+
+def abstract_state(
+    config: PangeaConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    *,
+    frozen: Sequence[str] = (),
+    frozen_dtype: str | None = None,
+) -> tuple[nnx.GraphDef, TrainState, TrainState]:
+    """As `init_state`, but of shapes alone: nothing is computed or placed, so that `mesh` may be one
+    of devices that are not there."""
+    graphdef, _, shapes, shardings = _plan(config, optimizer, mesh, 0, frozen, frozen_dtype)
+    return graphdef, shapes, shardings
+
+
+def _plan(config, optimizer, mesh, seed, frozen, frozen_dtype):
+    """Structure, the function that makes the state of pretrained parameters, its shapes and shardings."""
 
     def make():
         return Pangea(config, rngs=nnx.Rngs(seed))
 
     graphdef, shapes = model_params.abstract(make)
-    _check_pretrained(pretrained, shapes)
     frozen_names = model_params.select(shapes, frozen)
+    frozen_dtype = frozen_dtype or config.dtype
 
     def create(pretrained):
         params = model_params.split(make())[1]
@@ -66,9 +89,8 @@ def init_state(
         return TrainState(jnp.int32(0), trainable, kept, optimizer.init(trainable))
 
     placed = param_shardings(shapes, mesh)
-    shardings = state_shardings(jax.eval_shape(create, pretrained), placed, mesh)
-    state = jax.jit(create, out_shardings=shardings)(pretrained)
-    return graphdef, state, shardings
+    state = jax.eval_shape(create, {})
+    return graphdef, create, state, state_shardings(state, placed, mesh)
 
 
 def _check_pretrained(pretrained, shapes):

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from pangea_jax.model import params as model_params
+from pangea_jax.model.attention import AttentionImpl
 from pangea_jax.sharding import BATCH_SPEC
 from pangea_jax.train.loss import cross_entropy
 from pangea_jax.train.state import TrainState
@@ -23,34 +24,62 @@ def make_train_step(
     mesh: jax.sharding.Mesh,
     *,
     max_targets: int | None = None,
-    remat: bool = False,
+    remat: str = "everything",
+    impl: AttentionImpl | str = "auto",
+    accumulation: int = 1,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """`step(state, batch) -> (state, metrics)`; the state given is donated.
 
     Metrics are float32 scalars over the global batch: `loss` (mean over trained tokens),
     `accuracy` (teacher-forced, per trained token), `grad_norm` before clipping, and the counts
     `target_tokens`, `tokens` (without padding) and `examples`.
+
+    Args:
+      max_targets: see `cross_entropy`.
+      remat, impl: see `Pangea.hidden`.
+      accumulation: parts of the batch that are computed one after another. Every token weighs the
+        same whichever part it is in, so the step is that of the whole batch; memory is a part's.
+        Rows of a device must divide by it.
     """
 
-    def loss_fn(trainable, frozen, batch):
+    def loss_fn(trainable, frozen, batch, total):
         model = model_params.merge(graphdef, trainable | frozen)
-        hidden = model.hidden(batch, remat=remat)
-        loss, count, hits = cross_entropy(
+        hidden = model.hidden(batch, remat=remat, impl=impl)
+        loss, _, hits = cross_entropy(
             model.language, hidden, batch["targets"], batch["weights"], max_targets=max_targets
         )
-        return loss / jnp.maximum(count, 1), (count, hits)
+        return loss / total, hits / total
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def gradients(state, batch, total):
+        """(loss, accuracy, gradients), each a sum over the parts."""
+        if accumulation == 1:
+            (loss, accuracy), grads = grad_fn(state.trainable, state.frozen, batch, total)
+            return loss, accuracy, grads
+
+        def add(sums, part):
+            (loss, accuracy), grads = grad_fn(state.trainable, state.frozen, part, total)
+            return jax.tree.map(jnp.add, sums, (loss, accuracy, grads)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+        zeros = jax.lax.with_sharding_constraint(zeros, shardings.trainable)
+        start = (jnp.float32(0), jnp.float32(0), zeros)
+        return jax.lax.scan(add, start, _parts(batch, accumulation, mesh))[0]
 
     def step(state, batch):
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (count, hits)), grads = grad_fn(state.trainable, state.frozen, batch)
+        total = jnp.maximum(batch["weights"].sum(), 1)
+        # Attention kernels split themselves over the mesh they find in context.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            loss, accuracy, grads = gradients(state, batch, total)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         segments = batch["segment_ids"]
         metrics = {
             "loss": loss,
-            "accuracy": hits / jnp.maximum(count, 1),
+            "accuracy": accuracy,
             "grad_norm": optax.tree.norm(grads),
-            "target_tokens": count,
+            "target_tokens": batch["weights"].sum(),
             "tokens": jnp.sum(segments > 0),
             "examples": jnp.sum(segments.max(axis=1)),
         }
@@ -63,3 +92,25 @@ def make_train_step(
         out_shardings=(shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
     )
+
+
+def _parts(batch, count, mesh):
+    """[B, ...] to [count, B / count, ...] without moving a row to another device.
+
+    Raises:
+      ValueError: the rows of a device do not divide.
+    """
+    rows = len(batch["tokens"])
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (devices * count):
+        raise ValueError(
+            f"{rows} rows on {devices} devices do not divide into accumulation={count} parts; "
+            "change config.accumulation or config.pipeline.rows"
+        )
+
+    def split(x):
+        # A device holds neighbouring rows: the part is the fast index.
+        x = x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, *BATCH_SPEC)))
+
+    return jax.tree.map(split, batch)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pangea_jax import sharding
+from pangea_jax.model import AttentionImpl
 from pangea_jax.model import params as model_params
 from pangea_jax.train.optimizer import OptimizerConfig, make_optimizer
 from pangea_jax.train.state import init_state
@@ -62,8 +63,12 @@ def one_device(tiny_config, batches):
 
 @pytest.mark.parametrize(
     ("sizes", "options"),
-    [((1, 8, 1), {}), ((8, 1, 1), {"max_targets": 7}), ((2, 2, 2), {"remat": True})],
-    ids=["fsdp", "data, max_targets", "all three, remat"],
+    [
+        ((1, 8, 1), {}),
+        ((8, 1, 1), {"max_targets": 7}),
+        ((2, 2, 2), {"remat": "nothing", "accumulation": 2}),
+    ],
+    ids=["fsdp", "data, max_targets", "all three, remat, accumulation"],
 )
 def test_every_mesh_trains_as_one_device_does(tiny_config, batches, one_device, sizes, options):
     assert max(batch["weights"].sum(axis=1).max() for batch in batches) == 7
@@ -78,6 +83,24 @@ def test_every_mesh_trains_as_one_device_does(tiny_config, batches, one_device, 
     for name, value in state.trainable.items():
         moved = np.abs(value - start[name]).max()
         assert (moved > 1e-3) != (name in STILL), name
+
+
+def test_parts_that_do_not_divide_are_an_error(tiny_config, batches):
+    with pytest.raises(ValueError, match="8 rows on 8 devices do not divide into accumulation=3"):
+        run(tiny_config, batches[:1], sharding.make_mesh(1, 8, 1), accumulation=3)
+
+
+def test_attention_kernels_split_themselves_over_the_mesh(tiny_config, batches):
+    """The step puts the mesh in context for them."""
+    language = dataclasses.replace(tiny_config.language, head_width=64)
+    config = dataclasses.replace(tiny_config, language=language)
+    impl = AttentionImpl("splash", interpret=True)
+    _, state, metrics = run(config, batches[:1], sharding.make_mesh(2, 2, 2), impl=impl)
+    one_device = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    _, expected_state, expected = run(config, batches[:1], one_device, impl="xla")
+    assert metrics[0] == pytest.approx(expected[0], rel=2e-5)
+    for name, value in expected_state.params.items():
+        np.testing.assert_allclose(state.params[name], value, atol=2e-5, err_msg=name)
 
 
 def test_metrics_by_hand(tiny_config, batches, one_device):

@@ -1,7 +1,9 @@
 """Public evaluation data beside the repository, converted to the layout of eval/data.py; skipped where absent."""
 
+import csv
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,4 +79,41 @@ def xchat_data(bench, tmp_path_factory) -> Path:
                 row |= {"rubric": item["score_rubric"], "images": [f"images/{place}.jpg"]}
                 rows.append(row)
         _write_jsonl(folder / "xchat" / f"{code}.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data(bench, xchat_data) -> Path:
+    """The data folder with MGSM in seven languages and FLORES in the directions that are there."""
+    for path in (bench / "mgsm").glob("mgsm_*.tsv"):
+        with path.open(encoding="utf-8", newline="") as lines:
+            pairs = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+        rows = [{"id": str(i), "question": q, "answer": a} for i, (q, a) in enumerate(pairs)]
+        _write_jsonl(xchat_data / "mgsm" / f"{path.stem.removeprefix('mgsm_')}.jsonl", rows)
+    sentences = _read_jsonl(bench / "flores200" / "devtest_core6.jsonl.gz")
+    for code in sorted(set(sentences[0]) - {"en"}):
+        for source, target in ((code, "en"), ("en", code)):
+            rows = [
+                {"id": str(i), "source": s[source], "target": s[target]}
+                for i, s in enumerate(sentences)
+            ]
+            _write_jsonl(xchat_data / "flores" / f"{source}-{target}.jsonl", rows)
+    return xchat_data
+
+
+@pytest.fixture(scope="session")
+def checkpoint(make_random_model, tmp_path_factory) -> Path:
+    """A small model with random weights, saved with the sample's vocabulary."""
+    from pangea_jax import checkpoints
+    from pangea_jax.data import emoji
+    from pangea_jax.generate.engine import SAMPLE_MODEL
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = make_random_model()
+    tokenizer = checkpoints.load_tokenizer(SAMPLE_MODEL, emoji.DIRECTORY)
+    tokens = checkpoints.SpecialTokens(
+        image=tokenizer.image_id, end=tokenizer.im_end_id, pad=tokenizer.pad_id
+    )
+    checkpoints.save(model, model.config, folder, tokens=tokens)
+    shutil.copy(emoji.DIRECTORY / emoji.TOKENIZER, folder)
     return folder

@@ -1,0 +1,159 @@
+"""Evaluating in batches beside a loop over documents with transformers: same CPU, same weights, same prompts.
+
+    python benchmarks/evaluate.py [--documents=48] [--new_tokens=64] [--batch_size=auto]
+
+A 47M-parameter model in float32 with random weights (`benchmarks/peer.py`, the sample's vocabulary) answers a third of
+its documents with a photograph-sized picture (640x480) and two thirds without one, of many lengths. Ours is
+`eval/checkpoint_model.py`, as `eval/run.py` runs it; the other side is `generate` of transformers' LLaVA-NeXT, one
+document at a time with a KV cache, on token ids and pixels that our reader made: its time is that of reading and
+generating, too. Nothing ends an answer early. Each side does all documents once: ours first with the time it takes to
+compile, then again without; prints documents a second and whether the answers are the same.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import dataclasses
+import os
+import tempfile
+import time
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from benchmarks import peer
+from eval.checkpoint_model import CheckpointModel
+from eval.models import Request
+from eval.task import Document, Generation, Prompt
+from eval.tasks import ALL_TASKS
+from pangea_jax import checkpoints
+from pangea_jax.data import emoji
+from pangea_jax.data.tokenizer import load_tokenizer
+from pangea_jax.generate.engine import Engine
+from pangea_jax.model import Pangea
+from pangea_jax.model.vision import normalize
+
+WORDS = ("paka", "mbwa", "nyumba", "what", "river", "the", "over", "kalamu", "mountain", "chakula")
+
+
+def make_pair():
+    """Our engine, and transformers' model with the weights that ours saved."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = load_tokenizer(emoji.DIRECTORY)
+    language = dataclasses.replace(peer.CONFIG.language, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(peer.CONFIG, language=language)
+    model = nnx.jit(lambda: Pangea(config, rngs=nnx.Rngs(0)))()
+    with tempfile.TemporaryDirectory() as folder:
+        pad = tokenizer.pad_id
+        tokens = checkpoints.SpecialTokens(image=tokenizer.image_id, end=pad, pad=pad)
+        checkpoints.save(model, config, folder, tokens=tokens)
+        theirs = transformers.LlavaNextForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32
+        )
+    model.language.unstack()  # as `pangea_jax.load` does on a CPU
+    return Engine(model, tokenizer, rounding="transformers"), theirs.eval()
+
+
+class Endless:
+    """An engine whose answers are not ended by a token, so that both sides do the same work."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def generate(self, *args, **kwargs):
+        return self._engine.generate(*args, stop=[], **kwargs)
+
+
+def make_requests(documents: int, new_tokens: int, folder: Path) -> list[Request]:
+    """Questions of 10 to 120 words, every third about a picture, the longest first."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (12, 16, 3), np.uint8)
+    path = folder / "picture.png"
+    Image.fromarray(noise).resize((640, 480)).save(path)
+    requests = []
+    for i in range(documents):
+        words = " ".join(rng.choice(WORDS, rng.integers(10, 121)))
+        images = (path,) if i % 3 == 0 else ()
+        prompt = Prompt(f"{words}?", tuple(map(str, images)))
+        document = Document(str(i), {"text": words})
+        generation = Generation(max_new_tokens=new_tokens)
+        requests.append(Request(ALL_TASKS["xgqa_en"], document, prompt, generation, images))
+    return sorted(requests, key=lambda r: (len(r.images), len(r.prompt.text)), reverse=True)
+
+
+def one_by_one(engine: Engine, theirs, requests: list[Request], new_tokens: int) -> dict[str, str]:
+    """The plain loop."""
+    import torch
+
+    answers = {}
+    for request in requests:
+        text, images = request.prompt.with_marks(), list(map(str, request.images))
+        message = {"role": "user", "content": text} | ({"images": images} if images else {})
+        prompt = engine.read([message], new_tokens)
+        ids = torch.tensor(prompt.tokens[None], dtype=torch.long)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if images:
+            pixels = np.asarray(normalize(jnp.asarray(prompt.tiles))).transpose(0, 3, 1, 2)
+            inputs["pixel_values"] = torch.tensor(pixels[None])
+            inputs["image_sizes"] = torch.tensor([Image.open(images[0]).size[::-1]])
+        with torch.no_grad():
+            out = theirs.generate(
+                **inputs,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=engine.tokenizer.pad_id,
+            )
+        answers[request.document.id] = engine.tokenizer.decode(out[0, ids.shape[1] :].tolist())
+    return answers
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--documents", type=int, default=48)
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--batch_size", default="auto")
+    args = parser.parse_args()
+    engine, theirs = make_pair()
+    print(peer.machine())
+    rows = None if args.batch_size == "auto" else int(args.batch_size)
+    model = CheckpointModel(Endless(engine), "ours", batch_size=rows)
+    with tempfile.TemporaryDirectory() as folder:
+        requests = make_requests(args.documents, args.new_tokens, Path(folder))
+        sides = {
+            "ours, with compiling": lambda: {
+                request.document.id: text for request, text in model.generate(requests)
+            },
+            "transformers": lambda: one_by_one(engine, theirs, requests, args.new_tokens),
+        }
+        sides["ours"] = sides["ours, with compiling"]
+        one_by_one(engine, theirs, requests[:1], 2)  # what it does at its first call only
+        seconds, answers = {}, {}
+        for name, side in sides.items():
+            start = time.perf_counter()
+            answers[name] = side()
+            seconds[name] = time.perf_counter() - start
+            print(f"{name:22} {args.documents / seconds[name]:7.2f} documents/s", flush=True)
+    same = sum(answers["ours"][i] == text for i, text in answers["transformers"].items())
+    print(f"{same} of {args.documents} answers are the same")
+    for name in ("ours", "ours, with compiling"):
+        print(f"{name}: {seconds['transformers'] / seconds[name]:.2f} times as fast")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Compiles a config's training step for TPUs on a machine that has none: does it fit, what does it move.
+
+    pip install -r requirements-tpu-aot.txt
+    python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5p:4x4x4
+    python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5e:4x4 --json \\
+        --config.pipeline.rows=16 --config.remat=attention
+    python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5e:8x8 --search
+
+It is the step that launch/train.py runs, of the same model, optimiser, shardings and batch, compiled by the compiler
+of the TPU (libtpu) from shapes alone: nothing is initialised, about 3 GiB of memory suffice. What does not fit there
+does not fit here. Topologies are those of `jax.experimental.topologies`: v5e:2x4, v5p:2x2x2, v6e:4x4, ...
+
+`--search` finds the most rows a chip that fit, and for these the remat policy that computes least again.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+# A clone runs without being installed: configs/ lies beside launch/, not in the package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# Read when JAX and libtpu are first loaded. This is no TPU host: nobody to ask what kind of one it is, no
+# device to lock.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.experimental import topologies
+
+from launch import common
+from pangea_jax import sharding
+from pangea_jax.model import AttentionImpl
+from pangea_jax.train import hlo
+from pangea_jax.train import optimizer as optim
+from pangea_jax.train.flops import train_flops
+from pangea_jax.train.state import abstract_state
+from pangea_jax.train.step import make_train_step
+
+CONFIG = common.define_config("configs/pangea_7b_finetune.py")
+TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "What to compile for, GENERATION:SHAPE.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
+SEARCH = flags.DEFINE_bool("search", False, "Find the most rows a chip, and the cheapest remat.")
+
+GIB = 2**30
+# What the compiler lets a program use, of the 16, 95 and 32 GB of a chip.
+HBM_GIB = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+# By what is computed again, least first. Copies to the host run beside the computation.
+CHEAPEST_FIRST = ("qkv", "offload", "attention", "nothing")
+SCHEDULE_STEPS = 1000  # a number in the program; nothing else depends on it
+
+
+def topology_mesh(name: str, sizes) -> jax.sharding.Mesh:
+    """The mesh `config.mesh` over the chips of a topology.
+
+    Raises:
+      UserError: libtpu is not installed, or knows no such topology.
+    """
+    generation = name.partition(":")[0]
+    if generation not in HBM_GIB:
+        raise common.UserError(
+            f"--topology={name}: the generation is one of {', '.join(HBM_GIB)}, as in v5e:4x4"
+        )
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise common.UserError(
+            "the TPU compiler is in libtpu, which is not installed: pip install -r requirements-tpu-aot.txt"
+        ) from None
+    try:
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        raise common.UserError(f"--topology={name}: libtpu says {error}") from None
+    return sharding.make_mesh(**sizes, devices=topology.devices)
+
+
+def batch_shapes(config, model, mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the data pipeline yields, with rows filled up to the devices as `sharding.to_global` does."""
+    pipeline, shards = config.pipeline, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = -(-pipeline.rows // shards) * shards
+    row = (rows, pipeline.row_tokens)
+    names = ("tokens", "targets", "positions", "segment_ids", "image_index")
+    batch = {name: jax.ShapeDtypeStruct(row, jnp.int32) for name in names}
+    batch["weights"] = jax.ShapeDtypeStruct(row, jnp.float32)
+    vision = model.vision
+    if config.augmented_views:
+        features = (rows, pipeline.row_tiles, vision.patches, vision.width)
+        return batch | {"features": jax.ShapeDtypeStruct(features, model.dtype)}
+    tiles = (rows, pipeline.row_tiles, vision.image_size, vision.image_size, 3)
+    return batch | {"tiles": jax.ShapeDtypeStruct(tiles, jnp.uint8)}
+
+
+def lower(config, mesh):
+    """The lowered step, and its model FLOPs."""
+    model = common.model_config(config)
+    optimizer = optim.make_optimizer(optim.OptimizerConfig(**config.optimizer), SCHEDULE_STEPS)
+    graphdef, state, shardings = abstract_state(model, optimizer, mesh, frozen=config.frozen)
+    step = make_train_step(graphdef, optimizer, shardings, mesh, **common.step_options(config))
+    batch = batch_shapes(config, model, mesh)
+    rows, row_tokens = batch["tokens"].shape
+    flops = train_flops(
+        model,
+        state.params,
+        tokens=rows * row_tokens,
+        row_tokens=row_tokens,
+        tiles=rows * config.pipeline.row_tiles if "tiles" in batch else 0,
+        targets=rows * (config.pipeline.get("max_targets") or row_tokens),
+        frozen=config.frozen,
+    )
+    return step.lower(state, batch), flops
+
+
+def measure(config, topology: str) -> dict:
+    """Compiles and reads off the program; JSON-able. A program that does not fit has no collectives."""
+    mesh = topology_mesh(topology, config.mesh)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    hbm = HBM_GIB[topology.partition(":")[0]]
+    lowered, flops = lower(config, mesh)
+    found = {
+        "topology": topology,
+        "chips": mesh.size,
+        "mesh": dict(mesh.shape),
+        "row_tokens": config.pipeline.row_tokens,
+        "rows_per_shard": math.ceil(config.pipeline.rows / shards),
+        "remat": config.remat,
+        "accumulation": config.accumulation,
+        "hbm_gib": hbm,
+    }
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed_gib(str(error))
+        if needed is None:
+            raise
+        memory = {"peak_hbm_gib": needed, "host_gib": None, "fits": False}
+        collectives = None
+    else:
+        usage = compiled.memory_analysis()
+        peak = usage.peak_memory_in_bytes / GIB
+        host = usage.host_temp_size_in_bytes / GIB
+        memory = {"peak_hbm_gib": round(peak, 2), "host_gib": round(host, 2), "fits": peak <= hbm}
+        collectives = hlo.collective_bytes(compiled.as_text())
+    return (
+        found
+        | memory
+        | {
+            "compile_s": round(time.perf_counter() - start, 1),
+            "model_flops_per_step": flops["total"],
+            "model_flops": flops,
+            "collective_bytes": collectives,
+        }
+    )
+
+
+def _needed_gib(message: str) -> float | None:
+    """GiB that a program would use, from the compiler's message that it ran out of memory: at least
+    that of its temporary arrays. None: the message is another one."""
+    used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    used = used or re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", message)
+    return used and round(float(used[1]) * 1024 ** ("KMGT".index(used[2]) - 2), 2)
+
+
+def search(config, topology: str) -> dict:
+    """The measurement of the most rows a chip that fit, under the cheapest policy.
+
+    Raises:
+      UserError: not even one row a shard fits.
+    """
+    mesh = topology_mesh(topology, config.mesh)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    config = config.copy_and_resolve_references()
+    config.accumulation = 1
+
+    def attempt(rows, remat):
+        config.pipeline.rows, config.remat = rows * shards, remat
+        found = measure(config, topology)
+        print(one_line(found), file=sys.stderr)
+        return found
+
+    best = attempt(1, "nothing")
+    if not best["fits"]:
+        raise common.UserError(
+            f"not even one row of {config.pipeline.row_tokens} tokens a shard fits {topology}: "
+            f'{best["peak_hbm_gib"]:.1f} of {best["hbm_gib"]:.2f} GiB with remat "nothing"; '
+            "choose more chips"
+        )
+    while (more := attempt(2 * best["rows_per_shard"], "nothing"))["fits"]:
+        best = more
+    for remat in CHEAPEST_FIRST[:-1]:
+        found = attempt(best["rows_per_shard"], remat)
+        if found["fits"]:
+            return found
+    return best
+
+
+def one_line(found: dict) -> str:
+    return (
+        f"{found['topology']}, {found['rows_per_shard']} rows of {found['row_tokens']} tokens a shard, "
+        f"remat {found['remat']}: {found['peak_hbm_gib']:.2f} of {found['hbm_gib']:.2f} GiB, "
+        f"{'fits' if found['fits'] else 'DOES NOT FIT'} ({found['compile_s']:.0f} s)"
+    )
+
+
+def describe(found: dict) -> str:
+    """The measurement for people."""
+    lines = [one_line(found), f"chips        {found['chips']}, mesh {found['mesh']}"]
+    if found["host_gib"]:
+        lines.append(f"host memory  {found['host_gib']:.2f} GiB a chip")
+    parts = ", ".join(
+        f"{name} {flops / found['model_flops_per_step']:.1%}"
+        for name, flops in found["model_flops"].items()
+        if name != "total"
+    )
+    lines.append(f"model FLOPs  {found['model_flops_per_step']:.3e} a step ({parts})")
+    if found["collective_bytes"] is not None:
+        lines.append("collectives  GiB a chip and step")
+        for kind, size in found["collective_bytes"].items():
+            lines.append(f"  {kind:20} {size / GIB:8.2f}")
+    return "\n".join(lines)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise common.UserError(
+            f"unexpected arguments {argv[1:]}; overrides are written --config.key=value"
+        )
+    found = (search if SEARCH.value else measure)(CONFIG.value, TOPOLOGY.value)
+    print(json.dumps(found) if JSON.value else describe(found))
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,134 @@
+"""Reads compiled programs (XLA's HLO text): the bytes that devices send one another."""
+
+import functools
+import math
+import re
+from collections import Counter
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
+_ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+|f8\w*)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_CALLEE = re.compile(
+    r"(?:calls|to_apply|body|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+
+
+def collective_bytes(text: str) -> dict[str, int]:
+    """Bytes of every kind of collective that one device takes part in, in one run of the program.
+
+    What comes out counts, such as the gathered array, and of a scatter what goes in. Loops count as
+    often as they run. What the compiler spreads over several instructions, to run beside others, keeps
+    one channel and counts once.
+
+    Raises:
+      ValueError: a loop with collectives in it has no known number of turns.
+    """
+    computations, entry = _computations(text)
+
+    @functools.cache
+    def found(name):
+        """{(kind, channel): bytes} of a computation and what it calls."""
+        bytes_of, sizes = Counter(), {}
+        for line in computations.get(name, ()):
+            parsed = _INSTRUCTION.match(line)
+            if not parsed:
+                continue
+            result, shape, opcode, rest = parsed.groups()
+            sizes[result] = _array_bytes(shape)
+            kind = opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                # An asynchronous start returns its operands as well.
+                size = (sum if opcode == kind else max)(sizes[result])
+                if kind == "reduce-scatter":
+                    operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
+                    size = sum(sum(sizes.get(operand, ())) for operand in operands)
+                channel = re.search(r"channel_id=(\d+)", rest)
+                bytes_of[kind, channel[1] if channel else (name, result)] = size
+                continue
+            called = Counter()
+            for callees in _CALLEE.findall(rest):
+                for callee in re.findall(r"%?([\w.\-]+)", callees):
+                    called |= found(callee)
+            if called and opcode == "while":
+                turns = _turns(rest, computations)
+                if turns is None:
+                    raise ValueError(f"loop {result} communicates an unknown number of times")
+                called = Counter({key: turns * size for key, size in called.items()})
+            bytes_of |= called
+        return bytes_of
+
+    total = Counter()
+    for (kind, _), size in found(entry).items():
+        total[kind] += size
+    return dict(sorted(total.items()))
+
+
+def _computations(text):
+    """Lines of each computation by name, and the name of the first to run."""
+    computations, lines, entry = {}, None, None
+    for line in text.splitlines():
+        head = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if head:
+            lines = computations[head[2]] = []
+            entry = head[2] if head[1] else entry
+        elif lines is not None:
+            lines.append(line)
+    return computations, entry
+
+
+def _turns(rest: str, computations) -> int | None:
+    """How often a loop runs: as the compiler says, else by the counter that its condition compares and
+    its body raises. Counters start from 0, those of `jax.lax.scan` and those XLA makes of a product."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
+    if known:
+        return int(known[1])
+    condition, body = (
+        computations[re.search(rf"{part}=%?([\w.\-]+)", rest)[1]] for part in ("condition", "body")
+    )
+    lines = _definitions(condition)
+    compared = re.search(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", lines["ROOT"])
+    bound = compared and re.search(r"constant\((\d+)\)", lines[compared[2]])
+    index = compared and re.search(r"get-tuple-element\(.*index=(\d+)", lines[compared[1]])
+    if not (bound and index):
+        return None
+    lines = _definitions(body)
+    values = re.findall(r"%([\w.\-]+)", lines["ROOT"].split(" tuple(")[1].split(")")[0])
+    raised = lines[values[int(index[1])]]
+    while copied := re.search(r" copy\(%?([\w.\-]+)\)", raised):
+        raised = lines[copied[1]]
+    added = re.search(r" add\(%?([\w.\-]+), %?([\w.\-]+)\)", raised)
+    steps = (
+        [re.search(r" constant\((\d+)\)", lines[name]) for name in added.groups()] if added else ()
+    )
+    step = next((int(found[1]) for found in steps if found), None)
+    return step and math.ceil(int(bound[1]) / step)
+
+
+def _definitions(lines) -> dict[str, str]:
+    """Instructions by the name of what they define; the last one also as "ROOT"."""
+    found = {}
+    for line in lines:
+        name = re.match(r"^\s+(ROOT )?%?([\w.\-]+) = ", line)
+        if name:
+            found[name[2]] = line
+            if name[1]:
+                found["ROOT"] = line
+    return found
+
+
+def _array_bytes(shape: str) -> list[int]:
+    """Sizes of the arrays in the text of a (tuple) shape."""
+    sizes = []
+    for kind, dims in _ARRAY.findall(shape):
+        bits = _BITS.get(kind) or int(re.search(r"\d+", kind)[0])
+        sizes.append(math.prod(int(d) for d in dims.split(",") if d) * bits // 8)
+    return sizes

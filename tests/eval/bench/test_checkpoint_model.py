@@ -1,0 +1,280 @@
+"""A checkpoint of ours under evaluation: the engine's own answers, in batches, whatever is asked beside."""
+
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import pangea_jax
+from eval import checkpoint_model, run, runner, tasks
+from eval.checkpoint_model import CheckpointModel
+from eval.models import Request
+from eval.task import Document, Failed, Generation, Prompt
+
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint):
+    return pangea_jax.load(checkpoint, dtype="float32")
+
+
+def _request(text, id="1", images=(), choices=(), task="xgqa_de", **settings):
+    settings = {"max_new_tokens": NEW} | settings
+    prompt = Prompt(text, tuple(map(str, images)))
+    document = Document(id, {"text": text, "id": id})
+    generation = Generation(**settings)
+    return Request(tasks.ALL_TASKS[task], document, prompt, generation, tuple(images), choices)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two that look different and have different shapes."""
+    paths = [tmp_path / "tall.png", tmp_path / "wide.png"]
+    for path, size, colour in zip(paths, [(20, 60), (90, 30)], ["red", "blue"], strict=True):
+        Image.new("RGB", size, colour).save(path)
+    return paths
+
+
+def _ask(model, requests):
+    """The responses in the order of the requests."""
+    likelihood = requests[0].generation.output_type == "loglikelihood"
+    answers = model.loglikelihood(requests) if likelihood else model.generate(requests)
+    found = {request.document.id: response for request, response in answers}
+    return [found[request.document.id] for request in requests]
+
+
+class Spy:
+    """An engine that notes the sizes of its batches."""
+
+    def __init__(self, engine, fits=None):
+        self._engine, self._fits, self.sizes = engine, fits, []
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def generate(self, prompts, *args, **kwargs):
+        self.sizes.append(len(prompts))
+        if self._fits is not None and len(prompts) > self._fits:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return self._engine.generate(prompts, *args, **kwargs)
+
+
+def test_responses_are_those_of_each_prompt_alone(engine, pictures):
+    texts = ["Swali: a?", "What is this?", "猫は?", "long " * 60, "x"]
+    requests = [_request(text, str(i)) for i, text in enumerate(texts)]
+    requests += [_request("Rangi?", f"p{i}", images=[path]) for i, path in enumerate(pictures)]
+    spy = Spy(engine)
+    found = _ask(CheckpointModel(spy, "m", batch_size=4), requests)
+    assert sorted(spy.sizes) == [1, 2, 4]
+    for request, response in zip(requests, found, strict=True):
+        parts = [{"type": "image", "image": str(path)} for path in request.images]
+        parts.append({"type": "text", "text": request.prompt.text})
+        alone = engine.generate([[{"role": "user", "content": parts}]], NEW)
+        assert [response] == alone
+    assert len(set(found)) == len(requests)
+
+
+def test_raw_text_and_stop_strings(engine):
+    text = "Question: 1 + 1?\nAnswer:"
+    (whole,) = engine.generate([text], NEW)
+    stop = whole[3:5]
+    request = _request(text, chat=False, until=(stop, "never"))
+    (response,) = _ask(CheckpointModel(engine, "m"), [request])
+    assert response == whole[: whole.index(stop)]
+
+
+def test_several_pictures_stand_where_their_marks_are(engine, pictures):
+    marked = _request("First <image> then <image>?", images=pictures)
+    unmarked = _request("Which?", images=pictures)
+    model = CheckpointModel(engine, "m")
+    for request, text in ((marked, marked.prompt.text), (unmarked, "<image> <image>\nWhich?")):
+        message = {"role": "user", "content": text, "images": list(map(str, pictures))}
+        (response,) = _ask(model, [request])
+        assert [response] == engine.generate([[message]], NEW)
+
+
+def test_pictures_without_a_mark_are_the_papers(engine, pictures):
+    request = _request("Only <image> is shown.", images=pictures)
+    (response,) = _ask(CheckpointModel(engine, "m"), [request])
+    assert isinstance(response, Failed) and "1 <image> marks, but 2 images" in response.reason
+    (response,) = _ask(CheckpointModel(engine, "m", profile="paper"), [request])
+    first = _request("Only <image> is shown.", images=pictures[:1])
+    assert [response] == _ask(CheckpointModel(engine, "m"), [first])
+
+
+def test_what_fails_fails_alone(engine, pictures, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    requests = [
+        _request("fine", "a"),
+        _request("broken", "b", images=[broken]),
+        _request("gone", "c", images=[tmp_path / "gone.png"]),
+        _request("long " * 9_000, "d"),
+        _request("raw", "e", images=pictures[:1], chat=False),
+    ]
+    found = {r.document.id: a for r, a in CheckpointModel(engine, "m").generate(requests[:4])}
+    found |= {r.document.id: a for r, a in CheckpointModel(engine, "m").generate(requests[4:])}
+    assert isinstance(found["a"], str)
+    reasons = {id: answer.reason for id, answer in found.items() if id != "a"}
+    assert "broken.png" in reasons["b"] and "gone.png" in reasons["c"]
+    assert "exceed the model's context" in reasons["d"]
+    assert "raw text" in reasons["e"]
+
+
+def test_batches_that_do_not_fit_are_halved(engine):
+    requests = [_request(f"q{i}", str(i)) for i in range(6)]
+    expected = _ask(CheckpointModel(engine, "m", batch_size=6), requests)
+    spy = Spy(engine, fits=2)
+    model = CheckpointModel(spy, "m", batch_size=6)
+    assert _ask(model, requests) == expected
+    assert spy.sizes == [6, 3, 1, 2, 3, 1, 2]
+    spy.sizes.clear()
+    assert _ask(model, requests) == expected
+    assert max(spy.sizes) <= 2  # it has learnt
+    (response,) = _ask(CheckpointModel(Spy(engine, fits=0), "m"), requests[:1])
+    assert "too little memory" in response.reason
+
+
+def test_sampled_responses_depend_on_the_document_alone(engine):
+    requests = [_request("Tell me.", str(i), temperature=1.0) for i in range(3)]
+    together = _ask(CheckpointModel(engine, "m"), requests)
+    assert len(set(together)) == 3
+    for request, response in zip(requests, together, strict=True):
+        assert _ask(CheckpointModel(engine, "m"), [request]) == [response]
+
+
+def test_log_likelihoods(engine):
+    settings = {"output_type": "loglikelihood", "chat": False, "max_new_tokens": 0}
+    texts = ["Hadithi moja.", "Hadithi nyingine ndefu zaidi. " * 6, "A?"]
+    choices = [(" one", " another thing"), (" mbili", " moja"), (" A", " B", " C", " D")]
+    requests = [
+        _request(text, str(i), choices=c, task="xstorycloze_sw", **settings)
+        for i, (text, c) in enumerate(zip(texts, choices, strict=True))
+    ]
+    found = _ask(CheckpointModel(engine, "m"), requests)
+    for request, totals in zip(requests, found, strict=True):
+        context = engine.tokenizer.encode(request.prompt.text)
+        for choice, total in zip(request.choices, totals, strict=True):
+            whole = engine.tokenizer.encode(request.prompt.text + choice)
+            logits = engine.logits(request.prompt.text + choice)[len(context) - 1 : -1]
+            new = np.array(whole[len(context) :])
+            expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(new)), new].sum()
+            assert total == pytest.approx(expected, abs=2e-4)
+
+
+def test_what_is_left_is_answered_in_few_batches(engine, pictures):
+    """Two shapes of text within a factor of two share a batch; a much longer one and a picture do not."""
+    texts = ["x", "y", "word " * 16, "long " * 200]
+    requests = [_request(text, str(i)) for i, text in enumerate(texts)]
+    requests.append(_request("Rangi?", "p", images=pictures[:1]))
+    widths = [engine.shape(engine.read([{"role": "user", "content": t}]))[0] for t in texts]
+    assert widths == [64, 64, 128, 640]
+    spy = Spy(engine)
+    _ask(CheckpointModel(spy, "m"), requests)
+    assert sorted(spy.sizes) == [1, 1, 3]
+
+
+def test_rows_follow_memory(engine, monkeypatch):
+    each = checkpoint_model.row_bytes(engine.config, 64, 3, 1, 64)
+    rows = []
+    for memory in (0, 5 * each, 1e15):
+        monkeypatch.setattr(checkpoint_model, "_memory", lambda memory=memory: memory)
+        rows.append(CheckpointModel(engine, "m")._rows((64, 3), 64))
+    assert rows == [1, 4, 64]
+    assert checkpoint_model.row_bytes(engine.config, 128, 3, 1, 64) > each
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model=nowhere"], "there is no folder nowhere"),
+        (["--model=sample", "--batch_size=0"], "expected auto or a positive number"),
+        (["--model={folder}"], "config.json"),
+    ],
+)
+def test_wrong_models_say_what_is_wrong(flags, message, tmp_path, capsys):
+    flags = [flag.format(folder=tmp_path) for flag in flags]
+    needed = ["--tasks=mgsm_en", f"--data_dir={tmp_path}", f"--output_path={tmp_path / 'out'}"]
+    assert run.main([*needed, *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+class Killed(BaseException):
+    pass
+
+
+class Mortal:
+    """A model that notes what has been answered, and dies after so many answers."""
+
+    def __init__(self, model, lives):
+        self.name, self.answered, self._model, self._lives = model.name, [], model, lives
+
+    def generate(self, requests):
+        for request, response in self._model.generate(requests):
+            if len(self.answered) == self._lives:
+                raise Killed
+            self.answered.append(request.key)
+            yield request, response
+
+
+def _run(model, requests, output):
+    with runner.ResponseLog(output) as log:
+        return runner.run(model, requests, log, console=run.Console(quiet=True))
+
+
+def _responses(output):
+    rows = [
+        json.loads(line)
+        for path in sorted((output / "responses").iterdir())
+        for line in path.read_text("utf-8").splitlines()
+    ]
+    found = {(row["task"], row["doc_id"]): row["resps"][0][0] for row in rows}
+    assert len(found) == len(rows)  # each once
+    return found
+
+
+def test_real_data_killed_twice_and_resumed(engine, real_data, tmp_path):
+    """xChat with its photographs, MGSM and FLORES: the same responses as without interruption."""
+    names = ["xchat_en", "xchat_ja", "mgsm_sw", "mgsm_zh", "flores_de-en"]
+    chosen = tasks.select(names)
+    requests, failures = runner.make_requests(
+        chosen, real_data, profile="fixed", limit=3, overrides={"max_new_tokens": NEW}
+    )
+    assert len(requests) == 15 and not failures
+    assert sum(len(r.images) for r in requests) == 6
+    model = CheckpointModel(engine, "random", batch_size=4)
+    assert _run(model, requests, tmp_path / "whole") == []
+    rng, answered = random.Random(1), []
+    for lives in (rng.randint(2, 6), rng.randint(2, 6), None):
+        mortal = Mortal(model, lives)
+        if lives is None:
+            _run(mortal, requests, tmp_path / "killed")
+        else:
+            with pytest.raises(Killed):
+                _run(mortal, requests, tmp_path / "killed")
+        answered += mortal.answered
+    assert sorted(answered) == sorted(request.key for request in requests)
+    whole = _responses(tmp_path / "whole")
+    assert _responses(tmp_path / "killed") == whole
+    assert len(set(whole.values())) > 10
+
+
+def test_the_command_runs_a_checkpoint(checkpoint, tmp_path, write_jsonl):
+    story = {"sentences": ["A.", "B.", "C.", "D."], "endings": ["one", "two"], "answer": 1}
+    rows = [{"id": str(i)} | story | {"answer": i % 2} for i in range(4)]
+    write_jsonl(tmp_path / "data" / "xstorycloze" / "sw.jsonl", rows)
+    rows = [{"id": str(i), "question": f"{i} + 1?", "answer": i + 1} for i in range(3)]
+    write_jsonl(tmp_path / "data" / "mgsm" / "en.jsonl", rows)
+    flags = ["--tasks=xstorycloze_sw,mgsm_en", f"--model={checkpoint}", "--batch_size=2"]
+    flags += [f"--data_dir={tmp_path / 'data'}", f"--output_path={tmp_path / 'out'}"]
+    assert run.main([*flags, "--gen_kwargs=max_new_tokens=8"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
+    # The same story four times, with one gold ending and the other by turns.
+    assert results["tasks"]["xstorycloze_sw"]["fixed"]["score"] == 50
+    assert results["tasks"]["mgsm_en"]["fixed"]["n"] == 3
+    assert results["model"] == str(checkpoint)
+    assert results["environment"]["packages"]["jax"] == jax.__version__

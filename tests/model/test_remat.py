@@ -1,0 +1,72 @@
+"""What blocks keep for the backward pass changes memory alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pangea_jax.model import AttentionImpl
+from pangea_jax.model import params as model_params
+from pangea_jax.model.layers import REMAT
+
+B, T = 2, 24
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_config):
+    rng = np.random.default_rng(0)
+    place = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    patches = tiny_config.vision.patches
+    return {
+        "tokens": rng.integers(0, tiny_config.language.vocab_size, (B, T), np.int32),
+        "positions": place % 20,
+        "segment_ids": 1 + place // 20,  # two packed sequences
+        "image_index": np.where(place <= patches, place, -1),
+        "tiles": rng.integers(0, 256, (B, 1, 16, 16, 3), np.uint8),
+    }
+
+
+@pytest.fixture(scope="module")
+def loss_of(tiny_model, batch):
+    """(parameters, remat -> a loss of them that no symmetry makes easy)."""
+    graphdef, params = model_params.split(tiny_model)
+    impl = AttentionImpl("xla")
+
+    def make(remat):
+        def loss(params):
+            hidden = model_params.merge(graphdef, params).hidden(batch, remat=remat, impl=impl)
+            return jnp.sin(hidden).sum()
+
+        return loss
+
+    return params, make
+
+
+@pytest.mark.parametrize("remat", [name for name in REMAT if name != "everything"])
+def test_gradients_are_those_of_keeping_everything(loss_of, remat):
+    params, make = loss_of
+    expected, found = (jax.jit(jax.grad(make(name)))(params) for name in ("everything", remat))
+    for name, value in expected.items():
+        # Of a bias that all keys share, the gradient is nothing but rounding.
+        tolerance = 1e-5 * (1 + np.abs(value).max())
+        np.testing.assert_allclose(found[name], value, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("remat", "queries", "keys"), [("nothing", 0, 0), ("attention", 1, 0), ("qkv", 2, 2)]
+)
+def test_a_policy_keeps_what_it_says(tiny_config, loss_of, remat, queries, keys):
+    """Of each decoder layer: queries and mixed values [B, T, H, C], keys and values [B, T, K, C]."""
+    params, make = loss_of
+    kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(make(remat), params)[1], params))
+    shapes = [leaf.shape for leaf in kept]
+    language = tiny_config.language
+    for heads, expected in ((language.heads, queries), (language.kv_heads, keys)):
+        shape = (language.layers, B, T, heads, language.head_width)
+        assert shapes.count(shape) == expected, shapes
+
+
+def test_an_unknown_policy_is_an_error(loss_of):
+    params, make = loss_of
+    with pytest.raises(ValueError, match="remat 'nothin' is not one of nothing, attention"):
+        jax.eval_shape(make("nothin"), params)

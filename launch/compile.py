@@ -39,7 +39,6 @@ from jax.experimental import topologies
 
 from launch import common
 from pangea_jax import sharding
-from pangea_jax.model import AttentionImpl
 from pangea_jax.train import hlo
 from pangea_jax.train import optimizer as optim
 from pangea_jax.train.flops import train_flops

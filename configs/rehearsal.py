@@ -8,7 +8,7 @@
 What configs/pangea_7b_finetune.py will do with your records, on any machine, before it costs anything: the same
 template, loss mask, tiles of 336 pixels, packing and mixture, through a tower and a decoder of two narrow layers that
 start from random values. `:store=DIR,tokenizer=DIR` for a data set elsewhere, `image_id=151646` for a plain Qwen2
-tokenizer. Expect the loss to fall from 12 (the log of the vocabulary) by several; minutes on two CPU cores, and no
+tokenizer. Expect the loss to fall from 12 (the log of the vocabulary) by several; ten minutes on two CPU cores, and no
 model worth keeping.
 """
 
@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.dtype = "float32"
     config.pretrained = ()
     # The output head over Qwen2's vocabulary is nearly all of the work: at fewer places a row.
-    config.pipeline.update(rows=8, row_tokens=4096, row_tiles=8, max_targets=1536, threads=2)
+    config.pipeline.update(rows=8, row_tokens=4096, row_tiles=8, max_targets=640, threads=2)
     # Records are drawn again and again, should there be fewer than the steps take.
     config.mixture.update(num_examples=24 * args["steps"], max_repeat=1e9)
     config.optimizer.learning_rate = 1e-3

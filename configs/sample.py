@@ -16,7 +16,7 @@ LANGUAGES = ("en", "es", "sw", "ru", "ar", "hi", "zh", "ko")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, en_ratio=0.4, languages="default", num_examples=20_000, seed=0)
+    args = parse_arg(arg, en_ratio=0.4, languages="default", num_examples=16_000, seed=0)
     config = ConfigDict()
     config.title = "Sample model"
     config.seed = args["seed"]
@@ -59,7 +59,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         text_ratio=0.1,
     )
     config.pipeline = dict(
-        rows=8, row_tokens=152, row_tiles=3, max_targets=40, packing="balanced", examples_per_row=2
+        rows=8, row_tokens=144, row_tiles=3, max_targets=40, packing="balanced", examples_per_row=2
     )
     config.augmented_views = 12
     config.optimizer = dict(learning_rate=1e-3, b2=0.98, weight_decay=0.01)

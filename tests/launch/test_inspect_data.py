@@ -103,7 +103,7 @@ def test_the_command(tmp_path):
 
     done = run("--skip=3")
     assert done.returncode == 0, done.stderr
-    assert "8 rows of 152 tokens and 3 tiles: 16 conversations" in " ".join(done.stdout.split())
+    assert "8 rows of 144 tokens and 3 tiles: 16 conversations" in " ".join(done.stdout.split())
     assert "row 1" in done.stdout
     assert "row 2" not in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"batch.html", "batch.png"}

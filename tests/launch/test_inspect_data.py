@@ -110,4 +110,4 @@ def test_the_command(tmp_path):
     assert Image.open(tmp_path / "batch.png").width > 100
     wrong = run("--skip=9999")
     assert wrong.returncode == 1
-    assert "--skip=9999, but there are 5000 batches" in wrong.stderr
+    assert "--skip=9999, but there are 1000 batches" in wrong.stderr

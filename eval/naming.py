@@ -27,7 +27,7 @@ from pangea_jax.data.pipeline import CachedViews, pad_row
 from pangea_jax.data.record import IMAGE_MARKER, Turn
 from pangea_jax.data.store import RecordStore
 from pangea_jax.data.tokenizer import Tokenizer
-from pangea_jax.generate.decode import greedy, last_hidden
+from pangea_jax.generate.decode import greedy, last_hidden, until
 from pangea_jax.model import params as model_params
 from pangea_jax.sharding import BATCH_SPEC
 from pangea_jax.train.features import frozen_features
@@ -180,7 +180,7 @@ class Namer:
         )
         return [
             (
-                self._tokenizer.decode(_until(tokens[i], self._tokenizer.im_end_id)),
+                self._tokenizer.decode(until(tokens[i].tolist(), [self._tokenizer.im_end_id])),
                 bool(scores[i].argmax() == 0),
             )
             for i in range(len(items))
@@ -268,11 +268,6 @@ def _score(
     right = jnp.take_along_axis(logits, flat[..., None], axis=-1)[..., 0]
     log_likelihoods = (right - jax.nn.logsumexp(logits, axis=-1)).reshape(B, J, A)
     return tokens, jnp.sum(log_likelihoods * mask, axis=-1)
-
-
-def _until(tokens, stop_id) -> list[int]:
-    tokens = tokens.tolist()
-    return tokens[: tokens.index(stop_id)] if stop_id in tokens else tokens
 
 
 def _same(text: str, item: Item) -> bool:

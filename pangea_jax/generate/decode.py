@@ -1,6 +1,7 @@
 """Decoding in one `lax.while_loop`: static shapes, greedy or sampled, until every row has ended."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -235,3 +236,8 @@ def greedy(
     """`complete` of the likeliest tokens, up to one stop id."""
     stop_ids = jnp.asarray(stop_id, jnp.int32)[None]
     return complete(model, hidden, lengths, cache, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+
+
+def until(tokens: Sequence[int], stop_ids: Collection[int]) -> list[int]:
+    """The tokens before the first of `stop_ids`."""
+    return list(itertools.takewhile(lambda token: token not in stop_ids, tokens))

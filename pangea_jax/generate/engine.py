@@ -135,7 +135,7 @@ class Engine:
                 new_tokens=bucket(max_new_tokens),
             )
             for row in np.asarray(tokens)[: len(prompts[rows]), :max_new_tokens].tolist():
-                answers.append(self.tokenizer.decode(_until(row, stop_ids)))
+                answers.append(self.tokenizer.decode(decode.until(row, stop_ids)))
         return answers
 
     def stream(
@@ -380,11 +380,6 @@ def _advance(model, state, sampling, stop_ids):
 def _prefill(model, batch, new_tokens):
     hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + new_tokens)
     return *decode.last_hidden(hidden, jnp.asarray(batch["segment_ids"])), cache
-
-
-def _until(tokens: list[int], stop_ids) -> list[int]:
-    ends = (i for i, token in enumerate(tokens) if token in stop_ids)
-    return tokens[: next(ends, len(tokens))]
 
 
 def _pieces(tokens: Iterator[int], tokenizer: Tokenizer, stop_ids) -> Iterator[str]:

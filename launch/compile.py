@@ -33,7 +33,6 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from jax.experimental import topologies
 
@@ -41,7 +40,6 @@ from launch import common
 from pangea_jax import sharding
 from pangea_jax.train import hlo
 from pangea_jax.train import optimizer as optim
-from pangea_jax.train.flops import train_flops
 from pangea_jax.train.state import abstract_state
 from pangea_jax.train.step import make_train_step
 
@@ -54,7 +52,7 @@ GIB = 2**30
 # What the compiler lets a program use, of the 16, 95 and 32 GB of a chip.
 HBM_GIB = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 # By what is computed again, least first. Copies to the host run beside the computation.
-CHEAPEST_FIRST = ("qkv", "offload", "attention", "nothing")
+CHEAPEST_FIRST = ("products", "qkv", "offload", "attention", "nothing")
 SCHEDULE_STEPS = 1000  # a number in the program; nothing else depends on it
 
 
@@ -82,39 +80,14 @@ def topology_mesh(name: str, sizes) -> jax.sharding.Mesh:
     return sharding.make_mesh(**sizes, devices=topology.devices)
 
 
-def batch_shapes(config, model, mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the data pipeline yields, with rows filled up to the devices as `sharding.to_global` does."""
-    pipeline, shards = config.pipeline, mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = -(-pipeline.rows // shards) * shards
-    row = (rows, pipeline.row_tokens)
-    names = ("tokens", "targets", "positions", "segment_ids", "image_index")
-    batch = {name: jax.ShapeDtypeStruct(row, jnp.int32) for name in names}
-    batch["weights"] = jax.ShapeDtypeStruct(row, jnp.float32)
-    vision = model.vision
-    if config.augmented_views:
-        features = (rows, pipeline.row_tiles, vision.patches, vision.width)
-        return batch | {"features": jax.ShapeDtypeStruct(features, model.dtype)}
-    tiles = (rows, pipeline.row_tiles, vision.image_size, vision.image_size, 3)
-    return batch | {"tiles": jax.ShapeDtypeStruct(tiles, jnp.uint8)}
-
-
 def lower(config, mesh):
     """The lowered step, and its model FLOPs."""
     model = common.model_config(config)
     optimizer = optim.make_optimizer(optim.OptimizerConfig(**config.optimizer), SCHEDULE_STEPS)
     graphdef, state, shardings = abstract_state(model, optimizer, mesh, frozen=config.frozen)
     step = make_train_step(graphdef, optimizer, shardings, mesh, **common.step_options(config))
-    batch = batch_shapes(config, model, mesh)
-    rows, row_tokens = batch["tokens"].shape
-    flops = train_flops(
-        model,
-        state.params,
-        tokens=rows * row_tokens,
-        row_tokens=row_tokens,
-        tiles=rows * config.pipeline.row_tiles if "tiles" in batch else 0,
-        targets=rows * (config.pipeline.get("max_targets") or row_tokens),
-        frozen=config.frozen,
-    )
+    batch = common.batch_shapes(config, model, mesh)
+    flops = common.step_flops(config, model, state.params, len(batch["tokens"]))
     return step.lower(state, batch), flops
 
 

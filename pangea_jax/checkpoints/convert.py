@@ -69,6 +69,11 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is there already; remove it or give another --to")
     config = config_from_folder(source)
+    if config.language.lora.rank:
+        raise CheckpointError(
+            f"{source} trains adapters, which no public layout has; when it is done its folder model/ has "
+            "them merged. Before: checkpoints.save(checkpoints.load_model(DIR), config, OUT) in Python"
+        )
     weights = _open(source, config)
     _check_vocabulary(source, config, tokenizer)
     tokens = config_file.SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)

@@ -1,5 +1,6 @@
 """Load and save public checkpoints in safetensors, tensor by tensor."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from pangea_jax.checkpoints.files import (
     write,
     write_json,
 )
-from pangea_jax.model import Pangea, PangeaConfig
+from pangea_jax.model import Pangea, PangeaConfig, lora
 from pangea_jax.model.params import flatten, unflatten
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -59,7 +60,7 @@ def load(
     """
     files = TensorFiles(path)
     config = config or config_from_folder(path)
-    shapes = shapes_of(config, only)
+    shapes = shapes_of(without_adapters(config), only)
     entries = account(files, shapes, config, only)
     targets = flatten(shardings) if shardings is not None else {}
     missing = [entry.path for entry in entries if targets and entry.path not in targets]
@@ -83,8 +84,8 @@ def save(
 ) -> None:
     """Writes a folder that transformers' LlavaNextForConditionalGeneration loads.
 
-    On a pod every process must call it; process 0 writes. A run that is cut off leaves `.partial`
-    files behind and what was there before in place.
+    Adapters are merged into their kernels. On a pod every process must call it; process 0 writes.
+    A run that is cut off leaves `.partial` files behind and what was there before in place.
 
     Args:
       model: a `Pangea` or the state of its parameters.
@@ -106,6 +107,7 @@ def save(
         raise ValueError(f"layout {layout!r} is not one of {', '.join(names.LAYOUTS)}")
     parts = checked_parts(only)
     state = flatten(nnx.state(model, nnx.Param) if isinstance(model, nnx.Module) else model)
+    state, config = lora.merge(state, config.language.lora), without_adapters(config)
     state = {dotted: v for dotted, v in state.items() if names.part_of_path(dotted) in parts}
     shapes = {dotted: tuple(value.shape) for dotted, value in state.items()}
     expected = shapes_of(config, only)
@@ -124,6 +126,12 @@ def save(
     if writes:
         write_json(folder / "generation_config.json", config_file.generation_config(tokens))
         write_json(folder / "config.json", content)
+
+
+def without_adapters(config: PangeaConfig) -> PangeaConfig:
+    """The model that a checkpoint holds, which has no adapters."""
+    language = dataclasses.replace(config.language, lora=lora.LoraConfig())
+    return dataclasses.replace(config, language=language)
 
 
 def abstract_state(config: PangeaConfig) -> nnx.State:

@@ -3,11 +3,12 @@
 One legend of dimension letters, in shapes, einsums and parameter names alike:
 B batch, T tokens, N tiles, P patches, D model width (E that of the tower where both meet), H heads,
 K kv heads, G query heads per kv head, C channels per head, F ffn, V vocabulary, L layers,
-S keys or cache slots.
+S keys or cache slots; of adapters R rank, I inputs, O outputs.
 """
 
 from pangea_jax.model.attention import AttentionImpl
 from pangea_jax.model.language import Decoder, KVCache, LanguageConfig
+from pangea_jax.model.lora import LoraConfig
 from pangea_jax.model.pangea import PINPOINTS, Pangea, PangeaConfig
 from pangea_jax.model.vision import VisionConfig, VisionTower
 
@@ -17,6 +18,7 @@ __all__ = [
     "Decoder",
     "KVCache",
     "LanguageConfig",
+    "LoraConfig",
     "Pangea",
     "PangeaConfig",
     "VisionConfig",

@@ -1,7 +1,7 @@
-"""Flash attention (Dao 2023) of packed causal rows: Pallas kernels that come with JAX, on our layout.
+"""Flash attention (Dao 2023) of packed causal rows on accelerators: Pallas kernels on our layout.
 
-Both kernels mask by segment and by index, hold no [T, T] array, and read each key head once for all
-the query heads that share it. Under a mesh every device runs its own rows and heads.
+Both kernels mask by segment and by index, hold no [T, T] array, and read the key heads in place for all
+the query heads that share them. Under a mesh every device runs its own rows and heads.
 """
 
 import dataclasses
@@ -142,29 +142,15 @@ def _splash(q, k, v, segment_ids, *, block_q, block_kv, interpret):
 
 
 def _triton(q, k, v, segment_ids, *, block_q, block_kv, interpret):
-    """NVIDIA GPUs: JAX's Pallas-Triton kernel.
+    """NVIDIA GPUs: our own kernel, which skips the blocks of other segments as well.
 
-    It has one key head per query head; mapped over the query heads of a group, it reads the keys of
-    the group in place. JAX's cuDNN attention knows no segments short of a [T, T] mask, and tokamax, to
-    which JAX 0.12 points those who import this kernel, asks for Python 3.12.
+    JAX's Pallas-Triton kernel masks them but computes them, and is to go; its cuDNN attention knows no
+    segments short of a [T, T] mask.
     """
-    from jax.experimental.pallas.ops.gpu import attention as gpu
+    from pangea_jax.model import attention_triton
 
-    B, T, H, C = q.shape
-    K = k.shape[2]
-    # The backward pass holds more in registers, hence its smaller blocks.
-    sizes = gpu.BlockSizes(
-        block_q, block_kv, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32
-    )
-
-    def one_head_of_each_group(q):
-        # By position: what follows the segment ids does not take part in differentiation.
-        static = (C**-0.5, True, sizes, "triton", None, 2, None, interpret)
-        return gpu.mha(q, k, v, segment_ids, *static)
-
-    grouped = q.reshape(B, T, K, H // K, C)
-    mixed = jax.vmap(one_head_of_each_group, in_axes=3, out_axes=3)(grouped)
-    return mixed.reshape(B, T, H, C)
+    blocks = attention_triton.Blocks(block_q, block_kv, interpret=interpret)
+    return attention_triton.attention(q, k, v, segment_ids, blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +183,6 @@ KERNELS = {
         dtypes=("bfloat16", "float16"),  # float32 outgrows the shared memory of a multiprocessor
         blocks=(64, 128),
         block_q=128,
-        block_kv=64,
+        block_kv=128,
     ),
 }

@@ -4,6 +4,8 @@ Without the QKV bias the same module is a Llama or Mistral decoder.
 """
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from pangea_jax.model.layers import (
     unstack_blocks,
     zeros,
 )
+from pangea_jax.model.lora import LoraConfig, adapter
 from pangea_jax.sharding import BATCH_SPEC, constrain
 
 
@@ -47,11 +50,14 @@ class LanguageConfig:
     tied_head: bool = False
     max_positions: int = 32768
     final_norm_scale: float = 1.0
+    lora: LoraConfig = LoraConfig()
     scan_unroll: int = (
         1  # > 1 is faster on CPU, where a loop copies what it saves for the backward pass
     )
 
     def __post_init__(self):
+        if isinstance(self.lora, Mapping):  # of a config file
+            object.__setattr__(self, "lora", LoraConfig(**self.lora))
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"language: {self.heads} heads do not divide over {self.kv_heads} kv_heads"
@@ -120,24 +126,57 @@ class DecoderBlock(nnx.Module):
         self.gate_kernel_df = normal(rngs, (D, F), D**-0.5, dtype)
         self.up_kernel_df = normal(rngs, (D, F), D**-0.5, dtype)
         self.down_kernel_fd = normal(rngs, (F, D), F**-0.5 * depth_scale, dtype)
+        sizes = {
+            "q": (D, H * C),
+            "k": (D, K * C),
+            "v": (D, K * C),
+            "o": (H * C, D),
+            "gate": (D, F),
+            "up": (D, F),
+            "down": (F, D),
+        }
+        for target, (inputs, outputs) in sizes.items():
+            lora = adapter(config.lora, target, inputs, outputs, rngs, dtype)
+            setattr(self, f"{target}_lora", lora)
 
     def qkv(self, x: Float[Array, "B T D"]):
         """Queries [B, T, H, C], keys and values [B, T, K, C] of the normed input."""
         y = self.attention_norm(x)
         return (
-            linear(y, self.q_kernel_dhc, self.q_bias_hc),
-            linear(y, self.k_kernel_dkc, self.k_bias_kc),
-            linear(y, self.v_kernel_dkc, self.v_bias_kc),
+            linear(y, self.q_kernel_dhc, self.q_bias_hc, lora=self.q_lora),
+            linear(y, self.k_kernel_dkc, self.k_bias_kc, lora=self.k_lora),
+            linear(y, self.v_kernel_dkc, self.v_bias_kc, lora=self.v_lora),
         )
 
     def finish(
         self, x: Float[Array, "B T D"], mixed: Float[Array, "B T H C"]
     ) -> Float[Array, "B T D"]:
         """Output projection and MLP, each with its residual."""
-        x = x + linear(mixed, self.o_kernel_hcd, inputs=2)
+        y = linear(mixed, self.o_kernel_hcd, inputs=2, lora=self.o_lora)
+        x = x + checkpoint_name(y, "o")
         y = self.mlp_norm(x)
-        gated = jax.nn.silu(linear(y, self.gate_kernel_df)) * linear(y, self.up_kernel_df)
-        return x + linear(gated, self.down_kernel_fd)
+        gate = checkpoint_name(linear(y, self.gate_kernel_df, lora=self.gate_lora), "gate")
+        up = checkpoint_name(linear(y, self.up_kernel_df, lora=self.up_lora), "up")
+        return x + linear(jax.nn.silu(gate) * up, self.down_kernel_fd, lora=self.down_lora)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _scores(hidden, head, axes):
+    return jnp.einsum(f"...D,{axes}->...V", hidden, head, preferred_element_type=jnp.float32)
+
+
+def _scores_fwd(hidden, head, axes):
+    return _scores(hidden, head, axes), (hidden, head)
+
+
+def _scores_bwd(axes, kept, cotangent):
+    """In the type of the hidden states: products with a float32 cotangent would be float32 ones, which take an
+    accelerator several times as long."""
+    _, pull = jax.vjp(lambda *both: jnp.einsum(f"...D,{axes}->...V", *both), *kept)
+    return pull(cotangent.astype(kept[0].dtype))
+
+
+_scores.defvjp(_scores_fwd, _scores_bwd)
 
 
 class Decoder(nnx.Module):
@@ -170,8 +209,7 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "... V"]:
         """float32 scores of the next token; `head`, if it was made before, is that of `hidden`'s type."""
         head = self.head(hidden.dtype) if head is None else head
-        product = "...D,VD->...V" if self.head_kernel_dv is None else "...D,DV->...V"
-        return jnp.einsum(product, hidden, head, preferred_element_type=jnp.float32)
+        return _scores(hidden, head, "VD" if self.head_kernel_dv is None else "DV")
 
     def __call__(
         self,

@@ -7,14 +7,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pangea_jax.model.lora import Lora
+
 # What the forward pass of a block keeps for the backward pass, by the name of the policy: values marked
-# with `checkpoint_name`. Whatever is not kept is computed again. From least memory to most, but for
-# "offload", which keeps what "qkv" does in the host's memory.
+# with `checkpoint_name`. Whatever is not kept is computed again; under "products" that is no matrix product
+# any more, and under "everything" nothing. From least memory to most, but for "offload", which keeps what
+# "qkv" does in the host's memory.
 REMAT = {
     "nothing": (),
     "attention": ("attention",),
     "qkv": ("q", "k", "v", "attention"),
     "offload": ("q", "k", "v", "attention"),
+    "products": ("q", "k", "v", "attention", "o", "gate", "up"),
     "everything": None,
 }
 
@@ -113,8 +117,10 @@ def linear(
     bias: nnx.Param | None = None,
     *,
     inputs: int = 1,
+    lora: Lora | None = None,
 ) -> Float[Array, "..."]:
-    """Contracts the last `inputs` axes of x with as many leading axes of the kernel, in x's dtype.
+    """Contracts the last `inputs` axes of x with as many leading axes of the kernel, in x's dtype; an
+    adapter's product is added.
 
     Written as one matrix product: XLA's CPU backend runs a product with more free axes about three
     times slower; for an accelerator the two are the same.
@@ -124,7 +130,10 @@ def linear(
     width = math.prod(contracted)
     rows = x.shape[: x.ndim - inputs]
     # Sizes are spelled out, since of no rows at all (text alone has no tiles) -1 cannot be inferred.
-    y = x.reshape(math.prod(rows), width) @ kernel.reshape(width, math.prod(features))
+    x = x.reshape(math.prod(rows), width)
+    y = x @ kernel.reshape(width, math.prod(features))
+    if lora is not None:
+        y += lora(x)
     y = y.reshape(*rows, *features)
     return y if bias is None else y + bias[...].astype(x.dtype)
 

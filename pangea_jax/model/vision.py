@@ -107,10 +107,12 @@ class VisionBlock(nnx.Module):
         k = checkpoint_name(linear(y, self.k_kernel_dhc, self.k_bias_hc), "k")
         v = checkpoint_name(linear(y, self.v_kernel_dhc, self.v_bias_hc), "v")
         # Nothing is masked, so a kernel would skip nothing, and it would pad 577 tokens to 640; the
-        # logits of one tile are small enough to hold.
+        # logits of one tile are small enough to hold. cuDNN's kernel takes no odd number of tokens.
         mixed = attention(q, k, v, impl="xla")
-        x = x + linear(mixed, self.o_kernel_hcd, self.o_bias_d, inputs=2)
-        y = quick_gelu(linear(self.mlp_norm(x), self.up_kernel_df, self.up_bias_f))
+        y = linear(mixed, self.o_kernel_hcd, self.o_bias_d, inputs=2)
+        x = x + checkpoint_name(y, "o")
+        up = linear(self.mlp_norm(x), self.up_kernel_df, self.up_bias_f)
+        y = quick_gelu(checkpoint_name(up, "up"))
         return x + linear(y, self.down_kernel_fd, self.down_bias_d)
 
 

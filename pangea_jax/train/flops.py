@@ -35,7 +35,7 @@ _STAGES = (
     r"vision\.blocks\..*_kernel_\w+",
     r"projector\.in_kernel_ed",
     r"projector\.out_kernel_dd",
-    r"language\.blocks\..*_kernel_\w+",
+    r"language\.blocks\..*(_kernel_|_lora\.[ab]_)\w+",
     r"language\.head_kernel_dv",
 )
 _TOWER, _DECODER, _HEAD = 1, 4, 5

@@ -15,6 +15,7 @@ from pangea_jax import sharding
 from pangea_jax.model import attention as attention_module
 from pangea_jax.model import attention_kernels as kernels
 from pangea_jax.model.attention import BACKENDS, AttentionImpl, attention
+from pangea_jax.model.attention_triton import ranges
 
 C = 64
 
@@ -287,3 +288,25 @@ def test_triton_compiles_its_kernels_for_a_gpu():
 
 def test_every_backend_is_tested(impls):
     assert {impl.name for impl in impls} == set(BACKENDS)
+
+
+def test_triton_reads_no_block_of_another_segment():
+    """Segments end where blocks do; what lies in the others is NaN, forwards and backwards."""
+    T, middle = 3 * 64, slice(64, 128)
+    ids, positions = rows_of((64, 64, 64), length=T)
+    q, k, v, cotangent = random_qkv(1, T, 4, 2)
+    wanted = reference(q, k, v, cotangent, ids, positions)
+    poisoned = [x.copy() for x in (q, k, v, cotangent)]
+    for x in poisoned:
+        x[:, :64] = x[:, 128:] = np.nan
+    impl = AttentionImpl("triton", 64, 64, interpret=True)
+    found = outputs_and_gradients(*poisoned, ids, positions, impl)
+    for got, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(got[:, middle], want[:, middle], rtol=2e-4, atol=2e-5)
+
+
+def test_ranges_of_segments():
+    ids = np.array([[1, 1, 2, 2, 2, 0, 0], [3, 4, 4, 4, 4, 4, 4]])
+    starts, ends = ranges(jnp.asarray(ids))
+    np.testing.assert_array_equal(starts, [[0, 0, 2, 2, 2, 5, 5], [0, 1, 1, 1, 1, 1, 1]])
+    np.testing.assert_array_equal(ends, [[1, 1, 4, 4, 4, 6, 6], [0, 6, 6, 6, 6, 6, 6]])

@@ -53,7 +53,8 @@ def test_gradients_are_those_of_keeping_everything(loss_of, remat):
 
 
 @pytest.mark.parametrize(
-    ("remat", "queries", "keys"), [("nothing", 0, 0), ("attention", 1, 0), ("qkv", 2, 2)]
+    ("remat", "queries", "keys"),
+    [("nothing", 0, 0), ("attention", 1, 0), ("qkv", 2, 2), ("products", 2, 2)],
 )
 def test_a_policy_keeps_what_it_says(tiny_config, loss_of, remat, queries, keys):
     """Of each decoder layer: queries and mixed values [B, T, H, C], keys and values [B, T, K, C]."""

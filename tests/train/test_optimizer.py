@@ -145,3 +145,44 @@ def test_defaults_are_the_papers_fine_tuning_stage():
     assert float(schedule(12_000)) == 0
     assert float(schedule(360)) == pytest.approx(2e-5)
     assert make_schedule(config, 1)(0) == 0
+
+
+def test_adafactor_keeps_rows_and_columns_and_learns():
+    """Of a kernel D x F it keeps D + F numbers; on a quadratic it arrives where Adam does."""
+    shape = (256, 384)
+    goal = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    params = {"language.blocks.up_kernel_df": jnp.zeros(shape)}
+    config = OptimizerConfig(0.1, warmup_ratio=0.0, clip_norm=1e9, name="adafactor")
+    optimizer = make_optimizer(config, 200)
+    state = optimizer.init(params)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 2 * sum(shape)
+
+    @jax.jit
+    def step(params, state):
+        grads = {name: value - goal for name, value in params.items()}
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(200):
+        params, state = step(params, state)
+    error = jnp.square(params["language.blocks.up_kernel_df"] - goal).mean()
+    assert error < 1e-3 * jnp.square(goal).mean()
+
+
+def test_first_moments_in_bfloat16(params):
+    """Half the bytes, and the same steps to the precision of bfloat16."""
+    grads = [params, params]
+    found, exact = (
+        run(OptimizerConfig(1e-2, mu_dtype=dtype), params, grads, 10)
+        for dtype in ("bfloat16", None)
+    )
+    state = make_optimizer(OptimizerConfig(mu_dtype="bfloat16"), 10).init(params)
+    kinds = {leaf.dtype.name for leaf in jax.tree.leaves(state) if leaf.ndim}
+    assert kinds == {"bfloat16", "float32"}
+    for name, value in exact.items():
+        np.testing.assert_allclose(found[name], value, atol=2e-4, err_msg=name)
+
+
+def test_an_unknown_optimizer_is_an_error():
+    with pytest.raises(ValueError, match="'adam' is not one of adamw, adafactor"):
+        make_optimizer(OptimizerConfig(name="adam"), 10)

@@ -1,0 +1,196 @@
+"""Real training steps of a config on the devices at hand: seconds, tokens a second, MFU, memory.
+
+    python benchmarks/mfu.py --config=configs/pangea_7b_finetune.py:lora=16 --config.pipeline.rows=2 \\
+        --config.accumulation=1
+    python benchmarks/mfu.py --config=configs/pangea_7b_finetune.py --config.optimizer.name=adafactor \\
+        --config.pipeline.rows=2 --config.remat=products
+    python benchmarks/mfu.py --config=configs/ablate_en_ratio.py --steps=5        # a smoke test on a CPU
+
+It is the step that launch/train.py runs, of the same model, optimiser, shardings and batch; weights are random and the
+one batch is made up: full rows of conversations as long as those of PangeaIns, each with its share of the tiles. Data
+loading, checkpoints and logging are not in it. FLOPs are counted as pangea_jax/train/flops.py says.
+"""
+
+import collections
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import numpy as np
+from absl import flags
+
+from launch import common
+from pangea_jax import sharding
+from pangea_jax.train import optimizer as optim
+from pangea_jax.train.flops import PEAK_FLOPS
+from pangea_jax.train.state import init_state
+from pangea_jax.train.step import make_train_step
+
+CONFIG = common.define_config("configs/pangea_7b_finetune.py")
+STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
+PROFILE = flags.DEFINE_string(
+    "profile",
+    None,
+    "Folder for a trace of two more steps; the kernels that took longest are printed.",
+)
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
+
+GIB = 2**30
+# Of the 135 records of the released sample of PangeaIns.
+CONVERSATION_TOKENS, PANGEAINS_CONVERSATIONS = 2222, 6_150_624
+TRAINED_SHARE = 0.15
+
+
+def make_batch(config, model, mesh) -> dict[str, np.ndarray]:
+    """Full rows of equal conversations: a picture first, in an equal share of the tiles, then words."""
+    shapes = common.batch_shapes(config, model, mesh)
+    rng = np.random.default_rng(0)
+    rows, T = shapes["tokens"].shape
+    segments = max(1, round(T / CONVERSATION_TOKENS))
+    bounds = np.linspace(0, T, segments + 1).astype(int)
+    ids = np.repeat(np.arange(1, segments + 1), np.diff(bounds))
+    positions = np.arange(T) - bounds[ids - 1]
+    pictures = shapes["features" if "features" in shapes else "tiles"]
+    tiles = pictures.shape[1] // segments
+    features = min(tiles * model.vision.patches, T // segments * 3 // 4)
+    offset = (ids - 1) * tiles * model.vision.patches
+    index = np.where(positions < features, 1 + offset + positions, -1)
+    tokens = rng.integers(0, model.language.vocab_size, (rows, T), dtype=np.int32)
+    trained = (index < 0) & (rng.random(T) < TRAINED_SHARE)
+    limit = config.pipeline.get("max_targets") or T
+    trained &= np.cumsum(trained) <= limit
+    batch = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "weights": np.broadcast_to(trained.astype(np.float32), (rows, T)),
+        "positions": np.broadcast_to(positions.astype(np.int32), (rows, T)),
+        "segment_ids": np.broadcast_to(ids.astype(np.int32), (rows, T)),
+        "image_index": np.broadcast_to(index.astype(np.int32), (rows, T)),
+    }
+    if "tiles" in shapes:
+        return batch | {"tiles": rng.integers(0, 256, pictures.shape, np.uint8)}
+    return batch | {"features": rng.standard_normal(pictures.shape, np.float32).astype(model.dtype)}
+
+
+def longest_kernels(folder: str, count: int = 25) -> list[tuple[str, float, int]]:
+    """(name, share of the device's busy time, calls) of a trace, the longest first."""
+    file = max(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    spent, calls = collections.Counter(), collections.Counter()
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+        for line in plane.lines if plane.name.startswith("/device:") else ():
+            if line.name.startswith(("Stream", "XLA Ops")):
+                for event in line.events:
+                    spent[event.name] += event.duration_ns
+                    calls[event.name] += 1
+    busy = sum(spent.values())
+    return [(name, ns / busy, calls[name]) for name, ns in spent.most_common(count)]
+
+
+def measure(config, steps: int, profile: str | None = None) -> dict:
+    """Compiles, warms up, and times steps one by one; JSON-able."""
+    mesh = sharding.make_mesh(**config.mesh)
+    model = common.model_config(config)
+    optimizer = optim.make_optimizer(optim.OptimizerConfig(**config.optimizer), 1000)
+    graphdef, state, shardings = init_state(model, optimizer, mesh, seed=0, frozen=config.frozen)
+    step = make_train_step(graphdef, optimizer, shardings, mesh, **common.step_options(config))
+    batch = sharding.to_global(make_batch(config, model, mesh), mesh)
+    rows, T = batch["tokens"].shape
+    flops = common.step_flops(config, model, state.params, rows)
+    counts = {
+        name: sum(value.size for value in part.values())
+        for name, part in (("trained", state.trainable), ("frozen", state.frozen))
+    }
+    start = time.perf_counter()
+    step = step.lower(state, batch).compile()
+    compile_s = time.perf_counter() - start
+    seconds, losses = [], []
+    for _ in range(steps + 2):
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+        seconds.append(time.perf_counter() - start)
+    kernels = []
+    if profile:
+        with jax.profiler.trace(profile):
+            for _ in range(2):
+                state, metrics = step(state, batch)
+            jax.block_until_ready(metrics)
+        kernels = longest_kernels(profile)
+    step_s = statistics.median(seconds[2:])
+    device = mesh.devices.flat[0]
+    peak, memory = PEAK_FLOPS.get(device.device_kind), device.memory_stats() or {}
+    rate = flops["total"] / step_s / mesh.size
+    tokens_per_s = rows * T / step_s
+    return {
+        "device": device.device_kind,
+        "devices": mesh.size,
+        "jax": jax.__version__,
+        "parameters": counts,
+        "rows": rows,
+        "row_tokens": T,
+        "tiles": 0 if "features" in batch else rows * config.pipeline.row_tiles,
+        "optimizer": config.optimizer.get("name", "adamw"),
+        "remat": config.remat,
+        "compile_s": round(compile_s, 1),
+        "step_s": step_s,
+        "fastest_step_s": min(seconds[2:]),
+        "tokens_per_s": tokens_per_s,
+        "model_flops": flops,
+        "tflops_per_device": rate / 1e12,
+        "mfu": peak and rate / peak,
+        "peak_memory_gib": memory.get("peak_bytes_in_use", 0) / GIB or None,
+        "pangeains_device_hours": PANGEAINS_CONVERSATIONS
+        * CONVERSATION_TOKENS
+        / tokens_per_s
+        * mesh.size
+        / 3600,
+        "losses": [losses[0], losses[-1]],
+        "kernels": kernels,
+    }
+
+
+def describe(found: dict) -> str:
+    """The measurement for people."""
+    millions = {name: f"{count / 1e6:,.1f}M {name}" for name, count in found["parameters"].items()}
+    parts = ", ".join(
+        f"{name} {flops / found['model_flops']['total']:.1%}"
+        for name, flops in found["model_flops"].items()
+        if name != "total"
+    )
+    mfu = f"{found['mfu']:.1%}" if found["mfu"] else "unknown (no peak for this device)"
+    memory = found["peak_memory_gib"]
+    return "\n".join(
+        (
+            f"device    {found['devices']} x {found['device']}, JAX {found['jax']}",
+            f"model     {millions['trained']}, {millions['frozen']}; {found['optimizer']}, "
+            f"remat {found['remat']}",
+            f"batch     {found['rows']} rows of {found['row_tokens']} tokens, {found['tiles']} tiles",
+            f"step      {found['step_s'] * 1e3:,.1f} ms (median), compiled in {found['compile_s']:.0f} s",
+            f"rate      {found['tokens_per_s']:,.0f} tokens/s, {found['tflops_per_device']:,.1f} TFLOP/s a device",
+            f"FLOPs     {found['model_flops']['total']:.3e} a step ({parts})",
+            f"MFU       {mfu}",
+            f"memory    {f'{memory:.1f} GiB at most' if memory else 'not told by this device'}",
+            f"PangeaIns {found['pangeains_device_hours']:,.0f} device hours for one epoch at this rate",
+            f"loss      {found['losses'][0]:.3f} at first, {found['losses'][1]:.3f} at last",
+            *(f"  {share:6.1%} in {n:5} calls  {name}" for name, share, n in found["kernels"]),
+        )
+    )
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise common.UserError(
+            f"unexpected arguments {argv[1:]}; overrides are written --config.key=value"
+        )
+    common.use_compile_cache()
+    found = measure(CONFIG.value, STEPS.value, PROFILE.value)
+    print(json.dumps(found) if JSON.value else describe(found))
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,87 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021): beside a frozen kernel W, the product of two thin ones learns.
+
+A layer computes x W + (alpha / rank) (x A) B. A is random and B zero at first, so that training starts from the
+model as it was; at the end both can be merged into W, and the checkpoint is one like any other.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+# What does not train when adapters do, for `config.frozen`.
+FROZEN = (r"(vision|projector)\..*", r"newline_d", r"language\.(?!.*_lora\.).*")
+_A, _B = "_lora.a_ir", "_lora.b_ro"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of the decoder's blocks.
+
+    Attributes:
+      rank: inner width R of every adapter; 0: none.
+      alpha: the adapters' product is scaled by alpha / rank, so that the rank can change without the
+        learning rate.
+      targets: the kernels that get one, of `TARGETS`.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: Sequence[str] = TARGETS
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(self.targets))
+        unknown = set(self.targets) - set(TARGETS)
+        if self.rank < 0 or unknown or (self.rank and not self.targets):
+            raise ValueError(
+                f"lora: rank {self.rank} is not 0 or more, or targets {self.targets} are not some of "
+                f"{', '.join(TARGETS)}"
+            )
+
+
+class Lora(nnx.Module):
+    """The adapter of one kernel, inputs and outputs flattened to one axis each."""
+
+    def __init__(self, config: LoraConfig, inputs: int, outputs: int, rngs: nnx.Rngs, dtype):
+        a = inputs**-0.5 * jax.random.normal(rngs.params(), (inputs, config.rank), dtype)
+        self.a_ir = nnx.Param(a)
+        self.b_ro = nnx.Param(jnp.zeros((config.rank, outputs), dtype))
+        self.scale = config.alpha / config.rank
+
+    def __call__(self, x: Float[Array, "N I"]) -> Float[Array, "N O"]:
+        """What is added to the product of `x` with the kernel."""
+        return self.scale * ((x @ self.a_ir[...].astype(x.dtype)) @ self.b_ro[...].astype(x.dtype))
+
+
+def adapter(
+    config: LoraConfig, target: str, inputs: int, outputs: int, rngs: nnx.Rngs, dtype
+) -> Lora | None:
+    """The adapter of the kernel `target`, if the config gives it one."""
+    if not config.rank or target not in config.targets:
+        return None
+    return Lora(config, inputs, outputs, rngs, dtype)
+
+
+def merge(params: Mapping[str, Array], config: LoraConfig) -> dict[str, Array]:
+    """Parameters by name with every adapter added to its kernel, in the kernel's type, and gone."""
+    merged = {name: value for name, value in params.items() if "_lora." not in name}
+    for name in params:
+        if not name.endswith(_A):
+            continue
+        stem = name.removesuffix(_A)
+        kernel = next(n for n in merged if n.startswith(f"{stem}_kernel_"))
+        b = params[stem + _B]
+        merged[kernel] = _add(merged[kernel], params[name], b, config.alpha / config.rank)
+    return merged
+
+
+@jax.jit
+def _add(kernel, a, b, scale):
+    """Of stacked layers; float32 until the sum is rounded."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(kernel.shape)
+    return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)

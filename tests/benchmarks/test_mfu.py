@@ -1,0 +1,48 @@
+"""benchmarks/mfu.py on a CPU: the true step, of which only the rate is not to be had here."""
+
+import numpy as np
+import pytest
+
+from benchmarks import mfu
+from configs import ablate_en_ratio, rehearsal
+from launch import common
+from pangea_jax import sharding
+
+
+@pytest.fixture
+def config():
+    """A toy model that reads tiles, in rows short enough for a CPU."""
+    config = rehearsal.get_config()
+    config.pipeline.update(rows=2, row_tokens=64, row_tiles=2)
+    config.model.language.vocab_size = 512
+    return config
+
+
+def test_steps_are_measured(config):
+    found = mfu.measure(config, steps=2)
+    assert found["rows"] == 8 and found["row_tokens"] == 64  # filled up to eight devices
+    assert found["tokens_per_s"] == pytest.approx(8 * 64 / found["step_s"])
+    assert found["mfu"] is None  # the peak of a CPU is not known
+    assert found["losses"][1] < found["losses"][0]
+    parts = found["model_flops"]
+    rate = parts["total"] / found["step_s"] / found["devices"]
+    assert found["tflops_per_device"] * 1e12 == pytest.approx(rate)
+    text = mfu.describe(found)
+    assert "8 x cpu" in text and "MFU       unknown" in text
+
+
+@pytest.mark.parametrize("make", [rehearsal.get_config, ablate_en_ratio.get_config])
+def test_the_batch_is_full_rows_of_whole_conversations(make):
+    config = make()
+    model, mesh = common.model_config(config), sharding.make_mesh()
+    batch = mfu.make_batch(config, model, mesh)
+    shapes = common.batch_shapes(config, model, mesh)
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+        name: (x.shape, x.dtype) for name, x in shapes.items()
+    }
+    assert batch["segment_ids"].min() > 0
+    pictures = batch["features"] if "features" in batch else batch["tiles"]
+    assert batch["image_index"].max() <= pictures.shape[1] * model.vision.patches
+    assert not np.any(batch["weights"][batch["image_index"] >= 0])
+    targets = config.pipeline.get("max_targets")
+    assert targets is None or (batch["weights"] > 0).sum(axis=1).max() <= targets

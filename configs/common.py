@@ -1,7 +1,17 @@
-"""Arguments of configs: `--config=configs/x.py:en_ratio=0.8,languages=all`."""
+"""Arguments of configs: `--config=configs/x.py:en_ratio=0.8,languages=all`; and what all of them set."""
 
 import difflib
 from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def add_run_keys(config: ConfigDict, *, log_every: int, checkpoint_every: int, keep: int) -> None:
+    """What a run writes and when it ends itself, see `Checkpoints`, `GuardConfig` and docs/training.md."""
+    config.log_every = log_every
+    config.checkpoint = dict(every=checkpoint_every, keep=keep, keep_every=0)
+    config.guards = dict(max_bad_steps=5, spike=8.0)
+    config.wandb = ""  # the name of a project of Weights & Biases
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:

@@ -46,5 +46,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
         max_bad_fraction=0.001,
         threads=16,
     )
-    config.optimizer = dict(learning_rate=1e-3, warmup_ratio=0.03, weight_decay=0.0, clip_norm=1.0)
+    config.optimizer.update(learning_rate=1e-3, lr_scale=())
     return config

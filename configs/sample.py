@@ -9,7 +9,7 @@ records in Pangea's own form. What is learned before: configs/sample_tower.py, c
 
 from ml_collections import ConfigDict
 
-from configs.common import parse_arg
+from configs.common import add_run_keys, parse_arg
 from pangea_jax import languages
 
 LANGUAGES = ("en", "es", "sw", "ru", "ar", "hi", "zh", "ko")
@@ -67,8 +67,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.remat = "everything"
     config.accumulation = 1
     config.mesh = dict(data=1, fsdp=-1, tensor=1)
-    config.log_every = 10
-    config.checkpoint = dict(every=250, keep=2)
+    add_run_keys(config, log_every=10, checkpoint_every=250, keep=2)
     config.eval = dict(limit=100, batch_size=64, prompt_tokens=56, max_new_tokens=32)
     return config
 

@@ -28,10 +28,20 @@ from rich.table import Table
 
 from eval import composition
 from pangea_jax import languages
-from pangea_jax.data import emoji, emoji_licences, emoji_sources, image, pangeains, vocabulary
+from pangea_jax.data import (
+    emoji,
+    emoji_licences,
+    emoji_sources,
+    image,
+    pangeains,
+    rejections,
+    runners,
+    vocabulary,
+)
 from pangea_jax.data.emoji import Concept
 from pangea_jax.data.emoji_sources import ARTISTS, Annotations, Artwork
 from pangea_jax.data.release import ReleaseError
+from pangea_jax.data.runners import RunnerError
 from pangea_jax.data.store import INDEX, RecordStore
 from pangea_jax.data.write_store import Picture, write_store
 
@@ -175,10 +185,10 @@ def build_pangeains(arguments: argparse.Namespace) -> None:
     with Bar() as bar:
         if arguments.runner:
             options = [f"--runner={arguments.runner}", *arguments.pipeline_options]
-            run = pangeains.Beam(options)
+            run = runners.Beam(options)
             summary = pangeains.build(build, run, max_bad_fraction=allowed, progress=bar)
         else:
-            with pangeains.Local(arguments.workers) as run:
+            with runners.Local(arguments.workers) as run:
                 summary = pangeains.build(build, run, max_bad_fraction=allowed, progress=bar)
     columns = ["category", "source", "language"]
     index = pq.read_table(build.out / INDEX, columns=columns)
@@ -189,7 +199,7 @@ def build_pangeains(arguments: argparse.Namespace) -> None:
     )
     if summary["rejected"]:
         console.print(f"dropped (the first of them: {build.out / pangeains.REJECTED}):")
-        console.print(pangeains.reasons_text(summary["rejected"]), markup=False)
+        console.print(rejections.table(summary["rejected"]), markup=False)
     console.print(f"report: {report}")
 
 
@@ -274,6 +284,7 @@ def main() -> None:
         emoji_sources.SourceError,
         pangeains.BuildError,
         ReleaseError,
+        RunnerError,
         OSError,
         ValueError,
     ) as error:

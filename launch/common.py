@@ -1,12 +1,13 @@
 """Process start-up that every launch script shares: flags, work directory, errors in one sentence, Ctrl-C."""
 
+import dataclasses
 import difflib
+import inspect
 import json
 import os
 import re
-import signal
 import sys
-import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ from absl import app, flags, logging
 from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from pangea_jax import checkpoints
+from launch import distributed
+from pangea_jax import checkpoints, sharding
+from pangea_jax.checkpoints import huggingface
 from pangea_jax.data import emoji
 from pangea_jax.data.feed import BadRecordsError, Feed, RestartError
+from pangea_jax.data.mixture import Mixture
+from pangea_jax.data.pipeline import PipelineConfig
 from pangea_jax.data.record import RecordError
 from pangea_jax.data.store import RecordStore, StoreError
 from pangea_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -27,18 +32,25 @@ from pangea_jax.generate.engine import SAMPLE_MODEL
 from pangea_jax.model import (
     AttentionImpl,
     LanguageConfig,
+    Pangea,
     PangeaConfig,
     VisionConfig,
     VisionTower,
 )
 from pangea_jax.model import params as model_params
+from pangea_jax.train.flops import train_flops
+from pangea_jax.train.guards import BadStepsError, GuardConfig
+from pangea_jax.train.optimizer import OptimizerConfig
 
 Config = ConfigDict | FrozenConfigDict
 PRETRAINED = {
     "tower": ("tower.safetensors", ("vision",)),
     "stage1": ("stage1.safetensors", ("projector", "newline", "language")),
 }
-EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
+# By the signal that a run was asked to stop with: 128 and its number, as shells have it. A preemption notice
+# counts as SIGTERM.
+EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED = 1, 130, 143
+EXIT_STOPPED = (EXIT_INTERRUPTED, EXIT_PREEMPTED)
 
 
 class UserError(Exception):
@@ -46,16 +58,17 @@ class UserError(Exception):
 
 
 # What is wrong with the input rather than with the program.
-ERRORS = (UserError, StoreError, RecordError, RestartError, BadRecordsError)
+ERRORS = (UserError, StoreError, RecordError, RestartError, BadRecordsError, BadStepsError)
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved itself."""
+    """The run was asked to stop by a signal and has saved itself."""
 
-    def __init__(self, step: int, total: int):
+    def __init__(self, step: int, total: int, number: int):
         super().__init__(
             f"stopped after step {step} of {total} and saved; the same command goes on from there"
         )
+        self.code = 128 + number
 
 
 def define_config(default: str) -> flags.FlagHolder:
@@ -80,20 +93,31 @@ def run(main: Callable[[list[str]], Any]) -> None:
             main(argv)
         except Interrupted as stop:
             print(stop, file=sys.stderr)
-            sys.exit(EXIT_INTERRUPTED)
-        except KeyboardInterrupt:
+            sys.exit(stop.code)
+        except KeyboardInterrupt as error:
             print(
                 "stopped; nothing was trained since the last checkpoint, the same command goes on from it",
                 file=sys.stderr,
             )
-            sys.exit(EXIT_INTERRUPTED)
-        except (*ERRORS, OSError, ValueError) as error:
-            if "PANGEA_DEBUG" in os.environ:
-                raise
-            print(f"error: {_sentence(error)}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)
-            sys.exit(EXIT_ERROR)
+            _exit(error, EXIT_INTERRUPTED)
+        except Exception as error:
+            if "PANGEA_DEBUG" in os.environ or not isinstance(
+                error, (*ERRORS, OSError, ValueError)
+            ):
+                if not distributed.is_initialized():
+                    raise
+                traceback.print_exc()
+            else:
+                print(f"error: {_sentence(error)}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)
+            _exit(error, EXIT_ERROR)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _exit(error: BaseException, code: int) -> None:
+    if distributed.is_initialized():
+        distributed.fail(error, code)
+    sys.exit(code)
 
 
 def _sentence(error: Exception) -> str:
@@ -127,6 +151,47 @@ def _parse_flags(argv):
             )
         print(f"error: {message}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
+
+
+def _fields(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
+
+
+# Every key that a config of launch/train.py may have, and those of its parts.
+KEYS = {
+    "": (
+        *("title", "seed", "data", "mixture", "augmented_views", "pipeline", "steps"),
+        *("model", "pretrained", "frozen", "optimizer", "attention", "remat", "accumulation"),
+        *("mesh", "log_every", "checkpoint", "guards", "wandb", "eval"),
+    ),
+    "data": ("store", "tokenizer", "image_id", "verify"),
+    "mixture": _fields(Mixture),
+    "pipeline": _fields(PipelineConfig),
+    "model": _fields(PangeaConfig),
+    "optimizer": _fields(OptimizerConfig),
+    "attention": _fields(AttentionImpl),
+    "mesh": sharding.AXES,
+    "checkpoint": ("every", "keep", "keep_every"),
+    "guards": _fields(GuardConfig),
+}
+
+
+def check_keys(config: Config, *, evaluation: Callable) -> None:
+    """Finds keys that nothing reads, which a config file may have and a command line cannot.
+
+    Args:
+      evaluation: what is called with `config.eval`.
+
+    Raises:
+      UserError: names the first key that is not known, and the nearest that is.
+    """
+    known = KEYS | {"eval": tuple(inspect.signature(evaluation).parameters)}
+    for part, names in known.items():
+        for key in config[part] if part else config:
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise UserError(f"config.{f'{part}.{key}'.lstrip('.')} is read by nothing{hint}")
 
 
 def model_config(config: Config) -> PangeaConfig:
@@ -163,15 +228,19 @@ def artists(sources: Sequence[str]) -> tuple[str, ...]:
     return tuple(source.removeprefix("emoji/") for source in sources)
 
 
-def load_pretrained(config: PangeaConfig, names: Sequence[str]) -> dict[str, jax.Array]:
-    """Parameters that training starts from, by name. Pangea starts from CLIP and Qwen2, the sample
-    model from what it ships with.
+def load_pretrained(
+    config: PangeaConfig, names: Sequence[str], mesh: jax.sharding.Mesh
+) -> dict[str, jax.Array]:
+    """Parameters that training starts from, by name, each where it will train. Pangea starts from CLIP
+    and Qwen2, the sample model from what it ships with.
 
     Args:
       names: of `PRETRAINED`, or whatever `checkpoints.resolve` takes; "NAME:vision+language" takes
         parts.
     """
-    params = {}
+    shapes = model_params.abstract(lambda: Pangea(config, rngs=nnx.Rngs(0)))[1]
+    shardings = model_params.unflatten(sharding.param_shardings(shapes, mesh))
+    params, config = {}, huggingface.without_adapters(config)
     for name in names:
         if name in PRETRAINED:
             file, parts = PRETRAINED[name]
@@ -179,7 +248,8 @@ def load_pretrained(config: PangeaConfig, names: Sequence[str]) -> dict[str, jax
         else:
             folder, _, chosen = name.partition(":")
             path, parts = checkpoints.resolve(folder), chosen.split("+") if chosen else None
-        params |= model_params.flatten(checkpoints.load(path, config, only=parts))
+        loaded = checkpoints.load(path, config, only=parts, shardings=shardings)
+        params |= model_params.flatten(loaded)
     return params
 
 
@@ -233,14 +303,61 @@ def number_of_steps(config: Config, batches: Feed) -> int:
     return wanted or there
 
 
+# Of the metrics below those that are shares, not numbers.
+FEED_SHARES = ("data/padding", "data/tile_fill")
+
+
 def feed_metrics(counts: Mapping[str, Any]) -> dict[str, float]:
     """The data pipeline's counters as metrics: one number a language and source."""
     metrics = {"examples": counts["total_examples"]}
     for name in ("padding", "tile_fill", "cut", "dropped"):
         metrics[f"data/{name}"] = counts[name]
-    for group in ("examples_per_language", "examples_per_source", "bad_records"):
+    for group in (
+        "examples_per_language",
+        "tokens_per_language",
+        "examples_per_source",
+        "bad_records",
+    ):
         metrics |= {f"data/{group}/{label}": n for label, n in counts[group].items()}
     return metrics
+
+
+def step_flops(
+    config: Config, model: PangeaConfig, shapes: Mapping[str, jax.ShapeDtypeStruct], rows: int
+) -> dict[str, float]:
+    """Model FLOPs of a step on `rows` rows, padding included, see `train_flops`.
+
+    Args:
+      shapes: of all parameters by name.
+    """
+    pipeline = config.pipeline
+    return train_flops(
+        model,
+        shapes,
+        tokens=rows * pipeline.row_tokens,
+        row_tokens=pipeline.row_tokens,
+        tiles=0 if config.augmented_views else rows * pipeline.row_tiles,
+        targets=rows * (pipeline.get("max_targets") or pipeline.row_tokens),
+        frozen=config.frozen,
+    )
+
+
+def batch_shapes(
+    config: Config, model: PangeaConfig, mesh: jax.sharding.Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a step is given: a batch of the data pipeline, its rows filled up to the devices."""
+    pipeline, shards = config.pipeline, mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = -(-pipeline.rows // shards) * shards
+    row = (rows, pipeline.row_tokens)
+    names = ("tokens", "targets", "positions", "segment_ids", "image_index")
+    batch = {name: jax.ShapeDtypeStruct(row, jnp.int32) for name in names}
+    batch["weights"] = jax.ShapeDtypeStruct(row, jnp.float32)
+    vision = model.vision
+    if config.augmented_views:
+        features = (rows, pipeline.row_tiles, vision.patches, vision.width)
+        return batch | {"features": jax.ShapeDtypeStruct(features, model.dtype)}
+    tiles = (rows, pipeline.row_tiles, vision.image_size, vision.image_size, 3)
+    return batch | {"tiles": jax.ShapeDtypeStruct(tiles, jnp.uint8)}
 
 
 def default_workdir(holder: flags.FlagHolder) -> str:
@@ -318,57 +435,3 @@ def use_compile_cache() -> None:
             return
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-class StopSignal:
-    """While in its `with`, a signal asks for a stop at the end of the step; a second one stops at once."""
-
-    def __init__(self, *signals: signal.Signals):
-        self.requested = False
-        self._signals, self._before = signals, {}
-
-    def __enter__(self):
-        for number in self._signals:
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame):
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        print(
-            "\nstopping: finishing this step and saving (once more to stop at once)",
-            file=sys.stderr,
-        )
-
-
-class Rates:
-    """Averages metrics between two log lines without waiting for the device at every step."""
-
-    def __init__(self):
-        self._pending: list[Mapping[str, jax.Array]] = []
-        self._since = time.perf_counter()
-
-    def add(self, metrics: Mapping[str, jax.Array]) -> None:
-        self._pending.append(metrics)
-
-    def flush(self) -> dict[str, float]:
-        """Means since the last call (the loss per trained token), and rates a second."""
-        metrics = jax.device_get(self._pending)
-        seconds = time.perf_counter() - self._since
-        self._pending, self._since = [], time.perf_counter()
-        weights = [float(m["target_tokens"]) for m in metrics]
-        weighted = {
-            name: sum(float(m[name]) * w for m, w in zip(metrics, weights, strict=True))
-            / max(sum(weights), 1)
-            for name in ("loss", "accuracy")
-        }
-        return weighted | {
-            "grad_norm": sum(float(m["grad_norm"]) for m in metrics) / len(metrics),
-            "tokens_per_second": sum(float(m["tokens"]) for m in metrics) / seconds,
-            "examples_per_second": sum(float(m["examples"]) for m in metrics) / seconds,
-        }

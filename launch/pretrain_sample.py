@@ -22,7 +22,7 @@ from pangea_jax.train import optimizer as optim
 from pangea_jax.train.features import frozen_features
 from pangea_jax.train.state import init_state
 from pangea_jax.train.step import make_train_step
-from pangea_jax.train.telemetry import Telemetry
+from pangea_jax.train.telemetry import Speed, StepTimer, Telemetry, Window
 
 CONFIG = common.define_config("configs/sample_stage1.py")
 WORKDIR = flags.DEFINE_string("workdir", "runs/sample_stage1", "Where results are written.")
@@ -79,7 +79,7 @@ def main(_):
         mesh,
         seed=config.seed,
         frozen=config.frozen,
-        pretrained=common.load_pretrained(model, ("tower",)),
+        pretrained=common.load_pretrained(model, ("tower",), mesh),
     )
     features = frozen_features(
         model_params.merge(graphdef, state.params).vision,
@@ -93,13 +93,17 @@ def main(_):
     views = pipeline.CachedViews(features)
     dataset = pipeline.train_dataset(lessons, tokenizer, views, feed, seed=config.seed)
     step_fn = make_train_step(graphdef, optimizer, shardings, mesh, max_targets=feed.max_targets)
-    rates = common.Rates()
+    timer, window = StepTimer(), Window()
+    speed = Speed(timer)
     with Telemetry(workdir, steps, is_main=jax.process_index() == 0) as telemetry:
         for step, batch in enumerate(dataset, start=1):
-            state, metrics = step_fn(state, sharding.to_global(batch, mesh))
-            rates.add(metrics)
+            with timer.step():
+                state, metrics = step_fn(state, sharding.to_global(batch, mesh))
+                metrics = jax.device_get(metrics)
+            window.add(metrics)
+            speed.add(metrics)
             if step % config.log_every == 0 or step == steps:
-                telemetry.log(step - 1, rates.flush())
+                telemetry.log(step - 1, window.flush() | speed.flush())
     tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
     huggingface.save(
         model_params.unflatten(state.params),

@@ -41,7 +41,7 @@ from rich.table import Table
 
 from eval import ablation, ablation_summary
 from eval.ablation import RESULTS_FILE, SWEEP_FILE
-from launch import common
+from launch import common, distributed
 
 CONFIG = common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string(
@@ -57,7 +57,8 @@ PAGE = flags.DEFINE_string(
     "page", None, "report: one page of all the sweeps named, figures beside."
 )
 
-TRAIN = "launch/train.py"
+TRAIN, SBATCH = "launch/train.py", "launch/gpu/train.sbatch"
+RESTARTS = 50
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 120
@@ -208,7 +209,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, lock: IO, console: Console) -> b
     for job in jobs:
         common.claim_workdir(job.workdir, job.config)
         job.state = "finished" if job.is_finished else "waiting"
-    stop = common.StopSignal(signal.SIGINT, signal.SIGTERM)
+    stop = distributed.StopSignal()
     view = Live(console=console, auto_refresh=False) if console.is_terminal else None
     with view or contextlib.nullcontext(), stop:
         try:
@@ -258,9 +259,7 @@ def _collect(jobs: Sequence[Job], console: Console) -> None:
         if code is None:
             continue
         done = code == 0 and job.is_finished
-        job.state = (
-            "finished" if done else "stopped" if code == common.EXIT_INTERRUPTED else "failed"
-        )
+        job.state = "finished" if done else "stopped" if code in common.EXIT_STOPPED else "failed"
         if not console.is_terminal:
             console.print(f"{job.name}: {job.state} after {job.seconds / 60:.1f} min")
 
@@ -330,21 +329,15 @@ def _scores(job: Job) -> tuple[str, str]:
 
 
 def submit_command(job: Job, kind: str, extra: str) -> list[str]:
-    """The command that hands a run to xpk or Slurm, with its checkpoints to resume from."""
+    """The command that hands a run to xpk or Slurm; stopped, it is started again and resumes."""
     train = ["python", TRAIN, *job.flags, f"--workdir={job.workdir}"]
     name = re.sub(r"[^a-z0-9]+", "-", f"{job.workdir.parent.name}-{job.name}".lower())
     name = name.strip("-")[-40:].strip("-")  # as Kubernetes wants it
     if kind == "slurm":
-        wrapped = shlex.join(["srun", *train])
-        return [
-            "sbatch",
-            f"--job-name={name}",
-            "--requeue",
-            *shlex.split(extra),
-            f"--wrap={wrapped}",
-        ]
-    run = f"--command={shlex.join(train)}"
-    return ["xpk", "workload", "create", f"--workload={name}", *shlex.split(extra), run]
+        return ["sbatch", f"--job-name={name}", *shlex.split(extra), SBATCH, *train[2:]]
+    # By itself xpk starts a workload again only if it ends with 42 or above 126, as a stopped run does.
+    words = ["xpk", "workload", "create", f"--workload={name}", f"--max-restarts={RESTARTS}"]
+    return [*words, *shlex.split(extra), f"--command={shlex.join(train)}"]
 
 
 def submit(plan: Plan, console: Console) -> None:

@@ -11,7 +11,6 @@ it was.
 
 import dataclasses
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -24,22 +23,27 @@ from absl import flags, logging
 from rich.console import Console
 
 from eval import naming, report
-from launch import common
+from launch import common, distributed
 from pangea_jax import sharding
 from pangea_jax.checkpoints import SpecialTokens, huggingface
 from pangea_jax.data import batch_view, emoji, mixture, pipeline
-from pangea_jax.model import VisionConfig
 from pangea_jax.model import params as model_params
 from pangea_jax.train import optimizer as optim
 from pangea_jax.train.checkpoint import Checkpoints
 from pangea_jax.train.features import frozen_features
+from pangea_jax.train.flops import PEAK_FLOPS
+from pangea_jax.train.guards import Guard, GuardConfig, dump_batch
+from pangea_jax.train.loop import Loop
 from pangea_jax.train.state import init_state
 from pangea_jax.train.step import make_train_step
-from pangea_jax.train.telemetry import StepTimer, Telemetry
+from pangea_jax.train.telemetry import Profiler, Speed, StepTimer, Telemetry, gather, record_start
 
 CONFIG = common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written; default runs/<config and argument>."
+)
+PROFILE = flags.DEFINE_string(
+    "profile", "", "START:STOP, steps to trace into <workdir>/profile, such as 20:25."
 )
 
 
@@ -51,6 +55,7 @@ class Run:
     workdir: Path
     mesh: jax.sharding.Mesh
     timer: StepTimer
+    profiler: Profiler
     console: Console
 
     @property
@@ -76,63 +81,90 @@ def training_views(run, model, pretrained, store) -> pipeline.CachedViews | pipe
     return pipeline.CachedViews(features)
 
 
-def train(run, optimizer, graphdef, state, shardings, batches, total_steps, tokenizer):
-    """The loop: draw a batch, step, log, save. Returns the final state."""
+def make_speed(run, model, state, started) -> Speed:
+    """MFU is left out on a device whose peak is not known."""
+    config, device = run.config, run.mesh.devices.flat[0]
+    rows = len(common.batch_shapes(config, model, run.mesh)["tokens"])
+    peak = PEAK_FLOPS.get(device.device_kind)
+    if peak is None:
+        logging.info("no MFU: the peak of a device of kind %r is not known", device.device_kind)
+    return Speed(
+        run.timer,
+        flops_per_step=common.step_flops(config, model, state.params, rows)["total"],
+        peak_flops=peak and peak * run.mesh.size,
+        started=started,
+    )
+
+
+def train(run, model, optimizer, graphdef, state, shardings, batches, total_steps, tokenizer):
+    """From the newest checkpoint, or the beginning, to the last step; returns the final state.
+
+    Raises:
+      Interrupted: it was asked to stop before, and has saved itself.
+    """
     config = run.config
-    checkpoints = Checkpoints(run.workdir / "checkpoints", keep=config.checkpoint.keep)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+    )
+    kept = {name: config.checkpoint[name] for name in ("keep", "keep_every")}
+    checkpoints = Checkpoints(run.workdir / "checkpoints", **kept)
     data = iter(batches)
     if checkpoints.latest_step is not None:
-        abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
-        )
-        state, clock = checkpoints.restore(abstract, data)
-        run.timer = StepTimer(clock)
+        jax.tree.map(lambda x: x.delete(), state)  # there may be no room for two
+    restored = checkpoints.restore(abstract, data)
+    if restored:
+        state, progress = restored
+        run.timer = StepTimer(progress["clock"])
         logging.info("resumed from step %d of %d", int(state.step), total_steps)
     first = int(state.step)
-    step_fn = make_train_step(
-        graphdef, optimizer, shardings, run.mesh, **common.step_options(config)
-    )
+    started = record_start(run.workdir, first) if run.is_main else None
     schedule = optim.make_schedule(optim.OptimizerConfig(**config.optimizer), total_steps)
-    stop = common.StopSignal(signal.SIGINT, signal.SIGTERM)
-    rates = common.Rates()
-    with (
-        Telemetry(
-            run.workdir, total_steps, start_step=first, is_main=run.is_main, console=run.console
-        ) as telemetry,
-        stop,
-    ):
-        for step in range(first, total_steps):
-            with run.timer.data():
-                rows = next(data)
-                batch = sharding.to_global(rows, run.mesh)
-            if step == 0 and run.is_main:
-                patches = VisionConfig(**config.model.vision).patches
-                seen = batch_view.save_batch(rows, tokenizer, patches, run.workdir)
-                logging.info("first batch: %s", seen)
-            with run.timer.phase("compile") if step == first else run.timer.step():
-                state, metrics = step_fn(state, batch)
-                rates.add(metrics)
-                if step == first:
-                    jax.block_until_ready(metrics)
-            if (step + 1) % config.log_every == 0 or step + 1 == total_steps:
-                with run.timer.step():
-                    scalars = rates.flush()
-                rate = {"learning_rate": float(schedule(step))}
-                telemetry.log(step, scalars | rate | common.feed_metrics(data.counters.flush()))
-            if (
-                (step + 1) % config.checkpoint.every == 0
-                or step + 1 == total_steps
-                or stop.requested
-            ):
-                with run.timer.phase("checkpoint"):
-                    checkpoints.save(state, data, run.timer.seconds)
-            if stop.requested and step + 1 < total_steps:
-                with run.timer.phase("checkpoint"):
-                    checkpoints.close()
-                raise common.Interrupted(step + 1, total_steps)
-    with run.timer.phase("checkpoint"):
-        checkpoints.close()
+
+    def extra(step, digest):
+        own = common.feed_metrics(data.counters.flush()) | {"data/digest": digest}
+        return {"learning_rate": float(schedule(step))} | gather(own, mean=common.FEED_SHARES)
+
+    def show(rows):
+        if run.is_main:
+            seen = batch_view.save_batch(rows, tokenizer, model.vision.patches, run.workdir)
+            logging.info("first batch: %s", seen)
+
+    def dump(step, rows):
+        return dump_batch(rows, step, tokenizer, model.vision.patches, run.workdir)
+
+    options = common.step_options(config)
+    wandb = dict(project=config.wandb, name=run.workdir.name, config=config.to_dict())
+    telemetry = Telemetry(
+        run.workdir,
+        total_steps,
+        start_step=first,
+        is_main=run.is_main,
+        console=run.console,
+        wandb=wandb if config.wandb else None,
+    )
+    with telemetry, distributed.StopSignal() as stop:
+        loop = Loop(
+            make_train_step(graphdef, optimizer, shardings, run.mesh, **options),
+            run.mesh,
+            total_steps,
+            log_every=config.log_every,
+            save_every=config.checkpoint.every,
+            checkpoints=checkpoints,
+            telemetry=telemetry,
+            timer=run.timer,
+            speed=make_speed(run, model, state, started),
+            guard=Guard(GuardConfig(**config.guards), dump),
+            extra=extra,
+            on_first_batch=show,
+            stop=stop.reached,
+            profiler=run.profiler,
+        )
+        if restored:
+            loop.set_progress(progress)
+        state = loop.run(state, data)
     data.close()
+    if int(state.step) < total_steps:
+        raise common.Interrupted(int(state.step), total_steps, stop.number)
     return state
 
 
@@ -178,7 +210,7 @@ def execute(run):
         common.claim_workdir(run.workdir, config)
         logging.info("mixture: %s", json.dumps(choice.summary()))
     model = common.model_config(config)
-    pretrained = common.load_pretrained(model, config.pretrained)
+    pretrained = common.load_pretrained(model, config.pretrained, run.mesh)
     batches = pipeline.train_dataset(
         pipeline.RowSource(store, choice.rows),
         tokenizer,
@@ -202,7 +234,8 @@ def execute(run):
     shapes = jax.eval_shape(lambda: state.params)
     table = sharding.table(shapes, sharding.param_shardings(shapes, run.mesh))
     logging.info("parameters on mesh %s\n%s", dict(run.mesh.shape), table)
-    state = train(run, optimizer, graphdef, state, shardings, batches, steps, tokenizer)
+    del pretrained  # as large as the model
+    state = train(run, model, optimizer, graphdef, state, shardings, batches, steps, tokenizer)
     with run.timer.phase("evaluate"):
         splits, answers = evaluate(run, graphdef, state.params, store, tokenizer)
     tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
@@ -230,11 +263,13 @@ def main(argv):
             f"unexpected arguments {argv[1:]}; overrides are written --config.key=value"
         )
     config = CONFIG.value
+    common.check_keys(config, evaluation=naming.evaluate)
     workdir = Path(WORKDIR.value or common.default_workdir(CONFIG))
+    distributed.initialize()
     common.use_compile_cache()
     mesh = sharding.make_mesh(**config.mesh)
-    run = Run(config, workdir, mesh, StepTimer(), Console())
-    execute(run)
+    profiler = Profiler(PROFILE.value, workdir / "profile")
+    execute(Run(config, workdir, mesh, StepTimer(), profiler, Console()))
 
 
 if __name__ == "__main__":

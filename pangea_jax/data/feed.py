@@ -4,14 +4,14 @@ import asyncio
 import collections
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from absl import logging
 
-_STATE_FORMAT = 1
+_STATE_FORMAT = 2
 # A budget says nothing about the first few records.
 _BUDGET_FROM = 1_000
 _NAMED = 20
@@ -31,6 +31,7 @@ class Notes:
 
     Attributes:
       languages, sources: examples by canonical code and by record source.
+      language_tokens: their tokens, places of pictures included.
       tiles: tiles in use.
       cut: examples that were cut to fit a row.
       dropped: examples left out because they do not fit one.
@@ -39,13 +40,15 @@ class Notes:
 
     languages: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     sources: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    language_tokens: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     tiles: int = 0
     cut: int = 0
     dropped: int = 0
     bad: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
-    def add(self, language: str, source: str, *, tiles: int, cut: bool) -> None:
+    def add(self, language: str, source: str, *, tokens: int, tiles: int, cut: bool) -> None:
         self.languages[language] += 1
+        self.language_tokens[language] += tokens
         self.sources[source] += 1
         self.tiles += tiles
         self.cut += cut
@@ -84,7 +87,7 @@ class Counters:
             "cut",
             "dropped",
         )
-        groups = ("languages", "sources", "bad")
+        groups = ("languages", "language_tokens", "sources", "bad")
         return dict.fromkeys(numbers, 0) | {name: collections.Counter() for name in groups}
 
     def add(self, batch: Mapping[str, np.ndarray], notes: Notes) -> None:
@@ -99,6 +102,7 @@ class Counters:
         total["cut"] += notes.cut
         total["dropped"] += notes.dropped
         total["languages"].update(notes.languages)
+        total["language_tokens"].update(notes.language_tokens)
         total["sources"].update(notes.sources)
         total["bad"].update(reason for reason, _ in notes.bad)
 
@@ -107,16 +111,17 @@ class Counters:
 
         Returns:
           `padding` and `tile_fill` as shares of the slots; `examples_per_language`,
-          `examples_per_source`, `bad_records` by reason, `cut`, `dropped`; and since the start of
-          training `total_tokens` and `total_examples`.
+          `tokens_per_language`, `examples_per_source`, `bad_records` by reason, `cut`, `dropped`; and since the
+          start of training `total_tokens` and `total_examples`.
         """
         total, shown = self._total, self._shown
         new = {name: total[name] - shown[name] for name in total}
-        self._shown = {name: _copy(value) for name, value in total.items()}
+        self._shown = _copies(total)
         return {
             "padding": 1 - new["tokens"] / max(new["slots"], 1),
             "tile_fill": new["tiles"] / max(new["tile_slots"], 1),
             "examples_per_language": dict(sorted(new["languages"].items())),
+            "tokens_per_language": dict(sorted(new["language_tokens"].items())),
             "examples_per_source": dict(sorted(new["sources"].items())),
             "bad_records": dict(sorted(new["bad"].items())),
             "cut": new["cut"],
@@ -138,13 +143,27 @@ class Counters:
             )
 
     def get_state(self) -> dict[str, Any]:
-        return {name: _copy(value) for name, value in self._total.items()}
+        """The sums, and as `shown` what the last look saw: the next one then tells of as many batches as
+        it would have without a restart."""
+        return _copies(self._total) | {"shown": _copies(self._shown)}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        for name, zero in self._zero().items():
-            value = state[name]
-            self._total[name] = value if isinstance(zero, int) else collections.Counter(value)
-        self._shown = self.get_state()
+        self._total = {name: _copy(state[name]) for name in self._zero()}
+        self._shown = {name: _copy(state["shown"][name]) for name in self._zero()}
+
+    @classmethod
+    def of_all(cls, states: Sequence[Mapping[str, Any]]) -> "Counters":
+        """The sums over the states of several processes."""
+        counters = cls()
+        for state in states:
+            for sums, part in ((counters._total, state), (counters._shown, state["shown"])):
+                for name in sums:
+                    sums[name] = sums[name] + _copy(part[name])
+        return counters
+
+
+def _copies(counts):
+    return {name: _copy(value) for name, value in counts.items()}
 
 
 def _copy(value):
@@ -278,18 +297,23 @@ class FeedIterator(grain.DatasetIterator):
     async def load(self, directory):
         """Orbax's protocol: sets the state that `save` wrote, by however many processes.
 
-        Each process writes its state; with another number of processes than then, the first one's
-        position is taken, and the counters are of that process's rows.
+        Each process writes its state. With another number of processes than then, the first one's
+        position is taken, and the first process goes on with the counts of all.
         """
 
         async def read():
             index, count = _process()
             mine = directory / f"process_{index}-of-{count}.json"
             paths = sorted(directory.glob("process_*-of-*.json"))
-            path = mine if mine in paths else next(iter(paths), None)
-            if path is None:
+            if not paths:
                 raise RestartError(f"{directory} holds no state of the data")
-            self.set_state(json.loads(await asyncio.to_thread(path.read_text)))
+            if mine in paths:
+                paths = [mine]
+            states = [json.loads(await asyncio.to_thread(path.read_text)) for path in paths]
+            self.set_state(states[0])
+            if mine not in paths:
+                counts = [state["counters"] for state in states]
+                self.counters = Counters() if index else Counters.of_all(counts)
 
         return read()
 

@@ -355,8 +355,8 @@ class _Reader:
             if read.example is None:
                 notes.add_missing(read.error, dropped=read.dropped)
             else:
-                tiles = len(read.example[self.views.field])
-                notes.add(read.language, read.source, tiles=tiles, cut=read.cut)
+                tokens, tiles, _ = size(read.example)
+                notes.add(read.language, read.source, tokens=tokens, tiles=tiles, cut=read.cut)
         examples = [[read.example for read in row if read.example is not None] for row in rows]
         batch = fill_rows(
             examples, config.row_tokens, config.row_tiles, self.views.patches, self._empty

@@ -31,8 +31,10 @@ def make_train_step(
     """`step(state, batch) -> (state, metrics)`; the state given is donated.
 
     Metrics are float32 scalars over the global batch: `loss` (mean over trained tokens),
-    `accuracy` (teacher-forced, per trained token), `grad_norm` before clipping, and the counts
-    `target_tokens`, `tokens` (without padding) and `examples`.
+    `accuracy` (teacher-forced, per trained token), `grad_norm` before clipping, of all and of each part
+    (`grad_norm/language`), the counts `target_tokens`, `tokens` (without padding) and `examples`, and
+    `skipped`: 1 if the loss or a gradient was not finite. Such a step counts but changes neither
+    parameters nor optimiser.
 
     Args:
       max_targets: see `cross_entropy`.
@@ -74,11 +76,19 @@ def make_train_step(
             loss, accuracy, grads = gradients(state, batch, total)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
+        norms = _norms(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (trainable, opt_state),
+            (state.trainable, state.opt_state),
+        )
         segments = batch["segment_ids"]
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
-            "grad_norm": optax.tree.norm(grads),
+            **norms,
+            "skipped": ~finite,
             "target_tokens": batch["weights"].sum(),
             "tokens": jnp.sum(segments > 0),
             "examples": jnp.sum(segments.max(axis=1)),
@@ -92,6 +102,17 @@ def make_train_step(
         out_shardings=(shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
     )
+
+
+def _norms(grads):
+    """Of all gradients and of those of each part of the model, the first word of a parameter's name."""
+    parts = {}
+    for name, value in grads.items():
+        part = name.partition(".")[0].removesuffix("_d")
+        parts.setdefault(f"grad_norm/{part}", []).append(value)
+    return {"grad_norm": optax.tree.norm(grads)} | {
+        part: optax.tree.norm(values) for part, values in sorted(parts.items())
+    }
 
 
 def _parts(batch, count, mesh):

@@ -1,4 +1,4 @@
-"""What a training run tells while it runs: metrics.jsonl, TensorBoard scalars, a live console line.
+"""What a training run tells while it runs: metrics.jsonl, TensorBoard scalars, a live console line, W&B.
 
 Only the main process of a multi-host run writes or prints; on the others every call does nothing.
 """
@@ -8,14 +8,19 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
+import numpy as np
 import tensorboardX
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -28,8 +33,20 @@ from rich.progress import (
 )
 
 METRICS_FILE = "metrics.jsonl"
+STARTS_FILE = "starts.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 PLAIN_LINES_PER_RUN = 10
+# What depends on the clock and the machine. All other metrics are the same in every run of a config.
+CLOCKED = (
+    "time",
+    "seconds_per_step",
+    "tokens_per_second",
+    "examples_per_second",
+    "mfu",
+    "data_wait",
+    "goodput",
+    "device_memory_gib",
+)
 
 
 class StepTimer:
@@ -94,6 +111,191 @@ class StepTimer:
         self._mark = now
 
 
+class Window:
+    """Metrics of the steps since the last log line.
+
+    Its state is part of a checkpoint: the first line after a restart tells of as many steps as it would
+    have without.
+    """
+
+    def __init__(self):
+        self._steps: list[dict[str, float]] = []
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        self._steps.append({name: float(value) for name, value in metrics.items()})
+
+    def flush(self) -> dict[str, float]:
+        """What a log line says of the steps since the last call.
+
+        `loss` and `accuracy` per trained token, mean `grad_norm` of all and of each part, of the steps
+        that were not skipped (NaN if all were); the numbers of `skipped_steps` and `loss_spikes`.
+        """
+        steps, self._steps = self._steps, []
+        good = [step for step in steps if not step["skipped"]]
+        tokens = sum(step["target_tokens"] for step in good)
+        values = {
+            name: sum(step[name] * step["target_tokens"] for step in good) / tokens
+            if tokens
+            else math.nan
+            for name in ("loss", "accuracy")
+        }
+        for name in steps[0] if steps else ():
+            if name.startswith("grad_norm"):
+                values[name] = sum(s[name] for s in good) / len(good) if good else math.nan
+        values["skipped_steps"] = sum(step["skipped"] for step in steps)
+        values["loss_spikes"] = sum(step.get("loss_spikes", 0.0) for step in steps)
+        return values
+
+    def get_state(self) -> list[dict[str, float]]:
+        return list(self._steps)
+
+    def set_state(self, state: list[dict[str, float]]) -> None:
+        self._steps = list(state)
+
+
+class Speed:
+    """How fast the steps since the last log line were.
+
+    Args:
+      timer: its phases "train step" and "data" are the time of a step; compiling, saving and evaluating
+        are not.
+      flops_per_step: model FLOPs of `pangea_jax.train.flops`; None: unknown.
+      peak_flops: FLOPs a second of all devices together; None: unknown.
+      started: when the run began, by `time.time()`, before any restart; None: unknown.
+    """
+
+    def __init__(
+        self,
+        timer: StepTimer,
+        *,
+        flops_per_step: float | None = None,
+        peak_flops: float | None = None,
+        started: float | None = None,
+    ):
+        self._timer, self._started = timer, started
+        self._share = flops_per_step / peak_flops if flops_per_step and peak_flops else None
+        self._counts = self._zero()
+        self._before = timer.seconds
+
+    @staticmethod
+    def _zero() -> dict[str, float]:
+        return {"steps": 0.0, "tokens": 0.0, "examples": 0.0}
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Counts a step that has ended. One that waited for the compiler does not belong here."""
+        self._counts["steps"] += 1
+        self._counts["tokens"] += float(metrics["tokens"])
+        self._counts["examples"] += float(metrics["examples"])
+
+    def flush(self) -> dict[str, float]:
+        """What a log line says of the steps since the last call.
+
+        `seconds_per_step`, `tokens_per_second` (no padding), `examples_per_second`, `mfu` (see
+        `pangea_jax.train.flops`; padding is computed on, so it counts), `data_wait`, the share of the time
+        in which the host waited for a batch (an accelerator may still have been busy with the step
+        before), `goodput`, the time of all steps that count over the time since the run began, restarts,
+        pauses and work lost between included, and `device_memory_gib`, the most ever used of a
+        device's memory. What is not known is left out.
+        """
+        now, counts = self._timer.seconds, self._counts
+        spent = {
+            name: now.get(name, 0) - self._before.get(name, 0) for name in ("train step", "data")
+        }
+        seconds = sum(spent.values())
+        self._before, self._counts = now, self._zero()
+        values = _device_memory()
+        if self._started is not None:
+            wall = max(time.time() - self._started, 1e-9)
+            values["goodput"] = now.get("train step", 0.0) / wall
+        if not counts["steps"] or not seconds:
+            return values
+        step = seconds / counts["steps"]
+        values |= {
+            "seconds_per_step": step,
+            "tokens_per_second": counts["tokens"] / seconds,
+            "examples_per_second": counts["examples"] / seconds,
+            "data_wait": spent["data"] / seconds,
+        }
+        return values | ({"mfu": self._share / step} if self._share else {})
+
+
+def _device_memory() -> dict[str, float]:
+    # A CPU has no statistics.
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peak = max((stat.get("peak_bytes_in_use", 0) for stat in stats), default=0)
+    return {"device_memory_gib": peak / 2**30} if peak else {}
+
+
+def gather(metrics: Mapping[str, float], *, mean: Collection[str] = ()) -> dict[str, float]:
+    """Sums over all processes (means of the names in `mean`) of metrics that each has of its own rows.
+
+    All processes have to call it; each may have other names.
+    """
+    if jax.process_count() == 1:
+        return dict(metrics)
+    text = np.frombuffer(json.dumps(metrics).encode(), np.uint8)
+    longest = int(multihost_utils.process_allgather(np.int32(len(text))).max())
+    padded = np.full(longest, ord(" "), np.uint8)
+    padded[: len(text)] = text
+    parts = [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value / (len(parts) if name in mean else 1)
+    return total
+
+
+def record_start(workdir: Path, step: int) -> float:
+    """Notes in starts.jsonl that the run starts, or goes on, at `step`; returns when it first began, by
+    `time.time()`."""
+    path = workdir / STARTS_FILE
+    line = {"time": time.time(), "step": step}
+    line |= {"processes": jax.process_count(), "devices": jax.device_count()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    with path.open(encoding="utf-8") as file:
+        return json.loads(file.readline())["time"]
+
+
+class Profiler:
+    """Traces a window of steps into a folder, for TensorBoard's profiler, XProf or Perfetto.
+
+    Args:
+      window: "START:STOP", the steps from START up to STOP; "" for none.
+
+    Raises:
+      ValueError: it is not of that form.
+    """
+
+    def __init__(self, window: str, folder: Path):
+        self._folder, self._running = folder, False
+        match = re.fullmatch(r"(\d+):(\d+)", window)
+        if window and not (match and int(match[1]) < int(match[2])):
+            raise ValueError(f"a profile of steps {window!r}: expected START:STOP, such as 20:25")
+        self._start, self._stop = map(int, match.groups()) if match else (None, None)
+
+    def at(self, step: int, state: Any) -> None:
+        """Starts or stops before `step`, `state` being that of the steps before."""
+        if step == self._start or (self._running and step == self._stop):
+            jax.block_until_ready(state)
+        if step == self._start:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        elif step == self._stop:
+            self._end()
+
+    def _end(self):
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+
+    def __enter__(self) -> Profiler:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._end()
+
+
 class Telemetry:
     """Writes the metrics of a run and shows its progress; a context manager.
 
@@ -104,10 +306,11 @@ class Telemetry:
         or after it are dropped, so that the records equal those of an uninterrupted run.
       is_main: False on all but one process of a multi-host run.
       console: where the progress goes; standard output by default.
+      wandb: arguments of `wandb.init`, such as project and name, to log to Weights & Biases as well.
 
     Raises:
       OSError: the files cannot be written.
-      ValueError: an existing metrics.jsonl is not what this class writes.
+      ValueError: an existing metrics.jsonl is not what this class writes, or wandb is not installed.
     """
 
     def __init__(
@@ -118,6 +321,7 @@ class Telemetry:
         start_step: int = 0,
         is_main: bool = True,
         console: Console | None = None,
+        wandb: Mapping[str, Any] | None = None,
     ):
         self._is_main = is_main
         if not is_main:
@@ -134,6 +338,7 @@ class Telemetry:
             # Without it a resume within the same second would overwrite the first file.
             filename_suffix=f".from_step_{start_step}",
         )
+        self._wandb = _start_wandb(workdir, wandb) if wandb else None
         self._console = console or Console()
         self._display: _LiveLine | _PlainLines
         if self._console.is_terminal:
@@ -161,11 +366,13 @@ class Telemetry:
         self._display.stop()
         self._lines.close()
         self._events.close()
+        if self._wandb:
+            self._wandb.finish()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records the metrics of one step.
 
-        `loss`, `tokens_per_second` and `examples_per_second` are shown on the console when
+        `loss`, `tokens_per_second`, `examples_per_second` and `mfu` are shown on the console when
         present. JSON has no NaN or infinity: such values are null in metrics.jsonl.
         """
         if not self._is_main:
@@ -176,12 +383,28 @@ class Telemetry:
         self._lines.write(json.dumps(line, allow_nan=False) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, global_step=int(step))
+        if self._wandb:
+            self._wandb.log(values, step=int(step))
         self._display.update(int(step), values)
 
     def print(self, message: str) -> None:
         """Prints one line without disturbing the live one."""
         if self._is_main:
             self._console.print(message, markup=False, highlight=False)
+
+
+def _start_wandb(workdir: Path, options: Mapping[str, Any]):
+    """The run of Weights & Biases that belongs to a work directory, made or gone on with."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            'config.wandb is set, but wandb is not installed: pip install "wandb>=0.19,<1", or set it to ""'
+        ) from None
+    path = workdir / "wandb_id.txt"
+    if not path.exists():
+        path.write_text(secrets.token_hex(8))
+    return wandb.init(id=path.read_text().strip(), resume="allow", dir=str(workdir), **options)
 
 
 def trim_metrics(path: Path, start_step: int) -> None:
@@ -286,6 +509,7 @@ def _numbers(metrics: Mapping[str, float]) -> str:
         ("loss", "loss {:.3f}"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
         ("examples_per_second", "{:,.0f} examples/s"),
+        ("mfu", "MFU {:.1%}"),
     )
     return "  ".join(form.format(metrics[name]) for name, form in shown if name in metrics)
 

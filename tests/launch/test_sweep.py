@@ -195,8 +195,13 @@ def test_submit_prints_every_command(kind, tmp_path):
     for command in commands:
         assert command[0] == {"tpu": "xpk", "slurm": "sbatch"}[kind]
         assert set(extra.split()) <= set(command)
-    inner = shlex.split(commands[-1][-1].partition("=")[2])
-    assert inner[-4:-2] == ["python", "launch/train.py"]
+    if kind == "tpu":
+        assert "--max-restarts=50" in commands[-1]
+        inner = shlex.split(commands[-1][-1].partition("=")[2])
+        assert inner[:-2] == ["python", "launch/train.py"]
+    else:
+        inner = commands[-1]
+        assert inner[-3] == "launch/gpu/train.sbatch"
     assert inner[-2] == f"{EN_RATIO}:scale=pangea_7b,point=en_100,seed=1"
     assert inner[-1] == f"--workdir={tmp_path / 'en' / 'en_100_seed1'}"
     name = next(word for word in commands[0] if word.startswith(("--workload", "--job-name")))

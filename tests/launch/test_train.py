@@ -145,6 +145,7 @@ def test_eight_devices_equal_one(finished, tmp_path):
         (["--config=configs/no_such.py"], "no_such.py"),
         (["--config.mesh.data=3"], "does not fill the 1 devices"),
         (["--workdir=README.md/run"], "cannot write to README.md/run"),
+        (["--profile=9:3"], "expected START:STOP, such as 20:25"),
     ],
 )
 def test_bad_input_is_one_sentence(flags, says, tmp_path):
@@ -177,3 +178,18 @@ def test_refuses_the_work_directory_of_another_config(finished):
     code, _, err = run(f"--workdir={finished[0]}", *SHORT, "--config.seed=7")
     assert code == 1
     assert "another config (seed is 0 there and 7 here" in err
+
+
+def test_a_key_that_nothing_reads_is_an_error(tmp_path):
+    """A command line cannot set what a config does not have; a config file can hold anything."""
+    for line, says in (
+        ("config.log_evry = 3", "config.log_evry is read by nothing; did you mean 'log_every'?"),
+        ("config.pipeline.row = 3", "config.pipeline.row is read by nothing; did you mean 'rows'?"),
+        ("config.eval.limt = 3", "config.eval.limt is read by nothing; did you mean 'limit'?"),
+    ):
+        text = f"from configs import sample\ndef get_config():\n  config = sample.get_config()\n  {line}\n"
+        (tmp_path / "mine.py").write_text(text + "  return config\n")
+        code, _, err = run(f"--workdir={tmp_path / 'run'}", f"--config={tmp_path / 'mine.py'}")
+        assert code == 1
+        assert says in err
+        assert "Traceback" not in err

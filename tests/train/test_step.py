@@ -124,6 +124,39 @@ def test_metrics_by_hand(tiny_config, batches, one_device):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_gradient_norms_of_parts_make_up_that_of_all(one_device):
+    parts = ("language", "newline", "projector", "vision")
+    for step in one_device[2]:
+        assert {name for name in step if "/" in name} == {f"grad_norm/{part}" for part in parts}
+        total = sum(step[f"grad_norm/{part}"] ** 2 for part in parts) ** 0.5
+        assert step["grad_norm"] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(
+    tiny_config, batches, one_device, value, accumulation
+):
+    """One bad row of one batch; the steps around it are those of a run without it."""
+    mesh = sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])
+    bad = batches[1] | {"weights": batches[1]["weights"].copy()}
+    row, place = np.argwhere(bad["weights"])[-1]
+    bad["weights"][row, place] = value
+    options = dict(accumulation=accumulation)
+    _, without, expected = run(tiny_config, [batches[0], batches[2]], mesh, **options)
+    _, state, metrics = run(tiny_config, [batches[0], bad, batches[2]], mesh, **options)
+    assert [step["skipped"] for step in metrics] == [0, 1, 0]
+    assert not np.isfinite(metrics[1]["loss"])
+    assert [metrics[0], metrics[2]] == expected
+    assert int(state.step) == int(without.step) + 1
+    for ours, theirs in zip(
+        jax.tree.leaves((state.params, state.opt_state)),
+        jax.tree.leaves((without.params, without.opt_state)),
+        strict=True,
+    ):
+        assert np.array_equal(ours, theirs)
+
+
 def _model(config):
     from flax import nnx
 

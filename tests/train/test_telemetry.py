@@ -3,13 +3,17 @@
 import io
 import json
 import struct
+import sys
+import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from pangea_jax.train import telemetry
-from pangea_jax.train.telemetry import StepTimer, Telemetry
+from pangea_jax.train.telemetry import Profiler, Speed, StepTimer, Telemetry, Window
 
 
 def _run(workdir, steps, total=20, **kwargs):
@@ -159,3 +163,127 @@ def test_the_clock_goes_on_after_a_resume_and_counts_a_failed_phase(clock):
         clock.run(3)
         raise RuntimeError
     assert timer.seconds == {"train step": 13, "other": 1}
+
+
+STEP = {"loss": 1.0, "accuracy": 0.5, "grad_norm": 3.0, "grad_norm/vision": 1.0, "skipped": 0.0}
+STEP |= {"target_tokens": 10.0, "tokens": 600.0, "examples": 8.0}
+
+
+def test_a_window_weighs_by_trained_tokens_and_leaves_out_skipped_steps():
+    window = Window()
+    window.add(STEP)
+    window.add(STEP | {"loss": 4.0, "target_tokens": 30.0, "grad_norm": 5.0, "loss_spikes": 1.0})
+    window.add(STEP | {"loss": float("nan"), "grad_norm": float("inf"), "skipped": 1.0})
+    again = Window()
+    again.set_state(json.loads(json.dumps(window.get_state())))
+    for one in (window, again):
+        assert one.flush() == {
+            "loss": (1 * 10 + 4 * 30) / 40,
+            "accuracy": 0.5,
+            "grad_norm": 4.0,
+            "grad_norm/vision": 1.0,
+            "skipped_steps": 1.0,
+            "loss_spikes": 1.0,
+        }
+    window.add(STEP | {"skipped": 1.0})
+    values = window.flush()
+    assert values["loss"] != values["loss"] and values["grad_norm"] != values["grad_norm"]
+    assert values["skipped_steps"] == 1
+
+
+def test_speed_is_of_steps_and_waiting_for_data_alone(clock):
+    timer = StepTimer({"train step": 100.0})
+    speed = Speed(timer, flops_per_step=6e12, peak_flops=4e12)
+    with timer.phase("compile"):
+        clock.run(50)
+    assert speed.flush().keys() <= {"device_memory_gib"}  # no step has been timed
+    for _ in range(4):
+        with timer.data():
+            clock.run(0.5)
+        with timer.step():
+            clock.run(1.5)
+        speed.add(STEP)
+        with timer.phase("checkpoint"):
+            clock.run(7)
+    values = speed.flush()
+    assert values["seconds_per_step"] == 2
+    assert values["tokens_per_second"] == 300
+    assert values["examples_per_second"] == 4
+    assert values["data_wait"] == 0.25
+    assert values["mfu"] == 6 / (2 * 4)
+    assert "goodput" not in values
+    with timer.step():
+        clock.run(3)
+    speed.add(STEP)
+    assert speed.flush()["tokens_per_second"] == 200
+    assert "mfu" not in Speed(timer, flops_per_step=6e12).flush()
+
+
+def test_goodput_counts_what_was_lost_between_starts(clock, monkeypatch, tmp_path):
+    monkeypatch.setattr(telemetry.time, "time", clock)
+    assert telemetry.record_start(tmp_path, 0) == 100
+    clock.run(1000)  # of them 600 in steps that a checkpoint holds, the others lost
+    started = telemetry.record_start(tmp_path, 60)
+    timer = StepTimer({"train step": 600.0, "data": 10.0})
+    speed = Speed(timer, started=started)
+    clock.run(100)
+    with timer.step():
+        clock.run(150)
+    assert started == 100
+    assert speed.flush()["goodput"] == 750 / 1250
+    lines = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["processes"]) for line in lines] == [(0, 1), (60, 1)]
+
+
+def test_memory_is_the_fullest_device(monkeypatch):
+    full = types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3 * 2**30})
+    less = types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 2**30})
+    none = types.SimpleNamespace(memory_stats=lambda: None)
+    monkeypatch.setattr(telemetry.jax, "local_devices", lambda: [less, full, none])
+    assert Speed(StepTimer()).flush() == {"device_memory_gib": 3.0}
+    monkeypatch.setattr(telemetry.jax, "local_devices", lambda: [none])
+    assert Speed(StepTimer()).flush() == {}
+
+
+def test_a_window_of_steps_is_traced(tmp_path):
+    with Profiler("2:4", tmp_path) as profiler:
+        for step in range(3):
+            profiler.at(step, jnp.ones(()))
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                jax.block_until_ready(jnp.arange(10) * step)
+        assert not list(tmp_path.rglob("*.xplane.pb"))
+    # The run ended before step 4: what there is, is written.
+    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
+    with Profiler("", tmp_path / "none") as profiler:
+        profiler.at(0, None)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="'5:5': expected START:STOP, such as 20:25"):
+        Profiler("5:5", tmp_path)
+
+
+def test_mfu_is_on_the_console(tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    with Telemetry(tmp_path, 1, console=console) as records:
+        records.log(0, {"loss": 2.0, "mfu": 0.5432})
+    assert "MFU 54.3%" in console.file.getvalue()
+
+
+def test_weights_and_biases_goes_on_with_its_run(tmp_path, monkeypatch):
+    """A stand-in for the package, of which three calls are used."""
+    started, logged = [], []
+    run = types.SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end")
+    )
+    stand_in = types.SimpleNamespace(init=lambda **options: started.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    for step in range(2):
+        options = dict(console=Console(file=io.StringIO()), wandb={"project": "pangea"})
+        with Telemetry(tmp_path, 2, start_step=step, **options) as records:
+            records.log(step, {"loss": 1.0})
+    assert logged == [(0, {"loss": 1.0}), "end", (1, {"loss": 1.0}), "end"]
+    first, second = started
+    assert first == second
+    assert first["project"] == "pangea" and first["resume"] == "allow" and len(first["id"]) == 16
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="wandb is not installed: pip install"):
+        Telemetry(tmp_path, 2, wandb={"project": "pangea"})

@@ -1,0 +1,156 @@
+"""Makes instruction data, as the paper made PangeaIns; counts and checks what there is.
+
+python launch/curate.py translate --config=configs/curation/translate.py --out=data/translated
+python launch/curate.py cultural --config=configs/curation/cultural.py --out=data/cultural
+python launch/curate.py ocr --config=configs/curation/ocr.py --out=data/ocr
+python launch/curate.py stats data/translated --bench=data/pangeabench
+
+--config.key=value overrides one leaf of a config. --runner names an Apache Beam runner (DirectRunner, this machine, is
+the default; DataflowRunner, FlinkRunner, ...); further flags are its pipeline options. Killed or stopped, the same
+command goes on, and no answer is paid for twice.
+"""
+
+import argparse
+import importlib
+import logging as python_logging
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+
+from pangea_jax.curation import llm, pipeline
+from pangea_jax.data.release import ReleaseError
+from pangea_jax.data.runners import RunnerError
+from pangea_jax.data.store import StoreError
+
+console = Console(soft_wrap=True)
+
+# Each module is imported by its own command only: none needs the packages of the others.
+PIPELINES = {name: f"pangea_jax.curation.{name}" for name in ("translate", "cultural", "ocr")}
+EXIT_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 1, os.EX_TEMPFAIL, 130
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The pipeline's config.")
+_OUT = flags.DEFINE_string("out", None, "Folder of the results.")
+_RUNNER = flags.DEFINE_string("runner", None, "Apache Beam runner (default: DirectRunner).")
+
+
+class UsageError(Exception):
+    """The command line is wrong; says how."""
+
+
+def run_pipeline(command: str, arguments: list[str]) -> None:
+    if arguments and _RUNNER.value is None:
+        raise UsageError(f"unknown {' '.join(arguments)}; Beam's options need --runner")
+    if _CONFIG.value is None or _OUT.value is None:
+        raise UsageError(
+            f"{command} needs --config and --out: python launch/curate.py {command} "
+            f"--config=configs/curation/{command}.py --out=FOLDER"
+        )
+    options = [f"--runner={_RUNNER.value or 'DirectRunner'}", *arguments]
+    out = Path(_OUT.value)
+    module = importlib.import_module(PIPELINES[command])
+    report = module.run(_CONFIG.value, out, options)
+    print((out / "report.md").read_text(encoding="utf-8"))
+    print(f"{report['kept']:,} records in {out / pipeline.RECORDS}")
+
+
+def run_statistics(arguments: list[str]) -> None:
+    from eval import composition
+    from pangea_jax.curation import statistics
+    from pangea_jax.curation.contamination import Benchmarks
+
+    arguments = parse_statistics(arguments)
+    out = Path(_OUT.value or arguments.folder / "statistics")
+    benchmarks = None
+    if arguments.bench:
+        with console.status("reading benchmarks"):
+            benchmarks = Benchmarks.read(arguments.bench, pictures=arguments.pictures)
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as bar:
+        task = bar.add_task("records", total=None)
+        try:
+            found = statistics.measure(
+                arguments.folder,
+                benchmarks=benchmarks,
+                pictures=arguments.pictures,
+                images=arguments.images,
+                work=out,
+                workers=arguments.workers,
+                progress=lambda count: bar.advance(task, count),
+            )
+        except (ReleaseError, StoreError) as error:
+            raise UsageError(str(error)) from None
+    held = composition.Composition(found.index())
+    composition.write_figure(held, out)
+    path = statistics.write(found, composition.tables(held), out)
+    console.print(f"{found.kept:,} of {found.total:,} records can be used; report: {path}")
+
+
+def parse_statistics(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch/curate.py stats",
+        description="Counts records by language, source and kind, draws them as the paper's Figure 2, and finds "
+        "those that overlap with benchmarks. Writes into FOLDER/statistics, or --out.",
+    )
+    add = parser.add_argument
+    add("folder", type=Path, help="results of a pipeline, a release, a file of records, or a store")
+    add(
+        "--bench",
+        type=Path,
+        action="append",
+        help="folder of a benchmark to compare with, e.g. eval/run.py's --data_dir; may be repeated",
+    )
+    add("--images", type=Path, help="folder of the pictures (default: that of the records)")
+    add("--pictures", action=argparse.BooleanOptionalAction, default=True, help="compare pictures")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    return parser.parse_args(arguments)
+
+
+def main(argv: list[str]) -> None:
+    command, *arguments = argv[1:] or [""]
+    if command == "stats":
+        run_statistics(arguments)
+    elif command in PIPELINES:
+        run_pipeline(command, arguments)
+    else:
+        raise UsageError(f"expected one of {', '.join((*PIPELINES, 'stats'))}, got {command!r}")
+
+
+def _guarded(argv: list[str]) -> None:
+    # Of the libraries only what is wrong: Beam and the HTTP client report every step and request.
+    logging.set_verbosity(logging.WARNING)
+    python_logging.getLogger("pangea_jax").setLevel(python_logging.INFO)
+    logging.get_absl_handler().addFilter(
+        lambda r: not r.getMessage().startswith("apitools not found")
+    )
+    try:
+        main(argv)
+    except llm.Stop as stop:
+        print(f"{stop}", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except (UsageError, pipeline.JobError, RunnerError, ImportError, OSError, ValueError) as error:
+        if "PANGEA_DEBUG" in os.environ:
+            raise
+        print(f"error: {error}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Our flags; the rest stays in place: Beam's options, and what `stats` takes."""
+    try:
+        return flags.FLAGS(argv, known_only=True)
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+
+
+if __name__ == "__main__":
+    app.run(_guarded, flags_parser=_parse_flags)

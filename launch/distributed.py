@@ -1,0 +1,173 @@
+"""Processes of one job: how they find one another, stop together, and end together.
+
+A job of several processes is one of these, looked for in this order:
+  COORDINATOR_ADDRESS=HOST:PORT, NUM_PROCESSES and PROCESS_ID in the environment, of a process that any tool started;
+  a Slurm step of several tasks (`srun`);
+  the hosts of a TPU pod.
+Otherwise the process is alone.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+
+import jax
+from jax.experimental import multihost_utils
+
+VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+_FAILED = "pangea_jax/failed"
+_POLL_SECONDS = 0.5
+
+
+class SetupError(ValueError):
+    """The environment describes no job."""
+
+
+def initialize() -> None:
+    """Joins the job that the environment describes, if it does. Before any device is used.
+
+    Raises:
+      SetupError: of VARIABLES some are missing or not what they should be.
+    """
+    given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    if given:
+        jax.distributed.initialize(*_explicit(given))
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or _on_tpu_pod():
+        jax.distributed.initialize()
+    else:
+        return
+    threading.Thread(target=_watch, daemon=True, name="watch for failures").start()
+
+
+def _explicit(given: dict[str, str]) -> tuple[str, int, int]:
+    missing = [name for name in VARIABLES if name not in given]
+    if missing:
+        raise SetupError(
+            f"{', '.join(given)} is set, but not {', '.join(missing)}; set all or none"
+        )
+    address, *numbers = given.values()
+    _, _, port = address.rpartition(":")
+    if not all(text.isdecimal() for text in (port, *numbers)):
+        raise SetupError(f"expected HOST:PORT and two numbers, got {given}")
+    count, index = map(int, numbers)
+    if index >= count:
+        raise SetupError(f"PROCESS_ID={index} is not one of {count} processes, counted from 0")
+    return address, count, index
+
+
+def _on_tpu_pod() -> bool:
+    # JAX sets the first where it finds TPU chips, Kubernetes and Cloud TPU the others.
+    if os.environ.get("TPU_ML_PLATFORM") != "JAX" or _platforms() == "cpu":
+        return False
+    if os.environ.get("MEGASCALE_COORDINATOR_ADDRESS"):
+        return True
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
+    # Without names of hosts it is a TPU VM, which asks its metadata server how many there are.
+    return "," in hosts if hosts else "TPU_SKIP_MDS_QUERY" not in os.environ
+
+
+def _platforms() -> str | None:
+    return jax.config.jax_platforms
+
+
+def is_initialized() -> bool:
+    return jax.distributed.is_initialized()
+
+
+def fail(error: BaseException, code: int) -> None:
+    """Ends this process of a job, and with it the others, which would wait for it for ever.
+
+    Nothing is tidied up: every tidy end waits for the other processes.
+    """
+    job = _job()
+    name = f"process {job.process_id} of {job.num_processes}"
+    last = "".join(traceback.format_exception_only(error)).strip()
+    print(f"{name} failed: {last}", file=sys.stderr, flush=True)
+    # Somebody else may have said so first.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        job.client.key_value_set(_FAILED, f"{code} {name}: {last}")
+    _end(code)
+
+
+def _watch() -> None:
+    """Ends this process once another one has failed, with its exit code."""
+    while (job := _job()).client is not None:
+        try:
+            said = job.client.key_value_try_get(_FAILED)
+        except jax.errors.JaxRuntimeError:  # as long as nobody has written it, it is not found
+            time.sleep(_POLL_SECONDS)
+            continue
+        code, _, said = said.partition(" ")
+        if not said.startswith(f"process {job.process_id} of"):
+            print(f"ended because another process failed: {said}", file=sys.stderr, flush=True)
+            _end(int(code))
+        return
+
+
+def _end(code):
+    if _job().process_id == 0:
+        time.sleep(4 * _POLL_SECONDS)  # it holds the service through which the others hear of it
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _job():
+    # JAX has no public name for its key-value store, and `jax.process_index()` would start the devices.
+    from jax._src import distributed
+
+    return distributed.global_state
+
+
+class StopSignal:
+    """While in its `with`, SIGINT and SIGTERM ask for a stop at the end of a step; a second one of the
+    same kind stops at once.
+
+    Processes of a job agree on the step by JAX's preemption service, which hears SIGTERM in any one of
+    them. SIGINT is handed on to it.
+
+    Attributes:
+      number: the signal that came first, if one did.
+    """
+
+    def __init__(self):
+        self.number: int | None = None
+        self._signals = [signal.SIGINT] if is_initialized() else [signal.SIGINT, signal.SIGTERM]
+        self._before = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in self._signals:
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process has been asked to stop."""
+        return self.number is not None
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after `step`; every process has to ask, after every step."""
+        if not is_initialized():
+            return self.requested
+        reached = multihost_utils.reached_preemption_sync_point(step)
+        if reached:
+            self.number = self.number or signal.SIGTERM
+        return reached
+
+    def _handle(self, number, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.number = number
+        print(
+            "\nstopping: finishing this step and saving (once more to stop at once)",
+            file=sys.stderr,
+        )
+        if is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)

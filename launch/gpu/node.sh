@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Training on one machine with GPUs: a single process for all of them, started again if it dies of a fault that is
+# not its own (a GPU that fell off the bus, a lost file system).
+#
+#   launch/gpu/node.sh [--restarts=5] [--dry_run] FLAGS OF launch/train.py
+#
+# CUDA_VISIBLE_DEVICES takes some of the GPUs, VENV another environment than .venv. Exit code: that of launch/train.py.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+restarts=5 dry_run=false
+while (($#)); do
+  case $1 in
+    --restarts=*) restarts=${1#*=} ;;
+    --dry_run) dry_run=true ;;
+    -h | --help) sed -n '2,/^set -/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
+    *) break ;;
+  esac
+  shift
+done
+(($#)) || { echo "node.sh: give the flags of launch/train.py, such as --config=configs/sample.py" >&2 && exit 2; }
+python=${VENV:-.venv}/bin/python
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
+
+printf '%q ' "$python" launch/train.py "$@"
+echo
+! $dry_run || exit 0
+[[ -x $python ]] || { echo "node.sh: no Python in ${VENV:-.venv}; see docs/training.md" >&2 && exit 2; }
+
+for ((attempt = 0; ; attempt++)); do
+  code=0
+  "$python" launch/train.py "$@" || code=$?
+  case $code in
+    # Done; an error that would come again; stopped by Ctrl-C, by SIGTERM.
+    0 | 1 | 2 | 130 | 143) exit "$code" ;;
+  esac
+  ((attempt < restarts)) || exit "$code"
+  echo "node.sh: ended with $code; start $((attempt + 1)) of $restarts goes on from the last checkpoint" >&2
+done

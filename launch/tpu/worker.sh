@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# What launch/tpu/pod.sh does on each worker of a pod.
+#
+#   worker.sh install [HOST:/EXPORT]    environment, and the share of all workers
+#   worker.sh start FLAGS               training in the background, flags of launch/train.py
+#   worker.sh status [FLAGS]            not installed, not started, running, exited CODE, stopped (by `stop`), lost (the
+#                                       machine was started anew), or busy (with other flags)
+#   worker.sh stop                      save and stop
+#   worker.sh end                       wait for a job of which another worker's process has ended, then kill it
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+readonly STATE=$HOME/pangea_state ENVIRONMENT=$HOME/pangea_env SHARE=$HOME/pangea_share
+
+install() {
+  if is_running; then
+    echo "worker.sh: training runs; stop it first" >&2
+    exit 1
+  fi
+  mkdir -p "$STATE"
+  # TPU VMs come with a Python that is too old.
+  python3 -m pip install --quiet --user uv
+  "$HOME/.local/bin/uv" venv --quiet --allow-existing --python 3.12 "$ENVIRONMENT"
+  "$HOME/.local/bin/uv" pip install --quiet --python "$ENVIRONMENT" -r requirements.txt 'jax[tpu]'
+  echo "${1:-}" >"$STATE/share"
+  mount_share
+  rm -f "$STATE/exit_code" "$STATE/pid" # of what was there before
+  touch "$STATE/installed"
+}
+
+# What the processes of a job have in common: configs name these folders relative to the clone.
+mount_share() {
+  local source folder
+  source=$(<"$STATE/share")
+  [[ -n $source ]] || return 0
+  command -v mount.nfs >/dev/null || sudo apt-get install -y -q nfs-common
+  mkdir -p "$SHARE"
+  mountpoint -q "$SHARE" || sudo mount -t nfs -o rw,hard "$source" "$SHARE"
+  for folder in data checkpoints runs; do
+    mkdir -p "$SHARE/$folder"
+    ln -sfn "$SHARE/$folder" "$folder"
+  done
+}
+
+# By its command line too: after a restart of the machine its number may be another process's.
+is_running() { [[ -f $STATE/pid ]] && grep -qs launch/ "/proc/$(<"$STATE/pid")/cmdline"; }
+
+start() {
+  if is_running; then
+    echo "worker.sh: training runs already; stop it first" >&2
+    exit 1
+  fi
+  mount_share
+  rm -f "$STATE/exit_code" "$STATE/stopped" "$STATE/pid"
+  printf '%q ' "$@" >"$STATE/flags"
+  # In a session of its own, which outlives the connection that starts it.
+  setsid nohup bash launch/tpu/worker.sh train "$@" </dev/null >>"$STATE/log.txt" 2>&1 &
+  until [[ -f $STATE/pid ]]; do sleep 0.1; done
+}
+
+train() {
+  local code=0 python
+  "$ENVIRONMENT/bin/python" launch/train.py "$@" &
+  python=$!
+  echo "$python" >"$STATE/python_pid"
+  echo $$ >"$STATE/pid" # this shell's: there until the exit code is
+  wait "$python" || code=$?
+  echo "$code" >"$STATE/exit_code.partial"
+  mv "$STATE/exit_code.partial" "$STATE/exit_code"
+}
+
+status() {
+  local known=true
+  (($# == 0)) || [[ $(printf '%q ' "$@") == "$(cat "$STATE/flags" 2>/dev/null)" ]] || known=false
+  if is_running; then
+    if $known; then echo running; else echo busy; fi
+  elif [[ -f $STATE/installed ]] && ! $known; then
+    echo not started
+  elif [[ -f $STATE/stopped ]]; then
+    echo stopped
+  elif [[ -f $STATE/exit_code ]]; then
+    echo "exited $(<"$STATE/exit_code")"
+  elif [[ -f $STATE/pid ]]; then
+    echo lost
+  elif [[ -f $STATE/installed ]]; then
+    echo not started
+  else
+    echo not installed
+  fi
+}
+
+stop() {
+  is_running || return 0
+  touch "$STATE/stopped"
+  kill -TERM "$(<"$STATE/python_pid")"
+}
+
+end() {
+  local second
+  for ((second = 0; second < 120; second++)); do
+    is_running || return 0
+    sleep 1
+  done
+  kill -KILL "$(<"$STATE/python_pid")"
+  while is_running; do sleep 1; done
+}
+
+case ${1:-} in
+  install | start | status | stop | end | train) "$@" ;;
+  *) echo "worker.sh: expected install, start, status or stop, got '${1:-}'" >&2 && exit 2 ;;
+esac

@@ -1,0 +1,120 @@
+"""What watches a run: steps that are not finite, and losses far above the others."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from pangea_jax.data import batch_view
+from pangea_jax.data.tokenizer import Tokenizer
+
+# The median of fewer losses says little.
+_FEWEST = 16
+# Of a normal distribution the median absolute deviation is this part of the standard deviation.
+_MAD = 0.6745
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """When a run is warned of, and when it ends.
+
+    Attributes:
+      max_bad_steps: so many steps in a row whose loss or gradients are not finite end the run.
+      spike: a loss so many robust standard deviations above the median is noted in the log.
+      window: losses that the median is taken of.
+    """
+
+    max_bad_steps: int = 5
+    spike: float = 8.0
+    window: int = 128
+
+
+class BadStepsError(RuntimeError):
+    """Too many steps in a row were not finite; says where the last one's batch lies."""
+
+
+class Guard:
+    """Looks at the metrics of every step, in order.
+
+    Args:
+      dump: writes this process's rows of a step's batch and says where.
+    """
+
+    def __init__(self, config: GuardConfig, dump: Callable[[int, Mapping[str, Any]], Path]):
+        self._config, self._dump = config, dump
+        self._bad = 0
+        self._losses = collections.deque(maxlen=config.window)
+
+    def check(self, step: int, metrics: Mapping[str, float], rows: Mapping[str, Any]) -> bool:
+        """Whether the loss of this step is a spike.
+
+        Args:
+          metrics: of `pangea_jax.train.step`, on the host.
+          rows: of the step's batch.
+
+        Raises:
+          BadStepsError: this is the last of `max_bad_steps` steps in a row that were skipped.
+        """
+        loss = float(metrics["loss"])
+        if not metrics["skipped"]:
+            self._bad = 0
+            return self._is_spike(step, loss)
+        self._bad += 1
+        norm = float(metrics["grad_norm"])
+        logging.warning("step %d: loss %g, gradient norm %g: no update", step, loss, norm)
+        if self._bad >= self._config.max_bad_steps:
+            place = self._dump(step, rows)
+            raise BadStepsError(
+                f"the loss or the gradients were not finite in {self._bad} steps in a row, the last of "
+                f"them step {step} (loss {loss:g}, gradient norm {norm:g}); its batch is in {place}. "
+                "Look at it, lower optimizer.learning_rate or optimizer.clip_norm, and start again: the "
+                "run goes on from its last checkpoint"
+            )
+        return False
+
+    def _is_spike(self, step, loss):
+        before = np.array(self._losses)
+        self._losses.append(loss)
+        if len(before) < _FEWEST:
+            return False
+        median = np.median(before)
+        # Losses that hardly differ are no reason to call the next one a spike.
+        spread = max(np.median(np.abs(before - median)) / _MAD, 1e-3 * abs(median))
+        above = (loss - median) / spread if spread else 0.0
+        if above > self._config.spike:
+            logging.warning(
+                "step %d: the loss is %.3f, %.0f robust standard deviations above the median %.3f of the "
+                "last %d steps",
+                step,
+                loss,
+                above,
+                median,
+                len(before),
+            )
+        return bool(above > self._config.spike)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"bad": self._bad, "losses": list(self._losses)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self._bad = state["bad"]
+        self._losses.extend(state["losses"])
+
+
+def dump_batch(
+    rows: Mapping[str, np.ndarray], step: int, tokenizer: Tokenizer, patches: int, workdir: Path
+) -> Path:
+    """Writes bad_batch_<step>.npz with the arrays of this process's rows, .html with their words, and .png
+    with their tiles if there are any; returns the first."""
+    name = f"bad_batch_{step}"
+    if jax.process_count() > 1:
+        name += f"_process_{jax.process_index()}"
+    path = workdir / f"{name}.npz"
+    np.savez(path, **rows)
+    batch_view.save_batch(rows, tokenizer, patches, workdir, rows=len(rows["tokens"]), name=name)
+    return path

@@ -1,0 +1,90 @@
+"""Runs of launch/train.py on tests/launch/tiny.py, as processes of their own; and what they left."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+from pangea_jax.train.telemetry import CLOCKED
+
+ROOT = Path(__file__).parents[2]
+TRAIN = (sys.executable, "launch/train.py")
+
+
+def start(workdir, *flags, steps=12, devices=1, command=TRAIN, log=None, **environment):
+    """The process; with `log` it writes into that file."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        **environment,
+    }
+    config = f"--config=tests/launch/tiny.py:steps={steps}"
+    return subprocess.Popen(
+        [*command, config, f"--workdir={workdir}", *flags],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=(log or Path(f"{workdir}.log")).open("a"),
+    )
+
+
+def finish(workdir, *flags, code=0, **kwargs):
+    """Runs to the end; returns what it said."""
+    process = start(workdir, *flags, **kwargs)
+    assert process.wait(timeout=300) == code, Path(f"{workdir}.log").read_text()[-3000:]
+    return Path(f"{workdir}.log").read_text()
+
+
+def wait_for_line(file, process, count=1):
+    """Until a file that `process` writes has so many lines."""
+    deadline = time.monotonic() + 300
+    while not (file.exists() and len(file.read_text().splitlines()) >= count):
+        assert process.poll() is None, "it ended before"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def metrics(workdir):
+    """Lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in line if name not in CLOCKED} for line in lines]
+
+
+def state(workdir, step):
+    """The train state of a checkpoint, by path, on the host."""
+    folder = workdir / "checkpoints" / str(step)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        ocp.checkpointables_metadata(folder).metadata["state"],
+    )
+    found = ocp.load_checkpointables(folder, {"state": shapes})["state"]
+    leaves = jax.tree_util.tree_flatten_with_path(found)[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def data_state(workdir, step, process="0-of-1"):
+    folder = workdir / "checkpoints" / str(step) / "data"
+    return json.loads((folder / f"process_{process}.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def runs():
+    """The functions of this file."""
+    return types.SimpleNamespace(
+        start=start,
+        finish=finish,
+        wait_for_line=wait_for_line,
+        metrics=metrics,
+        state=state,
+        data_state=data_state,
+    )

@@ -1,0 +1,168 @@
+"""The loop by itself, around a step that only adds."""
+
+import io
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+from rich.console import Console
+
+from pangea_jax import sharding
+from pangea_jax.train.guards import Guard, GuardConfig
+from pangea_jax.train.loop import Loop
+from pangea_jax.train.telemetry import Profiler, Speed, StepTimer, Telemetry
+
+
+@struct.dataclass
+class State:
+    step: jax.Array
+    total: jax.Array
+
+
+@jax.jit
+def add(state, batch):
+    tokens = batch["tokens"].sum().astype(jnp.float32)
+    ones = dict.fromkeys(("target_tokens", "tokens", "examples", "accuracy", "grad_norm"), 1.0)
+    metrics = {"loss": tokens, "skipped": jnp.isinf(tokens), **ones}
+    return State(state.step + 1, state.total + tokens), metrics
+
+
+class Saves:
+    """Stands in for `Checkpoints`: remembers what it was given."""
+
+    def __init__(self):
+        self.saved, self.closed = [], 0
+
+    def save(self, state, data, progress):
+        self.saved.append((int(state.step), float(state.total), next(iter(data.left)), progress))
+
+    def close(self):
+        self.closed += 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class Data:
+    """Rows of ones, twos, threes, ..."""
+
+    def __init__(self, left=range(1, 100)):
+        self.left = list(left)
+
+    def __next__(self):
+        return {"tokens": np.full((2, 3), self.left.pop(0))}
+
+
+@pytest.fixture
+def make(tmp_path):
+    def loop(**changes):
+        timer = StepTimer()
+        console = Console(file=io.StringIO())
+        telemetry = Telemetry(tmp_path, 7, start_step=changes.pop("first", 0), console=console)
+        parts = dict(
+            step_fn=add,
+            mesh=sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]),
+            total_steps=7,
+            log_every=2,
+            save_every=3,
+            checkpoints=Saves(),
+            telemetry=telemetry,
+            timer=timer,
+            speed=Speed(timer),
+            guard=Guard(GuardConfig(), lambda step, rows: None),
+            extra=lambda step, digest: {"data/digest": digest},
+            on_first_batch=lambda rows: None,
+            stop=lambda step: False,
+            profiler=Profiler("", tmp_path),
+        )
+        return Loop(**parts | changes)
+
+    return loop
+
+
+def start(step=0, total=0.0):
+    return jax.device_put(State(jnp.int32(step), jnp.float32(total)))
+
+
+def logged(tmp_path):
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["data/digest"]) for line in lines]
+
+
+def test_what_is_logged_and_saved_when(make, tmp_path):
+    seen = []
+    loop = make(on_first_batch=seen.append)
+    state = loop.run(start(), Data())
+    assert float(state.total) == 6 * sum(range(1, 8))
+    assert len(seen) == 1 and seen[0]["tokens"][0, 0] == 1
+    # A line tells of the steps since the one before; a step's loss is six times its number here.
+    assert [(step, loss) for step, loss, _ in logged(tmp_path)] == [
+        (1, 9),
+        (3, 21),
+        (5, 33),
+        (6, 42),
+    ]
+    # The data are never drawn past what a checkpoint has seen.
+    saved = [(step, total, following) for step, total, following, _ in loop.checkpoints.saved]
+    assert saved == [(3, 36, 4), (6, 126, 7), (7, 168, 8)]
+    assert loop.checkpoints.closed
+
+
+def test_it_goes_on_from_a_save_between_two_lines(make, tmp_path):
+    whole = make()
+    whole.run(start(), Data())
+    expected = logged(tmp_path)
+    progress = whole.checkpoints.saved[0][3]
+    again = make(first=3)
+    again.set_progress(progress)
+    again.run(start(3, 36.0), Data(range(4, 100)))
+    assert logged(tmp_path) == expected
+
+
+def test_asked_to_stop_it_saves_and_leaves(make):
+    asked = []
+    loop = make(stop=lambda step: asked.append(step) or step == 3)
+    state = loop.run(start(), Data())
+    assert int(state.step) == 4
+    assert asked == [0, 1, 2, 3]
+    assert [step for step, *_ in loop.checkpoints.saved] == [3, 4]
+
+
+def test_the_host_is_one_step_ahead_no_more(make):
+    events = []
+
+    def step_fn(state, batch):
+        events.append(("begun", len(events)))
+        return add(state, batch)
+
+    loop = make(step_fn=step_fn, log_every=100, save_every=100)
+    check = loop.guard.check
+    loop.guard = types.SimpleNamespace(
+        check=lambda step, *rest: events.append(("read", step)) or check(step, *rest),
+        get_state=loop.guard.get_state,
+    )
+    loop.run(start(), Data())
+    ahead = np.cumsum([1 if kind == "begun" else -1 for kind, _ in events])
+    assert ahead.max() == 2  # one that runs, one that has just been read
+    assert [step for kind, step in events if kind == "read"] == list(range(7))
+
+
+def test_an_implicit_transfer_is_an_error(make):
+    constant = np.ones((), np.float32)
+    loop = make(step_fn=lambda state, batch: add(state.replace(total=constant), batch))
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        loop.run(start(), Data())
+
+
+def test_after_an_error_what_is_being_written_is_waited_for(make):
+    loop = make(step_fn=lambda state, batch: {}["nothing"])
+    with pytest.raises(KeyError):
+        loop.run(start(), Data())
+    assert loop.checkpoints.closed == 1

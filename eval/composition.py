@@ -86,14 +86,19 @@ def write(index: pa.Table, folder: Path, summary: Mapping) -> Path:
         `picture_bytes` and `languages_identified` of a build.
     """
     composition = Composition(index)
+    write_figure(composition, folder)
+    path = folder / "report.md"
+    path.write_text(markdown(composition, summary), encoding="utf-8")
+    return path
+
+
+def write_figure(composition: Composition, folder: Path) -> None:
+    """Writes `composition.csv` and, if there are records, `composition.png` and `.svg`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "composition.csv").write_text(_csv(composition), encoding="utf-8")
     if composition.total:
         with fig.style():
             fig.save(plot(composition), folder / "composition")
-    path = folder / "report.md"
-    path.write_text(markdown(composition, summary), encoding="utf-8")
-    return path
 
 
 def _csv(composition: Composition) -> str:
@@ -122,6 +127,14 @@ def markdown(composition: Composition, summary: Mapping) -> str:
         "",
         *_dropped(summary["rejected"], total),
         "",
+        *tables(composition),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def tables(composition: Composition) -> list[str]:
+    """The figure, records by source and language, and the paper's beside them: lines of Markdown."""
+    return [
         "## Sources and languages",
         "",
         "![Records by source and language](composition.svg)",
@@ -134,7 +147,6 @@ def markdown(composition: Composition, summary: Mapping) -> str:
         "",
         *_languages(composition),
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _dropped(rejected: Mapping, total: int) -> list[str]:

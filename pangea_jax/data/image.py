@@ -69,10 +69,38 @@ def check(
     Raises:
       ImageError: what `decode` raises.
     """
-    return _load(source, name, max_pixels, eighth=True)[1]
+    return _load(source, name, max_pixels, least=1)[1]
 
 
-def _load(source, name, max_pixels, eighth=False) -> tuple[Image.Image, Size]:
+def preview(
+    source: bytes | str | os.PathLike,
+    *,
+    least: int = 128,
+    name: str = "",
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[Image.Image, Size]:
+    """A picture as RGB, and its (width, height) in the file.
+
+    Every byte is read, but a JPEG is decoded at a half, a quarter or an eighth of its size where both
+    sides then still have `least` pixels.
+
+    Raises:
+      ImageError: what `decode` raises.
+    """
+    image, size = _load(source, name, max_pixels, least=least)
+    return _to_rgb(image, None), size
+
+
+def header_size(source: bytes | str | os.PathLike, *, name: str = "") -> Size:
+    """The (width, height) that a picture's header states; nothing is decoded.
+
+    Raises:
+      ImageError: the header is not one of a known format.
+    """
+    return _load(source, name, math.inf, header=True)[1]
+
+
+def _load(source, name, max_pixels, least=0, header=False) -> tuple[Image.Image, Size]:
     """The picture with its pixels, and its size in the file."""
     if not name and isinstance(source, str | os.PathLike):
         name = os.fspath(source)
@@ -81,8 +109,10 @@ def _load(source, name, max_pixels, eighth=False) -> tuple[Image.Image, Size]:
         width, height = image.size
         if width * height > max_pixels:
             raise _too_large(name, f"{width} x {height} is over the limit of {max_pixels:,} pixels")
-        if eighth:
-            image.draft(None, (max(1, width // 8), max(1, height // 8)))
+        if header:
+            return image, (width, height)
+        if least:
+            image.draft(None, (least, least))
         image.load()
     except (ImageError, FileNotFoundError, PermissionError):
         raise

@@ -25,10 +25,7 @@ import shutil
 import sqlite3
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent import futures
-from multiprocessing import get_context
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,9 +33,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pangea_jax.data import chat, image, release, store, write_store
+from pangea_jax.data import chat, image, rejections, release, store, write_store
+from pangea_jax.data.atomic import partial_path, read_json, write_json
 from pangea_jax.data.image import ImageError
 from pangea_jax.data.record import Conversation, RecordError, data_set, identify_language
+from pangea_jax.data.rejections import Reasons
+from pangea_jax.data.runners import Run
 from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.data.write_store import Picture
 
@@ -109,12 +109,12 @@ class TooManyRejected(BuildError):
       total: records read.
     """
 
-    def __init__(self, reasons: Mapping[str, tuple[int, str]], total: int, allowed: float):
+    def __init__(self, reasons: Reasons, total: int, allowed: float):
         self.reasons, self.total = dict(reasons), total
         rejected = sum(count for count, _ in self.reasons.values())
         super().__init__(
             f"{rejected:,} of {total:,} records ({rejected / max(1, total):.1%}) cannot be used, more "
-            f"than --max_bad_fraction={allowed:g}:\n{reasons_text(self.reasons)}\n"
+            f"than --max_bad_fraction={allowed:g}:\n{rejections.table(self.reasons)}\n"
             "put right what is wrong, or raise --max_bad_fraction; the same command then goes on"
         )
 
@@ -140,10 +140,6 @@ class Silent:
 
     def count(self, records: int) -> None:
         pass
-
-
-Run = Callable[[Callable[[int], None], Iterable[int]], Iterator[int]]
-"""Runs a function on every item, wherever; yields an item when it is done."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +198,7 @@ class Build:
         plan = json.loads(json.dumps(described, default=str))
         for path in (self.out / SUMMARY, self.work / "plan.json"):
             if path.is_file():
-                theirs = _read_json(path)["plan" if path.name == SUMMARY else "build"]
+                theirs = read_json(path)["plan" if path.name == SUMMARY else "build"]
                 differing = [name for name in plan if theirs.get(name) != plan[name]]
                 if differing:
                     problem = f"{self.out} holds a build of other {', '.join(differing)}"
@@ -211,7 +207,7 @@ class Build:
             (self.work / part).mkdir(parents=True, exist_ok=True)
         for half_written in (*self.work.rglob("*.partial"), *self.out.glob("*.partial")):
             half_written.unlink(missing_ok=True)
-        _write_json(self.work / "plan.json", {"build": plan})
+        write_json(self.work / "plan.json", {"build": plan})
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -258,7 +254,7 @@ class Build:
             yield number - 1
         if not total:
             raise BuildError(f"{files[0]} holds no records")
-        _write_json(done, {"records": total, "chunks": number})
+        write_json(done, {"records": total, "chunks": number})
 
     def _room(self, total: int) -> int:
         left = self.records_per_shard if self.limit is None else self.limit - total
@@ -266,11 +262,11 @@ class Build:
 
     @property
     def chunks(self) -> int:
-        return _read_json(self.work / "raw.json")["chunks"]
+        return read_json(self.work / "raw.json")["chunks"]
 
     @property
     def total(self) -> int:
-        return _read_json(self.work / "raw.json")["records"]
+        return read_json(self.work / "raw.json")["records"]
 
     # 2. parsed: everything about a record but the pixels.
 
@@ -288,7 +284,8 @@ class Build:
                     row = self._parsed(raw)
                 except RecordError as error:
                     kept += 1
-                    row = _rejection(raw, error) | {"raw": line if kept <= KEPT_EXAMPLES else None}
+                    row = rejections.describe(raw, error)
+                    row["raw"] = line if kept <= KEPT_EXAMPLES else None
                 rows.append({"number": number} | row)
         _write_parquet(path, rows, _PARSED)
 
@@ -338,7 +335,7 @@ class Build:
         """Shares the pictures out among shards; returns how many shards there are."""
         done = self.work / "plan_pictures.json"
         if done.is_file():
-            return _read_json(done)["shards"]
+            return read_json(done)["shards"]
         path = self.work / "pictures.sqlite"
         path.unlink(missing_ok=True)
         with _scratch_database(path) as database:
@@ -361,7 +358,7 @@ class Build:
                 for row in rows:
                     row["deflated"] = bool(row["deflated"])
                 _write_parquet(self._path("plan", shards - 1, "parquet"), rows, _PICTURE_PLAN)
-        _write_json(done, {"shards": shards})
+        write_json(done, {"shards": shards})
         return shards
 
     def store_pictures(self, shard: int) -> None:
@@ -380,7 +377,7 @@ class Build:
         _write_parquet(self._path("images", shard, "parquet"), results, _PICTURE_RESULT)
         faults = len(results) - count
         sizes = {"count": count, "num_bytes": num_bytes, "faults": faults}
-        _write_json(done, sizes | write_store.fingerprint(path))
+        write_json(done, sizes | write_store.fingerprint(path))
 
     def _checked(self, plan, results) -> Iterator[bytes]:
         row = 0
@@ -404,7 +401,7 @@ class Build:
     def collect_pictures(self, shards: int) -> None:
         """Puts what is known of every picture where the last step can look it up."""
         path = self.work / "sizes.sqlite"
-        partial = write_store.partial_path(path)
+        partial = partial_path(path)
         if path.is_file():
             return
         with _scratch_database(partial) as database:
@@ -450,10 +447,10 @@ class Build:
             "count": count,
             "num_bytes": num_bytes,
             "identified": sum(row["identified"] for row in index),
-            "reasons": _reasons(rejected),
+            "reasons": rejections.count(rejected),
             "examples": [self._example(row, chunk) for row in rejected[:KEPT_EXAMPLES]],
         }
-        _write_json(done, summary | write_store.fingerprint(path))
+        write_json(done, summary | write_store.fingerprint(path))
 
     def _example(self, row: Mapping[str, Any], chunk: int) -> dict[str, Any]:
         """A rejected record as it was, for `rejected.jsonl`."""
@@ -469,22 +466,24 @@ class Build:
 
     # Counting what was rejected.
 
-    def rejected_while_parsing(self) -> dict[str, tuple[int, str]]:
+    def rejected_while_parsing(self) -> Reasons:
         found = []
         for chunk in range(self.chunks):
             table = pq.read_table(
                 self._path("parsed", chunk, "parquet"), columns=["reason", "id", "number"]
             )
             found += [row for row in table.to_pylist() if row["reason"]]
-        return _reasons(found)
+        return rejections.count(found)
 
-    def rejected(self) -> dict[str, tuple[int, str]]:
-        return _merge(_read_json(self._path("records", c, "json")) for c in range(self.chunks))
+    def rejected(self) -> Reasons:
+        return rejections.merge(
+            read_json(self._path("records", c, "json"))["reasons"] for c in range(self.chunks)
+        )
 
     def forget_rejected(self) -> None:
         """Removes what was made of files with faults, so that the next run looks at them again."""
         sizes = self.work / "sizes.sqlite"
-        shards = [p for p in (self.work / "images").glob("*.json") if _read_json(p)["faults"]]
+        shards = [p for p in (self.work / "images").glob("*.json") if read_json(p)["faults"]]
         records = list((self.work / "records").glob("*.json"))
         for path in (sizes, *shards, *records):
             path.unlink(missing_ok=True)
@@ -498,8 +497,8 @@ class Build:
 
     def finish(self, shards: int) -> dict[str, Any]:
         """Puts the shards in their places and describes them; returns the summary."""
-        chunks = [_read_json(self._path("records", c, "json")) for c in range(self.chunks)]
-        pictures = [_read_json(self._path("images", s, "json")) for s in range(shards)]
+        chunks = [read_json(self._path("records", c, "json")) for c in range(self.chunks)]
+        pictures = [read_json(self._path("images", s, "json")) for s in range(shards)]
         files: dict[str, Any] = {}
         records, record_numbers = self._place("records", SPLIT, chunks, files)
         images, image_numbers = self._place("images", COLLECTION, pictures, files)
@@ -522,7 +521,7 @@ class Build:
         lines = [json.dumps(e, ensure_ascii=True) + "\n" for e in examples[:KEPT_EXAMPLES]]
         (self.out / REJECTED).write_text("".join(lines), encoding="utf-8")
         summary = {
-            "plan": _read_json(self.work / "plan.json")["build"],
+            "plan": read_json(self.work / "plan.json")["build"],
             "total": self.total,
             "kept": sum(chunk["count"] for chunk in chunks),
             "rejected": self.rejected(),
@@ -530,7 +529,7 @@ class Build:
             "pictures": sum(one["count"] for one in pictures),
             "picture_bytes": sum(one["num_bytes"] for one in pictures),
         }
-        _write_json(self.out / SUMMARY, summary)
+        write_json(self.out / SUMMARY, summary)
         write_store.write_manifest(
             self.out,
             {
@@ -588,7 +587,7 @@ def build(
     """Makes the store, or goes on with making it.
 
     Args:
-      run: `Local` or `Beam`.
+      run: `runners.Local` or `runners.Beam`.
       max_bad_fraction: rejected records are counted and left out up to this share of all.
 
     Returns:
@@ -598,6 +597,7 @@ def build(
       TooManyRejected: with the table of reasons.
       BuildError: the folder holds another build.
       ReleaseError: the release is broken.
+      RunnerError: a worker was killed.
     """
     with build.claimed():
         return _build(build, run, max_bad_fraction, progress or Silent())
@@ -607,7 +607,7 @@ def _build(build: Build, run: Run, max_bad_fraction: float, progress: Progress) 
     build.start()
     if build.finished:
         shutil.rmtree(build.work, ignore_errors=True)
-        return _read_json(build.out / SUMMARY)
+        return read_json(build.out / SUMMARY)
     progress.start("listing archives", None, "members")
     _pictures.cache_clear()  # of an earlier build in this process
     build.pictures().index(progress.count)
@@ -620,7 +620,7 @@ def _build(build: Build, run: Run, max_bad_fraction: float, progress: Progress) 
     faults = 0
     for shard in run(build.store_pictures, range(shards)):
         progress.advance(1)
-        faults += _read_json(build._path("images", shard, "json"))["faults"]
+        faults += read_json(build._path("images", shard, "json"))["faults"]
         if faults > allowed:  # every one costs a record at least
             _check(build, _picture_faults(build, shards), max_bad_fraction)
     build.collect_pictures(shards)
@@ -631,14 +631,14 @@ def _build(build: Build, run: Run, max_bad_fraction: float, progress: Progress) 
     return build.finish(shards)
 
 
-def _check(build: Build, reasons: Mapping[str, tuple[int, str]], allowed: float) -> None:
+def _check(build: Build, reasons: Reasons, allowed: float) -> None:
     if sum(count for count, _ in reasons.values()) > allowed * build.total:
         total = build.total
         build.forget_rejected()
         raise TooManyRejected(reasons, total, allowed)
 
 
-def _picture_faults(build: Build, shards: int) -> dict[str, tuple[int, str]]:
+def _picture_faults(build: Build, shards: int) -> Reasons:
     """Reasons why pictures stored so far cannot be used, besides those found while parsing."""
     found = []
     for shard in range(shards):
@@ -646,94 +646,7 @@ def _picture_faults(build: Build, shards: int) -> dict[str, tuple[int, str]]:
         if path.is_file():
             table = pq.read_table(path, columns=["fault", "key"]).to_pylist()
             found += [{"reason": r["fault"], "id": r["key"]} for r in table if r["fault"]]
-    return _merge([{"reasons": build.rejected_while_parsing()}, {"reasons": _reasons(found)}])
-
-
-class Local:
-    """Runs on this machine, in `workers` processes; with one, in this very process."""
-
-    def __init__(self, workers: int):
-        self.workers = workers
-        self._pool: futures.ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> "Local":
-        if self.workers > 1:
-            # Not forked: Arrow and the tokenizer run threads, which do not survive a fork.
-            self._pool = futures.ProcessPoolExecutor(
-                self.workers, mp_context=get_context("spawn"), initializer=_leave_interrupts
-            )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
-
-    def __call__(self, function: Callable[[int], None], items: Iterable[int]) -> Iterator[int]:
-        if self._pool is None:
-            for item in items:
-                function(item)
-                yield item
-            return
-        pending: dict[futures.Future, int] = {}
-        try:
-            for item in items:
-                pending[self._pool.submit(function, item)] = item
-                if len(pending) >= 2 * self.workers:
-                    yield from self._finished(pending)
-            while pending:
-                yield from self._finished(pending)
-        except futures.process.BrokenProcessPool:
-            problem = "a worker was killed, perhaps for want of memory; try fewer --workers"
-            raise BuildError(f"{problem}; the same command goes on") from None
-
-    @staticmethod
-    def _finished(pending: dict[futures.Future, int]) -> Iterator[int]:
-        done, _ = futures.wait(pending, return_when=futures.FIRST_COMPLETED)
-        for future in done:
-            item = pending.pop(future)
-            future.result()
-            yield item
-
-
-def _leave_interrupts() -> None:
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class Beam:
-    """Runs every step as an Apache Beam pipeline: on one machine, Dataflow, Flink or Spark.
-
-    Release and store must lie where all of its workers can read and write them as files (NFS,
-    Filestore, a mounted bucket), and pangea_jax must be installed there.
-
-    Args:
-      arguments: Beam's pipeline options, e.g. `["--runner=DirectRunner"]`.
-    """
-
-    def __init__(self, arguments: Sequence[str]):
-        try:
-            import apache_beam
-            from apache_beam.options.pipeline_options import PipelineOptions
-        except ImportError:
-            problem = "--runner needs Apache Beam: pip install apache-beam"
-            raise BuildError(problem) from None
-        self._beam, self._options = apache_beam, PipelineOptions(list(arguments))
-
-    def __call__(self, function: Callable[[int], None], items: Iterable[int]) -> Iterator[int]:
-        items = list(items)
-        if items:
-            beam = self._beam
-            with beam.Pipeline(options=self._options) as pipeline:
-                numbers = pipeline | "items" >> beam.Create(items, reshuffle=True)
-                _ = numbers | function.__name__ >> beam.Map(function)
-        yield from items
-
-
-def reasons_text(reasons: Mapping[str, tuple[int, str]]) -> str:
-    """A table of reasons, the most frequent first."""
-    rows = sorted(reasons.items(), key=lambda item: (-item[1][0], item[0]))
-    return "\n".join(f"{count:>10,}  {reason}, e.g. {id!r}" for reason, (count, id) in rows)
+    return rejections.merge([build.rejected_while_parsing(), rejections.count(found)])
 
 
 @functools.cache
@@ -766,31 +679,6 @@ def _size_of(sizes: sqlite3.Connection, key: str) -> tuple[int, int, str | None,
     return sizes.execute(query, (key,)).fetchone()
 
 
-def _rejection(raw: Any, error: RecordError) -> dict[str, Any]:
-    id = error.record_id or (str(raw.get("id", "")) if isinstance(raw, Mapping) else "")
-    id = id.encode("utf-8", "replace").decode()
-    detail = error.detail.encode("utf-8", "replace").decode()
-    return {"id": id, "reason": error.reason, "field": error.field, "detail": detail}
-
-
-def _reasons(rejected: Iterable[Mapping[str, Any]]) -> dict[str, tuple[int, str]]:
-    """Reason -> how many records, and the id of the first one."""
-    counts, first = Counter(), {}
-    for row in rejected:
-        counts[row["reason"]] += 1
-        first.setdefault(row["reason"], row["id"])
-    return {reason: (count, first[reason]) for reason, count in counts.items()}
-
-
-def _merge(parts: Iterable[Mapping[str, Any]]) -> dict[str, tuple[int, str]]:
-    merged: dict[str, tuple[int, str]] = {}
-    for part in parts:
-        for reason, (count, id) in part["reasons"].items():
-            before, first = merged.get(reason, (0, id))
-            merged[reason] = (before + count, first)
-    return merged
-
-
 def _counted(records: Iterable[Any], progress: Progress) -> Iterator[Any]:
     for number, record in enumerate(records, 1):
         if number % _COUNT_EVERY == 0:
@@ -812,7 +700,7 @@ def _write_lines(path: Path, first: Any, rest: Iterator[Any], skip: bool) -> int
     count = 1
     if skip:
         return count + sum(1 for _ in rest)
-    partial = write_store.partial_path(path)
+    partial = partial_path(path)
     with pa.output_stream(partial, compression="zstd", buffer_size=1 << 20) as stream:
         stream.write(_line(first))
         for record in rest:
@@ -840,16 +728,6 @@ def _by_size(rows: Iterable[tuple], limit: int) -> Iterator[list[tuple]]:
 
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
-    partial = write_store.partial_path(path)
+    partial = partial_path(path)
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), partial, compression="zstd")
-    os.replace(partial, path)
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = write_store.partial_path(path)
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -350,7 +350,7 @@ class Pictures:
         with archive.open(self.source) as file, database:
             # Rows of an archive that was not finished: its name is entered last.
             database.execute("DELETE FROM members WHERE archive = ?", (archive.name,))
-            members = _zip_members if zipfile.is_zipfile(file) else _tar_members
+            members = _zip_members if zipfile.is_zipfile(file) else tar_members
             file.seek(0)
             count = 0
             for count, (name, *place) in enumerate(members(file, self.source / archive.name), 1):
@@ -491,7 +491,12 @@ CREATE TABLE IF NOT EXISTS members (
 """
 
 
-def _tar_members(file: BinaryIO, path: Path) -> Iterator[tuple[str, int, int, bool]]:
+def tar_members(file: BinaryIO, path: Path) -> Iterator[tuple[str, int, int, bool]]:
+    """Files of an uncompressed tar file: name with `/`, offset and size of the bytes, False (not deflated).
+
+    Raises:
+      ReleaseError: no tar file, or one that was cut off; what was whole has been yielded before.
+    """
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:

@@ -1,0 +1,109 @@
+"""Text read in screenshots of web pages: the 500,000 samples of the paper's Appendix J (Figure 27).
+
+    pip install -r requirements.txt -r requirements-curation.txt "playwright>=1.50,<2"
+    apt-get install chromium                     # or: playwright install chromium
+    python launch/curate.py ocr --config=configs/curation/ocr.py --config.pages=PAGES --out=data/ocr
+    python launch/curate.py ocr --config=configs/curation/ocr.py --config.pages=urls.jsonl --out=data/ocr \\
+        --config.browser.network=static
+
+PAGES is a folder of HTML files, best in folders called by their language (PAGES/hi/1.html). They are shown without a
+network: their scripts do not run and their pictures stay empty. `urls.jsonl` has lines like {"url": "https://...",
+"language": "hi"}; of such pages "static" loads style sheets, pictures and fonts and runs no script, "all" runs
+scripts too. Only addresses that you may fetch belong into the list: robots.txt is not read.
+
+The paper took 50,000 pages a language from CC-News in ten languages, at several devices and resolutions, and marked
+one element of each by a red box. Another language: add it to `languages`, and if you like questions in it.
+
+Expect a record for nearly every view of an ordinary page; report.md says why others were dropped. A view takes 0.3 s
+of a core for small local pages, and the time of the network for others: --runner=DirectRunner
+--direct_num_workers=16 --direct_running_mode=multi_processing sees sixteen at once. As root, or in a container without
+user namespaces, Chromium has no sandbox: --config.browser.sandbox=False, for pages you trust.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+INSTRUCTIONS = {
+    "en": (
+        "Given a screenshot of a webpage, identify the red bounding box and perform OCR to recognize the text "
+        "within that box.",
+        "What does the text inside the red box say?",
+        "Read out the text that is framed in red on this web page.",
+        "Transcribe the element of the page that the red rectangle marks. Give its text only.",
+    ),
+    "ar": (
+        "ما النص المكتوب داخل الإطار الأحمر؟",
+        "اقرأ النص الموجود داخل المستطيل الأحمر في لقطة الشاشة.",
+    ),
+    "es": (
+        "¿Qué dice el texto dentro del recuadro rojo?",
+        "Transcribe el texto marcado en rojo en esta captura de pantalla.",
+    ),
+    "fr": (
+        "Que dit le texte dans le cadre rouge ?",
+        "Transcrivez le texte encadré en rouge sur cette capture d'écran.",
+    ),
+    "hi": ("लाल बॉक्स के अंदर क्या लिखा है?", "इस स्क्रीनशॉट में लाल घेरे के अंदर का पाठ लिखिए।"),
+    "id": (
+        "Apa isi teks di dalam kotak merah?",
+        "Salin teks yang ditandai kotak merah pada tangkapan layar ini.",
+    ),
+    "ja": (
+        "赤い枠の中には何と書かれていますか。",
+        "このスクリーンショットの赤い枠内の文字を書き出してください。",
+    ),
+    "ko": (
+        "빨간 상자 안에 뭐라고 쓰여 있나요?",
+        "이 스크린샷에서 빨간 상자 안의 글자를 그대로 적어 주세요.",
+    ),
+    "pt": (
+        "O que diz o texto dentro da caixa vermelha?",
+        "Transcreva o texto marcado em vermelho nesta captura de tela.",
+    ),
+    "zh": ("红框里的文字写了什么?", "请写出这张网页截图中红框内的文字。"),
+}
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.pages = (
+        "data/pages"  # a folder of HTML files, or a list (.jsonl, .txt) of files and addresses
+    )
+    config.languages = ("en", "zh", "ja", "ko", "id", "hi", "es", "fr", "pt", "ar")
+    config.views_per_page = 1  # on so many of the devices each page is seen
+    config.seed = 0
+    config.shard_size = 64  # views that one browser takes before a fresh one
+    config.devices = dict(
+        laptop=dict(width=1280, height=800),
+        desktop=dict(width=1920, height=1080),
+        dense=dict(width=1440, height=900, scale=2.0),
+        tablet=dict(width=820, height=1180, scale=1.5, mobile=True),
+        phone=dict(width=390, height=844, scale=2.0, mobile=True),
+    )
+    config.instructions = INSTRUCTIONS
+    config.browser = dict(
+        executable_path=config_dict.placeholder(
+            str
+        ),  # of a Chromium; else one on PATH, else Playwright's
+        sandbox=True,
+        network="none",  # what pages given by address may load: none, static, all
+        private_addresses=False,
+        load_seconds=20.0,
+        page_seconds=60.0,
+        max_html_bytes=8 << 20,
+        fonts=(),
+    )
+    config.choice = dict(  # which elements qualify: pangea_jax.curation.ocr.Choice
+        min_characters=2,
+        max_characters=1000,
+        min_font=9.0,
+        min_width=16.0,
+        min_height=9.0,
+        max_height_share=0.7,
+        min_script_share=0.5,
+        min_contrast=60,
+        max_red_share=0.002,
+        max_screens=8.0,
+        attempts=24,
+    )
+    config.box = dict(padding=3.0, thickness=3.0)
+    return config

@@ -1,0 +1,346 @@
+"""Web pages in a headless Chromium: loaded, measured and photographed, with the network closed or under rule.
+
+Pages are data of unknown origin. A local page loads nothing, not even its own pictures, and its scripts
+do not run. What a page from the web may load is `BrowserConfig.network`. The project's own measuring
+script runs in a world of its own, which scripts of the page cannot see or change.
+"""
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from importlib import util as import_util
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from pangea_jax.curation.pipeline import JobError
+from pangea_jax.data import image
+
+INSTALL = (
+    'install it with `pip install "playwright>=1.50,<2"` and either `apt-get install chromium` or '
+    "`playwright install chromium`, or name a Chromium in config.browser.executable_path"
+)
+COMMANDS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FONT_PACKAGES = ("manimgx_fonts", "noto_cjk_sans_jp_regular")  # in requirements.txt
+
+# Nothing resolves to an address: not for pictures, sockets, prefetching nor the browser itself.
+_CLOSED = "MAP * ~NOTFOUND"
+# The last one is every address written as IPv6, for which there are no shorter patterns.
+_PRIVATE = (
+    "localhost",
+    "*.localhost",
+    "*.local",
+    "*.internal",
+    "0.*",
+    "10.*",
+    "127.*",
+    "169.254.*",
+)
+_PRIVATE += (*(f"172.{n}.*" for n in range(16, 32)), "192.168.*", "*:*")
+_STATIC = ("stylesheet", "image", "font")
+_LOCAL_ADDRESS = "http://page.invalid/"
+_STOP_SECONDS = 10
+
+
+class BrowserError(JobError):
+    """There is no browser, or it cannot be started; says what to install or set."""
+
+
+class PageError(Exception):
+    """A page that cannot be used.
+
+    Attributes:
+      reason: a short fixed phrase, the same for the same fault, so that faults can be counted.
+      detail: what it was here.
+      stage: where it came out.
+    """
+
+    def __init__(self, reason: str, detail: str = "", stage: str = "page"):
+        self.reason, self.detail, self.stage = reason, detail, stage
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A screen: viewport in CSS pixels, `scale` device pixels for each of them."""
+
+    name: str
+    width: int
+    height: int
+    scale: float = 1.0
+    mobile: bool = False
+
+    def __post_init__(self):
+        pixels = self.width * self.height * self.scale**2
+        if min(self.width, self.height) < 200 or not 0.5 <= self.scale <= 4:
+            raise ValueError(
+                f"device {self.name}: expected at least 200 x 200 CSS pixels and a scale of 0.5 to 4"
+            )
+        if pixels > image.MAX_PIXELS:
+            raise ValueError(f"device {self.name}: {pixels:,.0f} pixels are too many")
+
+
+@dataclass(frozen=True)
+class BrowserConfig:
+    """How pages are shown.
+
+    Attributes:
+      executable_path: of a Chromium; None looks on PATH and where Playwright keeps its own.
+      sandbox: Chromium's; cannot be had as root, and in few containers.
+      network: what pages given by URL may load. "none": such pages are refused. "static": the
+        document, style sheets, pictures and fonts, and no script runs. "all": what they ask for.
+      private_addresses: whether pages may load from addresses of this machine and of private networks. Names
+        of other machines that resolve to such an address are not found out.
+      load_seconds, page_seconds: for loading, and for everything done with one page.
+      max_html_bytes: larger local pages are refused.
+      fonts: folders with fonts beside the system's and the Noto fonts of requirements.txt.
+    """
+
+    executable_path: str | None = None
+    sandbox: bool = True
+    network: Literal["none", "static", "all"] = "none"
+    private_addresses: bool = False
+    load_seconds: float = 20.0
+    page_seconds: float = 60.0
+    max_html_bytes: int = 8 << 20
+    fonts: Sequence[str] = ()
+
+    def __post_init__(self):
+        if self.network not in ("none", "static", "all"):
+            raise ValueError(f"browser.network is {self.network!r}, not none, static or all")
+
+
+def find_chromium(executable_path: str | None = None) -> str:
+    """The Chromium to run: the one named, else one on PATH, else Playwright's own.
+
+    Raises:
+      BrowserError: Playwright or Chromium is missing.
+    """
+    if import_util.find_spec("playwright") is None:
+        raise BrowserError(f"Playwright is not installed; {INSTALL}")
+    if executable_path is not None:
+        if not os.access(executable_path, os.X_OK):
+            raise BrowserError(
+                f"browser.executable_path {executable_path!r} is no program that can be run"
+            )
+        return executable_path
+    found = next(filter(None, map(shutil.which, COMMANDS)), None)
+    if found is None:
+        from playwright.sync_api import sync_playwright
+
+        with sync_playwright() as playwright:
+            found = playwright.chromium.executable_path
+    if not os.path.exists(found):
+        raise BrowserError(f"no Chromium on this machine; {INSTALL}")
+    return found
+
+
+class OpenPage:
+    """A page as one device shows it."""
+
+    def __init__(self, page, session, world: int, blocked: list[str]):
+        self._page, self._session, self._world = page, session, world
+        self.blocked = blocked
+        """Addresses of what was not loaded."""
+
+    async def run(self, function: str, *arguments: Any) -> Any:
+        """Calls a JavaScript function, given as its source, on JSON values in the measuring world."""
+        words = ", ".join(json.dumps(argument) for argument in arguments)
+        answer = await self._session.send(
+            "Runtime.evaluate",
+            {
+                "expression": f"({function})({words})",
+                "contextId": self._world,
+                "returnByValue": True,
+                "awaitPromise": True,
+            },
+        )
+        if "exceptionDetails" in answer:
+            said = answer["exceptionDetails"].get("exception", {}).get("description", "")
+            raise PageError("page cannot be measured", said.partition("\n")[0][:200])
+        return answer["result"].get("value")
+
+    async def screenshot(self) -> Image.Image:
+        """The viewport in device pixels, RGB."""
+        png = await self._page.screenshot(type="png", scale="device", caret="hide")
+        return Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGB")
+
+
+class Browser:
+    """A Chromium for pages of one kind, `async with`; it is started when needed, and again after a fall.
+
+    Args:
+      local: for local pages: nothing is loaded, whatever `config.network` says.
+    """
+
+    def __init__(self, config: BrowserConfig, *, local: bool):
+        self.config, self.network = config, "none" if local else config.network
+        self._path = find_chromium(config.executable_path)
+        self._playwright = self._browser = self._folder = None
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        await self._stop()
+
+    @property
+    def version(self) -> str:
+        return self._browser.version if self._browser else ""
+
+    @contextlib.asynccontextmanager
+    async def open(self, source: str | bytes, device: Device) -> AsyncIterator[OpenPage]:
+        """A page in a fresh profile; closed at the end, with `page_seconds` for all of it.
+
+        Args:
+          source: an http(s) address, or the bytes of an HTML document.
+
+        Raises:
+          PageError: it does not load, takes too long, or the browser fell over it.
+          BrowserError: the browser does not start.
+        """
+        from playwright.async_api import Error as PlaywrightError
+
+        if isinstance(source, str) and self.network == "none":
+            raise PageError("page needs the network", "browser.network is 'none'")
+        await self._start()
+        try:
+            async with asyncio.timeout(self.config.page_seconds):
+                context = await self._context(device)
+                try:
+                    yield await self._load(context, source)
+                finally:
+                    await asyncio.wait_for(context.close(), _STOP_SECONDS)
+        except TimeoutError:
+            await self._stop()  # whatever hangs is in there
+            raise PageError("page takes too long", f"{self.config.page_seconds:g} s") from None
+        except PlaywrightError as error:
+            if not self._browser.is_connected():
+                await self._stop()
+            said = error.message.partition("\n")[0][:200]
+            raise PageError("browser failed on the page", said) from None
+
+    async def _start(self) -> None:
+        if self._browser and self._browser.is_connected():
+            return
+        from playwright.async_api import Error as PlaywrightError
+        from playwright.async_api import async_playwright
+
+        await self._stop()
+        self._folder = tempfile.TemporaryDirectory(prefix="pangea-chromium-")
+        self._playwright = await async_playwright().start()
+        try:
+            self._browser = await self._playwright.chromium.launch(
+                executable_path=self._path,
+                chromium_sandbox=self.config.sandbox,
+                args=_arguments(self.network, self.config.private_addresses),
+                env=dict(os.environ) | {"FONTCONFIG_FILE": self._write_font_list()},
+            )
+        except PlaywrightError as error:
+            await self._stop()
+            root = "running as root without --no-sandbox" in error.message
+            hint = "Chromium has no sandbox as root: set browser.sandbox=False, or be another user"
+            lines = [line.strip() for line in error.message.splitlines() if line.strip()]
+            said = hint if root or "sandbox" in error.message.lower() else " ".join(lines)[:300]
+            raise BrowserError(f"{self._path} does not start: {said}") from None
+
+    async def _stop(self) -> None:
+        playwright, self._playwright, self._browser = self._playwright, None, None
+        if playwright:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(playwright.stop(), _STOP_SECONDS)
+        if self._folder:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _write_font_list(self) -> str:
+        """A fontconfig file: the system's fonts, then those of `FONT_PACKAGES` and the config."""
+        specs = filter(None, map(import_util.find_spec, FONT_PACKAGES))
+        folders = [str(Path(spec.origin).parent) for spec in specs] + list(self.config.fonts)
+        path = Path(self._folder.name) / "fonts.conf"
+        lines = "".join(f"<dir>{folder}</dir>" for folder in folders)
+        path.write_text(
+            '<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "urn:fontconfig:fonts.dtd"><fontconfig>'
+            f'<include ignore_missing="yes">/etc/fonts/fonts.conf</include>{lines}'
+            f"<cachedir>{self._folder.name}</cachedir></fontconfig>",
+            encoding="utf-8",
+        )
+        return str(path)
+
+    async def _context(self, device: Device):
+        return await self._browser.new_context(
+            viewport={"width": device.width, "height": device.height},
+            device_scale_factor=device.scale,
+            is_mobile=device.mobile,
+            has_touch=device.mobile,
+            java_script_enabled=self.network == "all",
+            service_workers="block",
+            accept_downloads=False,
+            offline=self.network == "none",
+        )
+
+    async def _load(self, context, source: str | bytes) -> OpenPage:
+        from playwright.async_api import TimeoutError as PlaywrightTimeout
+
+        blocked, seen = [], []
+        address = _LOCAL_ADDRESS if isinstance(source, bytes) else source
+
+        async def decide(route):
+            request = route.request
+            moves = request.is_navigation_request()
+            if moves and request.frame.parent_frame is None and not seen:
+                seen.append(request.url)
+                if isinstance(source, bytes):
+                    await route.fulfill(body=source, content_type=_content_type(source))
+                else:
+                    await route.continue_()
+            elif self.network == "all" or (
+                self.network == "static" and request.resource_type in _STATIC
+            ):
+                await route.continue_()
+            else:
+                blocked.append(request.url)
+                # An answer of 204 leaves a page that wants to move on where it is.
+                await (route.fulfill(status=204) if moves else route.abort())
+
+        await context.route("**/*", decide)
+        page = await context.new_page()
+        try:
+            timeout = 1e3 * self.config.load_seconds
+            answer = await page.goto(address, wait_until="load", timeout=timeout)
+        except PlaywrightTimeout:
+            detail = f"{self.config.load_seconds:g} s"
+            raise PageError("page does not load in time", detail) from None
+        if answer is not None and not answer.ok:
+            raise PageError("server refuses the page", f"status {answer.status}")
+        session = await context.new_cdp_session(page)
+        frame = (await session.send("Page.getFrameTree"))["frameTree"]["frame"]["id"]
+        world = await session.send("Page.createIsolatedWorld", {"frameId": frame})
+        return OpenPage(page, session, world["executionContextId"], blocked)
+
+
+def _content_type(document: bytes) -> str:
+    """Saved pages have lost the encoding that their server told; most are UTF-8."""
+    if b"charset" not in document[:1024].lower():  # where browsers look for it
+        with contextlib.suppress(UnicodeDecodeError):
+            document.decode("utf-8")
+            return "text/html; charset=utf-8"
+    return "text/html"
+
+
+def _arguments(network: str, private_addresses: bool) -> list[str]:
+    private = () if private_addresses else _PRIVATE
+    rules = _CLOSED if network == "none" else ",".join(f"MAP {host} ~NOTFOUND" for host in private)
+    return [
+        "--disable-background-networking",
+        "--disable-gpu",
+        "--font-render-hinting=none",
+        *([f"--host-resolver-rules={rules}"] if rules else []),
+    ]

@@ -1,0 +1,565 @@
+"""Any OpenAI-compatible endpoint: many calls at once, waited for, paid for once, within a budget.
+
+Every reply is stored in an SQLite file under the SHA-256 of model, messages and sampling before it is
+handed out, so that a pipeline that is killed and started again asks only what was not answered. What
+is guaranteed:
+
+    - a stored reply is never asked for again, by any thread or process that shares the file;
+    - two callers of the same prompt at the same time make one request: the other waits for it;
+    - a request that was under way when its process died is asked again, for its reply went nowhere. Its
+      cost may be on the bill, so the most it can have cost stays charged to the budget (`lost`). There are
+      at most `concurrency` of these to a killed process.
+
+Calls are charged before they are made, with the most they can cost, and settled afterwards; a call that
+could exceed the budget is not made.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import random
+import socket
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+MALFORMED_TRIES = 3
+"""Replies that are no chat completion before a prompt counts as refused."""
+
+_PROMPT_FAILURES = 3  # of one prompt, while others are answered
+_FIRST_CALLS = 20  # all of them rejected: the settings are wrong, not the prompts
+_LONGEST_WAIT = 60.0
+_POLL = 0.05
+_MESSAGE_TOKENS = 16  # around each message, whatever the chat template
+_log = logging.getLogger(__name__)
+
+
+class Stop(RuntimeError):
+    """The run cannot go on now; what is stored stays, and the same command goes on later."""
+
+
+class BudgetExceeded(Stop):
+    """The next call could cost more than is left of the budget."""
+
+
+class EndpointError(Stop):
+    """The endpoint cannot be used: a wrong key or model, or silent for longer than `patience`."""
+
+
+class Refused(Exception):
+    """This one prompt gets no answer; others do.
+
+    Attributes:
+      reason: a short fixed phrase.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        self.reason, self.detail = reason, detail
+        super().__init__(f"{reason}{f' ({detail})' if detail else ''}")
+
+    def __reduce__(self):
+        return type(self), (self.reason, self.detail)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientConfig:
+    """One model at one address, and what it may cost. Picklable: workers open their own client.
+
+    Attributes:
+      model: as the endpoint names it.
+      base_url: of the API, `https://host/v1`; None for OpenAI's own.
+      api_key_variable: the environment variable that has the key; local servers need none.
+      concurrency: calls under way at once in one process.
+      temperature, max_tokens: of every call that does not set its own. `max_tokens` also bounds what a
+        call can cost.
+      extra_body: further fields of the request, such as vLLM's.
+      timeout: seconds before a call counts as unanswered.
+      retries: attempts after the first where the endpoint is busy (429), broken (5xx) or silent; the
+        openai package backs off between them and obeys `Retry-After`.
+      patience: seconds to wait, beyond those, for an endpoint that answers nobody.
+      price_in, price_out: dollars per million tokens of prompts and replies.
+      image_tokens: the most tokens that a picture in a prompt is charged as.
+      budget: dollars that all runs with one cache may cost together; None for no limit.
+      max_calls: requests that all runs with one cache may make together; None for no limit.
+      journal: `wal`, or `delete` where machines share the cache on a network file system.
+    """
+
+    model: str
+    base_url: str | None = None
+    api_key_variable: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    temperature: float | None = 0.0
+    max_tokens: int = 4096
+    extra_body: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    timeout: float = 120.0
+    retries: int = 4
+    patience: float = 7_200.0
+    price_in: float = 0.0
+    price_out: float = 0.0
+    image_tokens: int = 3_000
+    budget: float | None = None
+    max_calls: int | None = None
+    journal: str = "wal"
+
+    def __post_init__(self):
+        if not self.model:
+            raise ValueError("config.llm.model is empty: the endpoint's name of a model is needed")
+        if self.budget is not None and not self.price_in + self.price_out > 0:
+            raise ValueError(
+                f"config.llm.budget is {self.budget} dollars, but price_in and price_out (dollars per "
+                "million tokens) are 0; set them, or limit max_calls instead"
+            )
+        if self.journal not in ("wal", "delete"):
+            raise ValueError(f"config.llm.journal is {self.journal!r}; expected 'wal' or 'delete'")
+
+
+class Reply(NamedTuple):
+    """A model's answer: data, to be checked and never to be followed or run.
+
+    Attributes:
+      text: empty if the model said nothing.
+      prompt_tokens, completion_tokens: as the endpoint counts them.
+      cached: whether it had been paid for before.
+      finish_reason: `stop`, `length` (cut off) or what else the endpoint says.
+      key: of the stored reply.
+    """
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached: bool
+    finish_reason: str
+    key: str
+
+
+class Usage(NamedTuple):
+    """What the calls of one purpose have cost so far. Lost calls were under way in a killed process."""
+
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    dollars: float
+    lost: int = 0
+    lost_dollars: float = 0.0
+
+
+def request_key(request: Mapping[str, Any]) -> str:
+    """SHA-256 of a request's body: model, messages (or input) and sampling."""
+    body = json.dumps(request, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(body.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class Client:
+    """Asks one model; every thread of a process shares one, see `client`.
+
+    Args:
+      cache: SQLite file of the replies; made if it is not there.
+    """
+
+    def __init__(self, config: ClientConfig, cache: Path):
+        try:
+            import openai
+        except ImportError:
+            raise ImportError(
+                "calling a model needs the openai package; run: pip install -r requirements-curation.txt"
+            ) from None
+        self.config, self.replies = config, Replies(cache, config)
+        self._errors = openai
+        self._slots = threading.BoundedSemaphore(config.concurrency)
+        self._answered, self._rejected = 0, 0
+        self._api = openai.OpenAI(
+            api_key=os.environ.get(config.api_key_variable, "none"),
+            base_url=config.base_url,
+            max_retries=config.retries,
+            timeout=config.timeout,
+        )
+
+    def complete(
+        self, messages: Sequence[Mapping[str, Any]], *, purpose: str, **sampling: Any
+    ) -> Reply:
+        """The reply to a conversation, from the cache if it is there.
+
+        Args:
+          messages: in OpenAI's form; pictures as `image_url` parts.
+          purpose: what the call is for; `usage` is by purpose. Not part of the key.
+          sampling: overrides `temperature` and `max_tokens`, or adds such as `seed`.
+
+        Raises:
+          Refused: the model declines, or the endpoint rejects this prompt.
+          BudgetExceeded: the call could cost more than is left. Nothing was sent.
+          EndpointError: the endpoint cannot be used.
+        """
+        settings = {"temperature": self.config.temperature, "max_tokens": self.config.max_tokens}
+        settings = {k: v for k, v in (settings | sampling).items() if v is not None}
+        request = {"model": self.config.model, "messages": list(messages), **settings}
+        request |= self.config.extra_body
+        words = sum(_size(message, self.config.image_tokens) for message in messages)
+        most = self._cost(words, settings.get("max_tokens", self.config.max_tokens))
+        row = self._stored(request, purpose, most, self._completion)
+        if row["refusal"]:
+            raise Refused(row["refusal"])
+        numbers = row["prompt_tokens"], row["completion_tokens"], row["cached"]
+        return Reply(row["text"], *numbers, row["finish_reason"], row["key"])
+
+    def embed(self, texts: Sequence[str], *, model: str, purpose: str) -> list[list[float]]:
+        """A vector for each text, by another model of the same endpoint; cached and charged alike.
+
+        Raises: as `complete`.
+        """
+        request = {"model": model, "input": list(texts)}
+        most = self._cost(sum(len(text.encode()) for text in texts), 0)
+        row = self._stored(request, purpose, most, self._embedding)
+        if row["refusal"]:
+            raise Refused(row["refusal"])
+        return json.loads(row["text"])
+
+    def map(
+        self, call: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Result]]:
+        """`(item, call(item))` in order, `concurrency` of them under way. The first error ends it, once the
+        calls under way are stored."""
+        pool = futures.ThreadPoolExecutor(self.config.concurrency)
+        try:
+            pending = [(item, pool.submit(call, item)) for item in items]
+            for item, future in pending:
+                yield item, future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def usage(self) -> dict[str, Usage]:
+        """What was paid so far, by purpose; all runs with this cache together."""
+        return self.replies.usage()
+
+    def _cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        prices = self.config.price_in, self.config.price_out
+        return (prompt_tokens * prices[0] + completion_tokens * prices[1]) / 1e6
+
+    def _stored(self, request, purpose, most, send) -> dict[str, Any]:
+        """The stored answer to a request; sends it if there is none."""
+        key = request_key(request)
+        # The slot comes before the claim, so that no claim waits without a request under way.
+        with self._slots:
+            row = self.replies.claim(key, purpose, most)
+            if row is not None:
+                return row | {"cached": True}
+            try:
+                row = self._send(key, request, send)
+            except BaseException:
+                self.replies.release(key)
+                raise
+            cost = self._cost(row["prompt_tokens"], row["completion_tokens"])
+            self.replies.settle(key, purpose, row, cost)
+        return row | {"key": key, "cached": False}
+
+    def _send(self, key, request, send) -> dict[str, Any]:
+        """Sends a request until it is answered.
+
+        The openai package retries within one attempt. Beyond that an endpoint that answers nobody is
+        waited for, and a prompt that fails while others are answered is given up.
+        """
+        errors, began, wait = self._errors, time.monotonic(), 1.0
+        failures = malformed = 0
+        while True:
+            answered = self._answered
+            try:
+                row = send(request)
+            except (errors.BadRequestError, errors.UnprocessableEntityError) as error:
+                raise self._rejection(error) from None
+            except (
+                errors.APIConnectionError,
+                errors.RateLimitError,
+                errors.InternalServerError,
+                errors.ConflictError,
+            ) as error:
+                failures += self._answered > answered
+                if failures >= _PROMPT_FAILURES:
+                    raise Refused("the endpoint fails on this prompt", _short(error)) from None
+                self._check_patience(error, began, wait)
+            except errors.APIStatusError as error:
+                raise EndpointError(f"{self._name()} refuses us: {_short(error)}") from None
+            # Proxies answer 200 with pages and half-made objects, which surface as whatever they lack.
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                malformed += 1
+                if malformed == MALFORMED_TRIES:
+                    raise Refused("the reply is no completion", _short(error)) from None
+                continue
+            else:
+                self._answered += 1
+                return row
+            time.sleep(wait * random.uniform(0.75, 1.0))
+            wait = min(2 * wait, _LONGEST_WAIT)
+            self.replies.renew(key)
+
+    def _completion(self, request) -> dict[str, Any]:
+        extra = {name: request[name] for name in self.config.extra_body}
+        plain = {name: value for name, value in request.items() if name not in extra}
+        completion = self._api.chat.completions.create(**plain, extra_body=extra or None)
+        choice = completion.choices[0]
+        text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
+        if not isinstance(text, str | None) or not isinstance(choice.finish_reason, str | None):
+            raise TypeError("its content is no text")
+        filtered = choice.finish_reason == "content_filter" or (refusal and not text)
+        usage, size = completion.usage, sum(_size(m, 0) for m in request["messages"])
+        return {
+            "text": _clean(text or ""),
+            "finish_reason": choice.finish_reason or "",
+            "refusal": "the model declines" if filtered else "",
+            # Servers that do not count are charged for bytes, of which a token has at least one.
+            "prompt_tokens": usage.prompt_tokens if usage else size,
+            "completion_tokens": usage.completion_tokens if usage else len((text or "").encode()),
+        }
+
+    def _embedding(self, request) -> dict[str, Any]:
+        answer = self._api.embeddings.create(**request, encoding_format="float")
+        vectors = [entry.embedding for entry in sorted(answer.data, key=lambda entry: entry.index)]
+        if len(vectors) != len(request["input"]):
+            raise ValueError(f"{len(vectors)} vectors for {len(request['input'])} texts")
+        size = sum(len(text.encode()) for text in request["input"])
+        return {
+            "text": json.dumps(vectors),
+            "finish_reason": "stop",
+            "refusal": "",
+            "prompt_tokens": answer.usage.prompt_tokens if answer.usage else size,
+            "completion_tokens": 0,
+        }
+
+    def _rejection(self, error) -> Exception:
+        self._rejected += 1
+        if self._rejected >= _FIRST_CALLS and not self._answered:
+            return EndpointError(
+                f"{self._name()} rejects every request, so the settings must be wrong: {_short(error)}"
+            )
+        return Refused("the endpoint rejects this prompt", _short(error))
+
+    def _check_patience(self, error, began, wait) -> None:
+        waited = time.monotonic() - began
+        if waited + wait > self.config.patience:
+            raise EndpointError(
+                f"{self._name()} has not answered for {waited:,.0f} s ({_short(error)}); the same command "
+                "goes on when it is back, and config.llm.patience says how long to wait for it"
+            ) from None
+        _log.warning("%s: %s; next try in %.0f s", self._name(), _short(error), wait)
+
+    def _name(self) -> str:
+        return f"{self.config.model} at {self.config.base_url or 'api.openai.com'}"
+
+
+_CLIENTS: dict[str, Client] = {}
+_CLIENTS_LOCK = threading.Lock()
+
+
+def client(config: ClientConfig, cache: Path) -> Client:
+    """The process's client of a model and cache, so that all of its threads share one limit."""
+    name = json.dumps([dataclasses.asdict(config), str(cache.resolve())], sort_keys=True)
+    with _CLIENTS_LOCK:
+        if name not in _CLIENTS:
+            _CLIENTS[name] = Client(config, cache)
+        return _CLIENTS[name]
+
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS replies (
+  key TEXT PRIMARY KEY, purpose TEXT, text TEXT, finish_reason TEXT, refusal TEXT,
+  prompt_tokens INTEGER, completion_tokens INTEGER, dollars REAL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS under_way (
+  key TEXT PRIMARY KEY, purpose TEXT, dollars REAL, owner TEXT, renewed REAL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS lost (key TEXT, purpose TEXT, dollars REAL);
+CREATE TABLE IF NOT EXISTS total (calls INTEGER, dollars REAL);
+INSERT INTO total SELECT 0, 0 WHERE NOT EXISTS (SELECT 1 FROM total);
+"""
+
+
+class Replies:
+    """The stored replies, which calls are under way, and what they cost.
+
+    Safe for threads and processes of one machine; of several if `journal` is `delete` and the file system
+    has locks. A killed process loses nothing that `settle` returned from.
+    """
+
+    def __init__(self, path: Path, config: ClientConfig):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._config, self._lock = config, threading.RLock()
+        self._owner = f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex}"
+        _OWNERS.add(self._owner)
+        # A call's claim may grow old by all of its attempts and waits before it is renewed.
+        self._lease = (config.retries + 1) * (
+            config.timeout + 2 * _LONGEST_WAIT
+        ) + 2 * _LONGEST_WAIT
+        self._file = sqlite3.connect(
+            path, timeout=120.0, isolation_level=None, check_same_thread=False
+        )
+        self._file.row_factory = sqlite3.Row
+        self._file.execute(f"PRAGMA journal_mode={config.journal}")
+        # What is committed outlives the process; only a power cut may take the last replies.
+        self._file.execute("PRAGMA synchronous=NORMAL")
+        with self._transaction() as file:
+            for statement in filter(str.strip, _SCHEMA.split(";")):
+                file.execute(statement)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._file.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._file
+            except BaseException:
+                self._file.execute("ROLLBACK")
+                raise
+            self._file.execute("COMMIT")
+
+    def claim(self, key: str, purpose: str, most: float) -> dict[str, Any] | None:
+        """The stored answer; or None, and the caller has the right and the money to ask.
+
+        Waits while somebody else asks the same, or while calls under way hold what is left of the budget.
+
+        Raises:
+          BudgetExceeded: the call could cost more than is left.
+        """
+        while True:
+            with self._transaction() as file:
+                row = file.execute("SELECT * FROM replies WHERE key = ?", (key,)).fetchone()
+                if row is not None:
+                    return dict(row)
+                self._forget_dead(file)
+                theirs = file.execute("SELECT 1 FROM under_way WHERE key = ?", (key,)).fetchone()
+                if theirs is None and self._affordable(file, most):
+                    row = (key, purpose, most, self._owner, time.time())
+                    file.execute("INSERT INTO under_way VALUES (?, ?, ?, ?, ?)", row)
+                    return None
+            time.sleep(_POLL)
+
+    def _affordable(self, file: sqlite3.Connection, most: float) -> bool:
+        """Whether one more call fits; False if it may fit when those under way are settled."""
+        config = self._config
+        if config.budget is None and config.max_calls is None:
+            return True
+        calls, dollars = file.execute("SELECT calls, dollars FROM total").fetchone()
+        others, reserved = file.execute(
+            "SELECT COUNT(*), COALESCE(SUM(dollars), 0) FROM under_way"
+        ).fetchone()
+        if config.budget is not None and dollars + most > config.budget:
+            raise BudgetExceeded(
+                f"the budget of ${config.budget:,.2f} is spent: ${dollars:,.4f} so far, and the next call "
+                f"may cost ${most:,.4f}; raise config.llm.budget and start the same command again"
+            )
+        if config.max_calls is not None and calls >= config.max_calls:
+            raise BudgetExceeded(
+                f"{calls:,} calls are made, as many as config.llm.max_calls; raise it and start the same "
+                "command again"
+            )
+        within = config.budget is None or dollars + reserved + most <= config.budget
+        return within and (config.max_calls is None or calls + others < config.max_calls)
+
+    def _forget_dead(self, file: sqlite3.Connection) -> None:
+        """Ends the claims of processes that are gone. Their calls may have been paid for."""
+        dead = [
+            row
+            for row in file.execute("SELECT * FROM under_way WHERE owner != ?", (self._owner,))
+            if _is_dead(row["owner"]) or row["renewed"] + self._lease < time.time()
+        ]
+        for row in dead:
+            file.execute("INSERT INTO lost VALUES (?, ?, ?)", tuple(row)[:3])
+            file.execute("DELETE FROM under_way WHERE key = ?", (row["key"],))
+            file.execute("UPDATE total SET calls = calls + 1, dollars = dollars + ?", (row[2],))
+
+    def settle(self, key: str, purpose: str, row: Mapping[str, Any], dollars: float) -> None:
+        """Stores an answer and charges what it cost."""
+        counts = row["prompt_tokens"], row["completion_tokens"], dollars
+        answer = row["text"], row["finish_reason"], row["refusal"]
+        with self._transaction() as file:
+            new = file.execute(
+                "INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (key, purpose, *answer, *counts),
+            )
+            self._end(file, key)
+            if new.rowcount:
+                file.execute(
+                    "UPDATE total SET calls = calls + 1, dollars = dollars + ?", (dollars,)
+                )
+
+    def release(self, key: str) -> None:
+        """Gives up a claim: the request was not answered."""
+        with self._transaction() as file:
+            self._end(file, key)
+
+    def _end(self, file: sqlite3.Connection, key: str) -> None:
+        file.execute("DELETE FROM under_way WHERE key = ? AND owner = ?", (key, self._owner))
+
+    def renew(self, key: str) -> None:
+        """Tells others that the call is still being made."""
+        with self._transaction() as file:
+            now = time.time()
+            file.execute("UPDATE under_way SET renewed = ? WHERE key = ?", (now, key))
+
+    def usage(self) -> dict[str, Usage]:
+        with self._transaction() as file:
+            self._forget_dead(file)
+            paid = file.execute(
+                "SELECT purpose, COUNT(*), SUM(prompt_tokens), SUM(completion_tokens), SUM(dollars) "
+                "FROM replies GROUP BY purpose ORDER BY purpose"
+            ).fetchall()
+            lost = file.execute("SELECT purpose, COUNT(*), SUM(dollars) FROM lost GROUP BY purpose")
+            lost = {purpose: rest for purpose, *rest in lost}
+        found = {purpose: Usage(*rest, *lost.pop(purpose, ())) for purpose, *rest in paid}
+        return found | {purpose: Usage(0, 0, 0, 0.0, *rest) for purpose, rest in lost.items()}
+
+
+_OWNERS: set[str] = set()  # of this process
+
+
+def _is_dead(owner: str) -> bool:
+    host, pid, _ = owner.split("/")
+    if host != socket.gethostname():
+        return False  # until its lease is over
+    if int(pid) == os.getpid():
+        return owner not in _OWNERS  # an earlier process of the same number, as in a container
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+@functools.singledispatch
+def _size(value: Any, image_tokens: int) -> int:
+    """The most tokens that a part of a prompt can be: a token has at least one byte."""
+    return 0
+
+
+@_size.register
+def _(value: str, image_tokens: int) -> int:
+    return len(value.encode("utf-8", "replace"))
+
+
+@_size.register
+def _(value: Mapping, image_tokens: int) -> int:
+    if value.get("type") == "image_url":
+        return image_tokens
+    return _MESSAGE_TOKENS + sum(_size(part, image_tokens) for part in value.values())
+
+
+@_size.register
+def _(value: list, image_tokens: int) -> int:
+    return sum(_size(part, image_tokens) for part in value)
+
+
+def _clean(text: str) -> str:
+    """Half surrogate pairs, which JSON can hold and UTF-8 cannot, become U+FFFD."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def _short(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,0 +1,586 @@
+"""Reading text in screenshots of web pages: one element marked by a red box, its text the answer.
+
+The data of the paper's Appendix J (Figure 27): pages in ten languages, seen on several devices. A
+*view* is one page on one device; it becomes one record, or is dropped with its reason:
+
+    page -> devices drawn -> loaded -> language -> elements that qualify -> one scrolled to and looked at
+    -> screenshot -> pixels checked -> red box -> record
+
+What is marked must be seen whole: text of the DOM that is visible, neither covered nor cut off, with
+a glyph for every letter, nothing else in the box, and enough contrast in every line of it.
+"""
+
+import asyncio
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import regex
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw
+
+from pangea_jax import languages
+from pangea_jax.curation import pipeline
+from pangea_jax.curation.browser import Browser, BrowserConfig, Device, OpenPage, PageError
+from pangea_jax.data import runners
+from pangea_jax.data.record import IMAGE_MARKER, Conversation, Turn, identify_language
+
+RED = (255, 0, 0)
+SOURCE, CATEGORY = "ocr/webui", "ocr"
+STAGES = ("pages", "page", "language", "element")
+_SCRIPT = Path(__file__).with_name("ocr.js")
+_SUFFIXES = (".html", ".htm")
+# Scripts of ISO 15924 that are unions; the others are known to `regex` by their own code.
+_UNIONS = {
+    "Jpan": ("Hani", "Hira", "Kana"),
+    "Kore": ("Hang", "Hani"),
+    "Hans": ("Hani",),
+}
+# Never seen: soft hyphen, zero-width space, word joiner, byte order mark. Joiners shape letters and stay.
+_UNSEEN = str.maketrans("", "", "\u00ad\u200b\u2060\ufeff")
+_UNREADABLE = regex.compile(r"[\p{Co}\p{Cn}\p{Cs}\ufffd\ufffc]")  # icon fonts, broken encodings
+# A page about language models may write what a tokenizer takes for its own.
+_MARKERS = regex.compile(rf"{IMAGE_MARKER}|<\|\w+\|>")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which elements qualify. Lengths in CSS pixels of the screen unless said otherwise.
+
+    Attributes:
+      min_characters, max_characters: of the text as it is answered.
+      min_font: letters of a smaller font are not legible.
+      min_width, min_height: of the element.
+      max_height_share: of the screen; across, an element may fill it.
+      min_script_share: of the letters, how many are in the script of the page's language.
+      min_contrast: between the darkest and lightest pixel (0 to 255) of every line.
+      max_red_share: of the pixels, how many may be as red as the box.
+      max_screens: how far down a page is looked at, in heights of the screen.
+      attempts: elements tried before the view is given up.
+    """
+
+    min_characters: int = 2
+    max_characters: int = 1000
+    min_font: float = 9.0
+    min_width: float = 16.0
+    min_height: float = 9.0
+    max_height_share: float = 0.7
+    min_script_share: float = 0.5
+    min_contrast: int = 60
+    max_red_share: float = 0.002
+    max_screens: float = 8.0
+    attempts: int = 24
+
+
+@dataclass(frozen=True)
+class Box:
+    """The red frame: `padding` between element and frame, `thickness` of the frame, CSS pixels."""
+
+    padding: float = 3.0
+    thickness: float = 3.0
+
+
+@dataclass(frozen=True)
+class OcrConfig:
+    """What `configs/curation/ocr.py` holds, beside the pages; see there.
+
+    Attributes:
+      languages: those wanted.
+      devices: those drawn from.
+      views_per_page: devices a page is seen on.
+      instructions: language -> questions; English ones are asked in every language.
+    """
+
+    languages: tuple[str, ...]
+    devices: tuple[Device, ...]
+    instructions: Mapping[str, Sequence[str]]
+    views_per_page: int = 2
+    seed: int = 0
+    browser: BrowserConfig = field(default_factory=BrowserConfig)
+    choice: Choice = field(default_factory=Choice)
+    box: Box = field(default_factory=Box)
+
+    def __post_init__(self):
+        unknown = [code for code in self.languages if code not in languages.LANGUAGES]
+        if unknown:
+            raise ValueError(f"languages: {unknown[0]!r} is none of pangea_jax.languages")
+        if not 1 <= self.views_per_page <= len(self.devices):
+            raise ValueError(
+                f"views_per_page is {self.views_per_page}, there are {len(self.devices)} devices"
+            )
+        if not self.instructions.get("en"):
+            raise ValueError("instructions needs at least one question in English (en)")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page to be seen: an http(s) address or a local file; `language` empty where it is not told."""
+
+    id: str
+    source: str
+    language: str = ""
+
+    @property
+    def is_local(self) -> bool:
+        return not self.source.startswith(("http://", "https://"))
+
+
+@dataclass(frozen=True)
+class View:
+    """One page on one device; `id` is unique."""
+
+    page: Page
+    device: Device
+
+    @property
+    def id(self) -> str:
+        return f"{self.page.id}@{self.device.name}"
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A view with its box: what the record, its picture and its provenance are made of.
+
+    Attributes:
+      picture: RGB, device pixels, with the box.
+      inside: (left, top, right, bottom) of the pixels within the frame, right and bottom excluded.
+      element: the same of the element itself, in fractions of a pixel.
+    """
+
+    view: View
+    language: str
+    text: str
+    picture: Image.Image
+    inside: tuple[int, int, int, int]
+    element: tuple[float, float, float, float]
+    facts: Mapping[str, Any]
+
+
+def read_pages(path: str | Path) -> Iterator[Page]:
+    """The pages of a folder or a list, in a fixed order.
+
+    A folder: its *.html and *.htm, in the language that their own folder is called by, if it is one
+    (`pages/hi/1.html`). `*.jsonl`: objects with `url` or `file` (relative to the list) and, if known,
+    `language`. Any other file: one address or file a line, `#` begins a remark.
+
+    Raises:
+      ValueError: a line that is no such thing, with its number.
+      FileNotFoundError: there is no such folder or list.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES):
+            name = file.relative_to(path)
+            yield Page(name.as_posix(), str(file), _tag(name.parent.name))
+        return
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(map(str.strip, lines), 1):
+            if line and not line.startswith("#"):
+                yield _listed(line, path, f"{path}, line {number}")
+
+
+def _listed(line: str, path: Path, where: str) -> Page:
+    if path.suffix != ".jsonl":
+        row = {"url" if "://" in line else "file": line}
+    else:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: no JSON ({error})") from None
+    named = [row.get(key) for key in ("url", "file")] if isinstance(row, dict) else []
+    if sum(isinstance(name, str) and bool(name) for name in named) != 1:
+        raise ValueError(f'{where}: expected an object with "url" or "file", got {line:.80}')
+    url, file = named
+    if url and not url.startswith(("http://", "https://")):
+        raise ValueError(f"{where}: expected an address with http:// or https://, got {url:.80}")
+    told = row.get("language") or ""
+    language = _tag(told) if isinstance(told, str) else ""
+    if told and not language:
+        raise ValueError(f"{where}: unknown language {told!r}")
+    return Page(url or file, url or str(path.parent / file), language)
+
+
+def _tag(tag: str) -> str:
+    """The canonical code of a language tag, of `pt-BR` that of `pt`; empty if there is none."""
+    for spelling in (tag, tag.replace("_", "-").partition("-")[0]):
+        try:
+            return languages.get(spelling).code
+        except KeyError:
+            continue
+    return ""
+
+
+def views_of(page: Page, config: OcrConfig) -> list[View]:
+    """The page on `views_per_page` of the devices, drawn by seed and page."""
+    drawn = _random(config.seed, page.id).sample(config.devices, config.views_per_page)
+    return [View(page, device) for device in drawn]
+
+
+def _random(seed: int, name: str) -> random.Random:
+    return random.Random(hashlib.sha256(f"{seed}\0{name}".encode()).digest())
+
+
+def answer_text(shown: str) -> str:
+    """`innerText` as it is answered: lines kept, blanks folded, nothing that cannot be seen.
+
+    >>> answer_text("  Two\\u00adfold \\n\\n  text")
+    'Twofold\\ntext'
+    """
+    lines = (" ".join(line.translate(_UNSEEN).split()) for line in shown.splitlines())
+    return "\n".join(filter(None, lines))
+
+
+def script_share(text: str, language: str) -> float:
+    """Of the letters of a text, the share in the script of a language; 0 without letters."""
+    script = languages.LANGUAGES[language].script
+    wanted = regex.compile(
+        "[" + "".join(rf"\p{{{name}}}" for name in _UNIONS.get(script, (script,))) + "]"
+    )
+    letters = regex.findall(r"\p{L}", text)
+    return sum(bool(wanted.match(letter)) for letter in letters) / max(1, len(letters))
+
+
+def element_fault(element: Mapping[str, Any], language: str, device: Device, choice: Choice) -> str:
+    """Why an element of `candidates()` does not qualify, before it is looked at; empty if it may."""
+    text = answer_text(element["text"])
+    if not choice.min_characters <= len(text) <= choice.max_characters:
+        return "text too short or too long"
+    if _UNREADABLE.search(text):
+        return "text is not legible"
+    if _MARKERS.search(text):
+        return "text holds a marker of conversations"
+    if element["font"] < choice.min_font:
+        return "font too small"
+    if element["width"] < choice.min_width or element["height"] < choice.min_height:
+        return "element too small"
+    if element["height"] > choice.max_height_share * device.height:
+        return "element too large"
+    if element["top"] + element["height"] > choice.max_screens * device.height:
+        return "too far down the page"
+    if script_share(text, language) < choice.min_script_share:
+        return "text in another script"
+    return ""
+
+
+def order_elements(elements: Sequence[Mapping[str, Any]], draw: random.Random) -> list:
+    """A random order in which longer texts tend to come first: a page has many short links.
+
+    Each is drawn next with a weight of the square root of its characters (Efraimidis and Spirakis 2006).
+    """
+    keys = [draw.random() ** (1 / math.sqrt(max(1, len(element["text"])))) for element in elements]
+    ranked = sorted(zip(keys, range(len(elements)), strict=True), reverse=True)
+    return [elements[number] for _, number in ranked]
+
+
+async def take(browser: Browser, view: View, config: OcrConfig) -> Shot:
+    """Photographs one view with its box.
+
+    Raises:
+      PageError: the page, or every element on it, cannot be used.
+    """
+    if view.page.language and view.page.language not in config.languages:
+        raise PageError("language is not wanted", view.page.language, "language")
+    source = _read(view.page, config.browser)
+    async with browser.open(source, view.device) as page:
+        await page.run(_SCRIPT.read_text(encoding="utf-8"))
+        found = await page.run("() => document.fonts.ready.then(() => candidates())")
+        if found["tooLarge"]:
+            raise PageError("page is too large", "over 20,000 pieces of text")
+        language = page_language(view.page, found, config.languages)
+        draw = _random(config.seed, view.id)
+        plain, seen, tag = await _look(page, view, found, language, draw, config)
+        facts = {
+            "browser": browser.version,
+            "element": tag,
+            "scroll": seen["scroll"],
+            "blocked": len(page.blocked),
+            "page_sha256": hashlib.sha256(source).hexdigest() if view.page.is_local else "",
+        }
+    inside, picture = draw_box(plain, seen["box"], view.device.scale, config.box)
+    text = answer_text(seen["text"])
+    element = tuple(edge * view.device.scale for edge in seen["box"])
+    return Shot(view, language, text, picture, inside, element, facts)
+
+
+def _read(page: Page, config: BrowserConfig) -> str | bytes:
+    if not page.is_local:
+        return page.source
+    try:
+        size = Path(page.source).stat().st_size
+        if size > config.max_html_bytes:
+            raise PageError("page is too large", f"{size:,} bytes")
+        return Path(page.source).read_bytes()
+    except OSError as error:
+        raise PageError("page cannot be read", error.strerror or str(error)) from None
+
+
+def page_language(page: Page, found: Mapping[str, Any], wanted: Sequence[str]) -> str:
+    """The language of a page: as it was listed, else as it says of itself, else by its words.
+
+    Raises:
+      PageError: it is none of those wanted, or unknown.
+    """
+    language = page.language or _tag(found["language"] or "") or identify_language(found["text"])
+    if not language:
+        raise PageError("language of the page is unknown", stage="language")
+    if language not in wanted:
+        raise PageError("language is not wanted", language, "language")
+    return language
+
+
+async def _look(page: OpenPage, view: View, found, language, draw, config: OcrConfig):
+    """The screenshot without the box, what `inspect` says of the element chosen, and its tag.
+
+    Raises:
+      PageError: no element qualifies; the detail says what the last ones tried lacked.
+    """
+    device, choice = view.device, config.choice
+    faults = [(element_fault(e, language, device, choice), e) for e in found["elements"]]
+    able = order_elements([element for fault, element in faults if not fault], draw)
+    if not able:
+        reasons = sorted({fault for fault, _ in faults}) or ["no text"]
+        raise PageError("no element qualifies", "; ".join(reasons), "element")
+    reasons = []
+    for element in able[: choice.attempts]:
+        room = device.height - element["height"]
+        top = max(0.0, element["top"] - draw.uniform(0.1, 0.9) * room)
+        margin = config.box.padding + config.box.thickness + 1
+        # Fractions of a pixel would blur the page differently at every place.
+        call = ("(...a) => inspect(...a)", element["index"], round(top), margin)
+        seen = await page.run(*call)
+        if not seen["fault"]:
+            picture = await page.screenshot()
+            fault = await _fault_of_picture(page, call, seen, picture, device, choice)
+            if not fault:
+                return picture, seen, element["tag"]
+            seen = {"fault": fault}
+        reasons.append(seen["fault"])
+    raise PageError("no element can be seen whole", "; ".join(sorted(set(reasons))), "element")
+
+
+async def _fault_of_picture(page, call, seen, picture, device, choice) -> str:
+    if picture.size != (round(device.width * device.scale), round(device.height * device.scale)):
+        return "screenshot of another size"
+    if await page.run(*call) != seen:
+        return "page moves"
+    pixels = np.asarray(picture)
+    if red_pixels(pixels).mean() > choice.max_red_share:
+        return "page has red of its own"
+    grey = np.asarray(picture.convert("L"))
+    for line in seen["lines"]:
+        left, top, right, bottom = _outwards(line, device.scale, 0)
+        ink = grey[max(0, top) : bottom, max(0, left) : right]
+        if ink.size == 0 or int(ink.max()) - int(ink.min()) < choice.min_contrast:
+            return "too little contrast"
+    return ""
+
+
+def red_pixels(pixels: UInt8[np.ndarray, "H W 3"]) -> np.ndarray:
+    """Where a picture is as red as the box."""
+    red, green, blue = (pixels[..., channel].astype(np.int16) for channel in range(3))
+    return (red > 200) & (green < 60) & (blue < 60)
+
+
+def _outwards(box: Sequence[float], scale: float, grow: int) -> tuple[int, int, int, int]:
+    left, top, right, bottom = (scale * edge for edge in box)
+    return (
+        math.floor(left) - grow,
+        math.floor(top) - grow,
+        math.ceil(right) + grow,
+        math.ceil(bottom) + grow,
+    )
+
+
+def draw_box(
+    picture: Image.Image, element: Sequence[float], scale: float, box: Box
+) -> tuple[tuple[int, int, int, int], Image.Image]:
+    """A copy of a screenshot with the frame around an element, whose pixels stay as they are.
+
+    Args:
+      element: left, top, right, bottom in CSS pixels of the screen.
+      scale: device pixels a CSS pixel.
+
+    Returns:
+      the pixels within the frame (right and bottom excluded), and the picture.
+    """
+    inside = left, top, right, bottom = _outwards(element, scale, math.ceil(scale * box.padding))
+    thick = max(1, round(scale * box.thickness))
+    framed = picture.copy()
+    corners = (left - thick, top - thick, right + thick - 1, bottom + thick - 1)
+    ImageDraw.Draw(framed).rectangle(corners, outline=RED, width=thick)
+    return inside, framed
+
+
+def to_record(shot: Shot, config: OcrConfig) -> tuple[Conversation, bytes, dict[str, Any]]:
+    """The record, its picture as PNG, and its provenance."""
+    draw = _random(config.seed, f"question of {shot.view.id}")
+    questions = [*config.instructions["en"]]
+    questions += config.instructions.get(shot.language, ()) if shot.language != "en" else ()
+    question = draw.choice(questions)
+    parts = [IMAGE_MARKER, question] if draw.random() < 0.5 else [question, IMAGE_MARKER]
+    number = hashlib.sha256(shot.view.id.encode()).hexdigest()[:16]
+    name = f"webui_ocr_{shot.language}_{number}"
+    record = Conversation(
+        id=name,
+        source=SOURCE,
+        language=shot.language,
+        category=CATEGORY,
+        images=(f"images/{SOURCE}/{shot.language}/{name}.png",),
+        turns=(Turn("user", "\n".join(parts)), Turn("assistant", shot.text)),
+    ).validate()
+    png = io.BytesIO()
+    shot.picture.save(png, "PNG")
+    device = shot.view.device
+    provenance = {
+        "id": name,
+        "language": shot.language,
+        "page": shot.view.page.id,
+        "device": device.name,
+        "screen": [device.width, device.height, device.scale],
+        "box": list(shot.inside),
+        "element_box": [round(edge, 2) for edge in shot.element],
+        "picture_sha256": hashlib.sha256(png.getvalue()).hexdigest(),
+        **shot.facts,
+    }
+    return record, png.getvalue(), provenance
+
+
+async def take_all(
+    views: Sequence[View], config: OcrConfig
+) -> AsyncIterator[tuple[View, Shot | PageError]]:
+    """Every view with its shot, or with why there is none; one browser for local pages, one for others.
+
+    Raises:
+      BrowserError: no browser, or it does not start.
+    """
+    for local in (True, False):
+        async with Browser(config.browser, local=local) as browser:
+            for view in views:
+                if view.page.is_local != local:
+                    continue
+                try:
+                    yield view, await take(browser, view, config)
+                except PageError as error:
+                    yield view, error
+
+
+@dataclass(frozen=True)
+class _TakeShard:
+    """The part that makes the records; a browser for each shard of views, so that none grows old."""
+
+    config: OcrConfig
+
+    def __call__(self, rows: Iterator[dict[str, Any]]) -> Iterator[pipeline.Outcome]:
+        devices = {device.name: device for device in self.config.devices}
+        views = [View(Page(**row["page"]), devices[row["device"]]) for row in rows]
+        with asyncio.Runner() as runner:
+            shots = take_all(views, self.config)
+            try:
+                while (taken := runner.run(anext(shots, None))) is not None:
+                    yield self._outcome(*taken)
+            finally:
+                runner.run(shots.aclose())
+
+    def _outcome(self, view: View, shot: Shot | PageError) -> pipeline.Outcome:
+        if isinstance(shot, PageError):
+            return pipeline.Dropped(view.id, shot.stage, shot.reason, shot.detail)
+        record, png, provenance = to_record(shot, self.config)
+        return pipeline.Kept(record, provenance, {record.images[0]: png})
+
+
+def _view_outcomes(pages: Iterator[Page], config: OcrConfig) -> Iterator[pipeline.Outcome]:
+    seen = set()
+    for page in pages:
+        if page.id in seen:
+            yield pipeline.Dropped(page.id, "pages", "page is listed twice")
+            continue
+        seen.add(page.id)
+        views = views_of(page, config)
+        if len(views) > 1:
+            yield pipeline.Added("pages", len(views) - 1)
+        for view in views:
+            row = {"page": dataclasses.asdict(page), "device": view.device.name}
+            yield pipeline.Passed(row)
+
+
+def make_config(config: Mapping[str, Any]) -> OcrConfig:
+    """`configs/curation/ocr.py` as an `OcrConfig`.
+
+    Raises:
+      ValueError: a value that cannot be, or a key that is unknown.
+    """
+    values = {name: config[name] for name in ("views_per_page", "seed", "instructions")}
+    try:
+        return OcrConfig(
+            languages=tuple(config["languages"]),
+            devices=tuple(Device(name, **size) for name, size in config["devices"].items()),
+            browser=BrowserConfig(**config["browser"]),
+            choice=Choice(**config["choice"]),
+            box=Box(**config["box"]),
+            **values,
+        )
+    except TypeError as error:
+        raise ValueError(f"config: {error}") from None
+
+
+def run(config, out: Path, runner_options: Sequence[str]) -> dict[str, Any]:
+    """Makes the records of all pages; killed and called again it goes on.
+
+    Args:
+      config: an ml_collections config, see `configs/curation/ocr.py`.
+      out: folder of the results, see `pangea_jax.curation.pipeline`.
+      runner_options: Beam's.
+
+    Returns:
+      the contents of report.json.
+
+    Raises:
+      JobError: no browser, nothing to read, or `out` holds other results.
+      ValueError: the config, or a line of the list of pages, is wrong.
+    """
+    ours, source = make_config(config.to_dict()), Path(config.pages)
+    if not source.exists() or next(read_pages(source), None) is None:
+        raise pipeline.JobError(
+            f"config.pages: no pages in {source}; name a folder of *.html or a list"
+        )
+    # Pictures depend on the browser's version: one run has one.
+    plan = pipeline.plan(config, _files(source)) | {"chromium": asyncio.run(_version(ours))}
+    job = pipeline.Job(out, STAGES, config.shard_size)
+    with job.started(plan):
+        job.split("views", _view_outcomes(read_pages(source), ours))
+        job.map(runners.Beam(runner_options), pipeline.RECORDS, "views", _TakeShard(ours))
+        title = "Text in screenshots of web pages"
+        return job.report(("views", pipeline.RECORDS), title=title, sections=_sections(out))
+
+
+def _files(source: Path) -> list[Path]:
+    return [Path(page.source) for page in read_pages(source)] if source.is_dir() else [source]
+
+
+async def _version(config: OcrConfig) -> str:
+    """The browser's version, by starting it: better here than on every worker."""
+    async with (
+        Browser(config.browser, local=True) as browser,
+        browser.open(b"<p>", config.devices[0]),
+    ):
+        return browser.version
+
+
+def _sections(out: Path) -> dict[str, dict[str, int]]:
+    """How many records there are of each language, device and element."""
+    counts = {name: Counter() for name in ("language", "device", "element")}
+    for path in sorted((out / "provenance").glob("*.jsonl")):
+        with path.open(encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                for name, counter in counts.items():
+                    counter[row[name]] += 1
+    return {f"Records by {name}": dict(counter.most_common()) for name, counter in counts.items()}

@@ -1,0 +1,363 @@
+"""What a data set holds: records by language, source and kind, lengths, and what benchmarks it gives away.
+
+Reads a pipeline's results, the released PangeaIns or any records in its form, or a store that
+launch/build_data.py made. Memory grows with the number of records by some 20 bytes each.
+"""
+
+import dataclasses
+import functools
+import json
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pangea_jax import languages
+from pangea_jax.curation import image_text
+from pangea_jax.curation.contamination import Benchmarks, Findings, Overlap
+from pangea_jax.data import image, release
+from pangea_jax.data.record import Conversation, RecordError, identify_language
+from pangea_jax.data.store import MANIFEST, RecordStore
+
+_CHUNK = 512
+_PICTURES_REMEMBERED = 65_536
+_MEASURES = ("turns", "question characters", "answer characters")
+
+
+@dataclasses.dataclass
+class Statistics:
+    """Counts over a data set.
+
+    Attributes:
+      total: records read.
+      rejected: reason -> records that cannot be used, and the id of the first.
+      identified: records whose language is only known from their words.
+      cells: (category, source, language) -> records.
+      lengths: language -> for each of turns, characters of questions and of answers, a number a record.
+      pictures: pictures per record -> records.
+      faults: what is wrong with a picture -> how many were looked at in vain; empty unless pictures were.
+      task_types: of the 13 of the paper (section 2.2), from the provenance of a pipeline's results.
+      findings: overlaps with benchmarks, None if none were given.
+    """
+
+    total: int = 0
+    rejected: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    identified: int = 0
+    cells: Counter[tuple[str, str, str]] = dataclasses.field(default_factory=Counter)
+    lengths: dict[str, tuple[array, ...]] = dataclasses.field(default_factory=dict)
+    pictures: Counter[int] = dataclasses.field(default_factory=Counter)
+    faults: Counter[str] = dataclasses.field(default_factory=Counter)
+    task_types: Counter[str] = dataclasses.field(default_factory=Counter)
+    findings: Findings | None = None
+
+    @property
+    def kept(self) -> int:
+        return self.cells.total()
+
+    def add(self, conversation: Conversation) -> None:
+        cell = conversation.category, conversation.source, conversation.language
+        self.cells[cell] += 1
+        self.pictures[len(conversation.images)] += 1
+        of = self.lengths.setdefault(conversation.language, tuple(array("I") for _ in _MEASURES))
+        characters = Counter()
+        for turn in conversation.turns:
+            characters[turn.role] += len(turn.text)
+        measures = len(conversation.turns), characters["user"], characters["assistant"]
+        for numbers, measure in zip(of, measures, strict=True):
+            numbers.append(measure)
+
+    def reject(self, reason: str, id: str, count: int = 1) -> None:
+        before, first = self.rejected.get(reason, (0, id))
+        self.rejected[reason] = before + count, first
+
+    def merge(self, other: "Statistics") -> None:
+        """Adds what was counted elsewhere, after what is counted here."""
+        self.total += other.total
+        self.identified += other.identified
+        for name in ("cells", "pictures", "faults", "task_types"):
+            getattr(self, name).update(getattr(other, name))
+        for reason, (count, first) in other.rejected.items():
+            self.reject(reason, first, count)
+        for code, numbers in other.lengths.items():
+            if code not in self.lengths:
+                self.lengths[code] = numbers
+                continue
+            for ours, theirs in zip(self.lengths[code], numbers, strict=True):
+                ours.extend(theirs)
+
+    def index(self) -> pa.Table:
+        """`category`, `source`, `language`: one row a record, as the index of a store has them."""
+        columns = zip(*self.cells, strict=True) if self.cells else ((), (), ())
+        counts = np.fromiter(self.cells.values(), np.int64, len(self.cells))
+        rows = np.repeat(np.arange(len(counts)), counts)
+        encoded = [pa.array(column, pa.string()).dictionary_encode() for column in columns]
+        names = ["category", "source", "language"]
+        return pa.table(dict(zip(names, encoded, strict=True))).take(pa.array(rows))
+
+    def markdown(self, composition: Sequence[str]) -> str:
+        """The report; `composition` are the lines of what eval/composition.py says."""
+        lines = [
+            "# What is in this data set",
+            "",
+            f"{self.kept:,} of {self.total:,} records can be used. The language of {self.identified:,} was "
+            "identified from their words.",
+        ]
+        if self.rejected:
+            lines += ["", "| cannot be used | records | first |", "|---|---:|---|"]
+            rows = sorted(self.rejected.items(), key=lambda item: (-item[1][0], item[0]))
+            lines += [f"| {reason} | {count:,} | `{first}` |" for reason, (count, first) in rows]
+        lines += ["", *composition, "", "## Lengths", "", *self._lengths()]
+        lines += ["", "| pictures | records |", "|---:|---:|"]
+        lines += [f"| {n} | {count:,} |" for n, count in sorted(self.pictures.items())]
+        if self.task_types:
+            lines += ["", "## Task types", "", "| task type | pairs |", "|---|---:|"]
+            lines += [f"| {name} | {count:,} |" for name, count in self.task_types.most_common()]
+        if self.findings is not None:
+            lines += ["", "## Overlap with benchmarks", "", *self._overlaps()]
+        return "\n".join(lines) + "\n"
+
+    def _lengths(self) -> Iterator[str]:
+        yield "Median, 95th percentile and longest of a record."
+        yield ""
+        yield f"| language | {' | '.join(_MEASURES)} |"
+        yield f"|---|{'---:|' * len(_MEASURES)}"
+        of = sorted(self.lengths.items(), key=lambda item: -len(item[1][0]))
+        for code, measures in of:
+            cells = []
+            for numbers in measures:
+                median, high = np.percentile(np.frombuffer(numbers, np.uint32), (50, 95))
+                cells.append(f"{median:,.0f} / {high:,.0f} / {max(numbers):,}")
+            yield f"| {languages.LANGUAGES[code].english_name} ({code}) | {' | '.join(cells)} |"
+
+    def _overlaps(self) -> Iterator[str]:
+        found = self.findings.by_benchmark()
+        ids = len({id for id, _ in self.findings.records()})
+        yield (
+            f"{ids:,} ids overlap: `exclude_ids.txt` lists them for `config.mixture.exclude_ids`, "
+            "`contamination.jsonl` says with what."
+        )
+        if found:
+            yield ""
+            yield "| benchmark | the same | records | documents |"
+            yield "|---|---|---:|---:|"
+            for (name, kind), (records, documents) in found.items():
+                yield f"| {name} | {kind} | {records:,} | {documents:,} |"
+        if self.faults:
+            yield ""
+            yield "| pictures not compared | |"
+            yield "|---|---:|"
+            for fault, count in self.faults.most_common():
+                yield f"| {fault} | {count:,} |"
+
+
+class _Result(NamedTuple):
+    """What a worker makes of a chunk."""
+
+    statistics: Statistics
+    overlaps: list[tuple[str, list[Overlap]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Records:
+    """Where the records and pictures are; picklable."""
+
+    source: Path
+    pictures: Path | None
+    database: Path
+    benchmarks: Benchmarks | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def store(self) -> RecordStore:
+        return RecordStore(self.source)
+
+    @functools.cached_property
+    def released(self) -> release.Pictures:
+        return release.Pictures(self.pictures, self.database)
+
+    @property
+    def is_store(self) -> bool:
+        return (self.source / MANIFEST).is_file()
+
+    def chunks(self) -> Iterator[Any]:
+        """Work for workers: places in a store, or records as they were read."""
+        if self.is_store:
+            for split in self.store.splits:
+                total = len(self.store.records(split))
+                for start in range(0, total, _CHUNK):
+                    yield split, range(start, min(total, start + _CHUNK))
+            return
+        some: list[Any] = []
+        for path in release.record_files(self.source):
+            for record in release.read_records(path):
+                some.append(record)
+                if len(some) == _CHUNK:
+                    yield some
+                    some = []
+        if some:
+            yield some
+
+    def measure(self, chunk: Any) -> _Result:
+        found, overlaps = Statistics(), []
+        for conversation in self._conversations(chunk, found):
+            found.add(conversation)
+            if self.benchmarks is not None:
+                same = self.benchmarks.in_texts(turn.text for turn in conversation.turns)
+                same += self.benchmarks.in_pictures(self._hashes(conversation, found))
+                if same:
+                    overlaps.append((conversation.id, same))
+        return _Result(found, overlaps)
+
+    def _conversations(self, chunk: Any, found: Statistics) -> Iterator[Conversation]:
+        if self.is_store:
+            split, positions = chunk
+            records = self.store.records(split)
+            found.total += len(positions)
+            yield from (records[position] for position in positions)
+            return
+        for raw in chunk:
+            found.total += 1
+            try:
+                conversation = Conversation.from_pangeains(raw, default_language=identify_language)
+            except RecordError as error:
+                found.reject(error.reason, error.record_id)
+                continue
+            found.identified += not raw.get("language")
+            yield conversation
+
+    def _hashes(self, conversation: Conversation, found: Statistics) -> Iterator[int]:
+        if self.pictures is None and not self.is_store:
+            return
+        for name in conversation.images:
+            hash, fault = self._hash(name)
+            if fault:
+                found.faults[fault] += 1
+            else:
+                yield hash
+
+    def _hash(self, name: str) -> tuple[int, str]:
+        remembered = _REMEMBERED.get(name)
+        if remembered is None:
+            remembered = self._hash_of(name)
+            if len(_REMEMBERED) >= _PICTURES_REMEMBERED:
+                _REMEMBERED.clear()
+            _REMEMBERED[name] = remembered
+        return remembered
+
+    def _hash_of(self, name: str) -> tuple[int, str]:
+        try:
+            picture, _ = image.preview(self._read(name), name=name)
+        except image.ImageError as error:
+            return 0, error.fault
+        except RecordError as error:
+            return 0, error.reason
+        except (OSError, KeyError):
+            return 0, "picture is missing"
+        return image_text.perceptual_hash(picture), ""
+
+    def _read(self, name: str) -> bytes:
+        if self.is_store:
+            return self.store.image(name)
+        found = self.released.find(name)
+        if found is None:
+            raise KeyError(name)
+        return self.released.read(found[1])
+
+
+# Translated records share their picture; of this process.
+_REMEMBERED: dict[str, tuple[int, str]] = {}
+_RECORDS: list[_Records] = []
+
+
+def _start_worker(records: _Records) -> None:
+    _RECORDS.append(records)
+
+
+def _measure_in_worker(chunk: Any) -> _Result:
+    return _RECORDS[-1].measure(chunk)
+
+
+def measure(
+    folder: Path,
+    *,
+    benchmarks: Benchmarks | None = None,
+    pictures: bool = True,
+    images: Path | None = None,
+    work: Path,
+    workers: int = 1,
+    progress: Callable[[int], None] = lambda records: None,
+) -> Statistics:
+    """Counts a data set and compares it with benchmarks.
+
+    Args:
+      folder: a pipeline's results, a release, a file of records or a store.
+      pictures: whether pictures are compared as well: every one is decoded.
+      images: folder of the pictures, by default that of the records.
+      work: folder for the list of what is in archives.
+      workers: processes.
+      progress: called with the number of records done since the last call.
+
+    Raises:
+      ReleaseError, StoreError: the data set cannot be read.
+    """
+    source = folder / "records" if (folder / "provenance").is_dir() else folder
+    lying = images or (source.parent if source.is_file() else source)
+    compared = benchmarks is not None and pictures and len(benchmarks.pictures) > 0
+    database = work / "archives.sqlite"
+    records = _Records(source, lying if compared else None, database, benchmarks)
+    if compared and not records.is_store:
+        work.mkdir(parents=True, exist_ok=True)
+        records.released.index()
+    _REMEMBERED.clear()
+    whole = Statistics(findings=None if benchmarks is None else Findings())
+    for result in _results(records, workers):
+        whole.merge(result.statistics)
+        progress(result.statistics.total)
+        for id, overlaps in result.overlaps:
+            whole.findings.add(id, overlaps)
+    for row in _provenance(folder / "provenance"):
+        whole.task_types.update(row.get("task_types", ()))
+    return whole
+
+
+def _results(records: _Records, workers: int) -> Iterator[_Result]:
+    """The results of all chunks in their order, few chunks in memory at a time."""
+    if workers == 1:
+        yield from map(records.measure, records.chunks())
+        return
+    # Not forked: Arrow runs threads, which do not survive a fork.
+    pool = futures.ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(records,)
+    )
+    with pool:
+        pending: deque[futures.Future] = deque()
+        for chunk in records.chunks():
+            pending.append(pool.submit(_measure_in_worker, chunk))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _provenance(folder: Path) -> Iterator[Mapping[str, Any]]:
+    for path in sorted(folder.glob("*.jsonl")):
+        with path.open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+
+def write(found: Statistics, composition: Iterable[str], out: Path) -> Path:
+    """Writes `report.md` and, if benchmarks were compared, the two lists; returns the report's path."""
+    out.mkdir(parents=True, exist_ok=True)
+    if found.findings is not None:
+        found.findings.write(out)
+    path = out / "report.md"
+    path.write_text(found.markdown(list(composition)), encoding="utf-8")
+    return path

@@ -40,12 +40,16 @@ CONFIG = PangeaConfig(
 )
 
 
-def arguments(description: str, repetitions: int) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parser(description: str, repetitions: int) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repetitions", type=int, default=repetitions)
-    return parser.parse_args()
+    found.add_argument("--repetitions", type=int, default=repetitions)
+    return found
+
+
+def arguments(description: str, repetitions: int) -> argparse.Namespace:
+    return parser(description, repetitions).parse_args()
 
 
 def make_pair():

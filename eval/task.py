@@ -130,6 +130,7 @@ class Dataset(abc.ABC):
       version: goes up whenever prompt, settings or scores change; part of every result.
       metric: name of the headline metric among `Scored.metrics`.
       fields: the fields each row must have and their types.
+      gold: the one of them that holds the gold answer.
       about: documents in all, roughly, where the sources give no exact sizes of the subsets.
       judged: whether scores need the replies of a judge.
       paper_scores_failures: whether the paper's scorer makes a score of a reply that never came.
@@ -144,6 +145,7 @@ class Dataset(abc.ABC):
     hub: ClassVar[str]
     subsets: ClassVar[tuple[Subset, ...]]
     fields: ClassVar[Mapping[str, type | tuple[type, ...]]]
+    gold: ClassVar[str] = "answer"
     generation: ClassVar[Generation]
     about: ClassVar[int | None] = None
     judged: ClassVar[bool] = False
@@ -162,7 +164,7 @@ class Dataset(abc.ABC):
 
     def target(self, document: Document) -> Any:
         """The gold answer, for the logs."""
-        return document.row.get("answer")
+        return document.row[self.gold]
 
     def generation_for(self, subset: Subset) -> Generation:
         return self.generation
@@ -233,7 +235,7 @@ def answer_text(response: str) -> str:
     return re.sub(r"^.*</think>", "", response, flags=re.DOTALL).strip()
 
 
-def languages_to_subsets(sizes: Mapping[str, int | None]) -> tuple[Subset, ...]:
+def language_subsets(sizes: Mapping[str, int | None]) -> tuple[Subset, ...]:
     """One subset a language code, English in the first column, all others in the second."""
     return tuple(
         Subset(code, code, "en" if code == "en" else "mul", size) for code, size in sizes.items()

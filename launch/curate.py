@@ -136,7 +136,15 @@ def _guarded(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except (UsageError, pipeline.JobError, RunnerError, ImportError, OSError, ValueError) as error:
+    except (
+        UsageError,
+        pipeline.JobError,
+        ReleaseError,
+        RunnerError,
+        ImportError,
+        OSError,
+        ValueError,
+    ) as error:
         if "PANGEA_DEBUG" in os.environ:
             raise
         print(f"error: {error}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)

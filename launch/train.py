@@ -42,6 +42,12 @@ CONFIG = common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written; default runs/<config and argument>."
 )
+APPROXIMATE = flags.DEFINE_bool(
+    "approximate_restart",
+    False,
+    "Go on although the order of the examples is another one, as with another number of processes: some "
+    "are then repeated and others left out.",
+)
 PROFILE = flags.DEFINE_string(
     "profile", "", "START:STOP, steps to trace into <workdir>/profile, such as 20:25."
 )
@@ -219,6 +225,7 @@ def execute(run):
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        approximate_restart=APPROXIMATE.value,
     )
     steps = common.number_of_steps(config, batches)
     optimizer = optim.make_optimizer(optim.OptimizerConfig(**config.optimizer), steps)

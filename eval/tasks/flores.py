@@ -47,6 +47,7 @@ class Flores(Dataset):
         )
     )
     fields = schema(source=str, target=str)
+    gold = "target"
     generation = Generation(max_new_tokens=256)
 
     def prompt(self, document, subset, profile):
@@ -54,9 +55,6 @@ class Flores(Dataset):
         return Prompt(
             f"Translate the following {source} sentence to {target}.\n{document.row['source']}"
         )
-
-    def target(self, document):
-        return document.row["target"]
 
     def score(self, document: Document, response: str, subset, profile, reply=None):
         lines = [line.strip() for line in answer_text(response).splitlines() if line.strip()]

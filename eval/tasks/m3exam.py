@@ -9,7 +9,7 @@ from eval.task import (
     Document,
     Generation,
     Prompt,
-    languages_to_subsets,
+    language_subsets,
     schema,
 )
 from eval.tasks.cvqa import score_letter
@@ -77,7 +77,7 @@ _LABEL = re.compile(r"^\s*[(（]?([A-Ja-j]|10|\d)\s*[)）.．、:：]\s*")
 class M3Exam(Dataset):
     name, title, group = "m3exam", "M3Exam", "multimodal"
     hub = "neulab/PangeaBench-m3exam"
-    subsets = languages_to_subsets(_SIZES)
+    subsets = language_subsets(_SIZES)
     fields = schema(
         question=str, options=list, answer=str, subject=str, background=list, images=list
     )

@@ -18,7 +18,7 @@ from eval.task import (
     Prompt,
     Scored,
     answer_text,
-    languages_to_subsets,
+    language_subsets,
     schema,
 )
 
@@ -42,15 +42,13 @@ class MLlavaBench(Dataset):
     metric = "ratio"
     judged = True
     paper_scores_failures = True
-    subsets = languages_to_subsets(dict.fromkeys(_LANGUAGES, 60))
+    subsets = language_subsets(dict.fromkeys(_LANGUAGES, 60))
     fields = schema(question=str, caption=str, gpt_answer=str, category=str, images=list)
+    gold = "gpt_answer"
     generation = Generation(max_new_tokens=1024)
 
     def prompt(self, document, subset, profile):
         return Prompt(document.row["question"], document.images)
-
-    def target(self, document):
-        return document.row["gpt_answer"]
 
     def judge_request(self, document, response):
         row = document.row

@@ -6,16 +6,7 @@ The photographs are one picture, side by side. The prompt stays English in every
 import re
 import unicodedata
 
-from eval.task import (
-    Dataset,
-    Document,
-    Generation,
-    Prompt,
-    answer_text,
-    languages_to_subsets,
-    mean_of,
-    schema,
-)
+from eval.task import Dataset, Generation, Prompt, answer_text, language_subsets, mean_of, schema
 
 _SIZES = {"en": None, "id": 1128, "sw": 1108, "ta": 1242, "tr": 1180, "zh": 1012}
 _TRUE = {
@@ -33,7 +24,7 @@ class Marvl(Dataset):
     name, title, group = "marvl", "MaRVL", "multimodal"
     hub = "neulab/PangeaBench-marvl"
     about = 11_040
-    subsets = languages_to_subsets(_SIZES)
+    subsets = language_subsets(_SIZES)
     fields = schema(hypothesis=str, answer=bool, images=list)
     generation = Generation(max_new_tokens=16)
 
@@ -45,7 +36,7 @@ class Marvl(Dataset):
             document.images,
         )
 
-    def score(self, document: Document, response: str, subset, profile, reply=None):
+    def score(self, document, response, subset, profile, reply=None):
         gold = "true" if document.row["answer"] else "false"
         read = paper_reading(response) if profile == "paper" else reading(answer_text(response))
         right = gold in read if profile == "paper" else read == gold

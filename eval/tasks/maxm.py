@@ -6,16 +6,7 @@ The printed "accuracy" is relaxed accuracy, as far as the numbers tell.
 import re
 
 from eval.metrics import captions, squad
-from eval.task import (
-    Dataset,
-    Document,
-    Generation,
-    Prompt,
-    answer_text,
-    languages_to_subsets,
-    mean_of,
-    schema,
-)
+from eval.task import Dataset, Generation, Prompt, answer_text, language_subsets, mean_of, schema
 from pangea_jax import languages
 
 _SIZES = {"en": 257, "fr": 264, "hi": 260, "he": 280, "ro": 284, "th": 268, "zh": 277}
@@ -39,8 +30,9 @@ class Maxm(Dataset):
     name, title, group = "maxm", "MaXM", "multimodal"
     hub = "neulab/PangeaBench-maxm"
     metric = "relaxed_accuracy"
-    subsets = languages_to_subsets(_SIZES)
+    subsets = language_subsets(_SIZES)
     fields = schema(question=str, answers=list, images=list)
+    gold = "answers"
     generation = Generation(max_new_tokens=64)
 
     def prompt(self, document, subset, profile):
@@ -52,10 +44,7 @@ class Maxm(Dataset):
             document.images,
         )
 
-    def target(self, document):
-        return document.row["answers"]
-
-    def score(self, document: Document, response: str, subset, profile, reply=None):
+    def score(self, document, response, subset, profile, reply=None):
         golds = document.row["answers"]
         if profile == "paper":
             metrics = {

@@ -6,16 +6,7 @@ import string
 from types import MappingProxyType
 
 from eval.metrics import numbers
-from eval.task import (
-    Dataset,
-    Document,
-    Generation,
-    Prompt,
-    answer_text,
-    languages_to_subsets,
-    mean_of,
-    schema,
-)
+from eval.task import Dataset, Generation, Prompt, answer_text, language_subsets, mean_of, schema
 
 # language: (question label, label of the step-by-step answer, strict pattern), as in lm-eval mgsm_native_cot. The
 # strict pattern of Bengali is the English one there, so that the paper's Bengali score is 0.0 for every model.
@@ -55,7 +46,7 @@ class Mgsm(Dataset):
     name, title, group = "mgsm", "MGSM", "text"
     hub = "juletxara/mgsm"
     metric = "exact_match"
-    subsets = languages_to_subsets(dict.fromkeys(_WORDS, 250))
+    subsets = language_subsets(dict.fromkeys(_WORDS, 250))
     fields = schema(question=str, answer=(str, int))
     structural_zeros = MappingProxyType(
         {
@@ -72,7 +63,7 @@ class Mgsm(Dataset):
         until = (_WORDS[subset.language][0], "</s>", "<|im_end|>")
         return Generation(max_new_tokens=256, until=until, chat=False)
 
-    def score(self, document: Document, response: str, subset, profile, reply=None):
+    def score(self, document, response, subset, profile, reply=None):
         gold = str(document.row["answer"])
         if profile == "paper":
             found = re.findall(_WORDS[subset.language][2], response)

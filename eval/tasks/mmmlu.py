@@ -2,7 +2,7 @@
 
 from eval.metrics import likelihood
 from eval.metrics.choices import LETTERS
-from eval.task import Dataset, Generation, Prompt, languages_to_subsets, schema
+from eval.task import Dataset, Generation, Prompt, language_subsets, schema
 from pangea_jax import languages
 
 LOCALES = {
@@ -26,7 +26,7 @@ LOCALES = {
 class Mmmlu(Dataset):
     name, title, group = "mmmlu", "MMMLU", "text"
     hub = "openai/MMMLU"
-    subsets = languages_to_subsets(dict.fromkeys(("en", *LOCALES), 14042))
+    subsets = language_subsets(dict.fromkeys(("en", *LOCALES), 14042))
     fields = schema(question=str, options=list, answer=str, subject=str)
     generation = Generation(output_type="loglikelihood", chat=False)
 

@@ -5,16 +5,7 @@ printed "accuracy" is no count over the size of the set: it is token F1.
 """
 
 from eval.metrics import squad
-from eval.task import (
-    Dataset,
-    Document,
-    Generation,
-    Prompt,
-    answer_text,
-    languages_to_subsets,
-    mean_of,
-    schema,
-)
+from eval.task import Dataset, Generation, Prompt, answer_text, language_subsets, mean_of, schema
 
 # language: (instruction, label of the passage, of the question, of the answer)
 _TEMPLATES = {
@@ -73,8 +64,9 @@ class TyDiQA(Dataset):
     name, title, group = "tydiqa", "TyDiQA", "text"
     hub = "neulab/PangeaBench-tydiqa"
     metric = "f1"
-    subsets = languages_to_subsets(_SIZES)
+    subsets = language_subsets(_SIZES)
     fields = schema(context=str, question=str, answers=list)
+    gold = "answers"
     generation = Generation(max_new_tokens=50)
 
     def prompt(self, document, subset, profile):
@@ -84,10 +76,7 @@ class TyDiQA(Dataset):
             f"{instruction}\n\n{passage} {row['context']}\n{question} {row['question']}\n{answer}"
         )
 
-    def target(self, document):
-        return document.row["answers"]
-
-    def score(self, document: Document, response: str, subset, profile, reply=None):
+    def score(self, document, response, subset, profile, reply=None):
         lines = answer_text(response).splitlines()
         first_line = lines[0] if lines else ""
         options = {}

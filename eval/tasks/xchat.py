@@ -72,6 +72,7 @@ class XChat(Dataset):
         Subset("rw", "rw", "none", 50),
     )
     fields = schema(system_prompt=str, input=str, reference_answer=str, rubric=dict, images=list)
+    gold = "reference_answer"
     generation = Generation(max_new_tokens=1024)
     structural_zeros = MappingProxyType(
         {
@@ -84,9 +85,6 @@ class XChat(Dataset):
         return Prompt(
             f"{document.row['system_prompt']}\n\n{document.row['input']}", document.images
         )
-
-    def target(self, document):
-        return document.row["reference_answer"]
 
     def judge_request(self, document, response):
         row = document.row

@@ -1,16 +1,7 @@
 """xGQA: 9,666 questions on 300 pictures in eight languages, answered in English (neulab/PangeaBench-xgqa)."""
 
 from eval.metrics import squad
-from eval.task import (
-    Dataset,
-    Document,
-    Generation,
-    Prompt,
-    answer_text,
-    languages_to_subsets,
-    mean_of,
-    schema,
-)
+from eval.task import Dataset, Generation, Prompt, answer_text, language_subsets, mean_of, schema
 
 _LANGUAGES = ("en", "bn", "de", "id", "ko", "pt", "ru", "zh")
 
@@ -19,7 +10,7 @@ class Xgqa(Dataset):
     name, title, group = "xgqa", "xGQA", "multimodal"
     hub = "neulab/PangeaBench-xgqa"
     metric = "exact_match"
-    subsets = languages_to_subsets(dict.fromkeys(_LANGUAGES, 9666))
+    subsets = language_subsets(dict.fromkeys(_LANGUAGES, 9666))
     fields = schema(question=str, answer=str, images=list)
     generation = Generation(max_new_tokens=16)
 
@@ -29,7 +20,7 @@ class Xgqa(Dataset):
         request += "." if subset.language == "en" else " in English."
         return Prompt(f"{document.row['question'].strip()} {request}", document.images)
 
-    def score(self, document: Document, response: str, subset, profile, reply=None):
+    def score(self, document, response, subset, profile, reply=None):
         gold = document.row["answer"]
         if profile == "paper":
             # The paper's rule (neulab/Pangea, xgqa/utils.py): the answer anywhere in the response, so that "woman" is

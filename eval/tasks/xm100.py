@@ -4,16 +4,7 @@ import unicodedata
 from types import MappingProxyType
 
 from eval.metrics import captions, ptb
-from eval.task import (
-    Dataset,
-    Document,
-    Generation,
-    Prompt,
-    answer_text,
-    languages_to_subsets,
-    mean_of,
-    schema,
-)
+from eval.task import Dataset, Generation, Prompt, answer_text, language_subsets, mean_of, schema
 from pangea_jax import languages
 
 # The printed tail of the table (0 to 0.3 in most, for several models) fits a run over these six languages.
@@ -25,8 +16,9 @@ class Xm100(Dataset):
     name, title, group = "xm100", "XM100", "multimodal"
     hub = "neulab/PangeaBench-xm100"
     metric = "rouge_l"
-    subsets = languages_to_subsets(dict.fromkeys(languages.XM100, 100))
+    subsets = language_subsets(dict.fromkeys(languages.XM100, 100))
     fields = schema(captions=list, images=list)
+    gold = "captions"
     generation = Generation(max_new_tokens=128)
     structural_zeros = MappingProxyType(
         {
@@ -49,10 +41,7 @@ class Xm100(Dataset):
             f"Provide a one-sentence caption for the provided image{suffix}.", document.images
         )
 
-    def target(self, document):
-        return document.row["captions"]
-
-    def score(self, document: Document, response: str, subset, profile, reply=None):
+    def score(self, document, response, subset, profile, reply=None):
         candidate, references = self._tokens(document, response, subset, profile)
         value = captions.rouge_l(candidate, references)
         filtered = " ".join(candidate)

@@ -10,7 +10,7 @@ from eval.task import (
     Document,
     Generation,
     answer_text,
-    languages_to_subsets,
+    language_subsets,
     mean_of,
     schema,
 )
@@ -22,7 +22,7 @@ _SIZES = {"en": 900, "ar": 298, "fr": 298, "hi": 291, "id": 297, "ja": 269, "pt"
 class Xmmmu(Dataset):
     name, title, group = "xmmmu", "xMMMU", "multimodal"
     hub = "neulab/PangeaBench-xmmmu"
-    subsets = languages_to_subsets(_SIZES)
+    subsets = language_subsets(_SIZES)
     fields = schema(question=str, options=list, answer=(str, list), question_type=str, images=list)
     generation = Generation(max_new_tokens=16)
 

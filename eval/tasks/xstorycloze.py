@@ -1,7 +1,7 @@
 """XStoryCloze: which of two sentences ends a story, in 11 languages, by log-likelihood (juletxara/xstory_cloze)."""
 
 from eval.metrics import likelihood
-from eval.task import Dataset, Generation, Prompt, languages_to_subsets, schema
+from eval.task import Dataset, Generation, Prompt, language_subsets, schema
 
 _LANGUAGES = ("en", "ar", "es", "eu", "hi", "id", "my", "ru", "sw", "te", "zh")
 
@@ -9,7 +9,7 @@ _LANGUAGES = ("en", "ar", "es", "eu", "hi", "id", "my", "ru", "sw", "te", "zh")
 class XStoryCloze(Dataset):
     name, title, group = "xstorycloze", "XStoryCloze", "text"
     hub = "juletxara/xstory_cloze"
-    subsets = languages_to_subsets(dict.fromkeys(_LANGUAGES, 1511))
+    subsets = language_subsets(dict.fromkeys(_LANGUAGES, 1511))
     fields = schema(sentences=list, endings=list, answer=int)
     generation = Generation(output_type="loglikelihood", chat=False)
 

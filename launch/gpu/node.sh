@@ -28,9 +28,24 @@ echo
 ! $dry_run || exit 0
 [[ -x $python ]] || { echo "node.sh: no Python in ${VENV:-.venv}; see docs/training.md" >&2 && exit 2; }
 
+# Training is told of what this script is told: SIGTERM and Ctrl-C mean save and stop.
+set -m # a process group of its own, in which Ctrl-C is not ignored
+tell() { # signal, exit code if nothing is there to be told
+  signalled=true
+  kill "-$1" "$child" 2>/dev/null || exit "$2"
+}
+
 for ((attempt = 0; ; attempt++)); do
-  code=0
-  "$python" launch/train.py "$@" || code=$?
+  "$python" launch/train.py "$@" &
+  child=$!
+  trap 'tell TERM 143' TERM
+  trap 'tell INT 130' INT
+  trap 'tell TERM 143' HUP # the terminal has gone
+  while true; do # a signal ends `wait` before training has ended
+    signalled=false code=0
+    wait "$child" || code=$?
+    $signalled || break
+  done
   case $code in
     # Done; an error that would come again; stopped by Ctrl-C, by SIGTERM.
     0 | 1 | 2 | 130 | 143) exit "$code" ;;

@@ -39,6 +39,10 @@ mount_share() {
   mountpoint -q "$SHARE" || sudo mount -t nfs -o rw,hard "$source" "$SHARE"
   for folder in data checkpoints runs; do
     mkdir -p "$SHARE/$folder"
+    if [[ -d $folder && ! -L $folder ]]; then # a link would be put into it, and not be seen
+      echo "worker.sh: ~/${PWD##*/}/$folder is a folder of this machine; move it out of the way of the share" >&2
+      exit 1
+    fi
     ln -sfn "$SHARE/$folder" "$folder"
   done
 }

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Sequence
+from concurrent import futures
 from dataclasses import dataclass
 from importlib import util as import_util
 from pathlib import Path
@@ -133,13 +134,20 @@ def find_chromium(executable_path: str | None = None) -> str:
         return executable_path
     found = next(filter(None, map(shutil.which, COMMANDS)), None)
     if found is None:
-        from playwright.sync_api import sync_playwright
-
-        with sync_playwright() as playwright:
-            found = playwright.chromium.executable_path
+        # In a thread of its own: Playwright's plain interface refuses to work beside a running event loop.
+        with futures.ThreadPoolExecutor(1) as pool:
+            found = pool.submit(_playwrights_own).result()
     if not os.path.exists(found):
         raise BrowserError(f"no Chromium on this machine; {INSTALL}")
     return found
+
+
+def _playwrights_own() -> str:
+    """Where `playwright install chromium` puts it, whether it is there or not."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        return playwright.chromium.executable_path
 
 
 class OpenPage:

@@ -3,8 +3,8 @@
 A benchmark is any folder of rows (JSONL, JSON, TSV, also gzipped) and pictures: the one that
 `eval/run.py --data_dir` reads, or the files of a set as published. Every text of at least eight words in
 a row is taken for its question, answer or context, as GPT-3's check does (Brown et al. 2020, appendix C);
-prompts' templates are not in the rows. Runs of words that many documents or many records share are wording,
-not content, and are left out.
+prompts' templates are not in the rows. Texts that many documents hold, and runs of words that many documents
+or many records share, are wording, not content, and are left out.
 
 In scripts without spaces a character is a word (`image_text.words`).
 """
@@ -249,7 +249,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                 rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
             for number, row in enumerate(rows, 1):
                 id = row.get("id") if isinstance(row, dict) else None
-                yield str(number if id is None else id), row
+                id = str(number if id is None else id)
+                yield id.encode("utf-8", "replace").decode(), row
         except (ValueError, OSError, EOFError, RecursionError, csv.Error) as error:
             raise BenchmarkError(
                 f"{path}, row {number + 1}: is no {kind[1:].upper()} in UTF-8 ({error})"
@@ -277,7 +278,8 @@ def _add_picture(path: Path, name: str, hashes: dict[int, str]) -> None:
 
 def _number(word: str, words: dict[str, int]) -> int:
     if word not in words:
-        digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
+        # JSON can hold half a surrogate pair, which is a letter as others are.
+        digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         words[word] = int.from_bytes(digest, "big") or 1
     return words[word]
 

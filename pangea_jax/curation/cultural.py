@@ -265,9 +265,9 @@ class _Settings:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "_Settings":
         main = _section(config, "llm", llm.ClientConfig)
-        scoring = _section(config, "scoring_llm", llm.ClientConfig)
         # Both kinds of work draw on one budget, kept with the replies.
         shared = {"max_calls": main.max_calls, "journal": main.journal}
+        scoring = _section(config, "scoring_llm", llm.ClientConfig, without=("budget", *shared))
         if scoring.price_in + scoring.price_out > 0:
             shared["budget"] = main.budget
         return cls(
@@ -300,7 +300,7 @@ def _section(config: Mapping[str, Any], name: str, kind: type, without: Sequence
     Raises:
       JobError: it has a key that the class has not.
     """
-    values = _plain(config[name])
+    values = pipeline.plain(config[name])
     fields = {field.name for field in dataclasses.fields(kind)} - {*without}
     unknown = values.keys() - fields
     if unknown:
@@ -310,15 +310,11 @@ def _section(config: Mapping[str, Any], name: str, kind: type, without: Sequence
     return kind(**values)
 
 
-def _plain(section: Any) -> dict[str, Any]:
-    return section.to_dict() if hasattr(section, "to_dict") else dict(section)
-
-
 def _plan(config: Mapping[str, Any], filters: Filters, parts: Sequence[Part]) -> dict[str, Any]:
     paths = [Path(path) for path in dict.fromkeys(part.path for part in parts)]
     plan = pipeline.plan(config, paths) | {"prompts": PROMPTS}
     plan["blocked_words"] = hashlib.sha256("\n".join(sorted(filters.blocked)).encode()).hexdigest()
-    plan["scoring_llm"] = pipeline.plan({"llm": _plain(config["scoring_llm"])})["llm"]
+    plan["scoring_llm"] = pipeline.plan({"llm": pipeline.plain(config["scoring_llm"])})["llm"]
     return plan
 
 
@@ -892,6 +888,8 @@ def text_fault(text: str, code: str, least: int, most: int) -> str | None:
     """What is wrong with a text that was written for a record, None if nothing is."""
     if not least <= len(text) <= most:
         return f"is too {'short' if len(text) < least else 'long'}"
+    if not image_text.is_unicode(text):
+        return "holds half a character"
     if IMAGE_MARKER in text:
         return "holds a marker"
     if markup.repetition(text) > _MAX_REPETITION:

@@ -317,7 +317,7 @@ def _pair(values: Mapping[str, Any], name: str, place: Place | None = None) -> P
         return Fault(name, "picture file is too large")
     if not encoded and not tags["url"]:
         return Fault(name, "neither picture nor address")
-    if not _is_unicode(text, *tags.values()):
+    if not is_unicode(text, *tags.values()):
         return Fault(name, "text is not UTF-8")
     numbers = {field: _number(values.get(field)) for field in ("similarity", "width", "height")}
     sizes = {k: None if numbers[k] is None else int(numbers[k]) for k in ("width", "height")}
@@ -332,7 +332,8 @@ def _pair(values: Mapping[str, Any], name: str, place: Place | None = None) -> P
     )
 
 
-def _is_unicode(*texts: str) -> bool:
+def is_unicode(*texts: str) -> bool:
+    """Whether texts can be written: JSON can hold half a surrogate pair."""
     try:
         for text in texts:
             text.encode()
@@ -342,8 +343,12 @@ def _is_unicode(*texts: str) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # JSON has whole numbers of any length
+        return None
 
 
 def _id(value: Any) -> str:
@@ -352,7 +357,7 @@ def _id(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.1f}" if value.is_integer() else "" if math.isnan(value) else str(value)
-    return " ".join(str(value).split()) if _is_unicode(str(value)) else ""
+    return " ".join(str(value).split()) if is_unicode(str(value)) else ""
 
 
 def file_name(id: str, encoded: bytes) -> str:
@@ -668,29 +673,34 @@ class Fetch:
         Raises:
           FetchError: there are none, they are too many or come too slowly.
         """
-        requests = _import("requests")
+        requests, urllib3 = _import("requests"), _import("urllib3")
         deadline = time.monotonic() + self.timeout
         try:
             with requests.Session() as session:
                 session.headers["User-Agent"] = self.user_agent
+                target_of = session.get_redirect_target
+                # Where requests sees a redirection, it reads all of the page that tells of it, however long.
+                session.get_redirect_target = lambda reply: None
                 for _ in range(_MAX_REDIRECTS + 1):
                     self._check(url)
                     with session.get(
                         url, stream=True, allow_redirects=False, timeout=self.timeout
                     ) as reply:
-                        if reply.next is None:
+                        target = target_of(reply)
+                        if target is None:
                             return self._body(reply, deadline)
-                        url = reply.next.url
+                        url = urllib.parse.urljoin(url, target)
             raise FetchError("address leads in circles")
         # Addresses of crawls are of every broken kind, which surfaces as errors of several libraries.
-        except (requests.RequestException, OSError, ValueError):
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError):
             raise FetchError("address cannot be reached") from None
 
     def _body(self, reply, deadline: float) -> bytes:
         if reply.status_code != 200:
             raise FetchError(f"address answers {reply.status_code}")
         body = bytearray()
-        for block in reply.iter_content(1 << 16):
+        # What has come so far, not a block filled up: a byte a second must not go on for days.
+        while block := reply.raw.read1(1 << 16, decode_content=True):
             body += block
             if len(body) > self.max_bytes:
                 raise FetchError("picture file is too large")

@@ -68,6 +68,8 @@ def _detector():
 def identify(text: str, k: int = 1) -> list[Verdict]:
     """The `k` likeliest languages of a text's first thousand characters, the likeliest first."""
     words = " ".join(text.split())[:_IDENTIFIED_CHARACTERS]
+    # Half a surrogate pair is an error to fastText.
+    words = words.encode("utf-8", "replace").decode()
     if not words:
         return [Verdict("", 0.0)]
     found = _detector().detect(words, model="lite", k=k)

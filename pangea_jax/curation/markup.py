@@ -47,8 +47,9 @@ _UNITS = _ENGLISH_UNITS | {
     **{"백": 1e2, "천": 1e3, "만": 1e4, "억": 1e8, "조": 1e12},
     **{"लाख": 1e5, "करोड़": 1e7, "লাখ": 1e5, "কোটি": 1e7, "لاکھ": 1e5, "کروڑ": 1e7},
 }
+# (?a:): elsewhere "s" also stands for "ſ" and "i" for "İ", which no unit is written with.
 _UNIT = re.compile(
-    rf"\s?(?:(?:{'|'.join(_ENGLISH_UNITS)})(?![a-z])|{'|'.join(u for u in _UNITS if not u.isascii())})",
+    rf"\s?(?:(?a:{'|'.join(_ENGLISH_UNITS)})(?![a-z])|{'|'.join(u for u in _UNITS if not u.isascii())})",
     re.IGNORECASE,
 )
 _MONTHS = (

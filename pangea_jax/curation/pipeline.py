@@ -344,8 +344,10 @@ class Job:
         unknown = {row["stage"] for row in dropped} | set(counts.added)
         if not unknown <= set(self.stages):
             raise AccountingError(f"part {part}: no stage {unknown - set(self.stages)}")
+        path = self.out / "dropped" / f"{part}-{shard:05d}.jsonl"
+        path.unlink(missing_ok=True)  # of a try that was killed before its counts were written
         if dropped:
-            _write_lines(self.out / "dropped" / f"{part}-{shard:05d}.jsonl", dropped)
+            _write_lines(path, dropped)
         kept = [o for o in outcomes if isinstance(o, Kept)]
         if part == RECORDS:
             rows = [outcome.provenance for outcome in kept]
@@ -473,7 +475,7 @@ def _checked(outcome: Outcome, last_stage: str) -> Outcome:
 
 def plan(config: Mapping[str, Any], sources: Iterable[Path] = ()) -> dict[str, Any]:
     """What decides the results: the config without addresses, limits and prices, and the files read."""
-    config = json.loads(json.dumps(_plain(config), default=str))
+    config = json.loads(json.dumps(plain(config), default=str))
     for name in _NOT_PLANNED:
         config.get("llm", {}).pop(name, None)
     files = [(path.name, path.stat().st_size) for path in sources]
@@ -492,7 +494,8 @@ def source_files(source: Path) -> list[Path]:
         raise JobError(str(error)) from None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A section of a config, and those within it, as dicts."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
     return dict(value) if isinstance(value, Mapping) else value

@@ -23,6 +23,7 @@ from pangea_jax.curation import image_text
 from pangea_jax.curation.contamination import Benchmarks, Findings, Overlap
 from pangea_jax.data import image, release
 from pangea_jax.data.record import Conversation, RecordError, identify_language
+from pangea_jax.data.runners import RunnerError
 from pangea_jax.data.store import MANIFEST, RecordStore
 
 _CHUNK = 512
@@ -307,6 +308,7 @@ def measure(
 
     Raises:
       ReleaseError, StoreError: the data set cannot be read.
+      RunnerError: a worker was killed.
     """
     source = folder / "records" if (folder / "provenance").is_dir() else folder
     lying = images or (source.parent if source.is_file() else source)
@@ -337,14 +339,18 @@ def _results(records: _Records, workers: int) -> Iterator[_Result]:
     pool = futures.ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(records,)
     )
-    with pool:
-        pending: deque[futures.Future] = deque()
-        for chunk in records.chunks():
-            pending.append(pool.submit(_measure_in_worker, chunk))
-            if len(pending) > 2 * workers:
+    pending: deque[futures.Future] = deque()
+    try:
+        with pool:
+            for chunk in records.chunks():
+                pending.append(pool.submit(_measure_in_worker, chunk))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+    except futures.process.BrokenProcessPool:
+        problem = "a worker was killed, perhaps for want of memory; try fewer --workers"
+        raise RunnerError(problem) from None
 
 
 def _provenance(folder: Path) -> Iterator[Mapping[str, Any]]:

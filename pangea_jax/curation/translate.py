@@ -34,6 +34,7 @@ from pangea_jax.curation.pipeline import (
     Kept,
     Outcome,
     Passed,
+    plain,
     plan,
     source_files,
 )
@@ -145,7 +146,7 @@ class Translation:
         fields = ("source_language", "limit", "longest", "request")
         return cls(
             Job(out, STAGES, config["shard_size"]),
-            llm.ClientConfig(**dict(config["llm"])),
+            llm.ClientConfig(**plain(config["llm"])),
             targets,
             checks,
             notes=dict(config["notes"]),

@@ -269,7 +269,7 @@ class FeedIterator(grain.DatasetIterator):
                 "the order of the examples is not the one that was saved: "
                 + "; ".join(differing)
                 + ". Restore that, or accept that some examples are repeated and others left out "
-                "(approximate_restart=True)"
+                "(--approximate_restart)"
             )
         self.close_stream()
         self.counters.set_state(state["counters"])

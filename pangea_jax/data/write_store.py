@@ -8,11 +8,9 @@ files.
 
 import contextlib
 import io
-import json
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from pangea_jax.data import store
+from pangea_jax.data.atomic import partial_path, write_json
 from pangea_jax.data.record import Conversation
 
 VERSION = "1.0.0"
@@ -248,15 +247,6 @@ def write_shard(path: Path, examples: Iterable[bytes], codec: str) -> tuple[int,
     return count, num_bytes
 
 
-def partial_path(path: Path) -> Path:
-    """Where to write a file that is then renamed to `path`.
-
-    The name is new every time: a worker that outlives its killed build, or that Beam runs twice,
-    never writes into the file of another.
-    """
-    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-
-
 def shard_name(name: str, split: str, shard: int, shards: int) -> str:
     """The file name that TFDS gives a shard."""
     return f"{name}-{split}.array_record-{shard:05d}-of-{shards:05d}"
@@ -304,11 +294,7 @@ def _write_folder(work, part, name, examples, features) -> dict[str, list[dict[s
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
     """Writes the file that makes a folder a store, whole or not at all."""
-    path = directory / store.MANIFEST
-    partial = partial_path(path)
-    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_json(directory / store.MANIFEST, manifest, ensure_ascii=False)
 
 
 def _files(path: Path) -> list[Path]:

@@ -581,6 +581,11 @@ def pair(kind="Critical Reasoning", **changes):
             ["response is the instruction"],
         ),
         ([pair(), pair("Data Analysis", response=None)], 1, ["a key is missing or no text"]),
+        (
+            [pair(), pair("Data Analysis", response="\ud83d " + SENTENCES["es"])],
+            1,
+            ["response holds half a character"],
+        ),
     ],
 )
 def test_pairs_are_checked_one_by_one(found, count, faults):
@@ -748,3 +753,6 @@ def test_settings_that_cannot_be_carried_out_say_so(tmp_path):
     assert "config.languages: unknown language tag 'xx'" in problem(languages=("xx",))
     config.balance.per_topic = 3
     assert "config.balance: unknown per_topic; it may have per_" in problem(languages=())
+    # One budget is for both models: another would not be kept.
+    config.balance = {}
+    assert "config.scoring_llm: unknown budget" in problem(scoring_llm={"budget": 5.0})

@@ -136,6 +136,14 @@ def test_a_tar_that_is_cut_off_gives_what_is_whole_and_one_fault(tmp_path, cut):
     assert fault.reason == "tar file is damaged or cut off"
 
 
+def test_numbers_that_no_float_holds_are_unknown(tmp_path):
+    stated = {"key": "7", "caption": "a text", "width": 10**400, "similarity": 0.4}
+    files = {"1.jpg": encoded(), "1.json": json.dumps(stated).encode()}
+    write_tar(tmp_path / "x.tar", files)
+    (pair,) = image_text.read(Part(str(tmp_path / "x.tar")))
+    assert (pair.id, pair.width, pair.similarity) == ("7", None, 0.4)
+
+
 def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(image_text, "MAX_PICTURE_BYTES", 1000)
     monkeypatch.setattr(image_text, "MAX_TEXT_BYTES", 10)
@@ -356,7 +364,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", self.path)
             self.end_headers()
             return
-        self.send_response(200)
+        moved = self.path == "/moved"
+        self.send_response(302 if moved else 200)
+        self.send_header("Location", "plain")
         self.end_headers()
         for _ in range(50):
             try:
@@ -364,8 +374,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.flush()
             except OSError:
                 return
-            if self.path == "/slow":
-                time.sleep(0.02)
+            if self.path in ("/slow", "/moved"):
+                time.sleep(0.1)
 
     def log_message(self, *_):
         pass
@@ -382,6 +392,18 @@ def server():
 
 def test_a_picture_is_fetched(server):
     assert Fetch(private=True)(f"{server}/plain") == b"x" * 5000
+
+
+@pytest.mark.parametrize("path", ["/slow", "/moved"])
+def test_a_slow_answer_takes_no_longer_than_the_timeout(server, path):
+    began = time.monotonic()
+    with contextlib.suppress(FetchError):
+        Fetch(private=True, timeout=0.5)(server + path)
+    assert time.monotonic() - began < 3  # of the 5 s that the server would take
+
+
+def test_of_a_redirection_only_the_address_is_read(server):
+    assert Fetch(private=True)(f"{server}/moved") == b"x" * 5000
 
 
 @pytest.mark.parametrize(

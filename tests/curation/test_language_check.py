@@ -46,6 +46,10 @@ def test_half_english_is_mixed(code):
     assert language_faults(TEXTS[code] + " (The Beatles)", code) == []
 
 
+def test_half_a_surrogate_pair_does_not_stop_the_identifier():
+    assert language_check.identify("What is the man in the picture \ud83d doing?")[0].label == "en"
+
+
 def test_short_texts_are_not_judged():
     assert language_faults("Yes, 42.", "ru") == []
     assert language_faults("是的", "de") == []

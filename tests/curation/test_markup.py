@@ -167,6 +167,13 @@ def test_changed_numbers(ours, theirs):
     assert _reasons(ours, theirs) == ["numbers changed"]
 
 
+@pytest.mark.parametrize("unit", ["thouſand", "MİLLİON", "mıllion"])
+def test_letters_that_fold_into_those_of_a_unit(unit):
+    """`re` takes them for the ASCII ones where case does not count."""
+    assert _reasons(f"5 {unit} people", f"5 {unit} Menschen") == []
+    assert _reasons(f"5 {unit} people", "6 Menschen") == ["numbers changed"]
+
+
 def test_numbers_are_compared_by_value():
     assert numbers("1,234.50 and 7") == {"1234.50": 1, "7": 1}
     assert numbers("1,00,000") == {"100000": 1}

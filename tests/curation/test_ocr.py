@@ -8,6 +8,7 @@ import json
 import os
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,6 +239,23 @@ def test_a_missing_browser_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(browsers.import_util, "find_spec", lambda name: None)
     with pytest.raises(BrowserError, match=r"apt-get install chromium.*executable_path"):
         browsers.find_chromium()
+
+
+def test_playwrights_own_chromium_is_found_where_none_is_on_path(monkeypatch, tmp_path):
+    pytest.importorskip("playwright", reason="playwright is an extra")
+    monkeypatch.setattr(browsers, "COMMANDS", ())
+    monkeypatch.setenv("PLAYWRIGHT_BROWSERS_PATH", str(tmp_path))
+
+    async def path():
+        return browsers.Browser(BrowserConfig(), local=True)._path
+
+    with pytest.raises(BrowserError, match="no Chromium on this machine"):
+        asyncio.run(path())
+    own = Path(browsers._playwrights_own())
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert tmp_path in own.parents
+    assert asyncio.run(path()) == str(own)
 
 
 def test_configs_that_cannot_be():

@@ -187,6 +187,17 @@ def test_a_stop_leaves_finished_shards_and_the_rest_is_made_later(job, tmp_path)
     assert (job.out / "work" / "records" / "00000.json").read_bytes() == first
 
 
+def test_a_try_that_was_killed_before_the_end_leaves_nothing_dropped(job):
+    """Where a second try finds more, as a picture that can be fetched by then."""
+    _run(job, lambda rows: (Dropped(str(row["n"]), "make", "not there") for row in rows))
+    for name in ("00000.json", "all.json"):
+        (job.out / "work" / "records" / name).unlink()
+    _run(job, lambda rows: (Kept(_record(row["n"]), {}) for row in rows))
+    assert len(list(job.kept(0))) == 16
+    left = {path.name for path in (job.out / "dropped").glob("records-*")}
+    assert left == {f"records-{n:05d}.jsonl" for n in range(1, job.shards("records"))}
+
+
 def test_an_interrupt_is_one_to_the_caller_too(job):
     def stops(rows):
         raise KeyboardInterrupt

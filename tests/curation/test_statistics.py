@@ -1,6 +1,7 @@
 """Counts of a data set, and what it has in common with benchmarks."""
 
 import csv
+import functools
 import gzip
 import io
 import json
@@ -8,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from eval import composition
 from pangea_jax.curation import contamination, image_text, statistics
 from pangea_jax.curation.contamination import BenchmarkError, Benchmarks, Findings, Overlap
 from pangea_jax.data import mixture
+from pangea_jax.data.runners import RunnerError
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT.parent / "shared" / "data" / "pangeains_sample"
@@ -216,11 +219,24 @@ def test_benchmarks_that_are_broken_say_where(tmp_path, name, data, message):
         Benchmarks.read([tmp_path])
 
 
+def test_half_a_surrogate_pair_is_a_letter_like_others(tmp_path):
+    row = {"id": "\ud83d", "question": f"\ud83d {QUESTION}"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row), encoding="ascii")
+    overlaps = Benchmarks.read([tmp_path]).in_texts([f"\ud83d {QUESTION}"])
+    assert [o.document for o in overlaps if o.kind == "exact"] == ["x.jsonl:?"]
+
+
 def test_a_folder_without_a_benchmark_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no rows"):
         Benchmarks.read([tmp_path])
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Benchmarks.read([tmp_path / "nowhere"])
+
+
+def test_a_worker_that_is_killed_says_so():
+    dying = types.SimpleNamespace(measure=os._exit, chunks=functools.partial(iter, [1, 2]))
+    with pytest.raises(RunnerError, match="a worker was killed"):
+        list(statistics._results(dying, 2))
 
 
 def test_counts_are_those_of_a_recount(emoji_store, tmp_path):

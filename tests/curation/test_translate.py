@@ -601,6 +601,16 @@ def test_embeddings_and_back_translation_are_measured(start_endpoint, make_confi
     }
 
 
+def test_fields_that_only_some_servers_know_are_sent(start_endpoint, make_config, tmp_path):
+    endpoint = start_endpoint(translator)
+    config = make_config(endpoint, english_records()[:1])
+    config.llm.extra_body = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert translate.run(config, tmp_path / "out", OPTIONS)["kept"] == 3
+    sent = [request["chat_template_kwargs"] for request in endpoint.requests.values()]
+    assert sent
+    assert all(kwargs == {"enable_thinking": False} for kwargs in sent)
+
+
 def _curate(config_file, out, *arguments):
     command = [sys.executable, "launch/curate.py", "translate", f"--config={config_file}"]
     command += [f"--out={out}", *arguments]
@@ -673,6 +683,16 @@ def test_wrong_configs_name_the_field(start_endpoint, make_config, tmp_path, cha
     config.update(change)
     with pytest.raises(JobError, match=message):
         translate.run(config, tmp_path / "out", OPTIONS)
+
+
+def test_a_broken_source_is_one_sentence(tmp_path):
+    source = tmp_path / "english.jsonl"
+    source.write_text('{"id": 1}\n{"id": ', encoding="utf-8")
+    overrides = [f"--config.source={source}", "--config.llm.model=m"]
+    done = _curate("configs/curation/translate.py", tmp_path / "out", *overrides)
+    assert done.returncode == 1
+    assert f"error: {source}, byte 17: line 2" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_unknown_commands_name_the_known_ones():

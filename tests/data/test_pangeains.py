@@ -15,7 +15,8 @@ from PIL import Image
 
 from pangea_jax.data import chat, emoji, pangeains
 from pangea_jax.data.image import decode
-from pangea_jax.data.pangeains import Beam, Build, BuildError, Local, TooManyRejected
+from pangea_jax.data.pangeains import Build, BuildError, TooManyRejected
+from pangea_jax.data.runners import Beam, Local, RunnerError
 from pangea_jax.data.store import RecordStore
 from pangea_jax.data.tokenizer import load_tokenizer
 
@@ -470,7 +471,7 @@ def test_text_alone_needs_no_pictures(tmp_path):
 
 
 def test_worker_that_is_killed_says_so(source, tmp_path):
-    with Local(2) as run, pytest.raises(BuildError, match="a worker was killed"):
+    with Local(2) as run, pytest.raises(RunnerError, match="a worker was killed"):
         list(run(os._exit, [1, 2, 3]))
 
 

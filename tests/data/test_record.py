@@ -115,6 +115,11 @@ def test_hebrew_becomes_he():
             "conversations[0].from",
         ),
         (
+            {"conversations": [{"from": ["human"], "value": "x"}]},
+            "unknown speaker",
+            "conversations[0].from",
+        ),
+        (
             {"conversations": [{"from": "human", "value": None}]},
             "wrong type",
             "conversations[0].value",
@@ -172,6 +177,7 @@ def test_source_is_the_data_set_of_the_image(image, source):
         (1e16, "10000000000000000.0"),
         (0.5, "0.5"),
         (17, "17"),
+        (10**400, "1" + "0" * 400),
         (0, "0"),
         (Decimal("2433684022797.0"), "2433684022797.0"),
     ],
@@ -316,6 +322,10 @@ def test_language_is_identified_without_a_network(monkeypatch):
     monkeypatch.setattr("socket.socket.connect", refuse)
     _detector.cache_clear()
     assert identify_language("What is the man in the picture doing?") == "en"
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_identifier():
+    assert identify_language("What is the man in the picture \ud83d doing?") == "en"
 
 
 def test_published_sample_of_pangeains():

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -286,6 +287,18 @@ def test_stopping_saves_and_running_again_goes_on(cloud):
     assert cloud.pod("status").stdout.splitlines()[-1] == "job: lost"
 
 
+def test_what_was_written_before_there_was_a_share_is_not_hidden(cloud):
+    cloud.set()
+    for verb in ("create", "install"):
+        assert cloud.pod(verb, "--type=v6e-64").returncode == 0
+    runs = cloud.folder / "worker0" / "pangea_jax" / "runs"
+    (runs / "first").mkdir(parents=True)
+    run = cloud.pod("install", "--share=10.0.0.2:/pangea")
+    assert run.returncode != 0
+    assert "~/pangea_jax/runs is a folder of this machine" in run.stderr
+    assert list(runs.iterdir()) == [runs / "first"]
+
+
 def test_what_is_stopped_on_purpose_is_not_started_again(cloud):
     cloud.set(exits="wait 0")
     command = [POD, "watch", *PLACE, "--type=v5p-128", "--", *FLAGS]
@@ -459,6 +472,38 @@ def test_a_node_starts_again_after_a_crash_only(codes, ends, starts, tmp_path):
     assert run.returncode == ends
     called = (tmp_path / "calls").read_text().splitlines()
     assert called == ["launch/train.py --config=configs/sample.py"] * starts
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
+)
+def test_training_on_a_node_is_told_to_stop_and_waited_for(sent, code, tmp_path):
+    write_program(
+        tmp_path / "venv" / "bin" / "python",
+        f"#!{sys.executable}\nimport pathlib, signal, sys, time\n"
+        f"def save(number, frame):\n    time.sleep(0.5)\n    pathlib.Path('{tmp_path}/saved').touch()\n"
+        "    sys.exit(128 + {signal.SIGTERM: 15, signal.SIGINT: 2}[number])\n"
+        "for one in (signal.SIGTERM, signal.SIGINT):\n    signal.signal(one, save)\n"
+        f"pathlib.Path('{tmp_path}/begun').touch()\ntime.sleep(60)\n",
+    )
+    environment = os.environ | {"VENV": str(tmp_path / "venv")}
+
+    def as_in_a_terminal():  # a shell's background jobs ignore it, and so would the script
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        [NODE, *FLAGS],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=as_in_a_terminal,
+    ) as node:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        node.send_signal(sent)  # to the script alone, as `kill` and `docker stop` do
+        assert node.wait(timeout=30) == code
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_node_s_dry_run(tmp_path):

@@ -1,4 +1,4 @@
-"""Public evaluation data beside the repository, converted to the layout of eval/data.py; skipped where absent."""
+"""A little made-up data; and the public data beside the repository in the layout of eval/data.py, if it is there."""
 
 import csv
 import gzip
@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 BENCH = Path(__file__).resolve().parents[4] / "shared" / "data" / "bench"
 XCHAT_FOLDERS = {
@@ -42,6 +43,39 @@ def read_jsonl():
 @pytest.fixture(scope="session")
 def write_jsonl():
     return _write_jsonl
+
+
+@pytest.fixture
+def data_dir(tmp_path, write_jsonl):
+    """A little of MGSM, xGQA, XStoryCloze and xChat, with pictures."""
+    folder = tmp_path / "data"
+    for code, label in (("en", "How many?"), ("sw", "Ngapi?"), ("bn", "কত?")):
+        rows = [
+            {"id": str(i), "question": f"{label} {'x' * i}", "answer": str(i)} for i in range(30)
+        ]
+        write_jsonl(folder / "mgsm" / f"{code}.jsonl", rows)
+    for i in range(3):
+        (folder / "xgqa" / "images").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(folder / "xgqa" / "images" / f"{i}.png")
+    rows = [
+        {"id": str(i), "question": "Who?", "answer": "man", "images": [f"images/{i % 3}.png"]}
+        for i in range(9)
+    ]
+    write_jsonl(folder / "xgqa" / "de.jsonl", rows)
+    story = {"sentences": ["A.", "B.", "C.", "D."], "endings": ["one", "two"], "answer": 1}
+    write_jsonl(folder / "xstorycloze" / "sw.jsonl", [{"id": str(i)} | story for i in range(4)])
+    rubric = {"criteria": "Is it good?"} | {f"score{i}_description": str(i) for i in range(1, 6)}
+    row = {
+        "system_prompt": "Help.",
+        "input": "What?",
+        "reference_answer": "That.",
+        "rubric": rubric,
+    }
+    (folder / "xchat").mkdir()
+    (folder / "xchat" / "images").symlink_to(folder / "xgqa" / "images")
+    rows = [{"id": str(i), "images": ["images/0.png"]} | row for i in range(4)]
+    write_jsonl(folder / "xchat" / "en.jsonl", rows)
+    return folder
 
 
 @pytest.fixture(scope="session")

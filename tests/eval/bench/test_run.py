@@ -1,48 +1,14 @@
-"""The command: responses kept and asked once, judges, failures counted, reports that show the scores."""
+"""The command: responses kept and asked once, failures counted, reports that show the scores."""
 
-import http.server
 import json
 import random
-import threading
 
 import pytest
-from PIL import Image
 
-from eval import bench_report, models, run, runner, tasks
+from eval import bench_report, run, runner, tasks
 from eval.data import DataError, load
 
 NUMBERS = range(30)
-
-
-@pytest.fixture
-def data_dir(tmp_path, write_jsonl):
-    """A little of MGSM, xGQA, XStoryCloze and xChat, with pictures."""
-    folder = tmp_path / "data"
-    for code, label in (("en", "How many?"), ("sw", "Ngapi?"), ("bn", "কত?")):
-        rows = [{"id": str(i), "question": f"{label} {'x' * i}", "answer": str(i)} for i in NUMBERS]
-        write_jsonl(folder / "mgsm" / f"{code}.jsonl", rows)
-    for i in range(3):
-        (folder / "xgqa" / "images").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(folder / "xgqa" / "images" / f"{i}.png")
-    rows = [
-        {"id": str(i), "question": "Who?", "answer": "man", "images": [f"images/{i % 3}.png"]}
-        for i in range(9)
-    ]
-    write_jsonl(folder / "xgqa" / "de.jsonl", rows)
-    story = {"sentences": ["A.", "B.", "C.", "D."], "endings": ["one", "two"], "answer": 1}
-    write_jsonl(folder / "xstorycloze" / "sw.jsonl", [{"id": str(i)} | story for i in range(4)])
-    rubric = {"criteria": "Is it good?"} | {f"score{i}_description": str(i) for i in range(1, 6)}
-    row = {
-        "system_prompt": "Help.",
-        "input": "What?",
-        "reference_answer": "That.",
-        "rubric": rubric,
-    }
-    (folder / "xchat").mkdir()
-    (folder / "xchat" / "images").symlink_to(folder / "xgqa" / "images")
-    rows = [{"id": str(i), "images": ["images/0.png"]} | row for i in range(4)]
-    write_jsonl(folder / "xchat" / "en.jsonl", rows)
-    return folder
 
 
 def _results(folder):
@@ -260,186 +226,6 @@ def test_compare_and_report(data_dir, tmp_path, write_jsonl, capsys):
     assert "| good | fixed | 100.0*" in page and "| bad | fixed | 50.0*" in page
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """A chat endpoint that misbehaves as its plan says: a list of statuses, then well."""
-
-    def do_POST(self):
-        size = int(self.headers["Content-Length"])
-        body = json.loads(self.rfile.read(size))
-        with self.server.lock:
-            self.server.requests.append(body)
-            plan = self.server.plan.pop(0) if self.server.plan else 200
-        if plan == "nonsense":
-            self._send(200, b"<html>moved</html>", "text/html")
-        elif plan == 200:
-            text = self.server.answer(body)
-            choice = {
-                "index": 0,
-                "finish_reason": "stop",
-                "message": {"role": "assistant", "content": text},
-            }
-            reply = {
-                "id": "1",
-                "object": "chat.completion",
-                "created": 0,
-                "model": "m",
-                "choices": [choice],
-            }
-            self._send(200, json.dumps(reply).encode(), "application/json")
-        else:
-            self._send(plan, b'{"error": {"message": "busy"}}', "application/json")
-
-    def _send(self, status, body, kind):
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        if status == 429:
-            self.send_header("Retry-After-Ms", "1")
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def endpoint():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.lock, server.requests, server.plan = threading.Lock(), [], []
-    server.answer = lambda body: "man"
-    server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def test_endpoint_model_with_pictures(endpoint, data_dir, tmp_path):
-    endpoint.plan = [429, 500]
-    flags = ["--tasks=xgqa_de", "--model=openai:m", f"--base_url={endpoint.url}", "--retries=4"]
-    assert run.main([*flags, f"--data_dir={data_dir}", f"--output_path={tmp_path / 'out'}"]) == 0
-    assert _results(tmp_path / "out")["tasks"]["xgqa_de"]["fixed"]["score"] == 100
-    assert len(endpoint.requests) == 9 + 2
-    image, text = endpoint.requests[-1]["messages"][0]["content"]
-    assert image["image_url"]["url"].startswith("data:image/png;base64,")
-    assert text["text"] == "\nWho? Answer the question using a single word or phrase in English."
-    assert endpoint.requests[-1]["max_tokens"] == 16
-    again = ["--tasks=xgqa_de", "--model=openai:m", f"--base_url={endpoint.url}"]
-    run.main([*again, f"--data_dir={data_dir}", f"--output_path={tmp_path / 'out'}"])
-    assert len(endpoint.requests) == 11  # nothing is asked twice
-
-
-def test_real_questions_with_several_pictures(endpoint, bench, tmp_path, read_jsonl, write_jsonl):
-    rows = []
-    for i, question in enumerate(read_jsonl(bench / "mmmu" / "questions.jsonl")):
-        images = [question[f"image_{k}"] for k in range(1, 8) if question.get(f"image_{k}")]
-        names = ("question", "options", "answer")
-        row = {"id": str(i), "question_type": "multiple-choice", "images": images}
-        rows.append(row | {name: question[name] for name in names})
-    write_jsonl(tmp_path / "data" / "xmmmu" / "en.jsonl", rows)
-    (tmp_path / "data" / "xmmmu" / "images").symlink_to(bench / "mmmu" / "images")
-    endpoint.answer = lambda body: "The answer is (A)."
-    flags = ["--tasks=xmmmu_en", "--model=openai:m", f"--base_url={endpoint.url}"]
-    flags += [f"--data_dir={tmp_path / 'data'}", f"--output_path={tmp_path / 'out'}"]
-    assert run.main(flags) == 0
-    share = 100 * sum(row["answer"] == "A" for row in rows) / len(rows)
-    for profile in ("paper", "fixed"):
-        score = _results(tmp_path / "out")["tasks"]["xmmmu_en"][profile]["score"]
-        assert score == pytest.approx(share)
-    shown = [
-        part
-        for body in endpoint.requests
-        for part in body["messages"][0]["content"]
-        if part["type"] == "image_url"
-    ]
-    # Every picture once: some stand in the options, some are named nowhere in the text.
-    assert len(shown) == sum(len(row["images"]) for row in rows) == 25
-
-
-def test_an_endpoint_that_fails_costs_only_its_own_documents(endpoint, data_dir, tmp_path, capsys):
-    endpoint.plan = [500, "nonsense", 400]
-    (data_dir / "xgqa" / "images" / "2.png").write_bytes(b"no picture")
-    flags = ["--tasks=xgqa_de", "--model=openai:m", f"--base_url={endpoint.url}", "--retries=0"]
-    flags += ["--concurrency=1", f"--data_dir={data_dir}", f"--output_path={tmp_path / 'out'}"]
-    assert run.main(flags) == 1
-    results = _results(tmp_path / "out")
-    assert results["tasks"]["xgqa_de"]["fixed"]["n"] == 3
-    reasons = " ".join(f["reason"] for f in results["failures"])
-    assert "InternalServerError" in reasons and "BadRequestError" in reasons
-    assert reasons.count("cannot be decoded") == 3
-    assert "6 documents have no score" in capsys.readouterr().out
-    assert run.main(flags) == 1  # what failed is asked again
-    assert _results(tmp_path / "out")["tasks"]["xgqa_de"]["fixed"]["n"] == 6
-
-
-def test_a_dead_endpoint(data_dir, tmp_path):
-    flags = ["--tasks=mgsm_en", "--model=openai:m", "--base_url=http://127.0.0.1:9/v1"]
-    flags += ["--retries=0", "--timeout=2", "--limit=2", f"--data_dir={data_dir}"]
-    assert run.main([*flags, f"--output_path={tmp_path / 'out'}"]) == 1
-    results = _results(tmp_path / "out")
-    assert results["tasks"] == {} and len(results["failures"]) == 2
-
-
-def test_chat_endpoints_cannot_do_log_likelihoods(endpoint, data_dir, tmp_path, capsys):
-    flags = ["--tasks=xstorycloze_sw", "--model=openai:m", f"--base_url={endpoint.url}"]
-    assert run.main([*flags, f"--data_dir={data_dir}", f"--output_path={tmp_path / 'out'}"]) == 1
-    assert "chat endpoints give no log-likelihood" in capsys.readouterr().out
-    assert not endpoint.requests
-
-
-def _judge_flags(data_dir, tmp_path, write_jsonl, judge):
-    rows = [
-        {"task": "xchat_en", "doc_id": str(i), "response": "This is a red square, I believe."}
-        for i in range(4)
-    ]
-    file = write_jsonl(tmp_path / "r.jsonl", rows)
-    return [
-        "--tasks=xchat_en",
-        f"--responses={file}",
-        f"--data_dir={data_dir}",
-        f"--output_path={tmp_path / 'out'}",
-        *judge,
-    ]
-
-
-def test_judge_endpoint_and_its_cache(endpoint, data_dir, tmp_path, write_jsonl):
-    endpoint.answer = lambda body: "Fine. [RESULT] 4"
-    judge = ["--judge=openai:j", f"--judge_base_url={endpoint.url}"]
-    flags = _judge_flags(data_dir, tmp_path, write_jsonl, judge)
-    assert run.main(flags) == 0
-    assert _results(tmp_path / "out")["datasets"]["xchat"]["fixed"]["en"]["score"] == 75
-    # Four documents, but one question: same text, same answer, same rubric.
-    assert len(endpoint.requests) == 1
-    system, user = endpoint.requests[0]["messages"]
-    assert system["content"].startswith("You are a fair judge")
-    assert "Score 3: 3" in user["content"] and "red square" in user["content"]
-    assert run.main(["rescore", str(tmp_path / "out"), *judge]) == 0
-    assert len(endpoint.requests) == 1
-
-
-def test_unreadable_judgements_are_failures_not_scores(endpoint, data_dir, tmp_path, write_jsonl):
-    endpoint.answer = lambda body: "I would rather not say."
-    judge = ["--judge=openai:j", f"--judge_base_url={endpoint.url}"]
-    assert run.main(_judge_flags(data_dir, tmp_path, write_jsonl, judge)) == 1
-    results = _results(tmp_path / "out")
-    assert results["tasks"]["xchat_en"]["fixed"]["score"] is None
-    assert results["tasks"]["xchat_en"]["fixed"]["failed"] == 4
-    assert len(endpoint.requests) == 3  # tried again before giving up
-    assert "en" not in results["datasets"]["xchat"]["fixed"]
-
-
-def test_replayed_judge_with_a_missing_reply(data_dir, tmp_path, write_jsonl):
-    replies = [
-        {"task": "xchat_en", "doc_id": str(i), "reply": f"[RESULT] {i + 1}"} for i in range(3)
-    ]
-    file = write_jsonl(tmp_path / "j.jsonl", replies)
-    flags = _judge_flags(data_dir, tmp_path, write_jsonl, [f"--judge=replay:{file}"])
-    assert run.main(flags) == 1
-    results = _results(tmp_path / "out")
-    assert results["tasks"]["xchat_en"]["fixed"]["score"] == pytest.approx(25)
-    assert results["failures"][0]["reason"] == "no reply in j.jsonl"
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -494,11 +280,6 @@ def test_limit_is_a_number_or_a_share(data_dir):
     task = tasks.select(["mgsm_en"])[0]
     assert len(load(task, data_dir, limit=4)) == 4
     assert len(load(task, data_dir, limit=0.1)) == 3
-
-
-def test_stop_strings_are_cut():
-    assert models.cut("18\nQuestion: more", ("Question:", "\n")) == "18"
-    assert models.cut("18", ()) == "18"
 
 
 def test_log_has_the_field_names_of_lm_eval(data_dir, tmp_path):

@@ -1,0 +1,32 @@
+"""Files that are there whole or not at all, whoever is killed while writing."""
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+
+def partial_path(path: Path) -> Path:
+    """Where to write a file that is then renamed to `path`.
+
+    The name is new every time: a worker that outlives its killed build, or that Beam runs twice,
+    never writes into the file of another.
+    """
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file; its folder must be there."""
+    partial = partial_path(path)
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any, *, ensure_ascii: bool = True) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=ensure_ascii) + "\n"
+    write_bytes(path, text.encode())
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -50,6 +50,10 @@ PRETRAINED = {
 # By the signal that a run was asked to stop with: 128 and its number, as shells have it. A preemption notice
 # counts as SIGTERM.
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED = 1, 130, 143
+# A device or a host was lost: as good as a crash, and the same command may well go on. What would come again,
+# no memory or a program that XLA refuses, is an error.
+EXIT_LOST = 134
+LOST = ("INTERNAL", "UNAVAILABLE", "ABORTED", "DATA_LOSS", "DEADLINE_EXCEEDED", "CANCELLED")
 EXIT_STOPPED = (EXIT_INTERRUPTED, EXIT_PREEMPTED)
 
 
@@ -101,6 +105,9 @@ def run(main: Callable[[list[str]], Any]) -> None:
             )
             _exit(error, EXIT_INTERRUPTED)
         except Exception as error:
+            if isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(LOST):
+                traceback.print_exc()
+                _exit(error, EXIT_LOST)
             if "PANGEA_DEBUG" in os.environ or not isinstance(
                 error, (*ERRORS, OSError, ValueError)
             ):

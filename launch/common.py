@@ -87,10 +87,7 @@ def define_config(default: str) -> flags.FlagHolder:
 
 def run(main: Callable[[list[str]], Any]) -> None:
     """`app.run`, with user errors as one sentence and distinct exit codes."""
-    # JAX looks for a TPU wherever libtpu is not installed and says so at every start.
-    logging.get_absl_handler().addFilter(
-        lambda r: "Unable to initialize backend 'tpu'" not in r.getMessage()
-    )
+    logging.get_absl_handler().addFilter(_worth_showing)
 
     def guarded(argv):
         try:
@@ -119,6 +116,16 @@ def run(main: Callable[[list[str]], Any]) -> None:
             _exit(error, EXIT_ERROR)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _worth_showing(record) -> bool:
+    # Orbax tells of every file it writes; JAX looks for a TPU wherever libtpu is not installed, and says so.
+    if (
+        f"{os.sep}orbax{os.sep}" in record.pathname
+        and record.levelno < logging.converter.STANDARD_ERROR
+    ):
+        return False
+    return "Unable to initialize backend 'tpu'" not in record.getMessage()
 
 
 def _exit(error: BaseException, code: int) -> None:

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pangea_jax import sharding
-from pangea_jax.model import Pangea, PangeaConfig
+from pangea_jax.model import Pangea, PangeaConfig, lora
 from pangea_jax.model import params as model_params
 from pangea_jax.train import optimizer as optim
 from pangea_jax.train.state import init_state
@@ -59,6 +59,7 @@ def test_the_layer_axis_is_never_split(full_size):
 
 def test_every_rule_is_used(full_size):
     names = [*full_size, "vision.tail_blocks.q_kernel_dhc"]
+    names += [f"language.blocks.{t}_lora.{x}" for t in lora.TARGETS for x in ("a_ir", "b_ro")]
     for pattern, _ in sharding.RULES:
         assert model_params.select(names, [pattern]), pattern
 

@@ -305,7 +305,7 @@ def test_a_folder_loads_over_a_mesh(sample):
 def test_dtypes():
     engine = pangea_jax.load("sample", dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(engine._params)} == {jnp.dtype("bfloat16")}
-    messages = [user(emoji.open_store().image("twemoji/1f408"), "What is this?")]
-    assert engine.generate([messages]) == ["cat"]
+    messages = [user(emoji.open_store().image("twemoji/1f98b"), "What is this?")]
+    assert engine.generate([messages]) == ["butterfly"]
     with pytest.raises(ValueError, match="dtype int8 is not float32, bfloat16 or float16"):
         pangea_jax.load("sample", dtype="int8")

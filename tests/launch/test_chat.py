@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def cat(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "cat.png"
-    path.write_bytes(emoji.open_store().image("twemoji/1f408"))
+def butterfly(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "butterfly.png"
+    path.write_bytes(emoji.open_store().image("twemoji/1f98b"))
     return str(path)
 
 
@@ -32,14 +32,14 @@ def chat(*flags, lines=()):
     )
 
 
-def test_one_answer(cat):
-    done = chat("--model=sample", f"--image={cat}", "--prompt=What is this?")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "cat\n", "")
+def test_one_answer(butterfly):
+    done = chat("--model=sample", f"--image={butterfly}", "--prompt=What is this?")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "butterfly\n", "")
 
 
-def test_a_conversation(cat):
+def test_a_conversation(butterfly):
     lines = [
-        f"/image {cat}",
+        f"/image {butterfly}",
         "What is this?",
         "What is this?",  # the picture is still part of what was said
         "/image nowhere.png",
@@ -52,20 +52,20 @@ def test_a_conversation(cat):
     done = chat("--max_new_tokens=8", lines=lines)
     assert done.returncode == 0
     first, again, blind = done.stdout.splitlines()
-    assert first == "cat"
+    assert first == "butterfly"
     assert again
-    assert blind != "cat"
+    assert blind != "butterfly"
     assert done.stderr.splitlines() == [
         "error: there is no file nowhere.png",
         "error: /picture is no command: /image FILE, /reset, /quit",
     ]
 
 
-def test_flags_reach_the_engine(cat):
+def test_flags_reach_the_engine(butterfly):
     settings = {"temperature": 3.0, "top_p": 0.9, "top_k": 40, "seed": 5, "max_new_tokens": 12}
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    done = chat(f"--image={cat}", "--prompt=What is this?", "--system=Be odd.", *flags)
-    picture = {"type": "image", "image": cat}
+    done = chat(f"--image={butterfly}", "--prompt=What is this?", "--system=Be odd.", *flags)
+    picture = {"type": "image", "image": butterfly}
     asked = [picture, {"type": "text", "text": "What is this?"}]
     messages = [{"role": "system", "content": "Be odd."}, {"role": "user", "content": asked}]
     (expected,) = pangea_jax.load("sample").generate([messages], **settings)

@@ -119,11 +119,10 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
 
 def _worth_showing(record) -> bool:
-    # Orbax tells of every file it writes; JAX looks for a TPU wherever libtpu is not installed, and says so.
-    if (
-        f"{os.sep}orbax{os.sep}" in record.pathname
-        and record.levelno < logging.converter.STANDARD_ERROR
-    ):
+    # Orbax tells of every file it writes, tensorboardX of every name with a sign in it, and JAX looks for a TPU
+    # wherever libtpu is not installed.
+    chatty = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in ("orbax", "tensorboardX"))
+    if chatty and record.levelno < logging.converter.STANDARD_ERROR:
         return False
     return "Unable to initialize backend 'tpu'" not in record.getMessage()
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from eval import naming, report
 from launch import common, distributed
 from pangea_jax import sharding
-from pangea_jax.checkpoints import SpecialTokens, huggingface
+from pangea_jax.checkpoints import SpecialTokens, huggingface, processor, tokenizer_files
 from pangea_jax.data import batch_view, emoji, mixture, pipeline
 from pangea_jax.model import params as model_params
 from pangea_jax.train import optimizer as optim
@@ -249,6 +249,9 @@ def execute(run):
     params = model_params.unflatten(state.params)
     huggingface.save(params, model, run.workdir / "model", tokens=tokens)
     if run.is_main:
+        files = tokenizer_files(run.workdir)
+        for note in processor.write(run.workdir / "model", model, tokenizer, files):
+            logging.info("%s: %s", run.workdir / "model", note)
         results = {
             "splits": splits,
             "mixture": choice.summary(),

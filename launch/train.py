@@ -193,6 +193,17 @@ def evaluate(run, graphdef, params, store, tokenizer):
     )
 
 
+def write_processor(workdir, model, tokenizer):
+    """Tokenizer and processor beside the weights; a tokenizer that no public layout can hold is named, for the run
+    itself is done."""
+    folder = workdir / "model"
+    try:
+        for note in processor.write(folder, model, tokenizer, tokenizer_files(workdir)):
+            logging.info("%s: %s", folder, note)
+    except ValueError as error:
+        logging.warning("%s has no tokenizer: %s", folder, error)
+
+
 def write_report(run, results, answers, store):
     """The figures, and the tables on the console."""
     report.plot_loss(run.workdir / "metrics.jsonl", run.workdir)
@@ -249,9 +260,7 @@ def execute(run):
     params = model_params.unflatten(state.params)
     huggingface.save(params, model, run.workdir / "model", tokens=tokens)
     if run.is_main:
-        files = tokenizer_files(run.workdir)
-        for note in processor.write(run.workdir / "model", model, tokenizer, files):
-            logging.info("%s: %s", run.workdir / "model", note)
+        write_processor(run.workdir, model, tokenizer)
         results = {
             "splits": splits,
             "mixture": choice.summary(),

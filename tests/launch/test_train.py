@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import pangea_jax
+from pangea_jax.data import emoji
+
 ROOT = Path(__file__).parents[2]
 # 12 steps of 16 examples, checkpoints every 4, a handful of questions.
 SHORT = (
@@ -59,6 +62,15 @@ def finished(tmp_path_factory):
     code, out, err = run(f"--workdir={workdir}", *SHORT)
     assert code == 0, err[-3000:]
     return workdir, out
+
+
+def test_its_model_answers(finished):
+    """The folder is whole: weights, sizes, tokenizer."""
+    workdir, _ = finished
+    model = pangea_jax.load(workdir / "model")
+    picture = {"type": "image", "image": emoji.open_store().image("noto/1f98b")}
+    message = {"role": "user", "content": [picture, {"type": "text", "text": "Hii ni nini?"}]}
+    assert isinstance(model.generate([[message]], max_new_tokens=4)[0], str)
 
 
 def test_writes_what_it_promises(finished):

@@ -77,12 +77,15 @@ class Interrupted(Exception):
 
 def define_config(default: str) -> flags.FlagHolder:
     """The `--config=FILE[:ARG]` flag; `--config.key=value` overrides one leaf."""
-    return config_flags.DEFINE_config_file(
-        "config",
-        default,
-        "Config file, with :key=value,... arguments; --config.key=value overrides a leaf.",
-        lock_config=True,
-    )
+    try:  # the default one is read here, overrides included
+        return config_flags.DEFINE_config_file(
+            "config",
+            default,
+            "Config file, with :key=value,... arguments; --config.key=value overrides a leaf.",
+            lock_config=True,
+        )
+    except _FLAG_ERRORS as error:
+        _refuse_flags(error)
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
@@ -141,29 +144,41 @@ def _sentence(error: Exception) -> str:
     return " ".join(lines)
 
 
+# What flags and configs raise about a command line.
+_FLAG_ERRORS = (
+    flags.Error,
+    AttributeError,
+    KeyError,
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+)
+
+
 def _parse_flags(argv):
     """Parses flags; an unknown config key or argument becomes one sentence with the nearest name."""
     try:
         return flags.FLAGS(argv)
-    except (
-        flags.Error,
-        AttributeError,
-        KeyError,
-        ValueError,
-        TypeError,
-        OSError,
-        ImportError,
-    ) as error:
-        known = [name for name in flags.FLAGS if name.startswith(("config", "workdir"))]
-        message = _sentence(error)
-        unknown = re.search(r"Unknown command line flag '([^']+)'", message)
-        if unknown:
-            near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.5)
-            message += (
-                f"; did you mean --{near[0]}?" if near and "Did you mean" not in message else ""
-            )
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(EXIT_ERROR)
+    except _FLAG_ERRORS as error:
+        _refuse_flags(error)
+
+
+def _refuse_flags(error: Exception):
+    known = [name for name in flags.FLAGS if name.startswith(("config", "workdir"))]
+    # ml_collections puts one error's repr into the next.
+    message = _sentence(error).replace("\\n", " ").replace("\\'", "'")
+    unknown = re.search(r"Unknown command line flag '([^']+)'", message)
+    key = re.fullmatch(r"\W*(\w+)\W*(Did you mean .*)?", message)
+    if unknown:
+        near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.5)
+        message += f"; did you mean --{near[0]}?" if near and "Did you mean" not in message else ""
+    elif key:
+        given = (word.partition("=")[0] for word in sys.argv)
+        flag = next((word for word in given if key[1] in word.split(".")), key[1])
+        message = f"{flag}: the config has no key {key[1]!r}. {key[2] or ''}".strip()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_ERROR)
 
 
 def _fields(kind: type) -> tuple[str, ...]:

@@ -150,7 +150,15 @@ def test_eight_devices_equal_one(finished, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--config.optimizer.learning_rat=1"], "learning_rate"),
+        (
+            ["--config.optimizer.learning_rat=1"],
+            "error: --config.optimizer.learning_rat: the config has no key 'learning_rat'. Did you mean "
+            '"learning_rate"',
+        ),
+        (
+            ["--config=configs/sample.py", "--config.eval.questions=1"],
+            "error: --config.eval.questions: the config has no key 'questions'.",
+        ),
         (["--config=configs/ablate_en_ratio.py:en_ration=0.5"], "did you mean 'en_ratio'"),
         (["--config=configs/ablate_en_ratio.py:scale=huge"], "not one of ('sample', 'pangea_7b')"),
         (["--config=configs/ablate_en_ratio.py:en_ratio=1.5"], "must lie in [0, 1]"),

@@ -489,7 +489,8 @@ def test_training_on_a_node_is_told_to_stop_and_waited_for(sent, code, tmp_path)
     environment = os.environ | {"VENV": str(tmp_path / "venv")}
 
     def as_in_a_terminal():  # a shell's background jobs ignore it, and so would the script
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for one in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(one, signal.SIG_DFL)
 
     with subprocess.Popen(
         [NODE, *FLAGS],

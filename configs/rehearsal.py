@@ -8,8 +8,8 @@
 What configs/pangea_7b_finetune.py will do with your records, on any machine, before it costs anything: the same
 template, loss mask, tiles of 336 pixels, packing and mixture, through a tower and a decoder of two narrow layers that
 start from random values. `:store=DIR,tokenizer=DIR` for a data set elsewhere, `image_id=151646` for a plain Qwen2
-tokenizer. Expect the loss to fall from 12 (the log of the vocabulary) by several; twenty minutes on two CPU cores, and no
-model worth keeping.
+tokenizer. Expect the loss to fall from 12 (the log of the vocabulary) by several; twenty minutes on two CPU cores,
+and no model worth keeping.
 """
 
 from ml_collections import ConfigDict

@@ -53,8 +53,8 @@ class Saves:
 class Data:
     """Rows of ones, twos, threes, ..."""
 
-    def __init__(self, left=range(1, 100)):
-        self.left = list(left)
+    def __init__(self, left=None):
+        self.left = list(range(1, 100) if left is None else left)
 
     def __next__(self):
         return {"tokens": np.full((2, 3), self.left.pop(0))}

@@ -15,6 +15,8 @@ BACKENDS = ("xla", *kernels.KERNELS)
 # Logits of more queries than this are never in memory at once: of 8192 keys and 28 heads, those of 1024
 # queries are 0.9 GB a row in float32, all 8192 would be 7.5 GB.
 QUERY_CHUNK = 1024
+# Packed rows are cut finer, into at most so many pieces of a program unless memory asks for more.
+PACKED_CHUNK, MAX_UNROLLED = 128, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,7 @@ def attention(
         return kernels.run(impl, q, k, v, segment_ids)
     kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
     kv_positions = positions if kv_positions is None else kv_positions
-    mixed = _xla(q, k, v, segment_ids, positions, kv_segment_ids, kv_positions)
+    mixed = _xla(q, k, v, segment_ids, positions, kv_segment_ids, kv_positions, packed)
     return checkpoint_name(mixed, kernels.RESIDUALS)
 
 
@@ -116,11 +118,35 @@ def _log_choice(name: str, reason: str):
     logging.info("attention: impl 'auto' is %r here (%s)", name, reason)
 
 
-def _xla(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
+def _xla(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions, packed):
     """The rule of `attention` in plain JAX, a chunk of queries at a time if there are many."""
+    T = q.shape[1]
+    if packed and T > PACKED_CHUNK:
+        return _mix_packed(q, k, v, q_segment_ids, q_positions)
+    if T > QUERY_CHUNK:
+        return _mix_chunks(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions)
+    return _mix(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions)
+
+
+def _mix_packed(q, k, v, segment_ids, positions):
+    """Of packed rows, where no query sees a later index: every chunk of queries reads the keys up to its end,
+    half of all pairs. On a CPU a chunk's logits stay in the cache as well."""
+    T = q.shape[1]
+    chunks = max(-(-T // QUERY_CHUNK), min(-(-T // PACKED_CHUNK), MAX_UNROLLED))
+    length = -(-T // chunks)
+    # Recomputed in the backward pass, which otherwise would keep the weights of every chunk.
+    mix = jax.checkpoint(_mix)
+    mixed = []
+    for start in range(0, T, length):
+        here, seen = slice(start, start + length), slice(0, start + length)
+        ids = (segment_ids[:, here], positions[:, here], segment_ids[:, seen], positions[:, seen])
+        mixed.append(mix(q[:, here], k[:, seen], v[:, seen], *ids))
+    return jnp.concatenate(mixed, axis=1)
+
+
+def _mix_chunks(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
+    """In turn, each chunk of queries over all keys."""
     B, T, H, C = q.shape
-    if T <= QUERY_CHUNK:
-        return _mix(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions)
     chunks = -(-T // QUERY_CHUNK)
     length = -(-T // chunks)
 
@@ -129,7 +155,7 @@ def _xla(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
         x = jnp.pad(x, [(0, 0), (0, chunks * length - T)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(B, chunks, length, *x.shape[2:]).swapaxes(0, 1)
 
-    # Recomputed in the backward pass, which otherwise would keep the weights of every chunk.
+    # Recomputed, as above.
     @jax.checkpoint
     def mix(chunk):
         q, segment_ids, positions = chunk
@@ -142,9 +168,15 @@ def _xla(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
 def _mix(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
     """Attention of all queries at once."""
     B, T, H, C = q.shape
-    K = k.shape[2]
-    q = q.reshape(B, T, K, H // K, C) * C**-0.5
-    logits = jnp.einsum("BTKGC,BSKC->BKGTS", q, k, preferred_element_type=jnp.float32)
+    S, K = k.shape[1:3]
+    # Laid out by hand for one product a key head: XLA's CPU backend would take twice as long for what it makes
+    # of the five axes.
+    q = (q * C**-0.5).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
+    # Sizes are spelled out, since of no rows at all (text alone has no tiles) -1 cannot be inferred.
+    q = q.reshape(B, K, H // K * T, C)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    logits = jnp.einsum("BKQC,BKSC->BKQS", q, k, preferred_element_type=jnp.float32)
+    logits = logits.reshape(B, K, H // K, T, S)
     mask = _visible(q_segment_ids, q_positions, kv_segment_ids, kv_positions)
     if mask is not None:
         # A finite minimum keeps the softmax of a padding query (which sees nothing) free of NaN.
@@ -154,10 +186,13 @@ def _mix(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
     highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp(logits - highest)
     mixed = jnp.einsum(
-        "BKGTS,BSKC->BKGTC", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        "BKQS,BKSC->BKQC",
+        weights.astype(v.dtype).reshape(B, K, H // K * T, S),
+        v,
+        preferred_element_type=jnp.float32,
     )
-    mixed = (mixed / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
+    mixed = mixed.reshape(B, K, H // K, T, C) / weights.sum(axis=-1, keepdims=True)
+    return mixed.astype(v.dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
 
 
 def _visible(q_segment_ids, q_positions, kv_segment_ids, kv_positions):

@@ -69,19 +69,20 @@ def make_train_step(
         start = (jnp.float32(0), jnp.float32(0), zeros)
         return jax.lax.scan(add, start, _parts(batch, accumulation, mesh))[0]
 
+    def update(grads, trainable, opt_state):
+        updates, opt_state = optimizer.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state
+
     def step(state, batch):
         total = jnp.maximum(batch["weights"].sum(), 1)
         # Attention kernels split themselves over the mesh they find in context.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             loss, accuracy, grads = gradients(state, batch, total)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
         norms = _norms(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
-        trainable, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (trainable, opt_state),
-            (state.trainable, state.opt_state),
+        # A branch, not a choice between old and new: for that XLA copies the optimiser's state first.
+        trainable, opt_state = jax.lax.cond(
+            finite, update, lambda _, *kept: kept, grads, state.trainable, state.opt_state
         )
         segments = batch["segment_ids"]
         metrics = {

@@ -6,7 +6,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from pangea_jax import anyres, checkpoints
 from pangea_jax.checkpoints import SpecialTokens
@@ -121,21 +122,28 @@ class Times:
         )
 
 
-def in_turn(ours: Callable[[], object], theirs: Callable[[], object], repetitions: int) -> Times:
-    """Times two functions alternately, so that a busy machine slows both; the first call of each,
-    which compiles, does not count. Processor time does not see what else runs, but on several cores
-    counts threads that spin while they wait: compare it on one (`taskset -c 0`)."""
-    times = Times(np.zeros((repetitions, 2)), np.zeros((repetitions, 2)))
-    for repetition in range(-1, repetitions):
-        for function, seconds in ((ours, times.ours), (theirs, times.theirs)):
+def alternate(
+    functions: Mapping[str, Callable[[], object]], repetitions: int
+) -> dict[str, np.ndarray]:
+    """Times functions in turn, so that a busy machine slows all; seconds [n, 2] of each, by the clock and of the
+    processor. The first call of each, which compiles, does not count. Processor time does not see what else runs,
+    but on several cores counts threads that spin while they wait: compare it on one (`taskset -c 0`)."""
+    times = {name: np.zeros((repetitions, 2)) for name in functions}
+    for repetition in tqdm(range(-1, repetitions), unit="round", leave=False):
+        for name, function in functions.items():
             # Worker threads of one library spin on for a while after its last call.
             time.sleep(0.2)
             start = np.array([time.perf_counter(), time.process_time()])
             jax.block_until_ready(function())
             end = np.array([time.perf_counter(), time.process_time()])
             if repetition >= 0:
-                seconds[repetition] = end - start
+                times[name][repetition] = end - start
     return times
+
+
+def in_turn(ours: Callable[[], object], theirs: Callable[[], object], repetitions: int) -> Times:
+    """`alternate` of ours and one other."""
+    return Times(**alternate({"ours": ours, "theirs": theirs}, repetitions))
 
 
 def forward_flops(config: PangeaConfig, rows: int, tokens: int, tiles: int, heads: int) -> float:

@@ -6,16 +6,18 @@
 A 50M-parameter model in float32 (`benchmarks/peer.py`) takes the same optimiser steps in both, from the same weights:
 forward, backward, clipping and AdamW of all parameters. What differs is how a batch is made of conversations:
 
-    packed    rows of 1,024 tokens that several conversations share, as launch/train.py makes them
+    packed    rows of 2,048 tokens that several conversations share, as launch/train.py makes them
     grouped   one conversation a row, those of a batch about equally long, padded to the longest (the paper's sampler)
     shuffled  one conversation a row, in random order, padded to the longest of the batch
 
 transformers is timed on `grouped` and `shuffled`, ours on `packed`, and on `shuffled` too, which shows what is gained
-without packing. Useful tokens are those of conversations, padding is none. Conversations longer than a
-row are cut. Contents are random, which costs the same.
+without packing. Useful tokens are those of conversations, padding is none. A tile is 64 tokens here and 576 in
+Pangea: a row is to a conversation about what 8,192 tokens are there. Conversations longer than half a row are cut.
+Contents are random, which costs the same.
 """
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
@@ -38,7 +40,7 @@ from pangea_jax.sharding import make_mesh
 from pangea_jax.train.state import TrainState
 from pangea_jax.train.step import make_train_step
 
-ROW_TOKENS, ROWS, CONVERSATIONS, BATCH = 1024, 2, 24, 4
+ROW_TOKENS, LONGEST, CONVERSATIONS, BATCH = 2048, 1024, 16, 4
 MAX_TILES = 5
 LEARNING_RATE, CLIP = 1e-5, 1.0
 
@@ -68,7 +70,7 @@ def shapes_of_store(folder: str, rng) -> list[tuple[int, tuple[int, int] | None]
 
 
 def make_example(words: int, picture, rng) -> dict[str, np.ndarray]:
-    """A picture, then words, of which the last third is trained; cut at a row's length."""
+    """A picture, then words, of which the last third is trained; cut at `LONGEST`."""
     vision = peer.CONFIG.vision
     tile = (vision.image_size, vision.image_size, 3)
     index, tiles = np.zeros(0, np.int32), np.zeros((0, *tile), np.uint8)
@@ -78,7 +80,7 @@ def make_example(words: int, picture, rng) -> dict[str, np.ndarray]:
         )
         index = found.image_index
         tiles = rng.integers(0, 256, (found.num_tiles, *tile), np.uint8)
-    words = min(words, ROW_TOKENS - len(index))
+    words = min(words, LONGEST - len(index))
     index = np.concatenate([index, np.full(words, -1, np.int32)])
     tokens = np.where(index < 0, rng.integers(0, peer.IMAGE_ID, len(index)), peer.IMAGE_ID)
     weights = (np.arange(len(index)) >= len(index) - 1 - words // 3).astype(np.float32)
@@ -108,16 +110,14 @@ def padded(examples, batches):
 
 
 def packed(examples):
-    """Our batches of `ROWS` packed rows."""
+    """Our batches, a packed row each: about as many conversations as `BATCH`."""
     sizes = np.array([size(example) for example in examples])
-    capacity = (ROW_TOKENS, 4 * MAX_TILES, ROW_TOKENS)
+    capacity = (ROW_TOKENS, MAX_TILES * len(examples), ROW_TOKENS)
     plan = plan_rows(sizes, capacity, seed=0, window=len(examples))
     rows = [[examples[i] for i in plan[row]] for row in range(len(plan))]
     tiles = max(sum(len(example["tiles"]) for example in row) for row in rows)
-    rows += [[]] * (-len(rows) % ROWS)
     return [
-        fill_rows(rows[i : i + ROWS], ROW_TOKENS, tiles, peer.CONFIG.vision.patches, examples[0])
-        for i in range(0, len(rows), ROWS)
+        fill_rows([row], ROW_TOKENS, tiles, peer.CONFIG.vision.patches, examples[0]) for row in rows
     ]
 
 
@@ -206,26 +206,28 @@ def main():
     print(peer.machine())
     print(
         f"{len(examples)} conversations, {useful} tokens, {lengths.min()} to {lengths.max()} each; useful share of "
-        f"token places: packed {useful / (len(rows) * ROWS * ROW_TOKENS):.0%}, "
+        f"token places: packed {useful / (len(rows) * ROW_TOKENS):.0%}, "
         + ", ".join(
             f"{name} {useful / sum(len(b) * lengths[b].max() for b in batches):.0%}"
             for name, batches in orders.items()
         )
     )
     ours, theirs = peer.make_pair()
-    theirs_by = {name: their_pass(theirs, examples, batches) for name, batches in orders.items()}
     sides = {
-        "packed": (our_pass(ours, rows), "grouped"),
-        "packed, again": (our_pass(ours, rows), "shuffled"),
-        "one a row": (our_pass(ours, padded(examples, orders["shuffled"])), "shuffled"),
+        "ours, packed": our_pass(ours, rows),
+        "ours, shuffled": our_pass(ours, padded(examples, orders["shuffled"])),
+        **{
+            f"transformers, {name}": their_pass(theirs, examples, batches)
+            for name, batches in orders.items()
+        },
     }
-    for name, (train, other) in sides.items():
-        times = peer.in_turn(train, theirs_by[other], args.repetitions)
-        mine, their = (useful / np.median(t[:, 0]) for t in (times.ours, times.theirs))
+    times = peer.alternate(sides, args.repetitions)
+    for name, seconds in times.items():
+        print(f"{name:24} {useful / np.median(seconds[:, 0]):7,.0f} useful tokens/s")
+    for mine, theirs in itertools.product(list(sides)[:2], list(sides)[2:]):
+        clock, processor = np.median(times[theirs] / times[mine], axis=0)
         print(
-            f"ours, {name}: {mine:,.0f} useful tokens/s; transformers, {other}: {their:,.0f}; "
-            f"{np.median(times.theirs[:, 0] / times.ours[:, 0]):.2f} times as fast by the clock, "
-            f"{np.median(times.theirs[:, 1] / times.ours[:, 1]):.2f} by processor time"
+            f"{mine}, beside {theirs}: {clock:.2f} times as fast by the clock, {processor:.2f} by processor time"
         )
 
 

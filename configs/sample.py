@@ -3,8 +3,9 @@
     python launch/train.py --config=configs/sample.py
 
 Pangea in small: a frozen, pre-trained ViT, a 2-layer MLP, one newline vector and a Qwen2-style decoder learn to
-name pictures of animals, plants and food in 8 languages of 6 scripts (`:languages=all` for 38), from instruction
-records in Pangea's own form. What is learned before: configs/sample_tower.py, configs/sample_stage1.py.
+name pictures of animals, plants and food in 8 languages of 6 scripts, from instruction records in Pangea's own form.
+`:languages=all` is 38 languages with as many examples each, which takes some five times as long. What is learned
+before: configs/sample_tower.py, configs/sample_stage1.py.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,8 @@ LANGUAGES = ("en", "es", "sw", "ru", "ar", "hi", "zh", "ko")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, en_ratio=0.4, languages="default", num_examples=16_000, seed=0)
+    args = parse_arg(arg, en_ratio=0.4, languages="default", num_examples=0, seed=0)
+    codes = _languages(args["languages"])
     config = ConfigDict()
     config.title = "Sample model"
     config.seed = args["seed"]
@@ -52,9 +54,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.pretrained = ("tower", "stage1")
     config.frozen = (r"vision\..*",)
     config.mixture = dict(
-        num_examples=args["num_examples"],
+        # The others' names are learned by seeing them: more languages at the same total would learn none.
+        num_examples=args["num_examples"] or max(16_000, 2_000 * len(codes)),
         en_ratio=args["en_ratio"],
-        languages=_languages(args["languages"]),
+        languages=codes,
         sources=("emoji/noto", "emoji/fluent", "emoji/emojione", "emoji/openmoji"),
         text_ratio=0.1,
     )

@@ -60,3 +60,10 @@ def test_the_sample_config_fits_the_types_it_fills():
     assert shape.max_targets <= shape.row_tokens
     OptimizerConfig(**config.optimizer)
     assert dataclasses.is_dataclass(shape)
+
+
+@pytest.mark.parametrize(("chosen", "number"), [("default", 8), ("all", 38)])
+def test_a_language_has_as_many_examples_in_company(chosen, number):
+    mixture = sample.get_config(f"languages={chosen}").mixture
+    assert len(mixture.languages) == number
+    assert mixture.num_examples == 2_000 * number

@@ -2,11 +2,11 @@
 
     python benchmarks/curation.py [--only=filters|pictures|texts|overlap] [--rows=20000] [--hashes=1000000]
 
-    filters    rows per second of one core through the rules of `curation.image_text.Filters`, read from Parquet as
+    filters    rows per second of one core through the rules of `curation.filters.Filters`, read from Parquet as
                LAION has it (addresses) and from a tar file as img2dataset writes it (JPEGs of 512 pixels); then the
                same with every picture decoded and hashed, which is not part of the rules.
-    pictures   a million perceptual hashes of which 5 % are near others: `image_text.unlike_earlier_pictures`.
-    texts      a million alt texts of which 5 % are near others: `image_text.unlike_earlier_texts`. --peer runs
+    pictures   a million perceptual hashes of which 5 % are near others: `near_duplicates.unlike_earlier_pictures`.
+    texts      a million alt texts of which 5 % are near others: `near_duplicates.unlike_earlier_texts`. --peer runs
                a tenth of them through the indexes of rensa and datasketch.
     overlap    characters per second of one core that are compared with a benchmark of a million words.
 
@@ -37,8 +37,9 @@ from rich.table import Table
 # A clone runs without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pangea_jax.curation import contamination, image_text
-from pangea_jax.curation.cultural import Filter
+from pangea_jax.curation import contamination, image_text, near_duplicates
+from pangea_jax.curation.cultural import FilterPairs
+from pangea_jax.curation.filters import Filters
 from pangea_jax.curation.pipeline import Passed
 
 NEAR_SHARE, PICTURES = 0.05, 1_000
@@ -73,7 +74,7 @@ def filters(rows: int) -> list[tuple[str, ...]]:
     luck, lines = random.Random(0), []
     vocabulary = words(luck, 20_000)
     blocked = frozenset(luck.sample(vocabulary, 300)) | {"two words", "three words more"}
-    rules = image_text.Filters(languages=("es", "id"), blocked=blocked)
+    rules = Filters(languages=("es", "id"), blocked=blocked)
     with tempfile.TemporaryDirectory() as folder:
         paths = Path(folder, "laion.parquet"), Path(folder, "00000.tar")
         write_parquet(paths[0], luck, vocabulary, rows)
@@ -87,7 +88,7 @@ def filters(rows: int) -> list[tuple[str, ...]]:
                         passed += rules.reason(pair) is None
             lines.append(line(f"rules, {name}", total, "rows", clock, f"{passed / total:.0%} pass"))
         with Clock() as clock:
-            read = Filter(Path(folder), rules)
+            read = FilterPairs(Path(folder), rules)
             outcomes = [
                 o for part in image_text.find_parts(paths[1]) for o in read([part._asdict()])
             ]
@@ -147,14 +148,14 @@ def pictures(count: int) -> list[tuple[str, ...]]:
     flips = np.uint64(1) << random.integers(0, 64, (2, near), dtype=np.uint64)
     hashes[-near:] = hashes[:near] ^ flips[0] ^ flips[1]
     with Clock() as clock:
-        stays = image_text.unlike_earlier_pictures(hashes)
+        stays = near_duplicates.unlike_earlier_pictures(hashes)
     assert stays[:-near].all() and not stays[-near:].any()
     return [line("pictures, ours", count, "hashes", clock, f"{near:,} of {near:,} near ones found")]
 
 
 def texts(count: int) -> list[tuple[str, ...]]:
     with Clock() as clock:
-        new = image_text.unlike_earlier_texts(_texts(count))
+        new = near_duplicates.unlike_earlier_texts(_texts(count))
     return [line("texts, ours", count, "texts", clock, _found(new.tolist()))]
 
 
@@ -162,8 +163,8 @@ def rensa(count: int) -> list[tuple[str, ...]]:
     from rensa import RMinHashDeduplicator
 
     with Clock() as clock:
-        index = RMinHashDeduplicator(image_text.MIN_TEXT_SIMILARITY, 128, True)
-        pairs = ((str(n), image_text.shingles(text)) for n, text in enumerate(_texts(count)))
+        index = RMinHashDeduplicator(near_duplicates.MIN_TEXT_SIMILARITY, 128, True)
+        pairs = ((str(n), near_duplicates.shingles(text)) for n, text in enumerate(_texts(count)))
         new = [index.add_pairs([pair])[0] for pair in pairs]
     return [line("texts, rensa's index", count, "texts", clock, _found(new))]
 
@@ -190,10 +191,10 @@ def datasketch(count: int) -> list[tuple[str, ...]]:
     from datasketch import MinHash, MinHashLSH
 
     with Clock() as clock:
-        index, new = MinHashLSH(image_text.MIN_TEXT_SIMILARITY, 128), []
+        index, new = MinHashLSH(near_duplicates.MIN_TEXT_SIMILARITY, 128), []
         for n, text in enumerate(_texts(count)):
             sketch = MinHash(128)
-            sketch.update_batch([s.encode() for s in image_text.shingles(text)])
+            sketch.update_batch([s.encode() for s in near_duplicates.shingles(text)])
             new.append(not index.query(sketch))
             if new[-1]:
                 index.insert(n, sketch)

@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 
 from eval import figure as fig
 from pangea_jax import languages
+from pangea_jax.curation.pipeline import cell
 
 COLOURS = (fig.BLUE, fig.ORANGE, fig.GREEN, fig.VERMILION, fig.SKY, fig.PURPLE, fig.MUTED)
 NAMES = {
@@ -154,7 +155,7 @@ def _dropped(rejected: Mapping, total: int) -> list[str]:
         return ["Nothing."]
     rows = sorted(rejected.items(), key=lambda item: (-item[1][0], item[0]))
     table = [
-        f"| {reason} | {count:,} | {count / total:.2%} | `{first}` |"
+        f"| {cell(reason)} | {count:,} | {count / total:.2%} | `{cell(first)}` |"
         for reason, (count, first) in rows
     ]
     return ["| reason | records | share | first |", "|---|---:|---:|---|", *table]
@@ -176,7 +177,8 @@ def _sources(composition: Composition) -> list[str]:
 
 
 def _row(*cells: str | int) -> str:
-    return f"| {' | '.join(c if isinstance(c, str) else f'{c:,}' if c else '' for c in cells)} |"
+    shown = (cell(c) if isinstance(c, str) else f"{c:,}" if c else "" for c in cells)
+    return f"| {' | '.join(shown)} |"
 
 
 def _languages(composition: Composition) -> list[str]:

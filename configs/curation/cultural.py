@@ -13,6 +13,8 @@ has every stage's yield and usage.json the cost.
 
 from ml_collections import ConfigDict
 
+from configs.curation import endpoint
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -21,9 +23,8 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.shard_size = 256
     config.languages = ()  # canonical codes; () is the 39 of PangeaIns
-    config.blocked_words = (
-        ""  # file of offensive words and phrases, one a line; the paper names no list
-    )
+    # File of offensive words and phrases, one a line; the paper names no list.
+    config.blocked_words = ""
     config.filters = dict(
         min_side=224,
         max_side=4096,
@@ -39,21 +40,20 @@ def get_config() -> ConfigDict:
     config.near_duplicates = dict(min_text_similarity=0.8, max_hash_distance=4)
     # The paper thins out frequent subjects and languages and gives no numbers: None is without limit.
     config.balance = dict(per_subject=20_000, per_language=60_000, seed=0)
-    config.fetch = dict(timeout=20.0, private=False)
+    # Say in user_agent how you can be reached: sites see it, and their robots.txt may name it.
+    config.fetch = dict(timeout=20.0, private=False, robots=True, user_agent="pangea_jax")
     config.caption_share = 0.3  # of the pictures whose caption becomes a record, too
     config.picture_side = 1024  # pixels; what the model is shown
-    config.scoring_llm = dict(
-        model="meta-llama/Llama-3.1-8B-Instruct",
-        base_url="http://localhost:8000/v1",
-        concurrency=64,
-        max_tokens=64,
+    config.scoring_llm = endpoint.client(
+        model="meta-llama/Llama-3.1-8B-Instruct", concurrency=64, max_tokens=64
     )
-    config.llm = dict(
+    for name in ("budget", "max_calls", "journal"):  # those of config.llm are for both
+        del config.scoring_llm[name]
+    config.llm = endpoint.client(
         model="gemini-1.5-pro",
         base_url="https://generativelanguage.googleapis.com/v1beta/openai/",
         api_key_variable="GEMINI_API_KEY",
         concurrency=16,
-        max_tokens=4096,
         price_in=1.25,
         price_out=5.0,
         budget=100.0,

@@ -9,7 +9,7 @@
 PAGES is a folder of HTML files, best in folders called by their language (PAGES/hi/1.html). They are shown without a
 network: their scripts do not run and their pictures stay empty. `urls.jsonl` has lines like {"url": "https://...",
 "language": "hi"}; of such pages "static" loads style sheets, pictures and fonts and runs no script, "all" runs
-scripts too. Only addresses that you may fetch belong into the list: robots.txt is not read.
+scripts too. Pages that robots.txt forbids are dropped, and what it forbids them to load stays out of the picture.
 
 The paper took 50,000 pages a language from CC-News in ten languages, at several devices and resolutions, and marked
 one element of each by a red box. Another language: add it to `languages`, and if you like questions in it.
@@ -65,9 +65,8 @@ INSTRUCTIONS = {
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.pages = (
-        "data/pages"  # a folder of HTML files, or a list (.jsonl, .txt) of files and addresses
-    )
+    # A folder of HTML files, or a list (.jsonl, .txt) of files and addresses.
+    config.pages = "data/pages"
     config.languages = ("en", "zh", "ja", "ko", "id", "hi", "es", "fr", "pt", "ar")
     config.views_per_page = 1  # on so many of the devices each page is seen
     config.seed = 0
@@ -81,12 +80,13 @@ def get_config() -> ConfigDict:
     )
     config.instructions = INSTRUCTIONS
     config.browser = dict(
-        executable_path=config_dict.placeholder(
-            str
-        ),  # of a Chromium; else one on PATH, else Playwright's
+        # Of a Chromium; else one on PATH, else Playwright's.
+        executable_path=config_dict.placeholder(str),
         sandbox=True,
         network="none",  # what pages given by address may load: none, static, all
         private_addresses=False,
+        robots=True,  # whether robots.txt is obeyed
+        user_agent="pangea_jax",  # added to Chromium's own: say how you can be reached
         load_seconds=20.0,
         page_seconds=60.0,
         max_html_bytes=8 << 20,

@@ -11,8 +11,8 @@ The endpoint is any that speaks OpenAI's protocol: vLLM (`vllm serve NAME`), Gem
 translated back. Stopped, killed or out of budget, the same command goes on and pays for nothing twice; with a higher
 limit give another --out.
 
-A new language takes its tag in `languages` (one that pangea_jax/languages.py lacks, a line there too). What a model
-should know of it, such as its orthography, goes into `notes`. A config of your own:
+A new language takes its tag in `languages` (one that pangea_jax/languages.py lacks, a line there too; docs/data.md, "A
+new language"). What a model should know of it, such as its orthography, goes into `notes`. A config of your own:
 
     from configs.curation import translate
 
@@ -28,9 +28,9 @@ then about $1,900 at $1 and $5 per million tokens, and what is asked twice. `bud
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from configs.common import parse_arg
+from configs.curation import endpoint
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -40,19 +40,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.source_language = "en"
     # Which languages the paper translated into is not published.
     config.languages = (
-        "es",
-        "de",
-        "fr",
-        "pt",
-        "ru",
-        "ar",
-        "hi",
-        "bn",
-        "zh",
-        "ja",
-        "ko",
-        "id",
-        "sw",
+        *("es", "de", "fr", "pt", "ru", "ar", "hi"),
+        *("bn", "zh", "ja", "ko", "id", "sw"),
     )
     config.notes = dict(no="Write Bokmål.")  # of languages that are in `languages`, or may be
     config.limit = 0  # records from the first on; 0: all
@@ -61,16 +50,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.checks = ("structure", "language", "copy", "length")
     config.quality = dict(sample=200, embedding_model="")  # "" for no similarity
     config.shard_size = 256
-    config.llm = dict(
-        model="",
-        base_url="http://localhost:8000/v1",
-        concurrency=32,
-        temperature=0.0,
-        max_tokens=8192,
-        timeout=300.0,
-        patience=7_200.0,  # seconds to wait for an endpoint that answers nobody
-        price_in=0.0,  # dollars per million tokens
-        price_out=0.0,
-        budget=placeholder(float),  # dollars; needs the prices
-    )
+    config.llm = endpoint.client(max_tokens=8192)
     return config

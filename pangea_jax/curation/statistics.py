@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from pangea_jax import languages
-from pangea_jax.curation import image_text
+from pangea_jax.curation import near_duplicates
 from pangea_jax.curation.contamination import Benchmarks, Findings, Overlap
+from pangea_jax.curation.pipeline import cell
 from pangea_jax.data import image, release
 from pangea_jax.data.record import Conversation, RecordError, identify_language
 from pangea_jax.data.runners import RunnerError
@@ -112,13 +113,17 @@ class Statistics:
         if self.rejected:
             lines += ["", "| cannot be used | records | first |", "|---|---:|---|"]
             rows = sorted(self.rejected.items(), key=lambda item: (-item[1][0], item[0]))
-            lines += [f"| {reason} | {count:,} | `{first}` |" for reason, (count, first) in rows]
+            lines += [
+                f"| {cell(reason)} | {count:,} | `{cell(first)}` |"
+                for reason, (count, first) in rows
+            ]
         lines += ["", *composition, "", "## Lengths", "", *self._lengths()]
         lines += ["", "| pictures | records |", "|---:|---:|"]
         lines += [f"| {n} | {count:,} |" for n, count in sorted(self.pictures.items())]
         if self.task_types:
             lines += ["", "## Task types", "", "| task type | pairs |", "|---|---:|"]
-            lines += [f"| {name} | {count:,} |" for name, count in self.task_types.most_common()]
+            types = self.task_types.most_common()
+            lines += [f"| {cell(name)} | {count:,} |" for name, count in types]
         if self.findings is not None:
             lines += ["", "## Overlap with benchmarks", "", *self._overlaps()]
         return "\n".join(lines) + "\n"
@@ -148,7 +153,7 @@ class Statistics:
             yield "| benchmark | the same | records | documents |"
             yield "|---|---|---:|---:|"
             for (name, kind), (records, documents) in found.items():
-                yield f"| {name} | {kind} | {records:,} | {documents:,} |"
+                yield f"| {cell(name)} | {kind} | {records:,} | {documents:,} |"
         if self.faults:
             yield ""
             yield "| pictures not compared | |"
@@ -262,7 +267,7 @@ class _Records:
             return 0, error.reason
         except (OSError, KeyError):
             return 0, "picture is missing"
-        return image_text.perceptual_hash(picture), ""
+        return near_duplicates.perceptual_hash(picture), ""
 
     def _read(self, name: str) -> bytes:
         if self.is_store:

@@ -22,6 +22,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pangea_jax import languages
 from pangea_jax.curation import language_check, llm, markup
 from pangea_jax.curation.markup import Fault
@@ -34,9 +36,11 @@ from pangea_jax.curation.pipeline import (
     Kept,
     Outcome,
     Passed,
+    language_codes,
     plain,
     plan,
     source_files,
+    split_names,
 )
 from pangea_jax.data import release, runners
 from pangea_jax.data.record import Conversation, RecordError, Turn, identify_language
@@ -131,14 +135,10 @@ class Translation:
         Raises:
           JobError: names the field at fault.
         """
-        try:
-            targets = tuple(languages.get(tag).code for tag in _names(config["languages"]))
-        except KeyError as error:
-            problem = f"config.languages: {error.args[0]}; others take one line in pangea_jax/languages.py"
-            raise JobError(problem) from None
+        targets = language_codes(config)
         if not targets or len(set(targets)) < len(targets):
             raise JobError(f"config.languages: expected languages, each once, got {targets}")
-        checks = _names(config["checks"])
+        checks = split_names(config["checks"])
         if not set(checks) <= set(CHECKS):
             raise JobError(f"config.checks: {checks} are not all among {CHECKS}")
         if not config["source"]:
@@ -308,8 +308,6 @@ class Translation:
         return [markup.restore(text, p)[0] for text, p in zip(found, protected, strict=True)]
 
     def _similarity(self, ours: Sequence[str], theirs: Sequence[str], model: str) -> float:
-        import numpy as np
-
         pair = ["\n".join(texts) for texts in (ours, theirs)]
         a, b = np.asarray(self.client.embed(pair, model=model, purpose="similarity"))
         return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
@@ -429,11 +427,6 @@ class _Task:
         if "length" in checks:
             faults += language_check.length_faults(source, target, self._code)
         return faults
-
-
-def _names(value: Sequence[str]) -> tuple[str, ...]:
-    """`("sw", "yo")`, also of the `("sw,yo",)` that a command line makes of `sw,yo`."""
-    return tuple(name for entry in value for name in entry.split(",") if name)
 
 
 def _messages(system: str, texts: Sequence[str]) -> list[dict[str, str]]:

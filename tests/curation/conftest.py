@@ -38,6 +38,7 @@ class Endpoint:
         is left of CONTENTS is good, of TROUBLES untroubled.
       failures: how often a troubled prompt fails before it is answered.
       embed: text -> vector, for /v1/embeddings.
+      usage: what is said of the tokens: numbers that go over those counted; None: nothing is said.
 
     Attributes:
       url: of the API, for `base_url`.
@@ -48,11 +49,11 @@ class Endpoint:
       down: while True, every connection is dropped.
     """
 
-    def __init__(self, answer, *, shares=None, seed=0, failures=1, embed=None):
+    def __init__(self, answer, *, shares=None, seed=0, failures=1, embed=None, usage=()):
         self._answer, self._embed, self._shares = answer, embed, shares or {}
         unknown = set(self._shares) - {*CONTENTS, *TROUBLES}
         assert not unknown, unknown
-        self._seed, self._failures = seed, failures
+        self._seed, self._failures, self._usage = seed, failures, usage
         self.asked, self.finished, self.kinds, self.requests = Counter(), Counter(), {}, {}
         self.down, self._lock = False, threading.Lock()
         handler = type("Handler", (_Handler,), {"endpoint": self})
@@ -122,6 +123,10 @@ class Endpoint:
                 "choices": [{"index": 0, "message": message, "finish_reason": finish}],
                 "usage": usage | {"completion_tokens": len(text or "") // 4},
             }
+        if self._usage is None:
+            del reply["usage"]
+        else:
+            reply["usage"] |= dict(self._usage)
         handler.send(200, json.dumps(reply).encode())
         with self._lock:
             self.finished[key] += 1
@@ -216,3 +221,14 @@ def start_endpoint():
     yield start
     for endpoint in started:
         endpoint.close()
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Where Chromium is; skips where there is none."""
+    from pangea_jax.curation import browser
+
+    try:
+        return browser.find_chromium()
+    except browser.BrowserError as error:
+        pytest.skip(str(error))

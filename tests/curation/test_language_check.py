@@ -46,6 +46,40 @@ def test_half_english_is_mixed(code):
     assert language_faults(TEXTS[code] + " (The Beatles)", code) == []
 
 
+def test_labels_are_those_of_the_identifier():
+    seen = {
+        v.label for text in (ENGLISH, *TEXTS.values()) for v in language_check.identify(text, 500)
+    }
+    assert len(language_check._LABELS) == 176  # those of no likelihood are not told
+    assert len(seen) > 150 and seen <= language_check._LABELS
+
+
+def test_of_a_language_that_is_hardly_known_only_what_is_surely_another_is_wrong():
+    """With its tone marks Yoruba looks like Irish or Catalan to it, at up to 0.53."""
+    yoruba = "Ajá náà ń sùn nínú oòrùn tó móoru lẹ́gbẹ̀ẹ́ ilé àtijọ́ náà."
+    assert language_check.identify(yoruba)[0].label != "yo"
+    assert language_faults(yoruba, "yo") == []
+    assert _reasons(language_faults(yoruba, "de")) == ["wrong language"]
+    for text in (ENGLISH, TEXTS["de"], TEXTS["id"], TEXTS["ru"]):
+        assert _reasons(language_faults(text, "yo")) == ["wrong language"]
+
+
+def test_a_language_new_to_the_table_is_judged_as_far_as_it_is_known(monkeypatch):
+    new = {
+        code: languages.Language(code, name, name, "Latn")
+        for code, name in (("cy", "Cymraeg"), ("ha", "Hausa"))
+    }
+    monkeypatch.setattr(languages, "get", lambda code: new[code])
+    welsh = "Mae'r ci yn cysgu yn yr haul cynnes wrth ymyl yr hen dŷ, ac mae'r gath wrth y drws."
+    hausa = (
+        "Karen yana barci a cikin rana mai dumi kusa da tsohon gidan, kuma kyanwa tana bakin kofa."
+    )
+    assert language_faults(welsh, "cy") == []
+    assert _reasons(language_faults(hausa, "cy")) == ["wrong language"]
+    assert language_faults(hausa, "ha") == []  # which the identifier does not know
+    assert _reasons(language_faults(ENGLISH, "ha")) == ["wrong language"]
+
+
 def test_half_a_surrogate_pair_does_not_stop_the_identifier():
     assert language_check.identify("What is the man in the picture \ud83d doing?")[0].label == "en"
 

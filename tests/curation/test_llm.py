@@ -136,6 +136,42 @@ def test_usage_is_what_the_server_counted(start_endpoint, tmp_path):
     assert client.usage() == {"test": llm.Usage(5, sent, came, pytest.approx(dollars))}
 
 
+@pytest.mark.parametrize(
+    "usage",
+    [
+        None,
+        {"prompt_tokens": None, "completion_tokens": None},
+        {"prompt_tokens": 0, "completion_tokens": 0},
+        {"prompt_tokens": "many", "completion_tokens": -1},
+    ],
+)
+def test_what_is_not_counted_is_charged_as_the_most_that_it_can_be(start_endpoint, tmp_path, usage):
+    endpoint = start_endpoint(lambda request, kind: "東京", usage=usage, embed=lambda text: [1.0])
+    prices = {"price_in": 2.0, "price_out": 8.0, "image_tokens": 500}
+    client = llm.Client(_config(endpoint, **prices), tmp_path / "r.sqlite")
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 9_000}}
+    content = [picture, {"type": "text", "text": "Où ?"}]
+    reply = client.complete([{"role": "user", "content": content}], purpose="test")
+    assert client.embed(["été", "no"], model="e", purpose="vectors") == [[1.0], [1.0]]
+    # Bytes of all texts, 16 around a message and around each part of it, 500 for the picture.
+    sent, came = 16 + len("user") + 500 + 16 + len("text") + 5, 6
+    assert (reply.prompt_tokens, reply.completion_tokens) == (sent, came)
+    used = client.usage()
+    dollars = (2 * sent + 8 * came) / 1e6
+    assert used["test"] == llm.Usage(1, sent, came, pytest.approx(dollars), estimated=1)
+    assert used["vectors"].prompt_tokens == 7 and used["vectors"].estimated == 1
+
+
+def test_half_a_count_is_half_an_estimate(start_endpoint, tmp_path):
+    endpoint = start_endpoint(_echo, usage={"completion_tokens": None})
+    client = llm.Client(_config(endpoint), tmp_path / "r.sqlite")
+    reply = _ask(client, "prompt")
+    (request,) = endpoint.requests.values()
+    counts = len(json.dumps(request)) // 4, len("good: prompt")
+    assert (reply.prompt_tokens, reply.completion_tokens) == counts
+    assert client.usage()["test"].estimated == 1
+
+
 @pytest.mark.parametrize("journal", ["wal", "delete"])
 def test_budget_is_never_exceeded_and_raising_it_goes_on(start_endpoint, tmp_path, journal):
     endpoint = start_endpoint(_echo)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 
@@ -102,6 +103,30 @@ def test_every_record_is_accounted_for(job):
     text = (job.out / "report.md").read_text()
     assert "| size | 150 | 83 | 67 | 44.7% | half |" in text
     assert "150 records entered, 26 more were made of them; 80 are kept, 96 dropped." in text
+
+
+def test_costs_that_are_only_bounded_are_said_to_be(job):
+    paid = llm.Usage(7, 100, 10, 0.5)
+    _run(job)
+    usage = {"a": paid, "b": paid._replace(estimated=3)}
+    report = job.report(("input", "records"), title="Test", usage=usage)
+    assert list(report["sections"]) == ["Estimated cost"]
+    assert report["sections"]["Estimated cost"].keys() == {"b"}
+    assert (
+        "| b | 3 of 7 replies came without a count of tokens" in (job.out / "report.md").read_text()
+    )
+    assert json.loads((job.out / "usage.json").read_text())["b"]["estimated"] == 3
+    report = job.report(("input", "records"), title="Test", usage={"a": paid})
+    assert report["sections"] == {}
+
+
+@pytest.mark.parametrize("text", ["a|b", "a\\|b", "a\nb|\r\n| c |", "\\"])
+def test_no_text_breaks_a_table(text):
+    line = f"| {pipeline.cell(text)} | 2 |"
+    assert len(line.splitlines()) == 1
+    # As CommonMark's tables are split: a backslash takes the character behind it.
+    cells = re.findall(r"\| ((?:\\.|[^|\\])*)(?= \|)", line)
+    assert [re.sub(r"\\(.)", r"\1", found) for found in cells] == [" ".join(text.split()), "2"]
 
 
 def test_lost_records_are_noticed(job):

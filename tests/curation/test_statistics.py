@@ -21,7 +21,7 @@ from PIL import Image
 pytest.importorskip("imagehash", reason="ImageHash is in requirements-curation.txt")
 
 from eval import composition
-from pangea_jax.curation import contamination, image_text, statistics
+from pangea_jax.curation import contamination, filters, near_duplicates, statistics
 from pangea_jax.curation.contamination import BenchmarkError, Benchmarks, Findings, Overlap
 from pangea_jax.data import mixture
 from pangea_jax.data.runners import RunnerError
@@ -113,8 +113,10 @@ def data(tmp_path):
         "broken": (record("broken", text(13), text(14), "images/broken.jpg"), set()),
         "missing": (record("missing", text(15), text(16), "images/none.jpg"), set()),
     }
-    bad = [{"id": "bad", "conversations": [], "language": "en"}, 5]
+    bad = [{"id": "b|a\nd", "conversations": [], "language": "en"}, 5]
     write_lines(folder / "records.jsonl", [row for row, _ in planted.values()] + bad)
+    with (folder / "records.jsonl").open("a") as file:
+        file.write('{"id": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
     return folder, {id: kinds for id, (_, kinds) in planted.items()}
 
 
@@ -126,17 +128,18 @@ def test_planted_overlaps_are_found_and_nothing_else(bench, data, tmp_path, work
     overlaps = {id: {o.kind for o in some} for id, some in found.findings.records()}
     assert overlaps == {id: kinds for id, kinds in planted.items() if kinds}
     assert found.faults == {"picture is damaged": 1, "picture is missing": 1}
-    assert (found.total, found.kept) == (15, 13)
-    assert found.rejected == {"no turns": (1, "bad"), "wrong type": (1, "")}
+    assert (found.total, found.kept) == (16, 13)
+    assert found.rejected == {"no turns": (1, "b|a\nd"), "wrong type": (2, "")}
 
     report = statistics.write(found, ["## Sources"], tmp_path / "out").read_text("utf-8")
+    assert "| no turns | 1 | `b\\|a d` |\n" in report
     listed = [id for id in planted if planted[id]]
     assert list(mixture.read_ids(tmp_path / "out" / "exclude_ids.txt")) == listed
     lines = (tmp_path / "out" / "contamination.jsonl").read_text("utf-8").splitlines()
     details = {(row["id"], row["document"]): row for row in map(json.loads, lines)}
     assert len(details) == len(lines) - 2  # the two that are exact hold runs as well
     assert details["answered", "raw/dev.json.gz:1"]["times"] == 20 - contamination.NGRAM + 1
-    assert details["picture", "xgqa/images/1.jpg"]["bits"] <= image_text.MAX_HASH_DISTANCE
+    assert details["picture", "xgqa/images/1.jpg"]["bits"] <= near_duplicates.MAX_HASH_DISTANCE
     assert details.keys() >= {("run", "raw/dev.json.gz:1"), ("exact", "xgqa/en.jsonl:q1")}
     assert "| xgqa/en.jsonl | exact | 2 | 1 |" in report and f"{len(listed)} ids overlap" in report
 
@@ -270,7 +273,7 @@ def test_the_command_writes_report_figure_and_lists(bench, data, tmp_path):
         [*command, f"--out={out}", "--workers=1"], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert "13 of 15 records can be used" in done.stdout
+    assert "13 of 16 records can be used" in done.stdout
     assert {p.name for p in out.iterdir()} >= {
         *("report.md", "composition.png", "composition.svg", "composition.csv"),
         *("exclude_ids.txt", "contamination.jsonl"),
@@ -301,7 +304,7 @@ def test_task_types_come_from_the_provenance(data, tmp_path):
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs ../shared/data/pangeains_sample")
 def test_a_benchmark_of_real_records_is_found_in_them(tmp_path):
     records = json.loads((SAMPLE / "PangeaIns.json").read_text("utf-8"))
-    told = [r for r in records if len(image_text.words(r["conversations"][1]["value"])) >= 40]
+    told = [r for r in records if len(filters.words(r["conversations"][1]["value"])) >= 40]
     rows = [{"id": str(r["id"]), "text": r["conversations"][1]["value"]} for r in told[::4]]
     write_lines(tmp_path / "x.jsonl", rows)
     found = statistics.measure(SAMPLE, benchmarks=Benchmarks.read([tmp_path]), work=tmp_path)

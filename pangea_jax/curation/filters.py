@@ -1,0 +1,171 @@
+"""Which pairs of picture and alt text pass: the paper's rules (section 2.2), and CLIP scores."""
+
+import dataclasses
+import functools
+import re
+import sys
+import unicodedata
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float32
+from PIL import Image
+
+from pangea_jax import languages
+from pangea_jax.curation.image_text import Pair
+from pangea_jax.data import image
+
+
+@dataclasses.dataclass(frozen=True)
+class Filters:
+    """What a pair must be. The defaults are the paper's (section 2.2).
+
+    Attributes:
+      min_side, max_side: of the picture in pixels, both sides.
+      min_aspect, max_aspect: width / height.
+      min_chars, max_chars: characters of the alt text.
+      nsfw: tags that may pass; (): any, also none.
+      languages: canonical codes that may pass; a pair without a tag is identified later.
+      blocked: words and phrases (lower case) that no alt text may hold. The paper names no list.
+      min_similarity: pairs pass above this CLIP score; None: any, also none.
+    """
+
+    min_side: int = 224
+    max_side: int = 4096
+    min_aspect: float = 0.25
+    max_aspect: float = 3.0
+    min_chars: int = 5
+    max_chars: int = 5000
+    nsfw: tuple[str, ...] = ("UNLIKELY",)
+    languages: tuple[str, ...] | None = None
+    blocked: frozenset[str] = frozenset()
+    min_similarity: float | None = 0.3
+
+    def reason(self, pair: Pair) -> str | None:
+        """Why a pair does not pass, None if it does. Of the picture its header alone is read."""
+        if not self.min_chars <= len(pair.text) <= self.max_chars:
+            return f"text is too {'short' if len(pair.text) < self.min_chars else 'long'}"
+        if self.nsfw and pair.nsfw.upper() not in self.nsfw:
+            return "NSFW tag" if pair.nsfw else "no NSFW tag"
+        wanted = self.languages is None or not pair.language
+        if not wanted and language_code(pair.language) not in self.languages:
+            return "language is not wanted"
+        if self.is_blocked(pair.text):
+            return "offensive text"
+        if pair.encoded is not None:
+            return self.reason_of_size(pair.encoded)
+        return self._of_size(pair.width, pair.height)
+
+    def reason_of_size(self, encoded: bytes) -> str | None:
+        """Why a picture does not pass, from its header."""
+        try:
+            return self._of_size(*image.header_size(encoded))
+        except image.ImageError as error:
+            return error.fault
+
+    def _of_size(self, width: int | None, height: int | None) -> str | None:
+        if not width or not height:
+            return "size is not known"
+        if min(width, height) < self.min_side:
+            return "picture is too small"
+        if max(width, height) > self.max_side:
+            return "picture is too large"
+        if not self.min_aspect <= width / height <= self.max_aspect:
+            return "aspect ratio"
+        return None
+
+    def is_blocked(self, text: str) -> bool:
+        if not self.blocked:
+            return False
+        found = words(text)
+        if not self._blocked_words.isdisjoint(found):
+            return True
+        line = f" {' '.join(found)} "
+        return any(f" {phrase} " in line for phrase in self._blocked_phrases)
+
+    @functools.cached_property
+    def _blocked_words(self) -> frozenset[str]:
+        split = (words(entry) for entry in self.blocked)
+        return frozenset(some[0] for some in split if len(some) == 1)
+
+    @functools.cached_property
+    def _blocked_phrases(self) -> tuple[str, ...]:
+        split = (words(entry) for entry in self.blocked)
+        return tuple(sorted(" ".join(some) for some in split if len(some) > 1))
+
+
+def language_code(tag: str) -> str | None:
+    """Canonical code of a tag, None if it is none of ours."""
+    try:
+        return languages.get(tag).code
+    except KeyError:
+        return None
+
+
+# Han, kana, Thai, Lao, Burmese and Khmer put no spaces between words: a character is a word there.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+_WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, without case and punctuation; in scripts without spaces its characters.
+
+    >>> words("Ｔokyo's Skytree, 東京!")
+    ['tokyo', 's', 'skytree', '東', '京']
+    """
+    plain = unicodedata.normalize("NFKC", text).casefold().translate(_separators())
+    return _WORD.findall(plain)
+
+
+@functools.cache
+def _separators() -> dict[int, str]:
+    """Every character that is no letter, mark or number -> a space."""
+    characters = (c for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000)
+    return {c: " " for c in characters if unicodedata.category(chr(c))[0] not in "LMN"}
+
+
+class Scorer(Protocol):
+    """Scores how well texts describe pictures: cosine similarities, in order."""
+
+    def __call__(
+        self, pictures: Sequence[Image.Image], texts: Sequence[str]
+    ) -> Float32[np.ndarray, "B"]: ...
+
+
+class ClipScorer:
+    """A two-tower model of transformers (CLIP, SigLIP, ...): needs torch.
+
+    Args:
+      name: its name on the hub or its folder. Alt text in many languages needs a multilingual one.
+    """
+
+    def __init__(self, name: str):
+        try:
+            import torch
+            import transformers
+        except ImportError:
+            raise ImportError(
+                f"scoring with {name} needs torch and transformers; run: "
+                "pip install -r requirements-parity.txt"
+            ) from None
+        self._torch = torch
+        self._model = transformers.AutoModel.from_pretrained(name).eval()
+        self._processor = transformers.AutoProcessor.from_pretrained(name)
+
+    def __call__(self, pictures, texts):
+        inputs = self._processor(
+            images=list(pictures),
+            text=list(texts),
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=self._model.config.text_config.max_position_embeddings,
+        )
+        with self._torch.inference_mode():
+            out = self._model(**inputs)
+        cosine = self._torch.nn.functional.cosine_similarity
+        return cosine(out.image_embeds, out.text_embeds).float().numpy()

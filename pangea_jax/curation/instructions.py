@@ -1,0 +1,268 @@
+"""Recaptions pictures in the language of their alt text, and makes instructions of the captions (section 2.2).
+
+The model's answers are data: they are checked, put into prompts and records, and never followed or run.
+"""
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pangea_jax import languages
+from pangea_jax.curation import image_text, language_check, llm, markup
+from pangea_jax.curation.asking import Unusable, ask, choice
+from pangea_jax.curation.balance import share
+from pangea_jax.curation.filters import words
+from pangea_jax.curation.image_text import Place
+from pangea_jax.curation.pipeline import Added, Dropped, Kept, Outcome
+from pangea_jax.curation.prompts import INSTRUCTIONS, PROMPTS, RECAPTION, TASK_TYPES
+from pangea_jax.data import image
+from pangea_jax.data.record import IMAGE_MARKER, Conversation, Turn
+
+CATEGORY = "cultural"
+
+_CAPTION_CHARS, _INSTRUCTION_CHARS, _RESPONSE_CHARS = (20, 10_000), (5, 2_000), (20, 12_000)
+_MAX_REPETITION = 0.5
+_OPENING = re.compile(r"[\[{]")
+_OF_CAPTION = re.compile(r"\b(?:caption|alt[- ]text)s?\b", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class MakeInstructions:
+    """Recaptions pictures and makes instructions of the captions.
+
+    Attributes:
+      source: of the records.
+      scoring_model: for the provenance.
+      caption_share: of the pictures whose caption becomes a record of its own, too.
+      side: pictures are shown to the model with at most so many pixels a side.
+      seed: decides prompts' variants and where markers stand.
+    """
+
+    llm: llm.ClientConfig
+    replies: Path
+    out: Path
+    source: str
+    scoring_model: str
+    caption_share: float
+    side: int
+    seed: int
+
+    def __call__(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
+        client = llm.client(self.llm, self.replies)
+        for _, outcomes in client.map(functools.partial(self._make, client), rows):
+            yield from outcomes
+
+    def _make(self, client: llm.Client, row: Mapping[str, Any]) -> list[Outcome]:
+        id = row["id"]
+        try:
+            captioned = self._recaptioned(client, row)
+        except (llm.Refused, Unusable) as error:
+            return [Dropped(id, "recaption", error.reason, error.detail)]
+        outcomes: list[Outcome] = []
+        if share(id, self.seed, "caption") < self.caption_share:
+            outcomes += [Added("captions kept", 1), self._caption_record(captioned)]
+        try:
+            pairs, faults = self._pairs(client, captioned)
+        except (llm.Refused, Unusable) as error:
+            return [*outcomes, Dropped(id, "instructions", error.reason, error.detail)]
+        return [*outcomes, self._instruction_record(captioned, pairs, faults)]
+
+    def _recaptioned(self, client: llm.Client, row: Mapping[str, Any]) -> "_Captioned":
+        code, encoded = row["language"], Place(*row["place"]).read(self.out)
+        variant = int(share(row["id"], self.seed, "recaption") * len(RECAPTION))
+        values = {name: row[name] for name in ("text", "country", "subject")}
+        prompt = RECAPTION[variant].format(language=languages.get(code).english_name, **values)
+        shown = {"type": "image_url", "image_url": {"url": data_url(encoded, self.side)}}
+        messages = [{"role": "user", "content": [shown, {"type": "text", "text": prompt}]}]
+        caption = ask(client, messages, "recaption", functools.partial(read_caption, code=code))
+        return _Captioned(row, encoded, caption, variant)
+
+    def _pairs(self, client: llm.Client, captioned: "_Captioned"):
+        """Pairs of instruction and response, and what was wrong with others."""
+        prompt = INSTRUCTIONS.format(
+            task_types="; ".join(TASK_TYPES), language=captioned.language, caption=captioned.caption
+        )
+        read = functools.partial(read_pairs, code=captioned.row["language"])
+        return ask(client, [{"role": "user", "content": prompt}], "instructions", read)
+
+    def _caption_record(self, captioned: "_Captioned") -> Kept:
+        question = (
+            f"What are the main elements of the image? Describe them in {captioned.language}."
+        )
+        turns = self._turns(captioned, [(question, captioned.caption)])
+        return self._kept(
+            captioned, f"{captioned.id}-caption", turns, {"task_types": ["Captioning"]}
+        )
+
+    def _instruction_record(self, captioned: "_Captioned", pairs, faults) -> Kept:
+        turns = self._turns(captioned, [(pair["instruction"], pair["response"]) for pair in pairs])
+        more = {"task_types": [pair["task type"] for pair in pairs], "dropped_pairs": faults}
+        return self._kept(captioned, captioned.id, turns, more)
+
+    def _turns(self, captioned: "_Captioned", pairs: Sequence[tuple[str, str]]) -> tuple[Turn, ...]:
+        """In the release the marker stands before or after the first question."""
+        (question, answer), *rest = pairs
+        first = share(captioned.id, self.seed, "marker") < 0.5
+        marked = f"{IMAGE_MARKER}\n{question}" if first else f"{question}\n{IMAGE_MARKER}"
+        return tuple(
+            Turn(role, text)
+            for pair in [(marked, answer), *rest]
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        )
+
+    def _kept(self, captioned: "_Captioned", id: str, turns, more: Mapping[str, Any]) -> Kept:
+        row = captioned.row
+        folder = hashlib.blake2b(captioned.id.encode(), digest_size=1).hexdigest()
+        name = f"images/{folder}/{image_text.file_name(captioned.id, captioned.encoded)}"
+        record = Conversation(id, self.source, row["language"], CATEGORY, (name,), turns)
+        provenance = {
+            "id": id,
+            "source_id": captioned.id,
+            "url": row["url"],
+            "alt_text": row["text"],
+            "language": row["language"],
+            "filters": {key: row[key] for key in ("size", "nsfw", "similarity", "hash")},
+            **{key: row[key] for key in ("quality", "subject", "country")},
+            "models": {"scoring": self.scoring_model, "captions": self.llm.model},
+            "prompts": {"version": PROMPTS, "recaption": f"P{captioned.variant + 1}"},
+            "caption": captioned.caption,
+        }
+        return Kept(record, provenance | more, {name: captioned.encoded})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Captioned:
+    """A picture and its new caption, which variant of the prompt asked for."""
+
+    row: Mapping[str, Any]
+    encoded: bytes
+    caption: str
+    variant: int
+
+    @property
+    def id(self) -> str:
+        return self.row["id"]
+
+    @property
+    def language(self) -> str:
+        """Its name in English, as prompts say it."""
+        return languages.get(self.row["language"]).english_name
+
+
+def data_url(encoded: bytes, side: int) -> str:
+    """A picture as models take it: JPEG, PNG or WebP as it is, else and if larger re-coded as JPEG."""
+    with Image.open(io.BytesIO(encoded), formats=image.FORMATS) as opened:
+        kind, size = opened.format.lower(), opened.size
+    if kind not in ("jpeg", "png", "webp") or max(size) > side:
+        picture = image.decode(encoded)
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=90)
+        encoded, kind = buffer.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
+
+
+def read_caption(answer: str, code: str) -> str:
+    """The caption.
+
+    Raises:
+      Unusable: too short or long, in another language, repeating itself, or with a marker.
+    """
+    text = answer.strip()
+    fault = text_fault(text, code, *_CAPTION_CHARS)
+    if fault:
+        raise Unusable(f"caption {fault}", text[:80])
+    return text
+
+
+def read_pairs(answer: str, code: str) -> tuple[list[dict[str, str]], list[str]]:
+    """Two usable pairs of instruction and response, and why others were not.
+
+    Raises:
+      Unusable: there are fewer; the rest has what there is.
+    """
+    faults, pairs = [], []
+    for found in _objects(answer):
+        try:
+            pair = _pair(found, code)
+        except Unusable as error:
+            faults.append(error.reason)
+            continue
+        if pair["task type"] in (other["task type"] for other in pairs):
+            faults.append("both pairs are of one task type")
+        elif len(pairs) < 2:
+            pairs.append(pair)
+    if not pairs:
+        raise Unusable(faults[0] if faults else "no JSON of pairs", answer[:80])
+    if len(pairs) == 1:
+        rest = pairs, faults or ["there was only one pair"]
+        raise Unusable("only one pair can be used", "; ".join(rest[1]), rest)
+    return pairs, faults
+
+
+def _objects(answer: str) -> list[dict[str, Any]]:
+    """The JSON objects with an instruction in an answer, whatever is around them."""
+    decoder, found, place = json.JSONDecoder(), [], 0
+    if len(answer) > 2 * sum((_INSTRUCTION_CHARS[1], _RESPONSE_CHARS[1])):
+        raise Unusable("answer is too long", f"{len(answer):,} characters")
+    while (start := _OPENING.search(answer, place)) is not None:
+        try:
+            value, place = decoder.raw_decode(answer, start.start())
+        except ValueError:
+            place = start.end()
+            continue
+        except RecursionError:
+            raise Unusable("no JSON of pairs", "nested too deeply") from None
+        stack = [value]
+        while stack:
+            value = stack.pop(0)
+            if isinstance(value, dict) and "instruction" in map(str.lower, value):
+                found.append({key.lower().replace("_", " "): v for key, v in value.items()})
+            elif isinstance(value, dict | list):
+                stack += value.values() if isinstance(value, dict) else value
+    return found
+
+
+def _pair(found: Mapping[str, Any], code: str) -> dict[str, str]:
+    pair = {key: found.get(key) for key in ("task type", "instruction", "response")}
+    if not all(isinstance(value, str) for value in pair.values()):
+        raise Unusable("a key is missing or no text")
+    pair = {key: value.strip() for key, value in pair.items()}
+    pair["task type"] = choice(pair["task type"], TASK_TYPES, "task type is not among the 13")
+    limits = {"instruction": _INSTRUCTION_CHARS, "response": _RESPONSE_CHARS}
+    for key, (least, most) in limits.items():
+        fault = text_fault(pair[key], code, least, most)
+        if fault:
+            raise Unusable(f"{key} {fault}")
+        if _OF_CAPTION.search(pair[key]):
+            raise Unusable(f"{key} speaks of a caption")
+    if words(pair["instruction"]) == words(pair["response"]):
+        raise Unusable("response is the instruction")
+    return pair
+
+
+def text_fault(text: str, code: str, least: int, most: int) -> str | None:
+    """What is wrong with a text that was written for a record, None if nothing is."""
+    if not least <= len(text) <= most:
+        return f"is too {'short' if len(text) < least else 'long'}"
+    if not image_text.is_unicode(text):
+        return "holds half a character"
+    if IMAGE_MARKER in text:
+        return "holds a marker"
+    if markup.repetition(text) > _MAX_REPETITION:
+        return "repeats itself"
+    try:
+        prose = markup.prose(text)
+    except ValueError:
+        return "holds every kind of bracket"
+    faults = language_check.language_faults(prose, code)
+    return f"is in {faults[0].reason}" if faults else None

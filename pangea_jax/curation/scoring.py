@@ -1,0 +1,92 @@
+"""A model reads alt texts, without the pictures: their quality, subject and country (paper, section 2.2)."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pangea_jax.curation import llm
+from pangea_jax.curation.asking import Unusable, ask, choice
+from pangea_jax.curation.pipeline import Dropped, Outcome, Passed
+from pangea_jax.curation.prompts import SCORING, SUBJECTS
+
+MIN_QUALITY = 4
+
+_MAX_SCORE_CHARS = 2_000
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreAltTexts:
+    """A model reads alt texts: their quality, subject and country."""
+
+    llm: llm.ClientConfig
+    replies: Path
+
+    def __call__(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
+        client = llm.client(self.llm, self.replies)
+        for _, outcome in client.map(functools.partial(self._score, client), rows):
+            yield outcome
+
+    def _score(self, client: llm.Client, row: Mapping[str, Any]) -> Outcome:
+        prompt = SCORING.format(text=row["text"], subjects="; ".join(SUBJECTS))
+        messages = [{"role": "user", "content": prompt}]
+        try:
+            score = ask(client, messages, "score", read_score)
+        except (llm.Refused, Unusable) as error:
+            return Dropped(row["id"], "scoring", error.reason, error.detail)
+        if score["quality"] < MIN_QUALITY:
+            return Dropped(row["id"], "quality", f"quality {score['quality']}")
+        if score["country"] is None:
+            return Dropped(row["id"], "country", "no specific country")
+        return Passed({**row, **score})
+
+
+# Possessive: a line of a thousand asterisks must not be tried in a million ways.
+_SCORE_LINE = re.compile(
+    r"[^\w:]*+([123])?[.)]?[^\w:]*+(text quality|subject|country)?[^:\n]*+:\s*+(.*)", re.I
+)
+_PLAIN_LINE = re.compile(r"\W*+([123])[.)]\s++()(.*)")
+_KEYS = {"1": "quality", "2": "subject", "3": "country"}
+
+
+def read_score(answer: str) -> dict[str, Any]:
+    """Quality 1 to 5, subject of `SUBJECTS` and country (None for none) of the model's three lines.
+
+    >>> read_score("1. Text Quality Score (1-5): 4\\n2. Subject Category: Cooking and Food\\n3. Country/Region: Japan")
+    {'quality': 4, 'subject': 'Cooking and Food', 'country': 'Japan'}
+
+    Raises:
+      Unusable: what is missing or not of the given choices.
+    """
+    if len(answer) > _MAX_SCORE_CHARS:
+        raise Unusable("score is no score", f"{len(answer):,} characters")
+    found: dict[str, str] = {}
+    for line in answer.splitlines():
+        match = _SCORE_LINE.fullmatch(line) or _PLAIN_LINE.fullmatch(line)
+        if match:
+            word = (match[2] or "").lower().removeprefix("text ")
+            key = word or _KEYS.get(match[1] or "")
+            if key and key not in found:
+                found[key] = match[3].strip(" \t*_`\"'.[]")
+    missing = {"quality", "subject", "country"} - found.keys()
+    if missing:
+        raise Unusable("score is no score", f"no {', '.join(sorted(missing))}")
+    quality = re.fullmatch(r"([1-5])(?:\.0)?(?:\s*(?:/\s*5|\(.*\)))?", found["quality"])
+    if quality is None:
+        raise Unusable("quality is not 1 to 5", found["quality"][:60])
+    return {
+        "quality": int(quality[1]),
+        "subject": choice(found["subject"], SUBJECTS, "subject is not among the eleven"),
+        "country": _country(found["country"]),
+    }
+
+
+def _country(value: str) -> str | None:
+    if re.match(r"(?:no |not |none\b|n/a\b|unspecified|global\b|worldwide)", value, re.I):
+        return None
+    # It goes into a prompt: a name is a few words, nothing that could be an instruction.
+    if not 2 <= len(value) <= 60 or not re.fullmatch(r"[^\W\d_][^\d_\n:;<>{}|]*", value):
+        raise Unusable("country is no name", value[:60])
+    return value

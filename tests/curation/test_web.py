@@ -1,0 +1,294 @@
+"""Fetching from servers on loopback: limits, private networks, names that lead elsewhere, robots.txt."""
+
+import contextlib
+import http.server
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from concurrent import futures
+
+import pytest
+
+pytest.importorskip("requests", reason="requests is in requirements-curation.txt")
+pytest.importorskip("protego", reason="Protego is in requirements-curation.txt")
+
+from urllib3.util import connection
+
+from pangea_jax.curation.web import Fetch, FetchError
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path.startswith("/circle"):
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            self.end_headers()
+            return
+        moved = self.path == "/moved"
+        self.send_response(302 if moved else 200)
+        self.send_header("Location", "plain")
+        self.end_headers()
+        for _ in range(50):
+            try:
+                self.wfile.write(b"x" * 100)
+                self.wfile.flush()
+            except OSError:
+                return
+            if self.path in ("/slow", "/moved"):
+                time.sleep(0.1)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=found.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://127.0.0.1:{found.server_address[1]}"
+    found.shutdown()
+    found.server_close()
+
+
+def test_a_picture_is_fetched(server):
+    assert Fetch(private=True)(f"{server}/plain") == b"x" * 5000
+
+
+@pytest.mark.parametrize("path", ["/slow", "/moved"])
+def test_a_slow_answer_takes_no_longer_than_the_timeout(server, path):
+    began = time.monotonic()
+    with contextlib.suppress(FetchError):
+        Fetch(private=True, timeout=0.5)(server + path)
+    assert time.monotonic() - began < 3  # of the 5 s that the server would take
+
+
+def test_of_a_redirection_only_the_address_is_read(server):
+    assert Fetch(private=True)(f"{server}/moved") == b"x" * 5000
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "problem"),
+    [
+        ("/plain", {"max_bytes": 4000}, "too large"),
+        ("/slow", {"timeout": 0.2}, "too slow"),
+        ("/circle", {}, "circles"),
+        ("/plain", {"private": False}, "private"),
+    ],
+)
+def test_what_cannot_be_fetched_says_why(server, path, settings, problem):
+    with pytest.raises(FetchError, match=problem):
+        Fetch(**({"private": True} | settings))(server + path)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "javascript:alert(1)",
+        "http://",
+        "http://[::1",
+        "",
+        "http://a b/",
+        "//x/y",
+    ],
+)
+def test_addresses_of_every_broken_kind(url):
+    with pytest.raises(FetchError):
+        Fetch(private=True, timeout=1.0)(url)
+
+
+@pytest.mark.parametrize(
+    "address", ["10.0.0.1", "169.254.169.254", "::1", "192.168.0.7", "::ffff:10.0.0.1"]
+)
+def test_private_networks_are_not_asked(monkeypatch, address):
+    found = [(0, 0, 0, "", (a, 80)) for a in ("93.184.215.14", address)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+    with pytest.raises(FetchError, match="private"):
+        Fetch()("http://looks-public.example/1.jpg")
+    with pytest.raises(FetchError, match="private"):
+        Fetch().check("http://looks-public.example/1.jpg")
+
+
+# Names that lead elsewhere a moment later
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    """Answers with what `server.pages` has for a path, (status, body, headers), and notes who asks."""
+
+    def do_GET(self):
+        self.server.asked.append((self.path, self.headers["Host"], self.headers["User-Agent"]))
+        status, body, headers = self.server.pages.get(self.path, (404, b"", {}))
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with contextlib.suppress(OSError):  # who has enough hangs up
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site():
+    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    found.asked, found.pages = [], {"/1.jpg": (200, b"a picture", {})}
+    found.port = found.server_address[1]
+    found.url = f"http://127.0.0.1:{found.port}"
+    thread = threading.Thread(target=found.serve_forever, args=(0.05,), daemon=True)
+    found.start = lambda: (thread.start(), found)[1]
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
+PUBLIC = ("93.184.215.14", "93.184.215.15")
+
+
+@pytest.fixture
+def dialled(monkeypatch):
+    """pictures.example is public when it is first looked up, and this machine from then on; who is dialled."""
+    look_up, dial, looked, dialled = socket.getaddrinfo, connection.create_connection, [], []
+
+    def lying(host, port, *more):
+        if host != "pictures.example":
+            return look_up(host, port, *more)
+        looked.append(host)
+        addresses = PUBLIC if len(looked) == 1 else ("127.0.0.1",)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in addresses]
+
+    def noting(address, *more, **settings):
+        dialled.append(address)
+        if address[0] == PUBLIC[0]:
+            raise ConnectionRefusedError
+        return dial(("127.0.0.1", address[1]), *more, **settings)
+
+    monkeypatch.setattr(socket, "getaddrinfo", lying)
+    monkeypatch.setattr(connection, "create_connection", noting)
+    return dialled
+
+
+def test_a_name_is_looked_up_once_and_what_was_checked_is_dialled(site, dialled):
+    site.start()
+    body = Fetch(robots=False)(f"http://pictures.example:{site.port}/1.jpg")
+    assert body == b"a picture"
+    assert dialled == [(address, site.port) for address in PUBLIC]
+    assert site.asked == [("/1.jpg", f"pictures.example:{site.port}", "pangea_jax")]
+
+
+def test_the_certificate_is_still_that_of_the_name(site, dialled, tmp_path, monkeypatch):
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl, which makes the certificates, is not on PATH")
+    for name in ("pictures.example", "other.example"):
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+        command += ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
+        command += ["-keyout", f"{tmp_path}/{name}.key", "-out", f"{tmp_path}/{name}.pem"]
+        subprocess.run(command, check=True, capture_output=True)
+    both = "".join((tmp_path / f"{n}.example.pem").read_text() for n in ("pictures", "other"))
+    (tmp_path / "both.pem").write_text(both)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "both.pem"))
+    named = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sni_callback = lambda connection, name, context: named.append(name)
+    context.load_cert_chain(tmp_path / "pictures.example.pem", tmp_path / "pictures.example.key")
+    site.socket = context.wrap_socket(site.socket, server_side=True)
+    site.start()
+    url = f"https://pictures.example:{site.port}/1.jpg"
+    assert Fetch(robots=False)(url) == b"a picture"
+    assert named == ["pictures.example"]
+    # Another's certificate, of the same trust, is refused.
+    context.load_cert_chain(tmp_path / "other.example.pem", tmp_path / "other.example.key")
+    with pytest.raises(FetchError, match="cannot be reached"):
+        Fetch(robots=False, private=True)(url)
+    assert named == ["pictures.example"] * 2 and len(site.asked) == 1
+
+
+# robots.txt
+
+ROBOTS = b"""User-agent: *
+Disallow: /private/
+Allow: /private/open/
+Disallow: /*.gif$
+
+User-agent: rude_robot
+Disallow: /
+"""
+
+
+@pytest.fixture
+def ruled(site):
+    for path in ("/private/1.jpg", "/private/open/1.jpg", "/1.gif"):
+        site.pages[path] = (200, b"a picture", {})
+    site.pages["/moved"] = (302, b"", {"Location": "/private/1.jpg"})
+    site.pages["/robots.txt"] = (200, ROBOTS, {})
+    return site.start()
+
+
+def paths(site):
+    return [path for path, _, _ in site.asked]
+
+
+@pytest.mark.parametrize("path", ["/1.jpg", "/private/open/1.jpg", "/1.gif?large"])
+def test_what_robots_may_have_is_fetched(ruled, path):
+    ruled.pages["/1.gif?large"] = ruled.pages["/1.gif"]
+    assert Fetch(private=True)(ruled.url + path) == b"a picture"
+    assert paths(ruled) == ["/robots.txt", path]
+
+
+@pytest.mark.parametrize("path", ["/private/1.jpg", "/1.gif"])
+def test_what_robots_may_not_have_is_not_asked_for(ruled, path):
+    with pytest.raises(FetchError, match=r"^robots\.txt forbids it$"):
+        Fetch(private=True)(ruled.url + path)
+    assert paths(ruled) == ["/robots.txt"]
+    assert Fetch(private=True, robots=False)(ruled.url + path) == b"a picture"
+
+
+def test_redirections_are_obeyed_as_well(ruled):
+    with pytest.raises(FetchError, match="forbids"):
+        Fetch(private=True)(f"{ruled.url}/moved")
+    assert paths(ruled) == ["/robots.txt", "/moved"]
+
+
+def test_rules_are_those_of_the_robot_that_asks(ruled):
+    name = "rude_robot/1.0 (+https://robots.example)"
+    with pytest.raises(FetchError, match="forbids"):
+        Fetch(private=True, user_agent=name)(f"{ruled.url}/1.jpg")
+    assert [agent for _, _, agent in ruled.asked] == [name]
+
+
+def test_robots_txt_is_read_once_for_each_host(ruled):
+    fetch = Fetch(private=True)
+    with futures.ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(fetch, [f"{ruled.url}/1.jpg"] * 64)) == {b"a picture"}
+    assert paths(ruled).count("/robots.txt") == 1
+    fetch(f"http://localhost:{ruled.port}/1.jpg")  # another host, for all that is known
+    assert paths(ruled).count("/robots.txt") == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ((404, b"User-agent: *\nDisallow: /", {}), None),
+        ((403, b"", {}), None),
+        ((503, b"", {}), "robots.txt cannot be read"),
+        ((429, b"", {}), "robots.txt cannot be read"),
+        ((301, b"", {"Location": "/robots.txt"}), "address leads in circles"),
+        ((301, b"", {"Location": "/elsewhere.txt"}), "robots.txt forbids it"),
+        ((200, b"\xff\xfe\0 nonsense [" * 9_000, {}), None),
+        # Longer than has to be read: what follows is not.
+        ((200, b"# comment\n" * 51_200 + b"User-agent: *\nDisallow: /\n", {}), None),
+        ((200, b"User-agent: *\nDisallow: /\n" + b"# endless\n" * 5_000_000, {}), "forbids"),
+    ],
+)
+def test_a_host_without_rules_allows_all_and_one_out_of_order_nothing(site, answer, problem):
+    site.pages |= {
+        "/robots.txt": answer,
+        "/elsewhere.txt": (200, b"User-agent: *\nDisallow: /", {}),
+    }
+    site.start()
+    with pytest.raises(FetchError, match=problem) if problem else contextlib.nullcontext():
+        assert Fetch(private=True)(f"{site.url}/1.jpg") == b"a picture"
+    assert ("/1.jpg" in paths(site)) == (problem is None)

@@ -38,27 +38,21 @@ from rich.table import Table
 # A clone runs without being installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs import pangea_7b_finetune
 from pangea_jax.data import emoji, pipeline
 from pangea_jax.data.packing import plan_rows
 from pangea_jax.data.record import Conversation, Turn
 from pangea_jax.data.store import RecordStore
 from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.data.write_store import Picture, write_store
+from pangea_jax.model import PINPOINTS
 
-PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 TILE, GRID = 336, 24
 PEER_BATCH = 4
 _TURNS = 4
+# As Pangea is fine-tuned, in batches that a laptop holds.
 FEED = pipeline.PipelineConfig(
-    rows=2,
-    row_tokens=8192,
-    row_tiles=20,
-    packing="planned",
-    loss_mask="pangea",
-    move_marker_first=True,
-    multi_image="padded",
-    overlong="truncate",
-    threads=1,
+    **{**pangea_7b_finetune.get_config().pipeline, "rows": 2, "row_tiles": 20, "threads": 1}
 )
 
 

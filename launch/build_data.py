@@ -160,7 +160,7 @@ class Bar:
         task = self._progress.tasks[self._task]
         parts = []
         if self._unit == "bytes":
-            parts.append(f"{task.completed / 1e6:,.0f} of {task.total / 1e6:,.0f} MB")
+            parts.append(f"{task.completed / 1e6:,.1f} of {task.total / 1e6:,.1f} MB")
         elif task.total is not None:
             parts.append(f"{task.completed:,.0f} of {task.total:,.0f} {self._unit}")
         if self._records:

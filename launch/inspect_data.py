@@ -46,10 +46,7 @@ def batches(config) -> tuple[pipeline.Feed, object, int]:
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise common.UserError(
-            f"unexpected arguments {argv[1:]}; overrides are written --config.key=value"
-        )
+    common.no_arguments(argv)
     config = CONFIG.value
     feed, tokenizer, patches = batches(config)
     if feed.num_batches is not None and SKIP.value >= feed.num_batches:

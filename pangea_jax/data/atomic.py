@@ -6,6 +6,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 
 def partial_path(path: Path) -> Path:
     """Where to write a file that is then renamed to `path`.
@@ -26,6 +29,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any, *, ensure_ascii: bool = True) -> None:
     text = json.dumps(value, indent=1, ensure_ascii=ensure_ascii) + "\n"
     write_bytes(path, text.encode())
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    partial = partial_path(path)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), partial, compression="zstd")
+    os.replace(partial, path)
 
 
 def read_json(path: Path) -> Any:

@@ -14,6 +14,7 @@ from absl import logging
 _STATE_FORMAT = 2
 # A budget says nothing about the first few records.
 _BUDGET_FROM = 1_000
+# Bad records that the log names, of each run and process.
 _NAMED = 20
 
 

@@ -1,7 +1,7 @@
 """From chosen rows to batches: read, shuffle, shard, render, pack or pad, batch. One direction, restartable.
 
 What the order of the examples depends on: the source, the seed and the `PipelineConfig` without
-`threads` and `workers`, and, for packing "best_fit" alone, the numbers of processes and of workers.
+`threads`, `workers` and `max_bad_fraction`, and, for packing "best_fit" alone, the numbers of processes and of workers.
 It is part of the saved state, see `pangea_jax.data.feed`.
 """
 
@@ -412,7 +412,7 @@ def train_dataset(
     if config.packing == "best_fit":
         num_batches, open_stream = None, _streamed(reader, part, seed)
     else:
-        make = _planned if planned else _counted
+        make = _planned if planned else _one_a_row
         batches = make(reader, part, seed, sizes)
         num_batches = len(batches)
 
@@ -486,7 +486,7 @@ def _identity(source, sizes, config, seed, process_count):
     return identity
 
 
-def _counted(reader, part, seed, sizes) -> grain.MapDataset:
+def _one_a_row(reader, part, seed, sizes) -> grain.MapDataset:
     """Batches of rows with one example each."""
     batches = _shuffled(reader, part, seed).batch(part.rows, drop_remainder=True, batch_fn=list)
     # The first processes may have one batch more than the last, which nobody could join.

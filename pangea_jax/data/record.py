@@ -144,7 +144,8 @@ class Conversation:
           RecordError: a field is missing, of the wrong type, or fails `validate`.
         """
         if not isinstance(record, Mapping):
-            detail = f"expected an object, got {type(record).__name__}"
+            said = f": {record:.80}" if isinstance(record, str) else ""
+            detail = f"expected an object, got {type(record).__name__}{said}"
             raise RecordError("wrong type", "record", detail)
         record_id = _id(record.get("id"))
         images = image_paths(record.get("image"), record_id)

@@ -32,6 +32,7 @@ RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
 RELEASED_NAME = "PangeaIns.json"
 _BLOCK = 1 << 18
 _PARQUET_BATCH = 1024
+_MAX_NESTING = 100  # of a record of PangeaIns: 3
 _COMMIT_EVERY = 50_000
 # `images.tar.partaa`, `part_00`, `images.tar.part_01`: one file cut into parts.
 _PART = re.compile(r"(?:(?P<stem>.+?)[._-])?part[_.-]?(?P<number>[a-z]{2}|\d+)", re.ASCII)
@@ -81,6 +82,9 @@ def read_records(path: Path, on_bytes: Callable[[int], Any] = lambda count: None
     Args:
       path: `.json` (one array), `.jsonl` (one object a line) or `.parquet`.
       on_bytes: called with the number of bytes read since the last call.
+
+    Yields:
+      what the file holds, be it a record or not. Of a line that is nested too deeply to be read, its beginning.
 
     Raises:
       ReleaseError: the file is broken or ends early; names the byte.
@@ -160,7 +164,7 @@ def _read_jsonl(path, on_bytes):
             on_bytes(len(line))
             if line.strip():
                 try:
-                    yield json.loads(line)
+                    yield _loaded(line)
                 except json.JSONDecodeError as error:
                     place = offset + len(error.doc[: error.pos].encode("utf-8", "surrogatepass"))
                     raise ReleaseError(path, f"line {number}: {error.msg}", place) from None
@@ -168,6 +172,30 @@ def _read_jsonl(path, on_bytes):
                     problem = f"line {number}: not UTF-8 ({error.reason})"
                     raise ReleaseError(path, problem, offset + error.start) from None
             offset += len(line)
+
+
+def _loaded(line: bytes) -> Any:
+    """A line of JSON; of one that is nested too deeply its beginning, which is a record of the wrong type."""
+    try:
+        record = json.loads(line)
+        if line.count(b"[") + line.count(b"{") <= _MAX_NESTING or _is_shallow(record):
+            return record
+    except RecursionError:
+        pass
+    return f"nested more than {_MAX_NESTING} levels deep: {line[:40].decode('utf-8', 'replace')}"
+
+
+def _is_shallow(record: Any) -> bool:
+    """Whether a record can also be written and sent to workers, which each have a limit of their own."""
+    level = [record]
+    for _ in range(_MAX_NESTING):
+        level = [
+            part
+            for value in level
+            if isinstance(value, dict | list)
+            for part in (value.values() if isinstance(value, dict) else value)
+        ]
+    return not any(isinstance(value, dict | list) for value in level)
 
 
 def _read_parquet(path, on_bytes):

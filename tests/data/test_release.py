@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pangea_jax.data.record import RecordError
+from pangea_jax.data.record import Conversation, RecordError
 from pangea_jax.data.release import (
     JoinedFile,
     Pictures,
@@ -146,6 +146,22 @@ def test_broken_lines_name_the_byte(tmp_path):
     path.write_bytes(b'{"id": 1}\n{"id": "\xff"}\n')
     with pytest.raises(ReleaseError, match=r"byte 18: line 2: not UTF-8"):
         list(read_records(path))
+
+
+@pytest.mark.parametrize("depth", [100, 5_000, 200_000])
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+def test_lines_that_are_nested_too_deeply_are_records_of_the_wrong_type(
+    tmp_path, depth, opening, closing
+):
+    path = tmp_path / "r.jsonl"
+    deep = f'{{"id": "deep", "conversations": {opening * depth}0{closing * depth}}}'
+    text = {"id": "code", "conversations": "[" * 2_000 + "{" * 2_000}  # in a text they nest nothing
+    shallow = json.loads(f'{{"id": "shallow", "conversations": {"[" * 99}{"]" * 99}}}')
+    path.write_text("\n".join([deep, json.dumps(text), json.dumps(shallow)]))
+    first, *others = read_records(path)
+    assert others == [text, shallow]
+    with pytest.raises(RecordError, match=r'wrong type.*nested more than 100 levels deep: {"id"'):
+        Conversation.from_pangeains(first)
 
 
 def test_broken_parquet_is_named(tmp_path):

@@ -1,0 +1,44 @@
+"""A store of made conversations, see `tests.data.made`."""
+
+import numpy as np
+import pytest
+
+from pangea_jax.data.pipeline import RowSource, Views, render_example
+from pangea_jax.data.store import RecordStore
+from pangea_jax.data.write_store import write_store
+from tests.data.made import CONFIG, CONVERSATIONS, SIZES, picture, text_of
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("store")
+    write_store(
+        directory,
+        name="made",
+        build="python launch/build_data.py made",
+        records={
+            "train": ((c, {}) for c in CONVERSATIONS[:20]),
+            "extra": ((c, {}) for c in CONVERSATIONS[20:]),
+        },
+        images={"made": iter([picture(i, size) for i, size in enumerate(SIZES)])},
+        columns=(),
+    )
+    return RecordStore(directory)
+
+
+@pytest.fixture(scope="session")
+def views(store, tiny_config):
+    vision = tiny_config.vision
+    return Views(store, tiny_config.pinpoints, vision.image_size, vision.grid)
+
+
+@pytest.fixture(scope="session")
+def source(store):
+    return RowSource(store, np.arange(len(CONVERSATIONS)))
+
+
+@pytest.fixture(scope="session")
+def examples(views, letters):
+    """Every conversation on its own, by the words that only it has."""
+    rendered = [render_example(c, None, letters, views, CONFIG) for c in CONVERSATIONS]
+    return {text_of(letters, example["tokens"]): example for example in rendered}

@@ -1,0 +1,80 @@
+"""Made conversations and pictures that the tests of the pipeline share, and how to tell them apart in a batch."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pangea_jax.data.pipeline import PipelineConfig, train_dataset
+from pangea_jax.data.record import Conversation, Turn
+from pangea_jax.data.write_store import Picture
+
+SIZES = [(16, 16), (40, 20), (12, 50), (30, 31), (9, 16)]
+CONFIG = PipelineConfig(rows=2, row_tokens=256, row_tiles=10)
+PACKED = PipelineConfig(rows=2, row_tokens=512, row_tiles=20, packing="best_fit", packing_bins=4)
+BALANCED = dataclasses.replace(
+    PACKED, row_tokens=640, row_tiles=30, packing="balanced", examples_per_row=3
+)
+PLANNED = dataclasses.replace(PACKED, packing="planned", packing_window=16)
+ALL = [CONFIG, PACKED, BALANCED, PLANNED]
+CONFIGS = pytest.mark.parametrize("config", ALL, ids=lambda c: c.packing)
+
+
+def picture(number, size):
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return Picture(f"made/{number}", file.getvalue(), *size)
+
+
+def conversation(number):
+    """With no, one or two pictures; every text is different, so that a row tells what is in it."""
+    keys = tuple(f"made/{(number + i) % len(SIZES)}" for i in range(number % 3))
+    return Conversation(
+        id=f"c{number}",
+        source="made",
+        language="en",
+        category="",
+        images=keys,
+        turns=(
+            Turn("user", "<image> " * len(keys) + f"q{number}?"),
+            Turn("assistant", f"a{number}" + "b" * (number % 5)),
+        ),
+    )
+
+
+CONVERSATIONS = [conversation(number) for number in range(24)]
+
+
+def text_of(letters, tokens):
+    """What is written in a run of tokens."""
+    return letters.decode(tokens.tolist())
+
+
+def dataset(source, letters, views, config=CONFIG, **changes):
+    return train_dataset(source, letters, views, config, **({"seed": 5} | changes))
+
+
+def conversations(batches, letters):
+    """The text of every segment of every row."""
+    return [
+        text_of(letters, tokens[segments == segment])
+        for batch in batches
+        for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True)
+        for segment in range(1, segments.max() + 1)
+    ]
+
+
+def rows(batch):
+    return [
+        {name: values[i] for name, values in batch.items()} for i in range(len(batch["tokens"]))
+    ]
+
+
+def same(batch, other):
+    return batch.keys() == other.keys() and all(
+        batch[name].dtype == other[name].dtype and batch[name].tobytes() == other[name].tobytes()
+        for name in batch
+    )

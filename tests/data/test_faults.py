@@ -1,0 +1,204 @@
+"""Conversations that fit no row, records that cannot be read, settings that do not exist."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from pangea_jax.data import image
+from pangea_jax.data.feed import BadRecordsError
+from pangea_jax.data.pipeline import PipelineConfig, RowSource, Views, measure, render_example
+from pangea_jax.data.record import Conversation, RecordError, Turn
+from pangea_jax.data.store import RecordStore
+from pangea_jax.data.write_store import write_store
+from tests.data.made import (
+    BALANCED,
+    CONFIG,
+    CONFIGS,
+    CONVERSATIONS,
+    PACKED,
+    PLANNED,
+    SIZES,
+    conversations,
+    dataset,
+    picture,
+    rows,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"row_tokens": 40}, r"\d+ tokens, a row holds 40"),
+        ({"row_tiles": 1}, r"\d+ tiles, a row holds 1"),
+        ({"max_targets": 2}, r"5 targets, a row holds 2"),
+    ],
+)
+def test_what_does_not_fit_a_row_is_an_error(views, letters, changes, what):
+    config = dataclasses.replace(CONFIG, **changes)
+    with pytest.raises(RecordError, match=f"'c2', field conversations: does not fit a row .{what}"):
+        render_example(CONVERSATIONS[2], None, letters, views, config)
+
+
+@pytest.mark.parametrize("config", [PACKED, BALANCED, PLANNED], ids=lambda c: c.packing)
+def test_no_packed_row_has_more_targets_than_the_head_computes(source, views, letters, config):
+    limit = 20
+    free = [row for batch in dataset(source, letters, views, config) for row in rows(batch)]
+    bounded = dataclasses.replace(config, max_targets=limit)
+    batches = list(dataset(source, letters, views, bounded))
+    assert max(row["weights"].sum() for batch in batches for row in rows(batch)) <= limit
+    assert batches[0].keys() == free[0].keys()
+    if config is PACKED:
+        assert max(row["weights"].sum() for row in free) > limit
+
+
+def test_a_balanced_batch_that_does_not_fit_is_an_error(source, views, letters):
+    config = dataclasses.replace(BALANCED, max_targets=8)
+    with pytest.raises(ValueError, match=r"6 conversations do not fit 2 rows .* raise pipeline"):
+        list(dataset(source, letters, views, config))
+
+
+def test_a_long_conversation_is_cut_before_a_picture_not_within_it(views, letters):
+    turns = (
+        Turn("user", "<image>one"),
+        Turn("assistant", "first"),
+        Turn("user", "and <image> this"),
+        Turn("assistant", "second"),
+    )
+    long = Conversation("long", "made", "en", "", ("made/1", "made/2"), turns)
+    config = dataclasses.replace(CONFIG, row_tokens=400)
+    whole = render_example(long, None, letters, views, config)
+    places = np.flatnonzero(whole["image_index"] >= 0)
+    gap = np.flatnonzero(np.diff(places) > 1)[0]
+    second, end = places[gap + 1], places[-1] + 1
+    with pytest.raises(RecordError, match="does not fit a row"):
+        render_example(long, None, letters, views, dataclasses.replace(config, row_tokens=end))
+    tiles = [len(views(key, None)[0]) for key in long.images]
+
+    def cut(**changes):
+        return render_example(
+            long, None, letters, views, dataclasses.replace(config, overlong="truncate", **changes)
+        )
+
+    for limit, length, kept in (
+        (end + 3, end + 3, 2),
+        (end, end, 2),
+        (end - 1, second, 1),
+        (second + 1, second, 1),
+        (second, second, 1),
+        (second - 2, second - 2, 1),
+    ):
+        example = cut(row_tokens=int(limit))
+        assert len(example["tokens"]) == length
+        assert np.array_equal(example["tokens"], whole["tokens"][:length])
+        assert len(example["tiles"]) == sum(tiles[:kept])
+        assert np.array_equal(example["weights"][:-1], whole["weights"][: length - 1])
+        assert example["weights"][-1] == 0
+        size = (len(example["tokens"]), len(example["tiles"]), int(example["weights"].sum()))
+        measured = measure(
+            [long],
+            letters,
+            views,
+            dataclasses.replace(config, overlong="truncate", row_tokens=int(limit)),
+        )
+        assert measured.tolist() == [list(size)]
+    assert len(cut(row_tiles=tiles[0])["tokens"]) == second
+    assert cut(max_targets=3)["weights"].sum() == 3
+    # Cut within its first picture nothing is left to learn from.
+    with pytest.raises(RecordError, match="does not fit a row"):
+        cut(row_tokens=int(places[3]))
+
+
+@pytest.mark.parametrize("packing", ["none", "best_fit", "planned"])
+def test_conversations_that_do_not_fit_are_left_out_or_cut(
+    source, views, letters, examples, packing
+):
+    base = PipelineConfig(rows=1, row_tokens=150, row_tiles=10, packing=packing)
+    short = [text for text, e in examples.items() if len(e["tokens"]) <= 150]
+    assert 0 < len(short) < len(examples)
+
+    def run(overlong):
+        """What comes out; how many were cut, and how many dropped, by a plan or on the way."""
+        feed = dataset(source, letters, views, dataclasses.replace(base, overlong=overlong))
+        data = iter(feed)
+        texts = conversations(list(data), letters)
+        told = data.counters.flush()
+        return texts, told["cut"], told["dropped"] + feed.dropped
+
+    texts, cut, dropped = run("drop")
+    assert sorted(texts) == sorted(short)
+    assert (cut, dropped) == (0, len(examples) - len(short))
+    texts, cut, dropped = run("truncate")
+    assert cut + dropped == len(examples) - len(short)
+    assert len(texts) == len(short) + cut
+    with pytest.raises(RecordError, match="does not fit a row"):
+        list(dataset(source, letters, views, base))
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """24 conversations, of which 4 have a picture that is cut off or not there."""
+    directory = tmp_path_factory.mktemp("damaged")
+    pictures = [picture(i, size) for i, size in enumerate(SIZES)]
+    cut_off = dataclasses.replace(pictures[0], encoded=pictures[0].encoded[:60])
+    bad = {
+        5: dataclasses.replace(CONVERSATIONS[1], images=("made/0",)),
+        11: dataclasses.replace(CONVERSATIONS[1], images=("made/0",)),
+        16: dataclasses.replace(CONVERSATIONS[1], images=("made/nothing",)),
+        20: dataclasses.replace(CONVERSATIONS[1], images=("made/0",)),
+    }
+    good = {
+        i: dataclasses.replace(c, images=("made/1",) * len(c.images))
+        for i, c in enumerate(CONVERSATIONS)
+    }
+    write_store(
+        directory,
+        name="damaged",
+        build="python launch/build_data.py made",
+        records={"train": ((bad.get(i, good[i]), {}) for i in range(24))},
+        images={"made": iter([cut_off, *pictures[1:]])},
+        columns=(),
+    )
+    return RecordStore(directory)
+
+
+@CONFIGS
+def test_bad_records_are_skipped_and_counted_up_to_a_limit(damaged, tiny_config, letters, config):
+    vision = tiny_config.vision
+    views = Views(damaged, tiny_config.pinpoints, vision.image_size, vision.grid)
+    source = RowSource(damaged, np.arange(24))
+    lenient = dataclasses.replace(config, rows=1, max_bad_fraction=0.1)
+    data = iter(dataset(source, letters, views, lenient))
+    texts = conversations(list(data), letters)
+    assert len(texts) == 20
+    told = data.counters.flush()
+    assert sum(told["bad_records"].values()) == 4
+    assert len(told["bad_records"]) == 2
+    assert told["total_examples"] == 20
+    with pytest.raises(image.ImageError, match=r"picture 'made/(0|nothing)'"):
+        list(dataset(source, letters, views, dataclasses.replace(lenient, max_bad_fraction=0.0)))
+    # The limit is a share of at least a thousand records: 3 of them here.
+    with pytest.raises(
+        BadRecordsError, match=r"4 of \d+ records are bad, more than .*=0.003: .* x "
+    ):
+        list(dataset(source, letters, views, dataclasses.replace(lenient, max_bad_fraction=0.003)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"overlong": "wrap"}, r"overlong 'wrap' is not one of \('error', 'drop', 'truncate'\)"),
+        ({"multi_image": "grid"}, "multi_image 'grid' is not one of"),
+        ({"max_bad_fraction": 2.0}, r"max_bad_fraction must lie in \[0, 1\], not 2.0"),
+    ],
+)
+def test_a_policy_that_is_unknown(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_an_impossible_packing_is_an_error():
+    with pytest.raises(ValueError, match=r"packing 'dense' is not one of \('none', 'bal"):
+        PipelineConfig(rows=1, row_tokens=8, row_tiles=1, packing="dense")
+    with pytest.raises(ValueError, match="examples_per_row needs"):
+        PipelineConfig(rows=1, row_tokens=8, row_tiles=1, examples_per_row=2)

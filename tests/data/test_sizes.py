@@ -1,0 +1,83 @@
+"""How large examples are without decoding them, which is what rows are planned by."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pangea_jax.data import chat
+from pangea_jax.data.pipeline import RowSource, measure
+from tests.data.made import CONFIG, CONVERSATIONS, PLANNED, SIZES, conversations, dataset
+
+
+def test_sizes_are_measured_without_decoding(store, tiny_config, views, letters, examples):
+    sizes = measure(CONVERSATIONS, letters, views, CONFIG)
+    assert sizes.shape == (24, 3)
+    for (tokens, tiles, targets), example in zip(sizes, examples.values(), strict=True):
+        assert tokens == len(example["tokens"])
+        assert tiles == len(example["tiles"])
+        assert targets == example["weights"].sum()
+
+
+@pytest.fixture(scope="module")
+def indexed(store, letters, tmp_path_factory):
+    """A source whose index has what that of PangeaIns has."""
+
+    class Indexed:
+        def __init__(self, tokens):
+            sizes = [
+                [list(SIZES[int(key.split("/")[1])]) for key in c.images] for c in CONVERSATIONS
+            ]
+            nested = pa.list_(pa.list_(pa.int32()))
+            self.index = store.index.append_column(
+                "num_tokens", pa.array(tokens, pa.int32())
+            ).append_column("image_sizes", pa.array(sizes, nested))
+            self.splits, self.records = store.splits, store.records
+
+    def make(change=0):
+        empty = np.zeros(0, np.int32)
+        tokens = [
+            len(
+                chat.render(
+                    c.turns,
+                    letters,
+                    [empty] * len(c.images),
+                    tiles_per_image=[0] * len(c.images),
+                ).tokens
+            )
+            + change
+            for c in CONVERSATIONS
+        ]
+        return RowSource(Indexed(tokens), np.arange(len(CONVERSATIONS))[::-1])
+
+    return make
+
+
+@pytest.mark.parametrize("multi_image", ["anyres", "padded"])
+def test_the_index_plans_without_reading(indexed, views, letters, multi_image):
+    config = dataclasses.replace(PLANNED, multi_image=multi_image)
+    sizes = indexed().indexed_sizes(views, config)
+    measured = measure(CONVERSATIONS[::-1], letters, views, config)
+    assert np.array_equal(sizes[:, :2], measured[:, :2])
+    planned = list(dataset(indexed(), letters, views, config))
+    assert len(conversations(planned, letters)) > 15
+
+
+def test_an_index_of_another_tokenizer_is_noticed(indexed, views, letters):
+    with pytest.raises(
+        ValueError, match=r"up to 3 tokens more than num_tokens .* another tokenizer"
+    ):
+        dataset(indexed(-3), letters, views, PLANNED)
+
+
+def test_what_a_plan_has_no_room_for_is_dropped_and_counted(source, views, letters):
+    """A plan from sizes that are too small still makes rows of the right shape."""
+    sizes = measure(source, letters, views, PLANNED)
+    sizes[:, 0] //= 2
+    data = iter(dataset(source, letters, views, dataclasses.replace(PLANNED, rows=1), sizes=sizes))
+    batches = list(data)
+    counted = data.counters.get_state()
+    assert counted["dropped"] > 0
+    assert counted["dropped"] + counted["examples"] == len(CONVERSATIONS)
+    assert len(set(conversations(batches, letters))) == counted["examples"]

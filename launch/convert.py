@@ -3,11 +3,13 @@
     python launch/convert.py --from=neulab/Pangea-7B-hf --to=checkpoints/pangea-7b
     python launch/convert.py --from=checkpoints/pangea-7b --to=Pangea-7B-hf --format=hf --dtype=bfloat16
     python launch/convert.py --from=runs/finetune --to=My-Pangea-hf --format=hf
+    python launch/convert.py --from=runs/lora --to=My-adapters --format=peft
 
 `--from` is a folder in any layout, the work directory of a training run (its newest step), or a name on the
 Hugging Face hub. The result holds weights, config, tokenizer and processor; `pangea_jax.load` takes either form,
 transformers and vLLM take `--format=hf`. The model is never in memory as a whole. Cut off, it leaves only
-`<to>.partial`, and the same command starts anew.
+`<to>.partial`, and the same command starts anew. `--format=peft` writes a run's adapters alone, as the peft library
+loads them over the model that the run started from.
 """
 
 import sys
@@ -23,7 +25,7 @@ from rich.console import Console
 
 from launch import common
 from pangea_jax import checkpoints
-from pangea_jax.checkpoints import convert
+from pangea_jax.checkpoints import adapter, convert
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,14 +33,14 @@ FROM = flags.DEFINE_string(
     "from", None, "A folder, a run's work directory, or owner/name on the hub."
 )
 TO = flags.DEFINE_string("to", None, "The folder to write; must not be there yet.")
-FORMAT = flags.DEFINE_enum("format", "orbax", convert.FORMATS, "What to write.")
+FORMAT = flags.DEFINE_enum("format", "orbax", (*convert.FORMATS, "peft"), "What to write.")
 DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of the parameters; by default as they are.")
 LAYOUT = flags.DEFINE_enum(
     "layout",
     "transformers-4",
     convert.LAYOUTS,
     "Names of tensors for --format=hf: those of neulab/Pangea-7B-hf, which transformers 4 and 5 and vLLM "
-    "read, or those that transformers 5 writes.",
+    "read, or those that transformers 5 writes and vLLM does not read.",
 )
 TOKENIZER = flags.DEFINE_string(
     "tokenizer",
@@ -54,6 +56,19 @@ def main(argv):
     jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)
     source, target = checkpoints.resolve(FROM.value), Path(TO.value)
+    if FORMAT.value == "peft":
+        if DTYPE.value or TOKENIZER.value:
+            raise common.UserError("--format=peft takes neither --dtype nor --tokenizer")
+        adapter.convert(source, target)
+    else:
+        convert_model(source, target)
+    print(
+        f"{target}: {FORMAT.value}, {sum(f.stat().st_size for f in target.rglob('*')) / 1e9:.2f} GB"
+    )
+
+
+def convert_model(source: Path, target: Path) -> None:
+    """Writes the whole model, with a progress bar."""
     files = Path(TOKENIZER.value or checkpoints.tokenizer_files(source))
     tokenizer = checkpoints.load_tokenizer(source, files)
     columns = (
@@ -82,9 +97,6 @@ def main(argv):
         sys.exit(common.EXIT_INTERRUPTED)
     for note in notes:
         console.print(f"note: {note}")
-    print(
-        f"{target}: {FORMAT.value}, {sum(f.stat().st_size for f in target.rglob('*')) / 1e9:.2f} GB"
-    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.model import PangeaConfig
 
 FORMATS = ("orbax", "hf")
-# What transformers and vLLM find their way in; the others of `names.LAYOUTS` are read only.
+# What transformers finds its way in, and in the first vLLM; the others of `names.LAYOUTS` are read only.
 LAYOUTS = ("transformers-4", "transformers-5")
 PART_BYTES = 2**26
 THREADS = 2
@@ -72,7 +72,8 @@ def convert(
     if config.language.lora.rank:
         raise CheckpointError(
             f"{source} trains adapters, which no public layout has; when it is done its folder model/ has "
-            "them merged. Before: checkpoints.save(checkpoints.load_model(DIR), config, OUT) in Python"
+            "them merged. Before: checkpoints.save(checkpoints.load_model(DIR), config, OUT) in Python, or the "
+            "adapters alone with --format=peft"
         )
     weights = _open(source, config)
     _check_vocabulary(source, config, tokenizer)

@@ -89,35 +89,108 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 def _forward(q, k, v, starts, blocks):
     """Mixed values, and log2 of the sum of 2 ** logits, [B, H, T]."""
     B, T, H, C = q.shape
-    G = H // k.shape[2]
-    rows = pl.BlockSpec((None, blocks.q, None, C), lambda b, h, i: (b, i, h, 0))
-    keys = pl.BlockSpec((None, T, None, C), lambda b, h, i: (b, 0, h // G, 0))
-    return pl.pallas_call(
+    rows, keys, numbers, edges = _specs(q, k, blocks.q)
+    return _call(
         functools.partial(_forward_kernel, block=blocks.kv, scale=C**-0.5 * LOG2_E),
+        "packed_attention",
+        [(q, rows), (k, keys), (v, keys), (starts, edges)],
+        [(q, rows), (jax.ShapeDtypeStruct((B, H, T), jnp.float32), numbers)],
         grid=(B, H, T // blocks.q),
-        in_specs=[rows, keys, keys, pl.BlockSpec((None, blocks.q), lambda b, h, i: (b, i))],
-        out_specs=[rows, pl.BlockSpec((None, None, blocks.q), lambda b, h, i: (b, h, i))],
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((B, H, T), jnp.float32),
-        ],
-        compiler_params=plgpu.CompilerParams(num_warps=4 if C <= 64 else 8, num_stages=2),
+        num_warps=4 if C <= 64 else 8,
         interpret=blocks.interpret,
-        name="packed_attention",
-    )(q, k, v, starts)
+    )
+
+
+def _backward_q(q, k, v, starts, cotangent, highest, shared, blocks):
+    """Gradient of the queries."""
+    B, T, H, C = q.shape
+    rows, keys, numbers, edges = _specs(q, k, blocks.backward)
+    inputs = [(q, rows), (k, keys), (v, keys), (starts, edges), (cotangent, rows)]
+    (dq,) = _call(
+        functools.partial(_backward_q_kernel, block=blocks.backward, scale=C**-0.5),
+        "packed_attention_dq",
+        [*inputs, (highest, numbers), (shared, numbers)],
+        [(q, rows)],
+        grid=(B, H, T // blocks.backward),
+        interpret=blocks.interpret,
+    )
+    return dq
+
+
+def _backward_kv(q, k, v, ends, cotangent, highest, shared, blocks):
+    """Gradients of keys and values, of all query heads that share them."""
+    B, T, H, C = q.shape
+    K = k.shape[2]
+    G = H // K
+    q, cotangent = (x.reshape(B, T, K, G, C) for x in (q, cotangent))
+    highest, shared = (x.reshape(B, K, G, T) for x in (highest, shared))
+    rows, _, _, edges = _specs(k, k, blocks.backward)
+    heads = pl.BlockSpec((None, T, None, G, C), lambda b, h, i: (b, 0, h, 0, 0))
+    numbers = pl.BlockSpec((None, None, G, T), lambda b, h, i: (b, h, 0, 0))
+    inputs = [(q, heads), (k, rows), (v, rows), (ends, edges), (cotangent, heads)]
+    return _call(
+        functools.partial(_backward_kv_kernel, block=blocks.backward, scale=C**-0.5),
+        "packed_attention_dkv",
+        [*inputs, (highest, numbers), (shared, numbers)],
+        [(k, rows), (v, rows)],
+        grid=(B, K, T // blocks.backward),
+        interpret=blocks.interpret,
+    )
+
+
+def _specs(rows, keys, size):
+    """What the program (b, h, i) sees of arrays in heads: of head h of `rows` [B, T, H, C] the tokens of
+    block i, all tokens of the head of `keys` that it shares, its numbers [B, H, T] and edges [B, T]."""
+    _, T, H, C = rows.shape
+    G = H // keys.shape[2]
+    return (
+        pl.BlockSpec((None, size, None, C), lambda b, h, i: (b, i, h, 0)),
+        pl.BlockSpec((None, T, None, C), lambda b, h, i: (b, 0, h // G, 0)),
+        pl.BlockSpec((None, None, size), lambda b, h, i: (b, h, i)),
+        pl.BlockSpec((None, size), lambda b, h, i: (b, i)),
+    )
+
+
+def _call(kernel, name, inputs, outputs, *, grid, interpret, num_warps=4):
+    """Runs a kernel on pairs of (array, its spec); `outputs` has the shapes of what it makes."""
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[spec for _, spec in inputs],
+        out_specs=[spec for _, spec in outputs],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=2),
+        interpret=interpret,
+        name=name,
+    )(*(array for array, _ in inputs))
+
+
+def _places(size):
+    """Where in the row the program's tokens stand."""
+    return pl.program_id(2) * size + jnp.arange(size)
+
+
+def _key_blocks(starts, block):
+    """The blocks of keys, from and to, of which the program's queries see any."""
+    stop = (pl.program_id(2) + 1) * len(starts)
+    return lax.div(jnp.min(starts), block), lax.div(stop + block - 1, block)
+
+
+def _keys(k_ref, v_ref, queries, starts, j, block):
+    """Block j of keys and values, and which of them each query sees."""
+    window = pl.dslice(j * block, block)
+    keys = j * block + jnp.arange(block)
+    seen = (keys[None] <= queries[:, None]) & (keys[None] >= starts[:, None])
+    return plgpu.load(k_ref.at[window, :]), plgpu.load(v_ref.at[window, :]), seen
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, starts_ref, mixed_ref, highest_ref, *, block, scale):
     size, C = q_ref.shape
-    first = pl.program_id(2) * size
-    queries, starts, q = first + jnp.arange(size), starts_ref[...], q_ref[...]
+    queries, starts, q = _places(size), starts_ref[...], q_ref[...]
 
     def body(j, carry):
         mixed, highest, total = carry
-        window = pl.dslice(j * block, block)
-        k, v = plgpu.load(k_ref.at[window, :]), plgpu.load(v_ref.at[window, :])
-        keys = j * block + jnp.arange(block)
-        seen = (keys[None] <= queries[:, None]) & (keys[None] >= starts[:, None])
+        k, v, seen = _keys(k_ref, v_ref, queries, starts, j, block)
         logits = jnp.where(seen, plgpu.dot(q, k.T) * scale, UNSEEN)
         higher = jnp.maximum(highest, logits.max(axis=1))
         weights, shrink = jnp.exp2(logits - higher[:, None]), jnp.exp2(highest - higher)
@@ -126,96 +199,30 @@ def _forward_kernel(q_ref, k_ref, v_ref, starts_ref, mixed_ref, highest_ref, *, 
 
     mixed = jnp.zeros((size, C), jnp.float32)
     start = (mixed, jnp.full(size, -jnp.inf), jnp.zeros(size, jnp.float32))
-    stop = lax.div(first + size + block - 1, block)
-    mixed, highest, total = lax.fori_loop(lax.div(jnp.min(starts), block), stop, body, start)
+    mixed, highest, total = lax.fori_loop(*_key_blocks(starts, block), body, start)
     mixed_ref[...] = (mixed / total[:, None]).astype(mixed_ref.dtype)
     highest_ref[...] = highest + jnp.log2(total)
-
-
-def _backward_q(q, k, v, starts, cotangent, highest, shared, blocks):
-    """Gradient of the queries."""
-    B, T, H, C = q.shape
-    G, size = H // k.shape[2], blocks.backward
-    rows = pl.BlockSpec((None, size, None, C), lambda b, h, i: (b, i, h, 0))
-    keys = pl.BlockSpec((None, T, None, C), lambda b, h, i: (b, 0, h // G, 0))
-    numbers = pl.BlockSpec((None, None, size), lambda b, h, i: (b, h, i))
-    return pl.pallas_call(
-        functools.partial(_backward_q_kernel, block=size, scale=C**-0.5),
-        grid=(B, H, T // size),
-        in_specs=[
-            rows,
-            keys,
-            keys,
-            pl.BlockSpec((None, size), lambda b, h, i: (b, i)),
-            rows,
-            numbers,
-            numbers,
-        ],
-        out_specs=rows,
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=blocks.interpret,
-        name="packed_attention_dq",
-    )(q, k, v, starts, cotangent, highest, shared)
 
 
 def _backward_q_kernel(
     q_ref, k_ref, v_ref, starts_ref, cotangent_ref, highest_ref, shared_ref, dq_ref, *, block, scale
 ):
     size, C = q_ref.shape
-    first = pl.program_id(2) * size
-    queries, starts = first + jnp.arange(size), starts_ref[...]
+    queries, starts = _places(size), starts_ref[...]
     q, cotangent, highest, shared = (
         ref[...] for ref in (q_ref, cotangent_ref, highest_ref, shared_ref)
     )
 
     def body(j, dq):
-        window = pl.dslice(j * block, block)
-        k, v = plgpu.load(k_ref.at[window, :]), plgpu.load(v_ref.at[window, :])
-        keys = j * block + jnp.arange(block)
-        seen = (keys[None] <= queries[:, None]) & (keys[None] >= starts[:, None])
+        k, v, seen = _keys(k_ref, v_ref, queries, starts, j, block)
         logits = plgpu.dot(q, k.T) * (scale * LOG2_E)
         weights = jnp.where(seen, jnp.exp2(logits - highest[:, None]), 0.0)
         slope = weights * (plgpu.dot(cotangent, v.T) - shared[:, None])
         return dq + plgpu.dot(slope.astype(k.dtype), k)
 
-    stop = lax.div(first + size + block - 1, block)
     zero = jnp.zeros((size, C), jnp.float32)
-    dq = lax.fori_loop(lax.div(jnp.min(starts), block), stop, body, zero)
+    dq = lax.fori_loop(*_key_blocks(starts, block), body, zero)
     dq_ref[...] = (dq * scale).astype(dq_ref.dtype)
-
-
-def _backward_kv(q, k, v, ends, cotangent, highest, shared, blocks):
-    """Gradients of keys and values, of all query heads that share them."""
-    B, T, H, C = q.shape
-    K, size = k.shape[2], blocks.backward
-    G = H // K
-    q, cotangent = (x.reshape(B, T, K, G, C) for x in (q, cotangent))
-    highest, shared = (x.reshape(B, K, G, T) for x in (highest, shared))
-    heads = pl.BlockSpec((None, T, None, G, C), lambda b, h, i: (b, 0, h, 0, 0))
-    rows = pl.BlockSpec((None, size, None, C), lambda b, h, i: (b, i, h, 0))
-    numbers = pl.BlockSpec((None, None, G, T), lambda b, h, i: (b, h, 0, 0))
-    return pl.pallas_call(
-        functools.partial(_backward_kv_kernel, block=size, scale=C**-0.5),
-        grid=(B, K, T // size),
-        in_specs=[
-            heads,
-            rows,
-            rows,
-            pl.BlockSpec((None, size), lambda b, h, i: (b, i)),
-            heads,
-            numbers,
-            numbers,
-        ],
-        out_specs=[rows, rows],
-        out_shape=[
-            jax.ShapeDtypeStruct(k.shape, k.dtype),
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
-        ],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=blocks.interpret,
-        name="packed_attention_dkv",
-    )(q, k, v, ends, cotangent, highest, shared)
 
 
 def _backward_kv_kernel(
@@ -235,10 +242,9 @@ def _backward_kv_kernel(
     """Everything with keys down and queries across, so that nothing needs to be transposed twice."""
     size, C = k_ref.shape
     G = q_ref.shape[1]
-    place = pl.program_id(2) * size
-    keys, ends = place + jnp.arange(size), ends_ref[...]
+    keys, ends = _places(size), ends_ref[...]
     k, v = k_ref[...], v_ref[...]
-    first = lax.div(place, block)
+    first = lax.div(pl.program_id(2) * size, block)
     count = lax.div(jnp.max(ends) + block, block) - first
 
     def body(step, carry):

@@ -19,19 +19,13 @@ from pangea_jax.checkpoints import CheckpointError, SpecialTokens, convert, name
 from pangea_jax.checkpoints.huggingface import abstract_state, shapes_of
 from pangea_jax.data import emoji
 from pangea_jax.data.tokenizer import load_tokenizer
-from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig
 from pangea_jax.model.params import flatten
 from pangea_jax.train.checkpoint import Checkpoints
 from pangea_jax.train.state import TrainState
+from tests.checkpoints.tiny import assert_same_state, random_state, tensors, with_language
 
 TOKENIZER = emoji.DIRECTORY / emoji.TOKENIZER
-CONFIG = PangeaConfig(
-    vision=VisionConfig(image_size=28, patch_size=7, width=32, layers=3, heads=4, mlp=48),
-    language=LanguageConfig(
-        vocab_size=4501, width=32, layers=2, heads=4, kv_heads=2, head_width=8, mlp=48
-    ),
-    pinpoints=((28, 56), (56, 28), (84, 28)),
-)
+CONFIG = with_language(vocab_size=4501)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +35,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def state():
-    """A state in which no two parameters agree: zeros would hide a swap."""
-    random = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32), abstract_state(CONFIG)
-    )
+    return random_state(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -78,22 +68,11 @@ def ours(public, run, tmp_path):
     return folder
 
 
-def tensors(folder):
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
 def assert_same_bytes(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
         assert found[name].tobytes() == value.tobytes(), name
-
-
-def assert_same_state(found, expected):
-    found, expected = flatten(found), flatten(expected)
-    assert found.keys() == expected.keys()
-    for path, value in expected.items():
-        np.testing.assert_array_equal(found[path], value, err_msg=path)
 
 
 @pytest.mark.parametrize("layout", convert.LAYOUTS)

@@ -9,40 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from pangea_jax import checkpoints
-from pangea_jax.checkpoints import CheckpointError, SpecialTokens, names
+from pangea_jax.checkpoints import CheckpointError, names
 from pangea_jax.checkpoints.huggingface import abstract_state
-from pangea_jax.model import PINPOINTS, LanguageConfig, Pangea, PangeaConfig, VisionConfig
+from pangea_jax.model import PINPOINTS, LanguageConfig, Pangea, PangeaConfig
+from tests.checkpoints.tiny import CONFIG, TOKENS, assert_same_state, random_state, tensors
 
-TOKENS = SpecialTokens(image=96, end=1, pad=0)
-CONFIG = PangeaConfig(
-    vision=VisionConfig(image_size=28, patch_size=7, width=32, layers=3, heads=4, mlp=48),
-    language=LanguageConfig(
-        vocab_size=97, width=32, layers=2, heads=4, kv_heads=2, head_width=8, mlp=48
-    ),
-    pinpoints=((28, 56), (56, 28), (84, 28)),
-)
 KINDS = [("qwen2", False), ("qwen2", True), ("mistral", False), ("llama", True)]
-
-
-def tensors(folder):
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def assert_same_state(found, expected):
-    found, expected = (dict(nnx.to_flat_state(state)) for state in (found, expected))
-    assert found.keys() == expected.keys()
-    for path, value in expected.items():
-        np.testing.assert_array_equal(found[path][...], value[...], err_msg=str(path))
-
-
-def random_state(config, seed=0):
-    """A state in which no two parameters agree: zeros would hide a swap."""
-    state = abstract_state(config)
-    random = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32), state)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,19 +12,12 @@ from safetensors.numpy import load_file
 
 from pangea_jax import checkpoints
 from pangea_jax.checkpoints import SpecialTokens
-from pangea_jax.checkpoints.huggingface import abstract_state
 from pangea_jax.data import emoji
 from pangea_jax.data.tokenizer import load_tokenizer
-from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig
+from tests.checkpoints.tiny import random_state, with_language
 
 ROOT = Path(__file__).parents[2]
-CONFIG = PangeaConfig(
-    vision=VisionConfig(image_size=28, patch_size=7, width=32, layers=3, heads=4, mlp=48),
-    language=LanguageConfig(
-        vocab_size=4500, width=32, layers=2, heads=4, kv_heads=2, head_width=8, mlp=48
-    ),
-    pinpoints=((28, 56), (56, 28)),
-)
+CONFIG = with_language(vocab_size=4500)
 
 
 def convert(*flags):
@@ -44,10 +36,7 @@ def convert(*flags):
 @pytest.fixture(scope="module")
 def public(tmp_path_factory):
     folder = tmp_path_factory.mktemp("public")
-    random = np.random.default_rng(0)
-    state = jax.tree.map(
-        lambda x: jnp.asarray(random.normal(size=x.shape), jnp.bfloat16), abstract_state(CONFIG)
-    )
+    state = random_state(CONFIG, dtype=jnp.bfloat16)
     tokenizer = load_tokenizer(emoji.DIRECTORY)
     tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
     checkpoints.save(state, CONFIG, folder, tokens=tokens)
@@ -80,6 +69,11 @@ def test_there_and_back(public, tmp_path):
         (("--from={empty}", "--to=x"), "no config.json"),
         (("--from={public}", "--to=x", "--format=onnx"), "onnx"),
         (("--from={public}", "--to=x", "--tokenizer={empty}"), "no tokenizer: looked for"),
+        (("--from={public}", "--to=x", "--format=peft"), "is no training run with adapters"),
+        (
+            ("--from={public}", "--to=x", "--format=peft", "--dtype=float32"),
+            "takes neither --dtype",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(public, tmp_path, flags, message):

@@ -1,0 +1,47 @@
+"""A small model's checkpoint, and how two of them are compared."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+from pangea_jax.checkpoints import SpecialTokens
+from pangea_jax.checkpoints.huggingface import abstract_state
+from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig
+from pangea_jax.model.params import flatten
+
+TOKENS = SpecialTokens(image=96, end=1, pad=0)
+CONFIG = PangeaConfig(
+    vision=VisionConfig(image_size=28, patch_size=7, width=32, layers=3, heads=4, mlp=48),
+    language=LanguageConfig(
+        vocab_size=97, width=32, layers=2, heads=4, kv_heads=2, head_width=8, mlp=48
+    ),
+    pinpoints=((28, 56), (56, 28), (84, 28)),
+)
+
+
+def with_language(**changes) -> PangeaConfig:
+    """`CONFIG` with another decoder."""
+    return dataclasses.replace(CONFIG, language=dataclasses.replace(CONFIG.language, **changes))
+
+
+def random_state(config, seed=0, dtype=jnp.float32):
+    """A state in which no two parameters agree: zeros would hide a swap."""
+    random = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray(random.normal(size=x.shape), dtype), abstract_state(config)
+    )
+
+
+def tensors(folder):
+    """All tensors of a folder by name."""
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def assert_same_state(found, expected):
+    found, expected = flatten(found), flatten(expected)
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import os
@@ -119,6 +120,17 @@ def run(main: Callable[[list[str]], Any]) -> None:
             _exit(error, EXIT_ERROR)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def no_arguments(argv: Sequence[str]) -> None:
+    """
+    Raises:
+      UserError: there is something beside the flags.
+    """
+    if len(argv) > 1:
+        raise UserError(
+            f"unexpected arguments {argv[1:]}; overrides are written --config.key=value"
+        )
 
 
 def _worth_showing(record) -> bool:
@@ -376,16 +388,18 @@ def batch_shapes(
     """What a step is given: a batch of the data pipeline, its rows filled up to the devices."""
     pipeline, shards = config.pipeline, mesh.shape["data"] * mesh.shape["fsdp"]
     rows = -(-pipeline.rows // shards) * shards
+    placed = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=placed)
     row = (rows, pipeline.row_tokens)
     names = ("tokens", "targets", "positions", "segment_ids", "image_index")
-    batch = {name: jax.ShapeDtypeStruct(row, jnp.int32) for name in names}
-    batch["weights"] = jax.ShapeDtypeStruct(row, jnp.float32)
+    batch = {name: array(row, jnp.int32) for name in names}
+    batch["weights"] = array(row, jnp.float32)
     vision = model.vision
     if config.augmented_views:
         features = (rows, pipeline.row_tiles, vision.patches, vision.width)
-        return batch | {"features": jax.ShapeDtypeStruct(features, model.dtype)}
+        return batch | {"features": array(features, model.dtype)}
     tiles = (rows, pipeline.row_tiles, vision.image_size, vision.image_size, 3)
-    return batch | {"tiles": jax.ShapeDtypeStruct(tiles, jnp.uint8)}
+    return batch | {"tiles": array(tiles, jnp.uint8)}
 
 
 def default_workdir(holder: flags.FlagHolder) -> str:
@@ -410,7 +424,7 @@ def claim_workdir(workdir: Path, config: Config) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
             theirs = json.loads(path.read_text(encoding="utf-8"))
-            differing = _differences(theirs, mine)
+            differing = differences(theirs, mine)
             if differing:
                 raise UserError(
                     f"{workdir} holds a run of another config ({'; '.join(differing[:4])}); "
@@ -427,12 +441,13 @@ def claim_workdir(workdir: Path, config: Config) -> None:
         ) from None
 
 
-def _differences(theirs: Any, mine: Any, key: str = "") -> list[str]:
+def differences(theirs: Any, mine: Any, key: str = "") -> list[str]:
+    """Where two JSON values differ, one clause a key."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         return [
             line
             for name in sorted(theirs.keys() | mine.keys())
-            for line in _differences(theirs.get(name), mine.get(name), f"{key}.{name}".lstrip("."))
+            for line in differences(theirs.get(name), mine.get(name), f"{key}.{name}".lstrip("."))
         ]
     return [] if theirs == mine else [f"{key} is {theirs!r} there and {mine!r} here"]
 

@@ -5,12 +5,16 @@
     python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5e:4x4 --json \\
         --config.pipeline.rows=16 --config.remat=attention
     python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5e:8x8 --search
+    python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5e:4x4 --slices=2 --config.mesh.data=2
+    python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5e:4x4 --steps=N --output=step.zip
 
 It is the step that launch/train.py runs, of the same model, optimiser, shardings and batch, compiled by the compiler
 of the TPU (libtpu) from shapes alone: nothing is initialised, about 3 GiB of memory suffice. What does not fit there
-does not fit here. Topologies are those of `jax.experimental.topologies`: v5e:2x4, v5p:2x2x2, v6e:4x4, ...
+does not fit here. Topologies are those of `jax.experimental.topologies`: v5e:2x4, v5p:2x2x2, v6e:4x4, ...; of
+`--slices` such only `data` goes over the data centre network. cpu:8 is 8 devices made of this machine's processor.
 
 `--search` finds the most rows a chip that fit, and for these the remat policy that computes least again.
+`--output` keeps the program for `launch/train.py --executable`.
 """
 
 import json
@@ -36,7 +40,7 @@ import jax
 from absl import flags
 from jax.experimental import topologies
 
-from launch import common
+from launch import common, executable
 from pangea_jax import sharding
 from pangea_jax.train import hlo
 from pangea_jax.train import optimizer as optim
@@ -45,27 +49,38 @@ from pangea_jax.train.step import make_train_step
 
 CONFIG = common.define_config("configs/pangea_7b_finetune.py")
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "What to compile for, GENERATION:SHAPE.")
+SLICES = flags.DEFINE_integer("slices", 1, "How many of them, joined by the data centre network.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
 SEARCH = flags.DEFINE_bool("search", False, "Find the most rows a chip, and the cheapest remat.")
+
+OUTPUT = flags.DEFINE_string("output", None, "Write the program here, for launch/train.py.")
+STEPS = flags.DEFINE_integer(
+    "steps", None, "Of the run, with --output: the schedule is part of the program."
+)
 
 GIB = 2**30
 # What the compiler lets a program use, of the 16, 95 and 32 GB of a chip.
 HBM_GIB = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
-# By what is computed again, least first. Copies to the host run beside the computation.
-CHEAPEST_FIRST = ("products", "qkv", "offload", "attention", "nothing")
-SCHEDULE_STEPS = 1000  # a number in the program; nothing else depends on it
+# Each keeps more and computes less again. "offload" is beside them: it computes what "qkv" does, copies to the
+# host run beside the computation.
+KEEPING_MORE = ("attention", "qkv", "products")
+SCHEDULE_STEPS = 1000  # a number in the program; nothing that is measured depends on it
 
 
-def topology_mesh(name: str, sizes) -> jax.sharding.Mesh:
-    """The mesh `config.mesh` over the chips of a topology.
+def topology_mesh(name: str, slices: int, sizes) -> tuple[jax.sharding.Mesh, float]:
+    """The mesh `config.mesh` over the chips of a topology, and the GiB that a chip has.
 
     Raises:
       UserError: libtpu is not installed, or knows no such topology.
     """
-    generation = name.partition(":")[0]
+    generation, _, shape = name.partition(":")
+    if generation == "cpu" and shape.isdecimal() and slices == 1:
+        jax.config.update("jax_num_cpu_devices", int(shape))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+        return sharding.make_mesh(**sizes), round(memory / int(shape), 2)
     if generation not in HBM_GIB:
         raise common.UserError(
-            f"--topology={name}: the generation is one of {', '.join(HBM_GIB)}, as in v5e:4x4"
+            f"--topology={name}: the generation is one of {', '.join(HBM_GIB)}, as in v5e:4x4; or cpu:8"
         )
     try:
         import libtpu  # noqa: F401
@@ -74,16 +89,18 @@ def topology_mesh(name: str, sizes) -> jax.sharding.Mesh:
             "the TPU compiler is in libtpu, which is not installed: pip install -r requirements-tpu-aot.txt"
         ) from None
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        topology = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, num_slices=slices
+        )
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         raise common.UserError(f"--topology={name}: libtpu says {error}") from None
-    return sharding.make_mesh(**sizes, devices=topology.devices)
+    return sharding.make_mesh(**sizes, devices=topology.devices), HBM_GIB[generation]
 
 
-def lower(config, mesh):
+def lower(config, mesh, steps):
     """The lowered step, and its model FLOPs."""
     model = common.model_config(config)
-    optimizer = optim.make_optimizer(optim.OptimizerConfig(**config.optimizer), SCHEDULE_STEPS)
+    optimizer = optim.make_optimizer(optim.OptimizerConfig(**config.optimizer), steps)
     graphdef, state, shardings = abstract_state(model, optimizer, mesh, frozen=config.frozen)
     step = make_train_step(graphdef, optimizer, shardings, mesh, **common.step_options(config))
     batch = common.batch_shapes(config, model, mesh)
@@ -91,14 +108,19 @@ def lower(config, mesh):
     return step.lower(state, batch), flops
 
 
-def measure(config, topology: str) -> dict:
-    """Compiles and reads off the program; JSON-able. A program that does not fit has no collectives."""
-    mesh = topology_mesh(topology, config.mesh)
+def measure(config, topology: str, slices: int = 1, output: str | None = None, steps=None) -> dict:
+    """Compiles and reads off the program; JSON-able. A program that does not fit has no collectives.
+
+    Args:
+      output: where to write the program.
+      steps: of the run, which it then needs to know.
+    """
+    mesh, hbm = topology_mesh(topology, slices, config.mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    hbm = HBM_GIB[topology.partition(":")[0]]
-    lowered, flops = lower(config, mesh)
+    lowered, flops = lower(config, mesh, steps or SCHEDULE_STEPS)
     found = {
         "topology": topology,
+        "slices": slices,
         "chips": mesh.size,
         "mesh": dict(mesh.shape),
         "row_tokens": config.pipeline.row_tokens,
@@ -114,24 +136,30 @@ def measure(config, topology: str) -> dict:
         needed = _needed_gib(str(error))
         if needed is None:
             raise
-        memory = {"peak_hbm_gib": needed, "host_gib": None, "fits": False}
-        collectives = None
+        found |= {"peak_hbm_gib": needed, "host_gib": None, "fits": False}
+        found |= {"collective_bytes": None, "dcn_bytes": None}
     else:
-        usage = compiled.memory_analysis()
-        peak = usage.peak_memory_in_bytes / GIB
-        host = usage.host_temp_size_in_bytes / GIB
-        memory = {"peak_hbm_gib": round(peak, 2), "host_gib": round(host, 2), "fits": peak <= hbm}
-        collectives = hlo.collective_bytes(compiled.as_text())
-    return (
-        found
-        | memory
-        | {
-            "compile_s": round(time.perf_counter() - start, 1),
-            "model_flops_per_step": flops["total"],
-            "model_flops": flops,
-            "collective_bytes": collectives,
-        }
-    )
+        found |= _read(compiled, hbm)
+        if output and found["fits"]:
+            executable.save(Path(output), lowered, compiled, mesh, config, steps)
+    return found | {
+        "compile_s": round(time.perf_counter() - start, 1),
+        "model_flops_per_step": flops["total"],
+        "model_flops": flops,
+    }
+
+
+def _read(compiled, hbm) -> dict:
+    """Memory and communication of a program."""
+    usage, text = compiled.memory_analysis(), compiled.as_text()
+    peak = usage.peak_memory_in_bytes / GIB
+    return {
+        "peak_hbm_gib": round(peak, 2),
+        "host_gib": round(usage.host_temp_size_in_bytes / GIB, 2),
+        "fits": peak <= hbm,
+        "collective_bytes": hlo.collective_bytes(text),
+        "dcn_bytes": hlo.dcn_bytes(text),
+    }
 
 
 def _needed_gib(message: str) -> float | None:
@@ -142,20 +170,20 @@ def _needed_gib(message: str) -> float | None:
     return used and round(float(used[1]) * 1024 ** ("KMGT".index(used[2]) - 2), 2)
 
 
-def search(config, topology: str) -> dict:
-    """The measurement of the most rows a chip that fit, under the cheapest policy.
+def search(config, topology: str, slices: int = 1) -> dict:
+    """The measurement of the most rows a chip that fit, under the policy of these that computes least again.
 
     Raises:
       UserError: not even one row a shard fits.
     """
-    mesh = topology_mesh(topology, config.mesh)
+    mesh, _ = topology_mesh(topology, slices, config.mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     config = config.copy_and_resolve_references()
     config.accumulation = 1
 
     def attempt(rows, remat):
         config.pipeline.rows, config.remat = rows * shards, remat
-        found = measure(config, topology)
+        found = measure(config, topology, slices)
         print(one_line(found), file=sys.stderr)
         return found
 
@@ -166,12 +194,26 @@ def search(config, topology: str) -> dict:
             f'{best["peak_hbm_gib"]:.1f} of {best["hbm_gib"]:.2f} GiB with remat "nothing"; '
             "choose more chips"
         )
-    while (more := attempt(2 * best["rows_per_shard"], "nothing"))["fits"]:
-        best = more
-    for remat in CHEAPEST_FIRST[:-1]:
-        found = attempt(best["rows_per_shard"], remat)
+    too_many = None
+    while too_many != (fit := best["rows_per_shard"]) + 1:
+        found = attempt((fit + too_many) // 2 if too_many else 2 * fit, "nothing")
         if found["fits"]:
-            return found
+            best = found
+        else:
+            too_many = found["rows_per_shard"]
+    return _cheapest(best, lambda remat: attempt(best["rows_per_shard"], remat))
+
+
+def _cheapest(best, attempt) -> dict:
+    """Of the policies that fit the one that computes least again; `best` is of "nothing"."""
+    for remat in KEEPING_MORE:
+        found = attempt(remat)
+        if not found["fits"]:
+            break
+        best = found
+    if best["remat"] in ("nothing", "attention"):
+        found = attempt("offload")
+        best = found if found["fits"] else best
     return best
 
 
@@ -198,15 +240,25 @@ def describe(found: dict) -> str:
         lines.append("collectives  GiB a chip and step")
         for kind, size in found["collective_bytes"].items():
             lines.append(f"  {kind:20} {size / GIB:8.2f}")
+        for kind, size in found["dcn_bytes"].items():
+            lines.append(f"  {kind + ', DCN':20} {size / GIB:8.2f}")
     return "\n".join(lines)
 
 
 def main(argv):
-    if len(argv) > 1:
+    common.no_arguments(argv)
+    # What comes out of the compile cache took no time to compile, and XLA cannot write it out again.
+    jax.config.update("jax_enable_compilation_cache", False)
+    config, steps = CONFIG.value, STEPS.value or CONFIG.value.get("steps")
+    if OUTPUT.value and (SEARCH.value or not steps):
         raise common.UserError(
-            f"unexpected arguments {argv[1:]}; overrides are written --config.key=value"
+            "--output takes --steps=N, the steps of the run, and not --search: the schedule of the learning "
+            "rate is part of the program"
         )
-    found = (search if SEARCH.value else measure)(CONFIG.value, TOPOLOGY.value)
+    if SEARCH.value:
+        found = search(config, TOPOLOGY.value, SLICES.value)
+    else:
+        found = measure(config, TOPOLOGY.value, SLICES.value, OUTPUT.value, steps)
     print(json.dumps(found) if JSON.value else describe(found))
 
 

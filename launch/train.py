@@ -23,7 +23,7 @@ from absl import flags, logging
 from rich.console import Console
 
 from eval import naming, report
-from launch import common, distributed
+from launch import common, distributed, executable
 from pangea_jax import sharding
 from pangea_jax.checkpoints import SpecialTokens, huggingface, processor, tokenizer_files
 from pangea_jax.data import batch_view, emoji, mixture, pipeline
@@ -47,6 +47,9 @@ APPROXIMATE = flags.DEFINE_bool(
     False,
     "Go on although the order of the examples is another one, as with another number of processes: some "
     "are then repeated and others left out.",
+)
+EXECUTABLE = flags.DEFINE_string(
+    "executable", None, "The step as launch/compile.py --output wrote it, run instead of compiled."
 )
 PROFILE = flags.DEFINE_string(
     "profile", "", "START:STOP, steps to trace into <workdir>/profile, such as 20:25."
@@ -112,6 +115,10 @@ def train(run, model, optimizer, graphdef, state, shardings, batches, total_step
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )
+    step = make_train_step(graphdef, optimizer, shardings, run.mesh, **common.step_options(config))
+    if EXECUTABLE.value:
+        shapes = abstract, common.batch_shapes(config, model, run.mesh)
+        step = executable.load(EXECUTABLE.value, step, shapes, run.mesh, config, total_steps)
     kept = {name: config.checkpoint[name] for name in ("keep", "keep_every")}
     checkpoints = Checkpoints(run.workdir / "checkpoints", **kept)
     data = iter(batches)
@@ -138,7 +145,6 @@ def train(run, model, optimizer, graphdef, state, shardings, batches, total_step
     def dump(step, rows):
         return dump_batch(rows, step, tokenizer, model.vision.patches, run.workdir)
 
-    options = common.step_options(config)
     wandb = dict(project=config.wandb, name=run.workdir.name, config=config.to_dict())
     telemetry = Telemetry(
         run.workdir,
@@ -150,7 +156,7 @@ def train(run, model, optimizer, graphdef, state, shardings, batches, total_step
     )
     with telemetry, distributed.StopSignal() as stop:
         loop = Loop(
-            make_train_step(graphdef, optimizer, shardings, run.mesh, **options),
+            step,
             run.mesh,
             total_steps,
             log_every=config.log_every,
@@ -277,10 +283,7 @@ def _count(params) -> int:
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise common.UserError(
-            f"unexpected arguments {argv[1:]}; overrides are written --config.key=value"
-        )
+    common.no_arguments(argv)
     config = CONFIG.value
     common.check_keys(config, evaluation=naming.evaluate)
     workdir = Path(WORKDIR.value or common.default_workdir(CONFIG))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -41,8 +42,11 @@ MAX_REPLICATED = 0.02
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh of the axes `AXES`; one size may be -1, what is left of the devices.
 
+    Of several TPU slices each holds whole fsdp x tensor groups: only `data`, which sends every gradient
+    once a step, goes over the data centre network between them.
+
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or `data` does not to the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -57,7 +61,28 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
             "set one axis to -1 or change --config.mesh"
         )
     # Auto axes: shardings are given for inputs and outputs, XLA finds those between.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    axis_types = (AxisType.Auto,) * 3
+    slices = num_slices(devices)
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
+    data, *within = sizes
+    if data % slices:
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes))}: the devices are {slices} TPU slices, which only axis "
+            f"'data' may span; set --config.mesh.data={slices} or a multiple, with fsdp x tensor within the "
+            f"{len(devices) // slices} chips of a slice"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *within), (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES, axis_types=axis_types)
+
+
+def num_slices(devices) -> int:
+    """TPU slices that the devices are of: what only the data centre network joins. Other devices are one."""
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:

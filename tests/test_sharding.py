@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -110,6 +111,71 @@ def test_a_mesh_that_does_not_fill_the_devices_is_an_error(asked):
 def test_only_one_axis_can_be_left_open():
     with pytest.raises(ValueError, match="only one axis may be -1"):
         sharding.make_mesh(-1, -1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX knows of a TPU device."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def fake_slices(count, side=4, platform="tpu"):
+    """Chips of `count` v5e slices of side x side, the last slice first."""
+    devices = [
+        Chip(100_000 * index + side * y + x, index, (x, y, 0), platform)
+        for index in range(count)
+        for y in range(side)
+        for x in range(side)
+    ]
+    return devices[::-1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"),
+    [
+        ((2, -1, 1), (2, 16, 1)),
+        ((4, -1, 1), (4, 8, 1)),
+        ((-1, 8, 2), (2, 8, 2)),
+        ((-1, 2, 2), (8, 2, 2)),
+    ],
+)
+def test_only_the_data_axis_leaves_a_slice(asked, made):
+    mesh = sharding.make_mesh(*asked, devices=fake_slices(2))
+    assert tuple(mesh.shape.values()) == made and mesh.axis_names == sharding.AXES
+    slice_of = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert (slice_of == slice_of[:, :1, :1]).all()
+    # The first half of `data` is one slice, the second the other: rows of a slice are neighbours.
+    half = made[0] // 2
+    assert (slice_of[:half] == 0).all() and (slice_of[half:] == 1).all()
+    assert len({device.id for device in mesh.devices.flat}) == 32
+
+
+def test_neighbours_on_the_mesh_are_neighbours_in_their_slice():
+    for ring in sharding.make_mesh(2, 4, 4, devices=fake_slices(2)).devices.reshape(-1, 4):
+        places = np.array([device.coords for device in ring])
+        # One hop from each to the next, and, as far as a line of chips goes, back to the first.
+        assert (np.abs(np.diff(places, axis=0)).sum(1) == 1).all()
+
+
+@pytest.mark.parametrize(("slices", "asked"), [(2, (1, -1, 1)), (2, (1, 16, 2)), (3, (1, 16, 3))])
+def test_a_mesh_that_lays_parameters_over_slices_is_an_error(slices, asked):
+    with pytest.raises(
+        ValueError, match=rf"are {slices} TPU slices.*--config\.mesh\.data={slices} .*16 chips"
+    ):
+        sharding.make_mesh(*asked, devices=fake_slices(slices))
+
+
+def test_nodes_of_gpus_are_no_slices():
+    """XLA numbers them in `slice_index` too, and fsdp may go over several."""
+    devices = fake_slices(2, platform="gpu")
+    assert sharding.num_slices(devices) == 1 and sharding.num_slices(jax.devices()) == 1
 
 
 def test_adam_moments_lie_as_their_parameter(tiny_config):

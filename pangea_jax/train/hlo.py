@@ -27,16 +27,36 @@ def collective_bytes(text: str) -> dict[str, int]:
 
     What comes out counts, such as the gathered array, and of a scatter what goes in. Loops count as
     often as they run. What the compiler spreads over several instructions, to run beside others, keeps
-    one channel and counts once.
+    one channel and counts once. Of several TPU slices these are the collectives within a slice.
 
     Raises:
       ValueError: a loop with collectives in it has no known number of turns.
+    """
+    return _sums(text, _collective)
+
+
+def dcn_bytes(text: str) -> dict[str, int]:
+    """Bytes that one device sends other TPU slices over the data centre network, by the kind of collective
+    they are part of. Loops count as often as they run.
+
+    Raises:
+      ValueError: a loop that sends has no known number of turns.
+    """
+    return _sums(text, _dcn_send)
+
+
+def _sums(text, read):
+    """{kind: bytes} of what `read` finds in the program.
+
+    Args:
+      read: ((kind, identity), bytes) or None of an instruction, given its name, opcode, the text that
+        follows, and the sizes of the arrays of what was defined so far, itself included.
     """
     computations, entry = _computations(text)
 
     @functools.cache
     def found(name):
-        """{(kind, channel): bytes} of a computation and what it calls."""
+        """{(kind, identity): bytes} of a computation and what it calls."""
         bytes_of, sizes = Counter(), {}
         for line in computations.get(name, ()):
             parsed = _INSTRUCTION.match(line)
@@ -44,15 +64,9 @@ def collective_bytes(text: str) -> dict[str, int]:
                 continue
             result, shape, opcode, rest = parsed.groups()
             sizes[result] = _array_bytes(shape)
-            kind = opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
-                # An asynchronous start returns its operands as well.
-                size = (sum if opcode == kind else max)(sizes[result])
-                if kind == "reduce-scatter":
-                    operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
-                    size = sum(sum(sizes.get(operand, ())) for operand in operands)
-                channel = re.search(r"channel_id=(\d+)", rest)
-                bytes_of[kind, channel[1] if channel else (name, result)] = size
+            own = read((name, result), opcode, rest, sizes)
+            if own:
+                bytes_of[own[0]] = own[1]
                 continue
             called = Counter()
             for callees in _CALLEE.findall(rest):
@@ -70,6 +84,27 @@ def collective_bytes(text: str) -> dict[str, int]:
     for (kind, _), size in found(entry).items():
         total[kind] += size
     return dict(sorted(total.items()))
+
+
+def _collective(name, opcode, rest, sizes):
+    kind = opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return None
+    # An asynchronous start returns its operands as well.
+    size = (sum if opcode == kind else max)(sizes[name[1]])
+    if kind == "reduce-scatter":
+        operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
+        size = sum(sum(sizes.get(operand, ())) for operand in operands)
+    channel = re.search(r"channel_id=(\d+)", rest)
+    return (kind, channel[1] if channel else name), size
+
+
+def _dcn_send(name, opcode, rest, sizes):
+    # libtpu's runtime for several slices ("megascale") takes part in collectives as sends to the host.
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', rest)
+    if opcode != "send" or not kind:
+        return None
+    return (kind[1].lower().replace("_", "-"), name), max(sizes[name[1]])
 
 
 def _computations(text):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,8 @@ SMALL = (
 
 
 def run(*flags):
-    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
     command = (sys.executable, "launch/compile.py", *flags)
-    return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
 
 
 needs_libtpu = pytest.mark.skipif(
@@ -38,8 +38,9 @@ needs_libtpu = pytest.mark.skipif(
 
 
 @needs_libtpu
-def test_a_small_step_compiles_and_fits():
-    done = run("--json", *SMALL)
+def test_a_small_step_compiles_and_fits(tmp_path):
+    file = tmp_path / "step.zip"
+    done = run("--json", *SMALL, "--steps=7", f"--output={file}")
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert (found["topology"], found["chips"], found["mesh"]["fsdp"]) == ("v5e:2x2", 4, 4)
@@ -51,6 +52,31 @@ def test_a_small_step_compiles_and_fits():
     assert all(parts.values())
     # Every parameter is gathered in bfloat16 for the forward pass and again for the backward pass.
     assert found["collective_bytes"]["all-gather"] > 0
+    with zipfile.ZipFile(file) as program:
+        facts = json.loads(program.read("facts.json"))
+        assert program.getinfo("program").file_size > 100_000
+    assert facts["devices"]["kind"] == "TPU v5 lite" and facts["devices"]["grid"] == [1, 2, 2, 1, 1]
+    assert facts["config"]["steps"] == 7 and facts["versions"].keys() == {"jax", "jaxlib", "libtpu"}
+
+
+@needs_libtpu
+def test_two_slices_send_gradients_over_the_data_centre_network():
+    done = run("--json", *SMALL, "--slices=2", "--config.mesh.data=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert (found["slices"], found["chips"], found["mesh"]["data"]) == (2, 8, 2)
+    assert found["fits"] and found["rows_per_shard"] == 1
+    # Gradients alone, of which a chip sends its quarter: less than the parameters it gathers within a slice.
+    alone = json.loads(run("--json", *SMALL, "--config.pipeline.rows=4").stdout)
+    assert alone["dcn_bytes"] == {} and found["dcn_bytes"].keys() == {"all-reduce"}
+    assert 0 < found["dcn_bytes"]["all-reduce"] < alone["collective_bytes"]["all-gather"]
+
+
+@needs_libtpu
+def test_parameters_do_not_lie_over_slices():
+    done = run(*SMALL, "--slices=2")
+    assert done.returncode == 1
+    assert "error: mesh {'data': 1, 'fsdp': 8, 'tensor': 1}: the devices are 2 TPU" in done.stderr
 
 
 # What docs/tpu_memory.md says of two of its lines: GiB that a chip sends and receives in a step.
@@ -87,6 +113,51 @@ def test_an_unknown_generation_is_named():
     done = run("--topology=v2:2x2")
     assert done.returncode == 1
     assert "error: --topology=v2:2x2: the generation is one of v5e, v5p, v6e" in done.stderr
+
+
+SEARCH = """
+import json, sys
+from launch import common, compile
+from tests.launch import tiny
+
+def search(limit, kept):
+    tried = []
+    def measure(config, topology, slices):
+        tried.append((config.pipeline.rows // 8, config.remat))
+        rows, remat = tried[-1]
+        needed = rows * kept[remat]
+        return dict(topology=topology, rows_per_shard=rows, row_tokens=128, remat=remat,
+                    peak_hbm_gib=needed, hbm_gib=limit, fits=needed <= limit, compile_s=1.0)
+    compile.measure = measure
+    found = compile.search(tiny.get_config(), "cpu:8")
+    return found["rows_per_shard"], found["remat"], tried
+
+cases = json.loads(sys.argv[1])
+print(json.dumps([search(**case) for case in cases]))
+"""
+
+
+def test_the_search_finds_most_rows_and_then_the_cheapest_policy():
+    kept = dict(nothing=1.0, offload=1.05, attention=1.2, qkv=1.4, products=1.8)
+    cases = [(1, 1.0), (1, 1.1), (1, 1.3), (1, 1.5), (1, 1.9), (2, 2.1), (5, 5.0), (13, 13.9)]
+    done = subprocess.run(
+        (sys.executable, "-c", SEARCH, json.dumps([dict(limit=x, kept=kept) for _, x in cases])),
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    policies = ("nothing", "offload", "offload", "qkv", "products", "offload", "nothing", "offload")
+    for (rows, limit), remat, found in zip(cases, policies, json.loads(done.stdout), strict=True):
+        assert found[:2] == [rows, remat], limit
+        tried = [tuple(attempt) for attempt in found[2]]
+        assert len(tried) == len(set(tried)) <= 10
+
+
+def test_a_program_is_kept_only_for_a_known_number_of_steps(tmp_path):
+    done = run("--topology=cpu:2", f"--output={tmp_path / 'step'}", "--config=configs/sample.py")
+    assert done.returncode == 1 and "error: --output takes --steps=N" in done.stderr
 
 
 @needs_libtpu
@@ -160,6 +231,22 @@ def test_every_second_number_counts_once():
     """Loops that XLA makes of a product take two steps a turn."""
     text = PROGRAM.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")
     assert hlo.collective_bytes(text)["all-gather"] == 14 * 16 * 8 * 4
+
+
+SENT = """\
+  %sent = (f32[4,8]{1,0}, u32[], token[]) send(%x, %after), channel_id=9, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %done = token[] send-done(%sent), channel_id=9, is_host_transfer=true
+"""
+
+
+def test_what_leaves_a_slice_by_hand():
+    """The loop's 28 turns send 4 x 8 floats each; collectives within the slice are counted apart."""
+    assert hlo.dcn_bytes(PROGRAM) == {}
+    text = PROGRAM.replace("  ROOT %out", SENT + "  ROOT %out")
+    assert hlo.dcn_bytes(text) == {"all-reduce": 28 * 4 * 8 * 4}
+    assert hlo.collective_bytes(text) == hlo.collective_bytes(PROGRAM)
 
 
 def test_a_loop_of_unknown_length_is_an_error():

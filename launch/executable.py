@@ -1,0 +1,143 @@
+"""A compiled training step as a file: launch/compile.py writes it, launch/train.py runs it and need not compile.
+
+The file is a ZIP of `facts.json`, what the program was made of and for, and `program`, the executable as XLA
+serialises it. Nothing is unpickled, and a program that differs from the one to be run is refused. It is a
+program all the same: load what you compiled yourself, as with JAX's compile cache.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from launch import common
+
+
+def save(
+    path: Path,
+    lowered: jax.stages.Lowered,
+    compiled: jax.stages.Compiled,
+    mesh: jax.sharding.Mesh,
+    config: common.Config,
+    steps: int,
+) -> None:
+    """Writes whole or not at all.
+
+    Args:
+      compiled: not from the compile cache: XLA cannot write out again what it has read.
+      steps: of the run; the schedule of the learning rate is part of the program.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("facts.json", json.dumps(_facts(lowered, mesh, config, steps), indent=2))
+        file.writestr("program", compiled.runtime_executable().serialize())
+    partial.replace(path)
+
+
+def load(
+    path: Path,
+    step: Callable,
+    arguments: tuple,
+    mesh: jax.sharding.Mesh,
+    config: common.Config,
+    steps: int,
+) -> Callable:
+    """What `step` of `make_train_step` does, by the program in the file. `step` is traced, to know that it is
+    the same program, and not compiled.
+
+    Args:
+      arguments: state and batch, shapes with shardings.
+
+    Raises:
+      UserError: it is no such file, or of another program, other devices or versions; says what differs.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            facts = json.loads(file.read("facts.json"))
+            program = file.read("program")
+    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
+        raise common.UserError(
+            f"{path} is no file of launch/compile.py --output: {error}"
+        ) from None
+    lowered = step.lower(*arguments)
+    differing = _differing(facts, _facts(lowered, mesh, config, steps))
+    if differing:
+        raise common.UserError(
+            f"{path} holds another program ({'; '.join(differing[:4])}); compile it again with "
+            "launch/compile.py --output, or leave out --executable to compile here"
+        )
+    devices = list(mesh.devices.flat)
+    executable = devices[0].client.deserialize_executable(program, devices)
+    return _call(executable, arguments, lowered.out_info)
+
+
+def _call(executable, arguments, results) -> Callable:
+    """A function of the arguments' structure and shardings; what `step` donates is donated."""
+    expected, in_tree = jax.tree.flatten(arguments)
+    returned, out_tree = jax.tree.flatten(results)
+
+    def call(*given):
+        values, tree = jax.tree.flatten(given)
+        if tree != in_tree:
+            raise ValueError(f"the compiled step takes {in_tree}, not {tree}")
+        for value, want in zip(values, expected, strict=True):
+            # The runtime takes any buffers, and would misread them.
+            if (value.shape, value.dtype) != (want.shape, want.dtype) or not (
+                value.sharding.is_equivalent_to(want.sharding, value.ndim)
+            ):
+                raise ValueError(
+                    f"the compiled step takes {want}, not {value.aval} on {value.sharding}"
+                )
+        shards = executable.execute_sharded(values).disassemble_into_single_device_arrays()
+        arrays = [
+            jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+            for leaf, parts in zip(returned, shards, strict=True)
+        ]
+        return jax.tree.unflatten(out_tree, arrays)
+
+    return call
+
+
+def _facts(lowered, mesh, config, steps) -> dict[str, Any]:
+    devices = mesh.devices.flat
+    packages = ("jax", "jaxlib", *(["libtpu"] if devices[0].platform == "tpu" else []))
+    places = [_place(device) for device in devices]
+    return {
+        "devices": {
+            "kind": devices[0].device_kind,
+            "grid": [1 + max(axis) - min(axis) for axis in zip(*places)],
+            "mesh": dict(mesh.shape),
+            "order": _digest(json.dumps(places)),
+        },
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "config": json.loads(config.to_json()) | {"steps": steps},
+        "program": _digest(lowered.as_text()),
+    }
+
+
+def _place(device) -> list[int]:
+    """Slice and coordinates of a chip, and its core; the number of another device."""
+    if device.platform != "tpu":
+        return [device.id]
+    return [getattr(device, "slice_index", 0), *device.coords, device.core_on_chip]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _differing(theirs, mine) -> list[str]:
+    """What makes it another program, the first cause first; of the config only if the program differs."""
+    for part in ("devices", "versions"):
+        found = common.differences(theirs.get(part), mine[part], part)
+        if found:
+            return found
+    if theirs.get("program") == mine["program"]:
+        return []
+    config = common.differences(theirs.get("config"), mine["config"], "config")
+    return config or ["the same config, compiled from other code"]

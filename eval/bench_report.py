@@ -28,13 +28,6 @@ _RADAR_MODEL = "PANGEA-7B"
 _HEAT = LinearSegmentedColormap.from_list("heat", ("#F3F7FB", fig.SKY, fig.BLUE, "#003A5D"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes all of the file or none of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def read_results(folder: Path) -> Results:
     """`results.json` of a run.
 

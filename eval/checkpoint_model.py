@@ -1,35 +1,41 @@
 """A checkpoint of ours as a model to evaluate: batches of prompts of one shape, and log-likelihoods."""
 
 import collections
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from concurrent import futures
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 import pangea_jax
-from eval.models import Request, Responses, cut
-from eval.task import IMAGE_MARK, Failed, Profile
-from pangea_jax.generate.engine import Conversation, Engine, bucket
+from eval.models import Request, Responses
+from eval.task import IMAGE_MARK, Failed, Generation, Profile
+from pangea_jax.generate.decode import Sampling
+from pangea_jax.generate.engine import Conversation, Engine, Prompt, bucket
 from pangea_jax.model import PangeaConfig
 
 _MOST_ROWS = 64
+_READERS = 4
 _HOST_BYTES = 1 << 30
 # Of what a device has left, for the batch; programs, logits and copies need the rest.
 _SHARE = 0.4
+_TOO_LITTLE = "the device has too little memory for this one prompt"
 
 
 class CheckpointModel:
     """Answers requests with `pangea_jax`; what cannot be read or does not fit fails alone.
 
-    Prompts are put together by their shape (tokens and tiles, rounded up as the engine does), so that
-    few programs are compiled and no row is padded to a much longer one. What a batch is made of changes
-    a response by rounding at most: a resumed run says what an uninterrupted one says, unless rounding
+    Texts come from `Engine.serve`: a row whose answer has ended takes the next request. Log-likelihoods
+    are put together by their shape (tokens and tiles, rounded up as the engine does), so that few
+    programs are compiled and no row is padded to a much longer one. What a batch is made of changes a
+    response by rounding at most: a resumed run says what an uninterrupted one says, unless rounding
     decides between two tokens.
 
     Args:
       name: what responses and reports call it.
-      batch_size: rows at a time, or None for as many as the device has memory for.
+      batch_size: rows at a time, or None for as many as the devices have memory for.
       profile: "paper" repeats Pangea's wrapper of lmms-eval: pictures without a mark in a text that has
         marks are not shown. With "fixed" such a request fails. Elsewhere both do as that wrapper does:
         the system prompt of Qwen, and marks in front, in a line of their own, where a text has none.
@@ -45,31 +51,60 @@ class CheckpointModel:
     ):
         self.name, self._engine, self._profile = name, engine, profile
         self._batch_size = batch_size
+        mesh = engine.mesh
+        self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self._tensor = 1 if mesh is None else mesh.shape["tensor"]
         # Once, with nothing but the parameters there: the same shape always has the same rows.
         self._memory = _memory()
-        self._fits = _MOST_ROWS if batch_size is None else batch_size
+        self._fits = _MOST_ROWS * self._shards if batch_size is None else batch_size
 
     def generate(self, requests: Sequence[Request]) -> Responses:
         if not requests:
             return
         settings = requests[0].generation
+
+        def read(request: Request) -> Prompt | Failed:
+            try:
+                return self._engine.read(self._conversation(request), settings.max_new_tokens)
+            except (ValueError, OSError) as error:  # ImageError and FileNotFoundError among them
+                return Failed(str(error))
+
+        with _ReadAhead(requests, read, self._fits) as ahead:
+            while shapes := ahead.shapes(self._engine.shape):
+                yield from self._serve(ahead, shapes, settings)
+            yield from ahead.failures()
+
+    def _serve(self, ahead: "_ReadAhead", shapes: Sequence[tuple[int, int]], settings: Generation):
+        """Answers what comes next while it has no more tokens than the longest of `shapes`, and half of
+        them at least; what does not fit into memory comes again, to fewer rows."""
+        width, tiles = (max(sizes) for sizes in zip(*shapes, strict=True))
         new = settings.max_new_tokens
+        # A row that nothing enters costs as much as one that answers.
+        rows = min(self._rows_of_answers(width, tiles, bucket(new)), len(shapes))
+        asked: dict[int, tuple[Request, Prompt]] = {}
 
-        def read(request: Request):
-            prompt = self._engine.read(self._conversation(request), new)
-            return prompt, self._engine.shape(prompt)
+        def tokens(prompt: Prompt) -> int:
+            return self._engine.shape(prompt)[0]
 
-        def answer(batch: Sequence[tuple[Request, Any]]) -> list[str]:
-            texts = self._engine.generate(
-                [prompt for _, prompt in batch],
-                new,
-                temperature=settings.temperature,
-                seed=[seed_of(request) for request, _ in batch],
-                batch_size=len(batch),
-            )
-            return [cut(text, settings.until) for text in texts]
+        def feed() -> Iterator[tuple[Prompt, Sampling]]:
+            for number, (request, prompt) in enumerate(ahead.take(tokens, width)):
+                asked[number] = request, prompt
+                seed = seed_of(request)
+                yield prompt, Sampling.make(1, temperature=settings.temperature, seed=seed)
 
-        yield from self._run(requests, read, answer, bucket(new))
+        options = {"rows": rows, "width": width, "stop_strings": settings.until}
+        try:
+            for number, text in self._engine.serve(feed(), new, **options):
+                yield asked.pop(number)[0], text
+                yield from ahead.failures()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            ahead.put_back(asked.values())
+            if rows == 1:
+                request, _ = next(ahead.take(tokens, width))
+                yield request, Failed(_TOO_LITTLE)
+            self._fits = max(1, rows // 2)
 
     def loglikelihood(self, requests: Sequence[Request]) -> Responses:
         def read(request: Request):
@@ -82,7 +117,7 @@ class CheckpointModel:
             scores = self._engine.loglikelihood([item for _, item in batch], batch_size=len(batch))
             return [[choice.total for choice in choices] for choices in scores]
 
-        yield from self._run(requests, read, answer, 0)
+        yield from self._run(requests, read, answer)
 
     def _conversation(self, request: Request) -> Conversation | str:
         text, images = request.prompt.with_marks(), list(request.images)
@@ -94,7 +129,7 @@ class CheckpointModel:
             images = images[: text.count(IMAGE_MARK)]
         return [{"role": "user", "content": text, **({"images": images} if images else {})}]
 
-    def _run(self, requests: Iterable[Request], read: Callable, answer: Callable, new: int):
+    def _run(self, requests: Iterable[Request], read: Callable, answer: Callable):
         """Reads requests, gathers them by shape and answers whatever is full, in the end what is left."""
         waiting = collections.defaultdict(list)
         for request in requests:
@@ -105,12 +140,12 @@ class CheckpointModel:
                 continue
             group = waiting[shape]
             group.append((request, item))
-            if len(group) >= self._rows(shape, new):
+            if len(group) >= self._rows(shape):
                 yield from self._answer(waiting.pop(shape), answer)
-        for group in self._rest(waiting, new):
+        for group in self._rest(waiting):
             yield from self._answer(group, answer)
 
-    def _rest(self, waiting: Mapping[tuple[int, ...], list], new: int) -> Iterator[list]:
+    def _rest(self, waiting: Mapping[tuple[int, ...], list]) -> Iterator[list]:
         """Batches of what has not filled any, of shapes that differ in little: up to half of the tokens,
         or in the length of the choices. A row that is padded costs less than one more batch."""
         rest = [(shape, request) for shape, group in waiting.items() for request in group]
@@ -119,7 +154,7 @@ class CheckpointModel:
         for shape, request in rest:
             grown = (*largest[:3], *map(max, largest[3:], shape[3:]))
             alike = batch and shape[1:3] == largest[1:3] and 2 * shape[0] >= largest[0]
-            if alike and len(batch) < self._rows(grown, new):
+            if alike and len(batch) < self._rows(grown):
                 largest = grown
             else:
                 if batch:
@@ -137,7 +172,7 @@ class CheckpointModel:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             if len(group) == 1:
-                yield group[0][0], Failed("the device has too little memory for this one prompt")
+                yield group[0][0], Failed(_TOO_LITTLE)
                 return
             self._fits = half = len(group) // 2
             for part in (group[:half], group[half:]):
@@ -146,14 +181,76 @@ class CheckpointModel:
         for (request, _), response in zip(group, responses, strict=True):
             yield request, response
 
-    def _rows(self, shape: tuple[int, ...], new: int) -> int:
+    def _rows(self, shape: tuple[int, ...]) -> int:
+        """Rows of log-likelihoods: tokens, tiles, choices and their length."""
         if self._batch_size is not None:
             return self._fits
-        tokens, tiles, *tails = shape
-        choices, length = tails or (1, 0)
-        bytes_each = row_bytes(self._engine.config, tokens, tiles, choices, new + length)
-        rows = max(1, int(self._memory // bytes_each))
-        return min(self._fits, 1 << (rows.bit_length() - 1))
+        rows = max(1, int(self._memory // row_bytes(self._engine.config, *shape)))
+        return min(self._fits, self._shards << (rows.bit_length() - 1))
+
+    def _rows_of_answers(self, width: int, tiles: int, new: int) -> int:
+        """Rows of answers: what one prompt's reading leaves of the memory, for the caches of all."""
+        if self._batch_size is not None:
+            return self._fits
+        config = self._engine.config
+        left = self._memory - row_bytes(config, width, tiles, 1, 0)
+        each = cache_bytes(config, width + new) / self._tensor + 4 * config.language.vocab_size
+        rows = max(1, int(left // each))
+        return min(self._fits, self._shards << (rows.bit_length() - 1))
+
+
+class _ReadAhead:
+    """Requests as prompts, in their order: threads read some way ahead, the pictures above all."""
+
+    def __init__(self, requests: Iterable[Request], read: Callable, depth: int):
+        self._requests, self._read, self._depth = iter(requests), read, depth
+        self._threads = futures.ThreadPoolExecutor(_READERS)
+        self._ready: collections.deque[tuple[Request, futures.Future]] = collections.deque()
+        self._failed: list[tuple[Request, Failed]] = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._threads.shutdown(cancel_futures=True)
+
+    def shapes(self, shape: Callable) -> list[tuple[int, int]]:
+        """Of what comes next, as long as it has between half and twice the tokens of the first."""
+        found = []
+        while len(found) < self._depth and (prompt := self._at(len(found))) is not None:
+            found.append(shape(prompt))
+            if not found[0][0] <= 2 * found[-1][0] <= 4 * found[0][0]:
+                return found[:-1]
+        return found
+
+    def take(self, tokens: Callable, width: int) -> Iterator[tuple[Request, Prompt]]:
+        """What comes next, as long as it has between a half of `width` tokens and all."""
+        while (prompt := self._at(0)) is not None and width <= 2 * tokens(prompt) <= 2 * width:
+            yield self._ready.popleft()[0], prompt
+
+    def put_back(self, items: Iterable[tuple[Request, Prompt]]) -> None:
+        done = [(request, futures.Future()) for request, _ in items]
+        for (_, future), (_, prompt) in zip(done, items, strict=True):
+            future.set_result(prompt)
+        self._ready.extendleft(reversed(done))
+
+    def failures(self) -> Iterator[tuple[Request, Failed]]:
+        """What could not be read, once each."""
+        while self._failed:
+            yield self._failed.pop()
+
+    def _at(self, place: int) -> Prompt | None:
+        """The prompt after so many others; None if there is none."""
+        while True:
+            for request in itertools.islice(self._requests, self._depth - len(self._ready)):
+                self._ready.append((request, self._threads.submit(self._read, request)))
+            if place >= len(self._ready):
+                return None
+            request, future = self._ready[place]
+            if not isinstance(prompt := future.result(), Failed):
+                return prompt
+            self._failed.append((request, prompt))
+            del self._ready[place]
 
 
 def seed_of(request: Request) -> int:
@@ -161,18 +258,23 @@ def seed_of(request: Request) -> int:
     return int(request.document.hash[:8], 16)
 
 
-def row_bytes(config: PangeaConfig, tokens: int, tiles: int, choices: int, new: int) -> int:
-    """What one row of a batch takes, roughly: its cache, and the widest arrays of one layer."""
+def cache_bytes(config: PangeaConfig, slots: int) -> int:
+    """Keys and values of one row."""
+    language = config.language
+    width = language.layers * language.kv_heads * language.head_width
+    return 2 * slots * width * jnp.dtype(config.dtype).itemsize
+
+
+def row_bytes(config: PangeaConfig, tokens: int, tiles: int, choices: int, length: int) -> int:
+    """What a prompt and its choices take, roughly: the caches, and the widest arrays of one layer."""
     vision, language = config.vision, config.language
     size = jnp.dtype(config.dtype).itemsize
-    slots = 2 * language.layers * language.kv_heads * language.head_width * size
-    cache = slots * (tokens + new) * choices
     # Attention weights are float32; the decoder's are made for 512 queries at a time at most.
     decoder = tokens * (4 * size * language.mlp + 4 * language.heads * min(tokens, 512))
     seen = vision.patches + 1
     tower = tiles * seen * (4 * vision.heads * seen + 4 * size * vision.mlp)
-    logits = 4 * language.vocab_size * (1 + choices * new if choices > 1 else 1)
-    return cache + decoder + tower + logits
+    logits = 4 * language.vocab_size * max(1, choices * length)
+    return choices * cache_bytes(config, tokens + length) + decoder + tower + logits
 
 
 def _memory() -> float:
@@ -183,13 +285,29 @@ def _memory() -> float:
     return _SHARE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0))
 
 
-def open_checkpoint(name: str, *, batch_size: str | int, profile: Profile) -> CheckpointModel:
+def open_checkpoint(
+    name: str, *, batch_size: str | int, profile: Profile, mesh: str = "auto"
+) -> CheckpointModel:
     """The model that `pangea_jax.load` has under this name.
 
+    Args:
+      batch_size: "auto" or a number.
+      mesh: "auto", or sizes of axes as in `data=2,tensor=4`.
+
     Raises:
-      ValueError, OSError: the batch size is no positive number and not "auto", or there is no such model.
+      ValueError, OSError: one of the settings is wrong, or there is no such model.
     """
     if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
         raise ValueError(f"--batch_size={batch_size}: expected auto or a positive number")
     rows = None if batch_size == "auto" else int(batch_size)
-    return CheckpointModel(pangea_jax.load(name), name, batch_size=rows, profile=profile)
+    engine = pangea_jax.load(name, mesh=_parse_mesh(mesh))
+    return CheckpointModel(engine, name, batch_size=rows, profile=profile)
+
+
+def _parse_mesh(text: str) -> dict[str, int] | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise ValueError(f"--mesh={text}: expected auto, or sizes as in data=2,tensor=4") from None

@@ -64,13 +64,28 @@ def parse_row(row: Any, dataset: Dataset, where: str) -> Document:
             kinds = kind if isinstance(kind, tuple) else (kind,)
             names = " or ".join(k.__name__ for k in kinds)
             raise DataError(f"{where}: field {name!r} is {row[name]!r:.60}, expected {names}")
+        if kind is list and not all(isinstance(item, str) for item in row[name]):
+            raise DataError(
+                f"{where}: field {name!r} is {row[name]!r:.60}, expected a list of texts"
+            )
+    if problem := dataset.problem(row):
+        raise DataError(f"{where}: {problem}")
     images = row.get("images", [])
-    if not all(isinstance(path, str) for path in images):
+    if not (isinstance(images, list) and all(isinstance(path, str) for path in images)):
         raise DataError(f"{where}: field 'images' is {images!r:.60}, expected a list of paths")
     for path in images:
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise DataError(f"{where}: picture {path!r} is outside the folder of {dataset.name}")
     return Document(row["id"], row)
+
+
+def drop_cut_line(path: Path) -> None:
+    """Removes a last line that a kill cut short from a file that is appended to."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Any]]:

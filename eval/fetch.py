@@ -23,9 +23,11 @@ from eval.metrics.choices import LETTERS
 from eval.task import Subset, Task
 from eval.tasks import DATASETS, cvqa, flores, m3exam, mmmlu
 from pangea_jax import languages
-from pangea_jax.data import image
+from pangea_jax.data import atomic, image
 
 Row = Mapping[str, Any]
+_RETRIES = 2
+_CONVERTED = "hf://datasets/{}@refs%2Fconvert%2Fparquet"
 
 
 class Source(NamedTuple):
@@ -34,7 +36,6 @@ class Source(NamedTuple):
     path: str
     config: str | None
     split: str
-    revision: str | None = None
 
 
 class Converted(NamedTuple):
@@ -71,21 +72,33 @@ def fetch(
         # The hub's client raises errors of many libraries; the other tasks must not be lost.
         except Exception as error:
             failed += 1
-            console.print(f"{task.name}: {type(error).__name__}: {error}", markup=False)
+            where = f"{task.name}: {task.dataset.hub}"
+            console.print(f"{where}: {type(error).__name__}: {error}", markup=False)
     return int(failed > 0)
 
 
 def load_from_hub(source: Source) -> Iterator[Row]:
-    """The rows of a data set on the hub, streamed; pictures stay encoded."""
+    """The rows of a data set on the hub, streamed; pictures stay encoded.
+
+    Of a repository with a script of its own, which datasets no longer runs, the hub's conversion is read.
+    """
     try:
         import datasets
     except ImportError:
         raise data.DataError(
             "fetching needs the datasets package; run: pip install -r requirements-eval.txt"
         ) from None
-    rows = datasets.load_dataset(
-        source.path, source.config, split=source.split, revision=source.revision, streaming=True
-    )
+    # Each of these is several of the hub's client, with waits of its own; 20 would be ten minutes.
+    datasets.config.STREAMING_READ_MAX_RETRIES = _RETRIES
+    try:
+        rows = datasets.load_dataset(source.path, source.config, split=source.split, streaming=True)
+    except (RuntimeError, ValueError) as error:
+        if not re.search("dataset scripts|trust_remote_code", str(error), re.IGNORECASE):
+            raise
+        files = f"{_CONVERTED.format(source.path)}/{source.config or 'default'}/{source.split}"
+        rows = datasets.load_dataset(
+            "parquet", data_files=f"{files}/*.parquet", split="train", streaming=True
+        )
     for name, feature in (rows.features or {}).items():
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
@@ -93,32 +106,33 @@ def load_from_hub(source: Source) -> Iterator[Row]:
 
 
 def _fetch_task(task: Task, path: Path, load, limit: float | None) -> int:
-    source, convert = _SOURCES[task.dataset.name]
+    make_source, convert = _SOURCES[task.dataset.name]
+    source = make_source(task.subset)
+    lines: list[str] = []
+    seen: set[str] = set()
+    for index, hub_row in enumerate(load(source)):
+        if limit is not None and len(lines) >= limit:
+            break
+        try:
+            converted = convert(hub_row, task.subset, index)
+        except KeyError as error:
+            fields = ", ".join(sorted(hub_row))
+            raise data.DataError(f"row {index} has no field {error}; it has {fields}") from None
+        if converted is None:
+            continue
+        row = converted.row
+        if "images" in task.dataset.fields:
+            row["images"] = [save_picture(p, path.parent) for p in converted.pictures]
+        document = data.parse_row(row, task.dataset, f"{source.path}, row {index}")
+        if document.id in seen:
+            raise data.DataError(f"{source.path}, row {index}: id {document.id!r} occurs twice")
+        seen.add(document.id)
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    if not lines:
+        raise data.DataError(f"{source} has no row of {task.subset.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    count = 0
-    with partial.open("w", encoding="utf-8") as file:
-        for index, hub_row in enumerate(load(source(task.subset))):
-            if limit is not None and count >= limit:
-                break
-            try:
-                converted = convert(hub_row, task.subset, index)
-            except KeyError as error:
-                fields = ", ".join(sorted(hub_row))
-                raise data.DataError(f"row {index} has no field {error}; it has {fields}") from None
-            if converted is None:
-                continue
-            row = converted.row
-            if "images" in task.dataset.fields:
-                row["images"] = [save_picture(p, path.parent) for p in converted.pictures]
-            data.parse_row(row, task.dataset, f"{source(task.subset).path}, row {index}")
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    if not count:
-        partial.unlink()
-        raise data.DataError(f"{source(task.subset)} has no row of {task.subset.name}")
-    partial.replace(path)
-    return count
+    atomic.write_bytes(path, "".join(lines).encode())
+    return len(lines)
 
 
 def save_picture(picture: Any, folder: Path) -> str:
@@ -338,8 +352,7 @@ def _mmmlu_source(subset: Subset) -> Source:
 
 def _flores_source(subset: Subset) -> Source:
     codes = "-".join(flores.CODES[code] for code in subset.name.split("-"))
-    # Of a data set with a script of its own, the hub's converted branch needs none.
-    return Source(flores.DATASET.hub, codes, "devtest", "refs/convert/parquet")
+    return Source(flores.DATASET.hub, codes, "devtest")
 
 
 def _by_language(dataset: str, **renamed: str) -> Callable[[Subset], Source]:

@@ -68,6 +68,7 @@ class EndpointJudge:
         self.name, self._endpoint, self._cache_path = endpoint.model, endpoint, cache
         self._cache: dict[str, str] = {}
         if cache.exists():
+            data.drop_cut_line(cache)
             self._cache = {row["key"]: row["reply"] for _, row in data.read_lines(cache)}
 
     def replies(self, questions, readable):

@@ -8,6 +8,7 @@ that Pangea was scored with (`lmms_eval/models/pangea.py` of its authors); unlik
 Written for lmms-eval 0.7; nothing else of this project needs it.
 """
 
+import collections
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pangea_jax
-from eval.models import cut
 from eval.task import IMAGE_MARK
 from pangea_jax.generate.engine import Engine
 from pangea_jax.generate.likelihood import LogLikelihood
@@ -55,26 +55,19 @@ class Answerer:
         return [answer for part in parts for answer in self._generate(part)]
 
     def _generate(self, asked: Sequence[tuple[str, Sequence[Any], Mapping[str, Any]]]) -> list[str]:
-        """Those with the same settings and shape share batches."""
-        groups: dict[Any, list[int]] = {}
-        prompts, settings = [], []
+        """Those with the same settings are answered together."""
+        groups = collections.defaultdict(list)
         for i, (text, pictures, wanted) in enumerate(asked):
             chosen = _settings(wanted)
-            prompts.append(
-                self._engine.read(self.conversation(text, pictures), chosen["max_new_tokens"])
-            )
-            settings.append(chosen)
-            key = (tuple(sorted(chosen.items())), self._engine.shape(prompts[i]))
-            groups.setdefault(key, []).append(i)
-        answers = [""] * len(prompts)
-        for members in groups.values():
-            chosen = dict(settings[members[0]])
-            until = chosen.pop("until")
-            texts = self._engine.generate(
-                [prompts[i] for i in members], batch_size=self._batch_size, **chosen
-            )
-            for i, text in zip(members, texts, strict=True):
-                answers[i] = cut(text, until)
+            conversation = self.conversation(text, pictures)
+            prompt = self._engine.read(conversation, chosen["max_new_tokens"])
+            groups[tuple(chosen.items())].append((i, prompt))
+        answers = [""] * len(asked)
+        for chosen, members in groups.items():
+            places, prompts = zip(*members, strict=True)
+            texts = self._engine.generate(prompts, batch_size=self._batch_size, **dict(chosen))
+            for i, text in zip(places, texts, strict=True):
+                answers[i] = text
         return answers
 
     def loglikelihood(self, asked: Sequence[tuple[str, Sequence[Any], str]]) -> list[LogLikelihood]:
@@ -91,7 +84,7 @@ class Answerer:
 
 
 def _settings(wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """lmms-eval's generation settings as those of `Engine.generate`, and `until`."""
+    """lmms-eval's generation settings as those of `Engine.generate`."""
     if (wanted.get("num_beams") or 1) > 1:
         raise ValueError(f"num_beams={wanted['num_beams']}: there is no beam search; use 1")
     until = wanted.get("until") or ()
@@ -101,7 +94,7 @@ def _settings(wanted: Mapping[str, Any]) -> dict[str, Any]:
     # transformers ignores the temperature of a call that does not sample; the wrapper samples above 0.
     if wanted.get("do_sample") is False:
         chosen["temperature"] = 0.0
-    return chosen | {"until": (until,) if isinstance(until, str) else tuple(until)}
+    return chosen | {"stop_strings": (until,) if isinstance(until, str) else tuple(until)}
 
 
 def _pictures(doc_to_visual: Callable, document: Any) -> list[Any]:
@@ -132,10 +125,10 @@ def model_class() -> type:
             max_batch_size: int | None = None,
         ):
             super().__init__()
-            # JAX chooses the device; lmms-eval passes its own default to every model.
+            # JAX takes all devices there are; lmms-eval passes its own default to every model.
             del device, max_batch_size
             rows = 8 if batch_size == "auto" else int(batch_size)
-            engine = pangea_jax.load(pretrained, dtype=dtype)
+            engine = pangea_jax.load(pretrained, dtype=dtype, mesh="auto")
             self._answerer = Answerer(engine, rows, system_prompt=system_prompt)
 
         def generate_until(self, requests) -> list[str]:

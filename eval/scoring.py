@@ -16,6 +16,7 @@ from eval.metrics import bootstrap
 from eval.runner import Failure
 from eval.task import PROFILES, Document, Failed, Profile, Scored, Task
 from eval.tasks import DATASETS, GROUPS
+from pangea_jax.data import atomic
 
 COLUMNS = ("en", "mul")
 AVERAGES = {"multimodal": "pangeabench_multimodal", "text": "pangeabench_text"}
@@ -282,9 +283,7 @@ def write_samples(
             if isinstance(answer.reply, str):
                 record["judge_reply"] = answer.reply
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-        partial = folder / f"{task}.jsonl.partial"
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.replace(folder / f"{task}.jsonl")
+        atomic.write_bytes(folder / f"{task}.jsonl", "".join(lines).encode())
 
 
 def read_samples(path: Path, task: Task, profile: Profile) -> TaskScores:

@@ -152,6 +152,10 @@ class Dataset(abc.ABC):
     paper_scores_failures: ClassVar[bool] = False
     structural_zeros: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
+    def problem(self, row: Mapping[str, Any]) -> str | None:
+        """What is wrong with a row whose fields have the right types, if anything."""
+        return None
+
     @abc.abstractmethod
     def prompt(self, document: Document, subset: Subset, profile: Profile) -> Prompt:
         """What the model is asked; the profiles differ only where the paper's prompt damages the question."""

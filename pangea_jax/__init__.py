@@ -10,14 +10,12 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from pangea_jax.generate.engine import Engine
+    from pangea_jax.generate.engine import Engine, MeshChoice
 
 __all__ = ["load"]
 
 
-def load(name: str | os.PathLike, *, dtype=None, mesh: "Mesh | None" = None, **kwargs) -> "Engine":
+def load(name: str | os.PathLike, *, dtype=None, mesh: "MeshChoice" = None, **kwargs) -> "Engine":
     """A model ready to answer.
 
     Args:
@@ -25,7 +23,8 @@ def load(name: str | os.PathLike, *, dtype=None, mesh: "Mesh | None" = None, **k
         `pangea_jax.checkpoints` and its tokenizer (tokenizer.json or tokenizer.model); or the name
         of a model on the Hugging Face hub.
       dtype: of parameters and activations; by default bfloat16, for the sample float32.
-      mesh: devices to lay the model over, see `pangea_jax.sharding.make_mesh`; by default one.
+      mesh: devices to lay the model over: a mesh, `{"tensor": 4}`, or "auto" for all of this process,
+        see `pangea_jax.generate.engine.choose_mesh`; by default one.
       kwargs: of `pangea_jax.generate.engine.Engine`.
 
     Raises:

@@ -110,3 +110,9 @@ def paper_letter(response: str, options: Sequence[str], *, seed: str) -> tuple[s
     if ratios and max(ratios) > 0.7:
         return LETTERS[ratios.index(max(ratios))], False
     return random.Random(seed).choice("ABCD"), True
+
+
+def wrong_letter(answer: str, options: Sequence[str]) -> str | None:
+    """What is wrong with a gold letter, if anything."""
+    known = LETTERS[: len(options)]
+    return None if answer in [*known] else f"answer {answer!r} is no letter of {known!r}"

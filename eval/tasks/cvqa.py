@@ -64,6 +64,9 @@ class Cvqa(Dataset):
     fields = schema(question=str, options=list, answer=str, images=list)
     generation = Generation(max_new_tokens=16)
 
+    def problem(self, row):
+        return choices.wrong_letter(row["answer"], row["options"])
+
     def prompt(self, document, subset, profile):
         row = document.row
         options = "\n".join(f"{k}. {text}" for k, text in zip(choices.LETTERS, row["options"]))

@@ -1,7 +1,7 @@
 """MMMLU: the 14,042 questions of MMLU in 14 translations, and in English, by log-likelihood (openai/MMMLU)."""
 
 from eval.metrics import likelihood
-from eval.metrics.choices import LETTERS
+from eval.metrics.choices import LETTERS, wrong_letter
 from eval.task import Dataset, Generation, Prompt, language_subsets, schema
 from pangea_jax import languages
 
@@ -29,6 +29,9 @@ class Mmmlu(Dataset):
     subsets = language_subsets(dict.fromkeys(("en", *LOCALES), 14042))
     fields = schema(question=str, options=list, answer=str, subject=str)
     generation = Generation(output_type="loglikelihood", chat=False)
+
+    def problem(self, row):
+        return wrong_letter(row["answer"], row["options"])
 
     def prompt(self, document, subset, profile):
         row = document.row

@@ -80,6 +80,10 @@ class XChat(Dataset):
         }
     )
 
+    def problem(self, row):
+        missing = [name for name in _RUBRIC_FIELDS if name not in row["rubric"]]
+        return f"the rubric has no {missing[0]!r}" if missing else None
+
     def prompt(self, document, subset, profile):
         # The system prompt is English in every language and part of the user's message.
         return Prompt(
@@ -88,8 +92,6 @@ class XChat(Dataset):
 
     def judge_request(self, document, response):
         row = document.row
-        if missing := [name for name in _RUBRIC_FIELDS if name not in row["rubric"]]:
-            raise ValueError(f"xchat {document.id}: the rubric has no {missing[0]!r}")
         rubric = f"[{row['rubric']['criteria']}]"
         for i in range(1, 6):
             rubric += f"\nScore {i}: {row['rubric'][f'score{i}_description']}"

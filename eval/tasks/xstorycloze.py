@@ -13,6 +13,10 @@ class XStoryCloze(Dataset):
     fields = schema(sentences=list, endings=list, answer=int)
     generation = Generation(output_type="loglikelihood", chat=False)
 
+    def problem(self, row):
+        places = range(len(row["endings"]))
+        return None if row["answer"] in places else f"answer {row['answer']} is not in {[*places]}"
+
     def prompt(self, document, subset, profile):
         return Prompt(" ".join(document.row["sentences"]))
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from pangea_jax.model import KVCache, Pangea
+from pangea_jax.model import KVCache, LanguageConfig, Pangea
 
 
 @struct.dataclass
@@ -72,12 +72,21 @@ def _column(name, value, rows, dtype, low, high, range_in_words) -> np.ndarray:
 
 @struct.dataclass
 class Decoding:
-    """Where the decoding of a batch stands; `step` tokens a row have been chosen."""
+    """Where the decoding of a batch stands. Rows need not have begun together.
 
-    step: Int[Array, ""]
-    token: Int[Array, "B"]  # the last one chosen, not yet in the cache
+    Attributes:
+      tokens: of the answers, M a row at most; the first stop id where none is chosen yet.
+      chosen: how many a row has, at least one; the last of them is not in the cache yet.
+      done: rows that have ended.
+      lengths: of the prompts.
+      cache: the prompts, and in its last M slots the answers. A step writes one slot of all rows, and
+        the first of the M comes after the last: no row chooses more than M, so none meets its own.
+    """
+
+    tokens: Int[Array, "B M"]
+    chosen: Int[Array, "B"]
     done: Bool[Array, "B"]
-    lengths: Int[Array, "B"]  # of the prompts
+    lengths: Int[Array, "B"]
     cache: KVCache
 
 
@@ -112,7 +121,7 @@ def keep_likely(
 
 
 def choose(
-    logits: Float[Array, "B V"], sampling: Sampling | None, step: Int[Array, ""]
+    logits: Float[Array, "B V"], sampling: Sampling | None, step: Int[Array, "*B"] | int
 ) -> Int[Array, "B"]:
     """Each row's next token, its `step`-th; greedy without `sampling`."""
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -129,7 +138,10 @@ def choose(
             lambda: keep_likely(scaled, sampling.top_k, sampling.top_p),
             lambda: scaled,
         )
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(sampling.seed)
+        steps = jnp.broadcast_to(step, sampling.seed.shape)
+        keys = jax.vmap(lambda seed, n: jax.random.fold_in(jax.random.key(seed), n))(
+            sampling.seed, steps
+        )
         drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
         return jnp.where(sampled, drawn, likeliest)
 
@@ -142,6 +154,8 @@ def begin(
     lengths: Int[Array, "B"],
     cache: KVCache,
     *,
+    max_new_tokens: int,
+    limit: Int[Array, ""] | int,
     stop_ids: Int[Array, "Z"],
     sampling: Sampling | None = None,
 ) -> Decoding:
@@ -149,12 +163,16 @@ def begin(
 
     Args:
       hidden, lengths: from `last_hidden`.
-      cache: from `Pangea.prefill`, with a free slot for every token to come but the last.
+      cache: from `Pangea.prefill`; to go on, it needs a free slot for every token but the last.
+      max_new_tokens: M, the room for an answer.
+      limit: most tokens to choose, where that changes more often than the shape may.
       stop_ids: a row ends with the first of these.
     """
-    token = choose(model.language.logits(hidden), sampling, jnp.int32(0))
-    done = (lengths == 0) | jnp.isin(token, stop_ids)
-    return Decoding(jnp.int32(1), token, done, lengths, cache)
+    token = choose(model.language.logits(hidden), sampling, 0)
+    token = jnp.where(lengths == 0, stop_ids[0], token)
+    tokens = jnp.full((len(token), max_new_tokens), stop_ids[0], jnp.int32).at[:, 0].set(token)
+    done = (lengths == 0) | jnp.isin(token, stop_ids) | (jnp.asarray(limit) <= 1)
+    return Decoding(tokens, jnp.ones_like(lengths), done, lengths, cache)
 
 
 def advance(
@@ -165,37 +183,74 @@ def advance(
     limit: Int[Array, ""] | int,
     stop_ids: Int[Array, "Z"],
     sampling: Sampling | None = None,
-) -> tuple[Int[Array, "B {steps}"], Decoding]:
-    """At most `steps` more tokens, until `limit` are chosen in all or every row has ended.
-
-    Returns:
-      The tokens, `stop_ids[0]` where a row has ended before, and where the decoding stands.
-    """
-    decoder = model.language
-    dtype = model.config.dtype
-    start = decoding.step
-    tokens = jnp.full((len(decoding.token), steps), stop_ids[0], jnp.int32)
-
-    if not steps:  # an answer of one token is done with the prefill
-        return tokens, decoding
+) -> Decoding:
+    """At most `steps` more tokens a row, until each has ended or has `limit` of them."""
+    decoder, dtype = model.language, model.config.dtype
+    M, slots = decoding.tokens.shape[1], decoding.cache.segment_ids.shape[1]
+    places = jnp.arange(M)
 
     def unfinished(carry):
-        now, _ = carry
-        return (now.step < jnp.minimum(start + steps, limit)) & ~jnp.all(now.done)
+        step, now = carry
+        return (step < steps) & ~jnp.all(now.done)
 
     def body(carry):
-        now, tokens = carry
-        positions = (now.lengths + now.step - 1)[:, None]
-        x = decoder.embed(now.token[:, None], dtype)
+        step, now = carry
+        last = jnp.take_along_axis(now.tokens, now.chosen[:, None] - 1, axis=1)
+        positions = (now.lengths + now.chosen - 1)[:, None]
+        x = decoder.embed(last, dtype)
         x, cache = decoder.extend(x, positions, jnp.ones_like(positions), now.cache)
-        token = choose(decoder.logits(x[:, 0]), sampling, now.step)
+        cache = cache.replace(length=jnp.where(cache.length == slots, slots - M, cache.length))
+        token = choose(decoder.logits(x[:, 0]), sampling, now.chosen)
         token = jnp.where(now.done, stop_ids[0], token)
-        tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, now.step - start))
-        done = now.done | jnp.isin(token, stop_ids)
-        return Decoding(now.step + 1, token, done, now.lengths, cache), tokens
+        tokens = jnp.where(places == now.chosen[:, None], token[:, None], now.tokens)
+        chosen = now.chosen + ~now.done
+        done = now.done | jnp.isin(token, stop_ids) | (chosen >= limit)
+        return step + 1, Decoding(tokens, chosen, done, now.lengths, cache)
 
-    decoding, tokens = jax.lax.while_loop(unfinished, body, (decoding, tokens))
-    return tokens, decoding
+    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), decoding))[1]
+
+
+def idle(
+    config: LanguageConfig, rows: int, width: int, max_new_tokens: int, dtype, stop_id: int
+) -> Decoding:
+    """A batch of ended rows, for `insert` to fill: room for prompts of `width` tokens."""
+    cache = KVCache.empty(config, rows, width + max_new_tokens, dtype)
+    zeros = jnp.zeros(rows, jnp.int32)
+    return Decoding(
+        jnp.full((rows, max_new_tokens), stop_id, jnp.int32),
+        zeros + 1,
+        zeros == 0,
+        zeros,
+        cache.replace(length=jnp.int32(width)),
+    )
+
+
+def insert(decoding: Decoding, begun: Decoding, rows: Int[Array, "A"]) -> Decoding:
+    """The batch with A rows replaced by rows that have begun elsewhere.
+
+    Args:
+      begun: from `begin`, after a prefill without free slots; prompts no wider than the batch's.
+      rows: which are replaced; numbers beyond the batch drop a row of `begun`.
+    """
+    old, new = decoding.cache, begun.cache
+    slots, width = old.segment_ids.shape[1], new.segment_ids.shape[1]
+
+    def put(into, values):
+        return into.at[rows].set(values, mode="drop")
+
+    def put_slots(into, values):  # all others of the row are emptied
+        return put(into, jnp.pad(values, ((0, 0), (0, slots - width))))
+
+    cache = KVCache(
+        old.k.at[:, rows, :width].set(new.k, mode="drop"),
+        old.v.at[:, rows, :width].set(new.v, mode="drop"),
+        put_slots(old.segment_ids, new.segment_ids),
+        put_slots(old.positions, new.positions),
+        old.length,
+    )
+    names = ("tokens", "chosen", "done", "lengths")
+    replaced = {name: put(getattr(decoding, name), getattr(begun, name)) for name in names}
+    return Decoding(**replaced, cache=cache)
 
 
 def complete(
@@ -211,17 +266,12 @@ def complete(
 ) -> Int[Array, "B {max_new_tokens}"]:
     """All tokens of an answer: up to and including a stop id, then `stop_ids[0]` over and over.
 
-    Args:
-      hidden, lengths, cache, stop_ids: as of `begin`.
-      limit: most tokens to choose, where that changes more often than the shape may.
+    Args: as of `begin`.
     """
     limit = max_new_tokens if limit is None else limit
-    begun = begin(model, hidden, lengths, cache, stop_ids=stop_ids, sampling=sampling)
-    more, _ = advance(
-        model, begun, steps=max_new_tokens - 1, limit=limit, stop_ids=stop_ids, sampling=sampling
-    )
-    first = jnp.where(lengths == 0, stop_ids[0], begun.token)
-    return jnp.concatenate([first[:, None], more], axis=1)
+    settings = {"limit": limit, "stop_ids": stop_ids, "sampling": sampling}
+    begun = begin(model, hidden, lengths, cache, max_new_tokens=max_new_tokens, **settings)
+    return advance(model, begun, steps=max_new_tokens - 1, **settings).tokens
 
 
 def greedy(

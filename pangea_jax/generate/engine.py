@@ -1,26 +1,28 @@
 """A model, its tokenizer and its picture geometry: `generate`, `stream`, `logits`, `loglikelihood`."""
 
+import collections
 import dataclasses
+import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, UInt8
+from jax.sharding import Mesh
+from jaxtyping import Float, Int, UInt8
 
 from pangea_jax import anyres, checkpoints, sharding
 from pangea_jax.data import chat, emoji, image
 from pangea_jax.data.pipeline import pad_row
 from pangea_jax.data.tokenizer import Tokenizer
-from pangea_jax.generate import decode, likelihood
+from pangea_jax.generate import batching, likelihood
 from pangea_jax.generate.decode import Sampling
 from pangea_jax.generate.likelihood import Candidates, LogLikelihood
+from pangea_jax.generate.programs import Programs
 from pangea_jax.model import Pangea, PangeaConfig
 from pangea_jax.model import params as model_params
 
@@ -59,23 +61,9 @@ class Engine:
         rounding: str = "llava",
         mesh: Mesh | None = None,
     ):
-        self.config, self.tokenizer = model.config, tokenizer
-        self._background, self._rounding, self._mesh = background, rounding, mesh
-        graphdef, self._params = nnx.split(model)
-
-        def jit(function, outputs=None, **kwargs):
-            def call(params, *args, **named):
-                return function(nnx.merge(graphdef, params), *args, **named)
-
-            # What the host reads must be whole in every process.
-            shardings = {"out_shardings": NamedSharding(mesh, P())} if mesh and outputs else {}
-            return jax.jit(call, **kwargs, **shardings)
-
-        self._forward = jit(lambda model, batch: model(batch), outputs=True)
-        self._generate = jit(_generate, outputs=True, static_argnames="new_tokens")
-        self._begin = jit(_begin, static_argnames="new_tokens")
-        self._advance = jit(_advance, donate_argnums=1)
-        self._score = jit(likelihood.score, outputs=True)
+        self.config, self.tokenizer, self.mesh = model.config, tokenizer, mesh
+        self._background, self._rounding = background, rounding
+        self._programs = Programs(model, mesh)
 
     def read(self, conversation: Conversation | str, max_new_tokens: int = 0) -> Prompt:
         """A conversation as the other calls take it too: its pictures are decoded and cut to tiles.
@@ -100,6 +88,7 @@ class Engine:
         top_k: int | Sequence[int] = 0,
         seed: int | Sequence[int] = 0,
         stop: Sequence[int] | None = None,
+        stop_strings: Collection[str] = (),
         batch_size: int = 16,
     ) -> list[str]:
         """The model's next message in each conversation.
@@ -108,6 +97,7 @@ class Engine:
           temperature, top_p, top_k, seed: see `Sampling`; one for all, or one a conversation. As they
             stand, the likeliest tokens are taken.
           stop: ids that end an answer; by default those of <|im_end|> and <|endoftext|>.
+          stop_strings: texts that end an answer, which is what comes before the first of them.
           batch_size: conversations answered at a time.
 
         Raises:
@@ -122,21 +112,62 @@ class Engine:
         settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
         sampling = Sampling.make(len(prompts), **settings)
         stop_ids = self._stop_ids(stop)
-        answers = []
-        for start in range(0, len(prompts), batch_size):
-            rows = slice(start, start + batch_size)
-            batch, chosen = self._batch(prompts[rows], sampling.rows(rows))
-            tokens = self._generate(
-                self._params,
-                batch,
-                chosen,
-                stop_ids,
-                np.int32(max_new_tokens),
-                new_tokens=bucket(max_new_tokens),
-            )
-            for row in np.asarray(tokens)[: len(prompts[rows]), :max_new_tokens].tolist():
-                answers.append(self.tokenizer.decode(decode.until(row, stop_ids)))
-        return answers
+        if not prompts:
+            return []
+        order = sorted(range(len(prompts)), key=lambda i: self.shape(prompts[i]), reverse=True)
+        answers = self.serve(
+            ((prompts[i], sampling.rows(slice(i, i + 1))) for i in order),
+            max_new_tokens,
+            rows=min(batch_size, len(prompts)),
+            width=max(self.shape(prompt)[0] for prompt in prompts),
+            stop=stop_ids.tolist(),
+            stop_strings=stop_strings,
+        )
+        found = {order[place]: text for place, text in answers}
+        return [found[i] for i in range(len(prompts))]
+
+    def serve(
+        self,
+        prompts: Iterable[tuple[Prompt, Sampling]],
+        max_new_tokens: int,
+        *,
+        rows: int,
+        width: int,
+        stop: Sequence[int] | None = None,
+        stop_strings: Collection[str] = (),
+    ) -> Iterator[tuple[int, str]]:
+        """(number, answer) of prompts as they are done; a row whose answer has ended takes the next one.
+
+        Args:
+          prompts: from `read`, each with its sampling of one row; asked for while the device works.
+            Neighbours of one shape are read together.
+          rows: answers under way at once.
+          width: tokens of the longest prompt, as `shape` has it.
+          stop, stop_strings: as of `generate`.
+        """
+        batch = batching.Batch(
+            self._programs,
+            rows,
+            width,
+            limit=max_new_tokens,
+            max_new_tokens=bucket(max_new_tokens),
+            stop_ids=self._stop_ids(stop),
+            stop_strings=stop_strings,
+            decode=self.tokenizer.decode,
+        )
+        feed = enumerate(prompts)
+        waiting = collections.deque(itertools.islice(feed, rows))
+        while waiting or batch.busy:
+            while waiting and batch.free:
+                shapes = (self.shape(prompt) for _, (prompt, _) in waiting)
+                size = batching.part_size(shapes, len(batch.free), self._programs.shards)
+                part = [waiting.popleft() for _ in range(size)]
+                names, asked = zip(*part, strict=True)
+                chosen = jax.tree.map(lambda *each: np.concatenate(each), *(s for _, s in asked))
+                batch.enter(names, self._batch([prompt for prompt, _ in asked]), chosen)
+            batch.advance()
+            waiting.extend(itertools.islice(feed, rows - len(waiting)))
+            yield from batch.leave()
 
     def stream(
         self,
@@ -164,8 +195,8 @@ class Engine:
         """float32 logits at every token of one conversation; the header of the next answer is
         added if the last message is the user's."""
         prompt = self._prompt(messages, 0, "messages")
-        batch, _ = self._batch([prompt], Sampling.make(1))
-        return np.asarray(self._forward(self._params, batch)[0, : len(prompt.tokens)])
+        logits = self._programs.forward(self._batch([prompt]))
+        return np.asarray(logits[0, : len(prompt.tokens)])
 
     def candidates(
         self, conversation: Conversation | str, continuations: Sequence[str]
@@ -202,9 +233,9 @@ class Engine:
         results = []
         for start in range(0, len(items), batch_size):
             chosen = items[start : start + batch_size]
-            batch, _ = self._batch([prompt for prompt, _ in chosen], Sampling.make(len(chosen)))
-            tails = self._place(likelihood.pad_candidates([c for _, c in chosen]), len(chosen))
-            total, greedy = map(np.asarray, self._score(self._params, batch, *tails))
+            batch = self._batch([prompt for prompt, _ in chosen])
+            tails = self._programs.place(likelihood.pad_candidates([c for _, c in chosen]))
+            total, greedy = map(np.asarray, self._programs.score(batch, *tails))
             for b, (_, found) in enumerate(chosen):
                 results.append(
                     [
@@ -217,14 +248,14 @@ class Engine:
         return results
 
     def _tokens(self, prompt, sampling, stop_ids, limit) -> Iterator[int]:
-        batch, sampling = self._batch([prompt], sampling)
-        token, state = self._begin(
-            self._params, batch, sampling, stop_ids, new_tokens=bucket(limit)
-        )
-        yield int(token[0])
-        for _ in range(limit - 1):
-            token, state = self._advance(self._params, state, sampling, stop_ids)
-            yield int(token[0])
+        room, programs = bucket(limit), self._programs
+        settings = programs.place(sampling), stop_ids, np.int32(limit)
+        state = programs.begin(self._batch([prompt]), *settings, room=room, max_new_tokens=room)
+        for place in range(limit):
+            if place:
+                live = np.ones(len(state.done), bool)
+                state = programs.advance(state, *settings, live, steps=1)
+            yield int(state.tokens[0, place])
 
     def _prompt(
         self, messages: Conversation | str | Prompt, max_new_tokens: int, name: str
@@ -284,9 +315,9 @@ class Engine:
             raise image.ImageError(name, "{} x {} has no pixels".format(*decoded.size))
         return decoded
 
-    def _batch(self, prompts: Sequence[Prompt], sampling: Sampling):
-        """Right-padded rows and their sampling, on the devices. Rows, tokens and tiles are rounded up,
-        so that few shapes are ever compiled; rows that are added are empty."""
+    def _batch(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Right-padded rows on the devices. Rows, tokens and tiles are rounded up, so that few shapes
+        are ever compiled; rows that are added are empty."""
         width = self._width(max(len(prompt.tokens) for prompt in prompts))
         tiles = self._tile_bucket(max(len(prompt.tiles) for prompt in prompts))
         padded = []
@@ -295,22 +326,9 @@ class Engine:
             row = dataclasses.asdict(prompt) | {"targets": unused, "weights": unused}
             padded.append(pad_row(row, width, tiles))
         wanted = ("tokens", "image_index", "positions", "segment_ids", "tiles")
-        batch = {name: np.stack([row[name] for row in padded]) for name in wanted}
-        return self._place(batch, len(prompts)), self._place(sampling, len(prompts))
-
-    def _place(self, tree, rows: int):
-        """Arrays with a leading row axis, filled up with zeros and laid over the mesh."""
-        shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        missing = _row_bucket(rows, shards) - rows
-
-        def place(x):
-            x = np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-            if self._mesh is None:
-                return x
-            on_rows = NamedSharding(self._mesh, sharding.BATCH_SPEC)
-            return jax.make_array_from_callback(x.shape, on_rows, lambda index: x[index])
-
-        return jax.tree.map(place, tree)
+        return self._programs.place(
+            {name: np.stack([row[name] for row in padded]) for name in wanted}
+        )
 
     def _width(self, tokens: int) -> int:
         return min(bucket(tokens), self.config.language.max_positions)
@@ -342,46 +360,6 @@ def bucket(size: int) -> int:
     return size + -size % step
 
 
-def _row_bucket(rows: int, shards: int) -> int:
-    """1, 2, 4 or a multiple of 8, and of the shards."""
-    rows = 1 << (rows - 1).bit_length() if rows <= 8 else rows + -rows % 8
-    return rows + -rows % shards
-
-
-def _generate(model, batch, sampling, stop_ids, limit, *, new_tokens) -> Int[Array, "B M"]:
-    last, lengths, cache = _prefill(model, batch, new_tokens)
-    return decode.complete(
-        model,
-        last,
-        lengths,
-        cache,
-        max_new_tokens=new_tokens,
-        stop_ids=stop_ids,
-        sampling=sampling,
-        limit=limit,
-    )
-
-
-def _begin(model, batch, sampling, stop_ids, *, new_tokens):
-    state = decode.begin(
-        model, *_prefill(model, batch, new_tokens), stop_ids=stop_ids, sampling=sampling
-    )
-    # A copy, since the state's own is given away at the next step.
-    return jnp.copy(state.token), state
-
-
-def _advance(model, state, sampling, stop_ids):
-    tokens, state = decode.advance(
-        model, state, steps=1, limit=state.step + 1, stop_ids=stop_ids, sampling=sampling
-    )
-    return tokens[:, 0], state
-
-
-def _prefill(model, batch, new_tokens):
-    hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + new_tokens)
-    return *decode.last_hidden(hidden, jnp.asarray(batch["segment_ids"])), cache
-
-
 def _pieces(tokens: Iterator[int], tokenizer: Tokenizer, stop_ids) -> Iterator[str]:
     """Text as its tokens come; what ends within a character waits for the rest of it."""
     ids, told = [], ""
@@ -398,28 +376,33 @@ def _pieces(tokens: Iterator[int], tokenizer: Tokenizer, stop_ids) -> Iterator[s
         yield rest
 
 
+MeshChoice = Mesh | Mapping[str, int] | Literal["auto"] | None
+
+
 def load_folder(
-    path: str | os.PathLike, *, dtype=None, mesh: Mesh | None = None, **kwargs
+    path: str | os.PathLike, *, dtype=None, mesh: MeshChoice = None, **kwargs
 ) -> Engine:
     """A checkpoint in any form that `pangea_jax.checkpoints` reads, with its tokenizer beside it.
 
     Args:
       dtype: of parameters and activations; by default bfloat16, as published.
-      mesh: devices to lay the parameters over, each tensor straight to its place.
+      mesh: devices to lay the parameters over, each tensor straight to its place; see `choose_mesh`.
       kwargs: of `Engine`.
     """
     config = checkpoints.config_from_folder(path)
     config = dataclasses.replace(config, dtype=_dtype_name(dtype or config.dtype))
     tokenizer = checkpoints.load_tokenizer(path)
+    mesh = choose_mesh(mesh, config)
     targets = None if mesh is None else _shardings(config, mesh)
     model = checkpoints.load_model(path, config, dtype=jnp.dtype(config.dtype), shardings=targets)
     return Engine(_for_this_machine(model, mesh), tokenizer, mesh=mesh, **kwargs)
 
 
-def load_sample(*, dtype=None, mesh: Mesh | None = None, **kwargs) -> Engine:
+def load_sample(*, dtype=None, mesh: MeshChoice = None, **kwargs) -> Engine:
     """The sample model: the shipped tower and the default point of the English-share ablation."""
     config = checkpoints.config_from_folder(SAMPLE_MODEL)
     config = dataclasses.replace(config, dtype=_dtype_name(dtype or "float32"))
+    mesh = choose_mesh(mesh, config)
     targets = None if mesh is None else _shardings(config, mesh)
     parts = {"tower": ("vision",), "model": ("projector", "newline", "language")}
     params = {}
@@ -436,6 +419,39 @@ def load_sample(*, dtype=None, mesh: Mesh | None = None, **kwargs) -> Engine:
     model = _for_this_machine(model_params.merge(graphdef, params), mesh)
     tokenizer = checkpoints.load_tokenizer(SAMPLE_MODEL, emoji.DIRECTORY)
     return Engine(model, tokenizer, mesh=mesh, **{"background": (255, 255, 255)} | kwargs)
+
+
+def choose_mesh(mesh: MeshChoice, config: PangeaConfig) -> Mesh | None:
+    """The mesh that a model is laid over.
+
+    Args:
+      mesh: None for one device; sizes of axes as in `config.mesh` of a training run, where `data` is
+        what the others leave; or "auto" for all devices of this process. Then each layer's arithmetic
+        is split over as many of them as divide its heads and widths, for no step of decoding can wait
+        for parameters from elsewhere, and rows over the rest.
+
+    Raises:
+      ValueError: sizes that do not fill the devices, or an axis that is not there.
+    """
+    if mesh is None or isinstance(mesh, Mesh):
+        return mesh
+    if mesh != "auto":
+        if unknown := sorted(set(mesh) - set(sharding.AXES)):
+            raise ValueError(f"mesh has no axis {unknown[0]!r}; it has {', '.join(sharding.AXES)}")
+        data = 1 if -1 in mesh.values() else -1
+        return sharding.make_mesh(**{"data": data, "fsdp": 1, "tensor": 1} | dict(mesh))
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return None
+    shapes = _abstract(config)[1]
+    for tensor in (n for n in range(len(devices), 0, -1) if len(devices) % n == 0):
+        found = sharding.make_mesh(data=-1, fsdp=1, tensor=tensor, devices=devices)
+        try:
+            sharding.param_shardings(shapes, found)
+        except ValueError:
+            continue
+        return found
+    raise AssertionError("parameters that are split over one device always divide")
 
 
 def _abstract(config: PangeaConfig):

@@ -13,6 +13,8 @@ from pangea_jax.generate.decode import (
     choose,
     complete,
     greedy,
+    idle,
+    insert,
     keep_likely,
     last_hidden,
 )
@@ -229,25 +231,68 @@ def test_steps_one_by_one_equal_all_at_once(tiny_model, batch, expected):
             model(params), *start, max_new_tokens=NEW, stop_ids=stop_ids, limit=limit
         )
     )
-    first = jax.jit(lambda params, *start: begin(model(params), *start, stop_ids=stop_ids))
-    step = jax.jit(
-        lambda params, state: advance(model(params), state, steps=1, limit=NEW, stop_ids=stop_ids)
+    settings = {"limit": limit, "stop_ids": stop_ids}
+    first = jax.jit(
+        lambda params, *start: begin(model(params), *start, max_new_tokens=NEW, **settings)
     )
+    step = jax.jit(lambda params, state: advance(model(params), state, steps=1, **settings))
     start = prefill(params)
     at_once = np.asarray(run(params, *start))
-    for row, free in zip(at_once, expected, strict=False):
+
+    def end_of(free):
         ends = [i + 1 for i, token in enumerate(free[:limit]) if token in stop_ids]
-        end = min(ends, default=limit)
+        return min(ends, default=limit)
+
+    for row, free in zip(at_once, expected, strict=False):
+        end = end_of(free)
         assert row[:end].tolist() == free[:end].tolist()
         assert (row[end:] == stop_ids[0]).all()
     assert (at_once[-1] == stop_ids[0]).all()
     state = first(params, *start)
-    found = [state.token]
-    while state.step < limit and not state.done.all():
-        tokens, state = step(params, state)
-        found.append(tokens[:, 0])
-    found = np.stack(found, axis=1)
-    assert np.array_equal(found[:-1], at_once[:-1, : found.shape[1]])
+    steps = 1
+    while not state.done.all():
+        state = step(params, state)
+        steps += 1
+    assert steps == limit
+    assert np.array_equal(state.tokens, at_once)
+    assert state.chosen.tolist()[:-1] == [end_of(row) for row in expected.tolist()]
+
+
+def test_rows_take_turns(tiny_model, batch, expected):
+    """Five prompts through two rows, which never begin together: each enters where another has ended."""
+    graphdef, params = model_params.split(tiny_model)
+    model = functools.partial(model_params.merge, graphdef)
+    settings = {"limit": NEW, "stop_ids": jnp.array([NO_STOP])}
+
+    @jax.jit
+    def read(params, row):
+        hidden, cache = model(params).prefill(row, PROMPT)
+        start = *last_hidden(hidden, jnp.asarray(row["segment_ids"])), cache
+        return begin(model(params), *start, max_new_tokens=NEW, **settings)
+
+    step = jax.jit(lambda params, state: advance(model(params), state, steps=3, **settings))
+    config = tiny_model.config
+    state = idle(config.language, 2, PROMPT + 4, NEW, config.dtype, NO_STOP)
+    waiting, rows, found, rounds = [0, 1, 2, 3, 0], [None, None], [], 0
+    while waiting or any(row is not None for row in rows):
+        for place, row in enumerate(rows):
+            if row is None and waiting and (place == 0 or rounds):
+                rows[place] = waiting.pop(0)
+                begun = read(params, {k: v[rows[place]][None] for k, v in batch.items()})
+                # The second of the two is no row of the batch.
+                begun = jax.tree.map(
+                    lambda x: jnp.concatenate([x, x], x.ndim == 5) if x.ndim else x, begun
+                )
+                state = insert(state, begun, jnp.array([place, 2]))
+        state = step(params, state)
+        rounds += 1
+        for place, row in enumerate(rows):
+            if row is not None and state.done[place]:
+                found.append((row, state.tokens[place].tolist()))
+                rows[place] = None
+    assert sorted(row for row, _ in found) == [0, 0, 1, 2, 3]
+    for row, tokens in found:
+        assert tokens == expected[row].tolist()
 
 
 def test_unstacked_layers_compute_the_same(tiny_config, tiny_model):

@@ -147,7 +147,8 @@ def test_seeds_differ(engine, conversations):
 
 def test_few_programs_are_compiled(engine):
     """Lengths of prompts and answers, settings and stop ids vary; a program a width serves them."""
-    before = engine._generate._cache_size()
+    programs = [p.func for p in (engine._programs.begin, engine._programs.advance)]
+    before = [program._cache_size() for program in programs]
     widths = set()
     for i, length in enumerate((1, 20, 40, 60, 70, 100, 120)):
         asked = [[user("x" * length)]] * (1 + i % 2)
@@ -155,8 +156,9 @@ def test_few_programs_are_compiled(engine):
         engine.generate(asked, 1 + 9 * i, top_p=0.5)
         engine.generate(asked[:1], 9, temperature=i / 10, seed=i, stop=[1, 2 + i])
     assert len(widths) <= 3
-    # One row and two.
-    assert engine._generate._cache_size() - before <= 2 * len(widths)
+    # One prompt and as many as are read together; one row and two.
+    for program, size in zip(programs, before, strict=True):
+        assert program._cache_size() - size <= 2 * len(widths)
 
 
 def test_buckets():
@@ -261,8 +263,7 @@ def test_a_context_overflow_is_refused_before_anything_runs(engine, monkeypatch)
     def never(*_, **__):
         raise AssertionError("the model was run")
 
-    monkeypatch.setattr(engine, "_generate", never)
-    monkeypatch.setattr(engine, "_begin", never)
+    monkeypatch.setattr(engine._programs, "begin", never)
     fits, long = [user("x" * 3_900)], [user("x" * 4_050)]
     with pytest.raises(ValueError, match=r"conversations\[1\].*64 new ones.*context of 4096"):
         engine.generate([fits, long])
@@ -292,7 +293,7 @@ def test_a_folder_loads_over_a_mesh(sample):
     """Eight devices; logits and answers as on one."""
     mesh = sharding.make_mesh(2, 2, 2)
     spread = pangea_jax.load("sample", mesh=mesh)
-    kernels = [x for x in jax.tree.leaves(spread._params) if x.ndim == 4]
+    kernels = [x for x in jax.tree.leaves(spread._programs.params) if x.ndim == 4]
     assert all(len(x.sharding.device_set) == 8 for x in kernels)
     assert any(not x.sharding.is_fully_replicated for x in kernels)
     messages = [user(emoji.open_store().image("twemoji/1f408"), "What is this?")]
@@ -304,7 +305,7 @@ def test_a_folder_loads_over_a_mesh(sample):
 
 def test_dtypes():
     engine = pangea_jax.load("sample", dtype="bfloat16")
-    assert {x.dtype for x in jax.tree.leaves(engine._params)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(engine._programs.params)} == {jnp.dtype("bfloat16")}
     messages = [user(emoji.open_store().image("twemoji/1f98b"), "What is this?")]
     assert engine.generate([messages]) == ["butterfly"]
     with pytest.raises(ValueError, match="dtype int8 is not float32, bfloat16 or float16"):

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from pangea_jax.generate import engine as engine_module
 from pangea_jax.generate.engine import Engine
 from pangea_jax.generate.likelihood import Candidates, pad_candidates
 
@@ -125,5 +124,5 @@ def test_shapes_are_what_batches_are_padded_to(engine, picture):
     message = {"role": "user", "content": "x", "images": [picture(60, 30)]}
     for conversation in ("short", "long " * 90, [message]):
         prompt = engine.read(conversation)
-        batch, _ = engine._batch([prompt], engine_module.Sampling.make(1))
+        batch = engine._batch([prompt])
         assert engine.shape(prompt) == (batch["tokens"].shape[1], batch["tiles"].shape[1])

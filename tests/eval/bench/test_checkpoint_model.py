@@ -1,5 +1,6 @@
 """A checkpoint of ours under evaluation: the engine's own answers, in batches, whatever is asked beside."""
 
+import functools
 import json
 import random
 
@@ -48,19 +49,29 @@ def _ask(model, requests):
 
 
 class Spy:
-    """An engine that notes the sizes of its batches."""
+    """An engine that notes the rows and widths of its batches, and has memory for so many rows."""
 
     def __init__(self, engine, fits=None):
-        self._engine, self._fits, self.sizes = engine, fits, []
+        self._engine, self._fits, self.rows, self.widths = engine, fits, [], []
 
     def __getattr__(self, name):
         return getattr(self._engine, name)
 
-    def generate(self, prompts, *args, **kwargs):
-        self.sizes.append(len(prompts))
-        if self._fits is not None and len(prompts) > self._fits:
+    def serve(self, prompts, *args, rows, width, **kwargs):
+        self.rows.append(rows)
+        self.widths.append(width)
+        answers = self._engine.serve(prompts, *args, rows=rows, width=width, **kwargs)
+        if self._fits is not None and rows > self._fits:
+            if self._fits:
+                yield next(answers)
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-        return self._engine.generate(prompts, *args, **kwargs)
+        yield from answers
+
+    def loglikelihood(self, items, **kwargs):
+        self.rows.append(len(items))
+        if self._fits is not None and len(items) > self._fits:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return self._engine.loglikelihood(items, **kwargs)
 
 
 def test_responses_are_those_of_each_prompt_alone(engine, pictures):
@@ -69,7 +80,7 @@ def test_responses_are_those_of_each_prompt_alone(engine, pictures):
     requests += [_request("Rangi?", f"p{i}", images=[path]) for i, path in enumerate(pictures)]
     spy = Spy(engine)
     found = _ask(CheckpointModel(spy, "m", batch_size=4), requests)
-    assert sorted(spy.sizes) == [1, 2, 4]
+    assert len(spy.rows) < len(requests)
     for request, response in zip(requests, found, strict=True):
         parts = [{"type": "image", "image": str(path)} for path in request.images]
         parts.append({"type": "text", "text": request.prompt.text})
@@ -125,16 +136,23 @@ def test_what_fails_fails_alone(engine, pictures, tmp_path):
     assert "raw text" in reasons["e"]
 
 
-def test_batches_that_do_not_fit_are_halved(engine):
-    requests = [_request(f"q{i}", str(i)) for i in range(6)]
+LIKELIHOOD = {"output_type": "loglikelihood", "chat": False, "max_new_tokens": 0}
+
+
+@pytest.mark.parametrize("settings", [{}, LIKELIHOOD])
+def test_batches_that_do_not_fit_are_halved(engine, settings):
+    choices = (" a", " b") if settings else ()
+    requests = [_request(f"q{i}", str(i), choices=choices, **settings) for i in range(6)]
     expected = _ask(CheckpointModel(engine, "m", batch_size=6), requests)
     spy = Spy(engine, fits=2)
     model = CheckpointModel(spy, "m", batch_size=6)
-    assert _ask(model, requests) == expected
-    assert spy.sizes == [6, 3, 1, 2, 3, 1, 2]
-    spy.sizes.clear()
-    assert _ask(model, requests) == expected
-    assert max(spy.sizes) <= 2  # it has learnt
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    same = same if settings else np.testing.assert_array_equal
+    same(_ask(model, requests), expected)
+    assert spy.rows == ([6, 3, 1, 2, 3, 1, 2] if settings else [6, 3, 1])
+    spy.rows.clear()
+    same(_ask(model, requests), expected)
+    assert max(spy.rows) <= 2  # it has learnt
     (response,) = _ask(CheckpointModel(Spy(engine, fits=0), "m"), requests[:1])
     assert "too little memory" in response.reason
 
@@ -148,11 +166,10 @@ def test_sampled_responses_depend_on_the_document_alone(engine):
 
 
 def test_log_likelihoods(engine):
-    settings = {"output_type": "loglikelihood", "chat": False, "max_new_tokens": 0}
     texts = ["Hadithi moja.", "Hadithi nyingine ndefu zaidi. " * 6, "A?"]
     choices = [(" one", " another thing"), (" mbili", " moja"), (" A", " B", " C", " D")]
     requests = [
-        _request(text, str(i), choices=c, task="xstorycloze_sw", **settings)
+        _request(text, str(i), choices=c, task="xstorycloze_sw", **LIKELIHOOD)
         for i, (text, c) in enumerate(zip(texts, choices, strict=True))
     ]
     found = _ask(CheckpointModel(engine, "m"), requests)
@@ -166,26 +183,53 @@ def test_log_likelihoods(engine):
             assert total == pytest.approx(expected, abs=2e-4)
 
 
-def test_what_is_left_is_answered_in_few_batches(engine, pictures):
-    """Two shapes of text within a factor of two share a batch; a much longer one and a picture do not."""
-    texts = ["x", "y", "word " * 16, "long " * 200]
+def test_prompts_share_rows_with_others_of_about_their_length(engine, pictures):
+    """Within a factor of two; a picture of few tokens is no exception, whatever its tiles."""
+    texts = ["long " * 200, "word " * 16, "x", "y"]
     requests = [_request(text, str(i)) for i, text in enumerate(texts)]
     requests.append(_request("Rangi?", "p", images=pictures[:1]))
     widths = [engine.shape(engine.read([{"role": "user", "content": t}]))[0] for t in texts]
-    assert widths == [64, 64, 128, 640]
+    assert widths == [640, 128, 64, 64]
     spy = Spy(engine)
     _ask(CheckpointModel(spy, "m"), requests)
-    assert sorted(spy.sizes) == [1, 1, 3]
+    assert spy.widths == [640, 128]
+    assert spy.rows == [1, 4]  # and none is there for nobody
+
+
+def test_what_is_left_is_scored_in_few_batches(engine):
+    texts = ["x", "y", "word " * 16, "long " * 200]
+    requests = [_request(t, str(i), choices=(" a",), **LIKELIHOOD) for i, t in enumerate(texts)]
+    spy = Spy(engine)
+    _ask(CheckpointModel(spy, "m"), requests)
+    assert sorted(spy.rows) == [1, 3]
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"data": 8}])
+def test_devices_share_the_work(engine, checkpoint, pictures, sizes):
+    """Responses and log-likelihoods of eight devices are those of one."""
+    spread = pangea_jax.load(checkpoint, dtype="float32", mesh=sizes)
+    texts = ["Swali: a?", "What is this?", "word " * 16, "x"]
+    asked = [_request(text, str(i)) for i, text in enumerate(texts)]
+    asked += [_request("Rangi?", f"p{i}", images=[path]) for i, path in enumerate(pictures)]
+    scored = [_request(t, str(i), choices=(" a", " bc"), **LIKELIHOOD) for i, t in enumerate(texts)]
+    model, alone = CheckpointModel(spread, "m"), CheckpointModel(engine, "m")
+    assert _ask(model, asked) == _ask(alone, asked)
+    np.testing.assert_allclose(_ask(model, scored), _ask(alone, scored), atol=2e-4)
+    assert model._rows_of_answers(64, 0, 64) > 64  # of each device as many as of one
 
 
 def test_rows_follow_memory(engine, monkeypatch):
-    each = checkpoint_model.row_bytes(engine.config, 64, 3, 1, 64)
+    config = engine.config
+    scored = checkpoint_model.row_bytes(config, 64, 3, 4, 8)
+    reading = checkpoint_model.row_bytes(config, 64, 3, 1, 0)
+    each = checkpoint_model.cache_bytes(config, 128) + 4 * config.language.vocab_size
     rows = []
-    for memory in (0, 5 * each, 1e15):
+    for memory in (0, 5 * scored, reading + 5 * each, 1e15):
         monkeypatch.setattr(checkpoint_model, "_memory", lambda memory=memory: memory)
-        rows.append(CheckpointModel(engine, "m")._rows((64, 3), 64))
-    assert rows == [1, 4, 64]
-    assert checkpoint_model.row_bytes(engine.config, 128, 3, 1, 64) > each
+        model = CheckpointModel(engine, "m")
+        rows.append((model._rows((64, 3, 4, 8)), model._rows_of_answers(64, 3, 64)))
+    assert rows[0] == (1, 1) and rows[1][0] == rows[2][1] == 4 and rows[3] == (64, 64)
+    assert checkpoint_model.row_bytes(config, 128, 3, 4, 8) > scored
 
 
 @pytest.mark.parametrize(
@@ -194,6 +238,9 @@ def test_rows_follow_memory(engine, monkeypatch):
         (["--model=nowhere"], "there is no folder nowhere"),
         (["--model=sample", "--batch_size=0"], "expected auto or a positive number"),
         (["--model={folder}"], "config.json"),
+        (["--model=sample", "--mesh=4"], "--mesh=4: expected auto, or sizes as in data=2,tensor=4"),
+        (["--model=sample", "--mesh=rows=2"], "mesh has no axis 'rows'; it has data, fsdp, tensor"),
+        (["--model=sample", "--mesh=data=3"], "does not fill the 8 devices"),
     ],
 )
 def test_wrong_models_say_what_is_wrong(flags, message, tmp_path, capsys):

@@ -166,6 +166,8 @@ def test_judge_endpoint_and_its_cache(endpoint, data_dir, tmp_path, write_jsonl)
     system, user = endpoint.requests[0]["messages"]
     assert system["content"].startswith("You are a fair judge")
     assert "Score 3: 3" in user["content"] and "red square" in user["content"]
+    with (tmp_path / "out" / "judge.jsonl").open("a") as cache:
+        cache.write('{"key": "cut sho')  # what a kill in the middle of a write leaves
     assert run.main(["rescore", str(tmp_path / "out"), *judge]) == 0
     assert len(endpoint.requests) == 1
 

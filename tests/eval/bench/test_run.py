@@ -262,6 +262,51 @@ def test_bad_rows_name_file_line_and_field(row, message, tmp_path, write_jsonl):
     assert message in str(error.value) and str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("cvqa_ke-sw", {"answer": "E"}, "line 2: answer 'E' is no letter of 'AB'"),
+        ("mmmlu_sw", {"answer": "AB"}, "line 2: answer 'AB' is no letter of 'AB'"),
+        ("mmmlu_sw", {"options": ["x", 3]}, "line 2: field 'options' is ['x', 3], expected a list"),
+        ("xstorycloze_sw", {"answer": 2}, "line 2: answer 2 is not in [0, 1]"),
+        (
+            "xchat_en",
+            {"rubric": {"criteria": "c"}},
+            "line 2: the rubric has no 'score1_description'",
+        ),
+        ("mgsm_en", {"images": "a.png"}, "line 2: field 'images' is 'a.png', expected a list"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_told_before_a_model_is_asked(
+    name, changed, message, tmp_path, write_jsonl
+):
+    rubric = {"criteria": "c"} | {f"score{i}_description": "d" for i in range(1, 6)}
+    row = {"question": "x", "options": ["x", "y"], "answer": "A", "subject": "law", "images": []}
+    row |= {"system_prompt": "x", "input": "x", "reference_answer": "x", "rubric": rubric}
+    row |= {"sentences": ["x"] * 4, "endings": ["x", "y"]}
+    if name.startswith("xstory"):
+        row["answer"] = 1
+    dataset, _, subset = name.partition("_")
+    rows = [{"id": "0"} | row, {"id": "1"} | row | changed]
+    write_jsonl(tmp_path / dataset / f"{subset}.jsonl", rows)
+    (task,) = tasks.select([name])
+    with pytest.raises(DataError) as error:
+        load(task, tmp_path)
+    assert message in str(error.value)
+
+
+def test_a_wrong_judge_is_told_before_a_model_is_asked(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "_open_model", lambda args: pytest.fail("the model was opened"))
+    flags = ["--tasks=mgsm_en", "--model=m", f"--data_dir={data_dir}", "--judge=replay:nowhere"]
+    assert run.main([*flags, f"--output_path={tmp_path / 'out'}"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_results_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert run.environment()["git_hash"] is None
+
+
 def test_pictures_stay_in_their_folder(tmp_path, write_jsonl):
     row = {"id": "1", "question": "?", "answer": "x", "images": ["../../secret.png"]}
     write_jsonl(tmp_path / "xgqa" / "de.jsonl", [row])
@@ -274,6 +319,13 @@ def test_a_missing_picture_costs_its_document_only(data_dir, tmp_path, write_jso
     requests, failures = runner.make_requests(tasks.select(["xgqa_de"]), data_dir, profile="fixed")
     assert len(requests) == 6 and [f.doc_id for f in failures] == ["1", "4", "7"]
     assert "does not exist" in failures[0].reason
+
+
+@pytest.mark.parametrize("limit", ["-3", "2.5", "0", "all"])
+def test_wrong_limits(limit, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--tasks=mgsm_en", f"--limit={limit}"])
+    assert f"{limit!r} is neither a number of documents nor a share" in capsys.readouterr().err
 
 
 def test_limit_is_a_number_or_a_share(data_dir):

@@ -1,0 +1,145 @@
+"""Continuous batching (Yu et al. 2022): a row whose answer has ended takes the next prompt.
+
+A prompt is read alone or with a few of its shape, which keeps any machine busy; then its cache moves into a free row of
+the batch that decodes, a few steps at a time.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from pangea_jax.generate.decode import Sampling, until
+from pangea_jax.generate.programs import Programs
+
+# Steps before the host looks for answers that have ended. More leave rows idle for longer.
+STEPS = 16
+# Tokens whose prefill keeps a device's arithmetic busy; more at once take longer, not less a token.
+_PREFILL_TOKENS = 512
+
+
+class Batch:
+    """Rows that decode together; prompts enter and leave.
+
+    Args:
+      rows: how many, at least.
+      width: tokens of the longest prompt to come, padded.
+      limit, max_new_tokens: most tokens of an answer, and the room for them.
+      stop_ids, stop_strings: what ends an answer.
+      decode: token ids -> text.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        rows: int,
+        width: int,
+        *,
+        limit: int,
+        max_new_tokens: int,
+        stop_ids: Int[np.ndarray, "Z"],
+        stop_strings: Collection[str],
+        decode: Callable[[Sequence[int]], str],
+    ):
+        self._programs, self._decode = programs, decode
+        self._limit, self._room, self._stop_ids = np.int32(limit), max_new_tokens, stop_ids
+        self._ends = StopStrings(stop_strings) if stop_strings else None
+        rows = programs.row_bucket(rows)
+        self._names: list[Any] = [None] * rows
+        self._sampling = jax.tree.map(np.array, Sampling.make(rows))
+        self._state = programs.idle(rows, width, max_new_tokens, stop_ids[0])
+
+    @property
+    def free(self) -> list[int]:
+        return [row for row, name in enumerate(self._names) if name is None]
+
+    @property
+    def busy(self) -> bool:
+        return any(name is not None for name in self._names)
+
+    def enter(self, names: Sequence[Any], batch: dict[str, Any], sampling: Sampling) -> None:
+        """Reads prompts of one shape into free rows, under names that their answers will have."""
+        rows = np.array(self.free[: len(names)], np.int32)
+        for row, name in zip(rows, names, strict=True):
+            self._names[row] = name
+        for ours, theirs in zip(jax.tree.leaves(self._sampling), jax.tree.leaves(sampling)):
+            ours[rows] = theirs
+        begun = self._programs.begin(
+            batch,
+            self._programs.place(sampling),
+            self._stop_ids,
+            self._limit,
+            room=0,
+            max_new_tokens=self._room,
+        )
+        self._state = self._programs.insert(self._state, begun, rows)
+
+    def advance(self) -> None:
+        """Starts `STEPS` more steps; does not wait for them."""
+        live = np.array([name is not None for name in self._names])
+        self._state = self._programs.advance(
+            self._state,
+            self._programs.place(self._sampling),
+            self._stop_ids,
+            self._limit,
+            live,
+            steps=STEPS,
+        )
+
+    def leave(self) -> Iterator[tuple[Any, str]]:
+        """(name, answer) of the rows that have ended, which are free from then on."""
+        now = self._state
+        # Copies: the next step takes the arrays over.
+        tokens, chosen, done = (np.array(x) for x in (now.tokens, now.chosen, now.done))
+        for row, name in enumerate(self._names):
+            if name is None or not (done[row] or self._ends):
+                continue
+            text = self._decode(until(tokens[row, : chosen[row]].tolist(), self._stop_ids))
+            if self._ends:
+                if not (done[row] or self._ends.surely_in(text)):
+                    continue
+                text = self._ends.cut(text)
+            self._names[row] = None
+            yield name, text
+
+
+class StopStrings:
+    """Texts that end an answer and are no part of it."""
+
+    def __init__(self, texts: Collection[str]):
+        if isinstance(texts, str) or not all(isinstance(t, str) and t for t in texts):
+            raise ValueError(f"stop_strings {texts!r} is not a list of texts")
+        self._texts = tuple(texts)
+        self._pattern = re.compile("|".join(map(re.escape, texts)))
+
+    def cut(self, text: str) -> str:
+        """The text before the first of them."""
+        return self._pattern.split(text, maxsplit=1)[0]
+
+    def surely_in(self, text: str) -> bool:
+        """Whether `cut` is the same for everything that begins with `text`: no other one that starts
+        before the first can still come to its end."""
+        text = text.rstrip("\ufffd")  # a character that lacks bytes
+        found = self._pattern.search(text)
+        return found is not None and not any(
+            stop.startswith(text[start:])
+            for stop in self._texts
+            for start in range(max(0, len(text) - len(stop) + 1), found.start())
+        )
+
+
+def part_size(shapes: Iterable[tuple[int, int]], free: int, shards: int) -> int:
+    """How many of the prompts to read at once that have these padded lengths and tiles in turn.
+
+    As many alike as keep every shard busy; else one, or one for each shard, so that a shape is compiled
+    for two sizes at most.
+    """
+    first, *rest = itertools.islice(shapes, shards * _PREFILL_TOKENS)
+    full = shards * max(1, 1 << (_PREFILL_TOKENS // first[0]).bit_length() >> 1)
+    alike = 1 + sum(1 for _ in itertools.takewhile(lambda shape: shape == first, rest))
+    size = min(alike, free, full)
+    return size if size == full else min(size, shards)

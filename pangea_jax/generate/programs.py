@@ -1,0 +1,138 @@
+"""The compiled programs of a model: prefill, steps of decoding, log-likelihoods, on one device or a mesh."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Int
+
+from pangea_jax import sharding
+from pangea_jax.generate import decode, likelihood
+from pangea_jax.generate.decode import Decoding, Sampling
+from pangea_jax.model import KVCache, Pangea
+
+# [L, B, S, K, C]: rows over the data axes as in any batch, key heads as their kernels lie.
+CACHE_SPEC = P(None, *sharding.BATCH_SPEC, None, "tensor", None)
+
+
+class Programs:
+    """A model's parameters and what is run on them. A shape is compiled once.
+
+    Args:
+      mesh: devices that the parameters lie on (`pangea_jax.sharding`); None for one device.
+
+    Attributes:
+      forward: batch -> float32 logits [B, T, V].
+      begin, advance: as of `decode`; `advance` takes its first argument over.
+      idle: (rows, width, max_new_tokens, stop_id) -> a batch that `insert` fills, see `decode.idle`.
+      score: `likelihood.score`.
+    """
+
+    def __init__(self, model: Pangea, mesh: Mesh | None):
+        self.config, self.mesh = model.config, mesh
+        graphdef, self.params = nnx.split(model)
+
+        def program(function, outputs, **kwargs):
+            def call(params, *args, **named):
+                # What `sharding.constrain` and the attention kernels ask for the devices.
+                context = contextlib.nullcontext()
+                if mesh is not None:
+                    context = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+                with context:
+                    return function(nnx.merge(graphdef, params), *args, **named)
+
+            compiled = jax.jit(call, **kwargs, **({"out_shardings": outputs} if mesh else {}))
+            return functools.partial(compiled, self.params)
+
+        whole, decoding = _output_shardings(mesh)
+        new = "max_new_tokens"
+        self.forward = program(lambda model, batch: model(batch), whole)
+        self.begin = program(_begin, decoding, static_argnames=("room", new))
+        self.advance = program(_advance, decoding, static_argnames="steps", donate_argnums=1)
+        self.idle = program(_idle, decoding, static_argnums=(1, 2, 3))
+        self._insert = program(_insert, decoding, donate_argnums=1)
+        self.score = program(likelihood.score, whole)
+
+    @property
+    def shards(self) -> int:
+        """Parts that the rows of a batch are split into."""
+        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def insert(self, decoding: Decoding, begun: Decoding, rows: Int[np.ndarray, "A"]) -> Decoding:
+        """`decode.insert`; takes `decoding` over. Rows of `begun` beyond A are dropped."""
+        beyond = len(decoding.done)
+        missing = len(begun.done) - len(rows)
+        return self._insert(decoding, begun, np.pad(rows, (0, missing), constant_values=beyond))
+
+    def place(self, tree):
+        """Arrays with a leading row axis, filled up with zeros to `row_bucket` and laid over the mesh."""
+
+        def place(x):
+            x = np.pad(x, [(0, self.row_bucket(len(x)) - len(x))] + [(0, 0)] * (x.ndim - 1))
+            if self.mesh is None:
+                return x
+            on_rows = NamedSharding(self.mesh, sharding.BATCH_SPEC)
+            return jax.make_array_from_callback(x.shape, on_rows, lambda index: x[index])
+
+        return jax.tree.map(place, tree)
+
+    def row_bucket(self, rows: int) -> int:
+        """1, 2, 4 or a multiple of 8 on every shard."""
+        each = -(-rows // self.shards)
+        each = 1 << (each - 1).bit_length() if each <= 8 else each + -each % 8
+        return each * self.shards
+
+
+def _output_shardings(mesh: Mesh | None):
+    """Whole in every process, as the host reads it; and a `Decoding` with the cache over the mesh."""
+    if mesh is None:
+        return None, None
+    whole, cache = NamedSharding(mesh, P()), NamedSharding(mesh, CACHE_SPEC)
+    return whole, Decoding(whole, whole, whole, whole, KVCache(cache, cache, whole, whole, whole))
+
+
+def _idle(model: Pangea, rows: int, width: int, max_new_tokens: int, stop_id) -> Decoding:
+    config = model.config
+    return decode.idle(config.language, rows, width, max_new_tokens, config.dtype, stop_id)
+
+
+def _insert(_, decoding: Decoding, begun: Decoding, rows: Int[Array, "A"]) -> Decoding:
+    return decode.insert(decoding, begun, rows)
+
+
+def _begin(
+    model: Pangea,
+    batch: dict[str, Array],
+    sampling: Sampling,
+    stop_ids: Int[Array, "Z"],
+    limit: Int[Array, ""],
+    *,
+    room: int,
+    max_new_tokens: int,
+) -> Decoding:
+    """Prefill and first tokens; the cache has `room` for that many more."""
+    hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + room)
+    last, lengths = decode.last_hidden(hidden, jnp.asarray(batch["segment_ids"]))
+    settings = {"max_new_tokens": max_new_tokens, "limit": limit, "stop_ids": stop_ids}
+    return decode.begin(model, last, lengths, cache, sampling=sampling, **settings)
+
+
+def _advance(
+    model: Pangea,
+    decoding: Decoding,
+    sampling: Sampling,
+    stop_ids: Int[Array, "Z"],
+    limit: Int[Array, ""],
+    live: Bool[Array, "B"],
+    *,
+    steps: int,
+) -> Decoding:
+    """`decode.advance`; rows that are not `live` have ended, whatever the device knows."""
+    decoding = decoding.replace(done=decoding.done | ~live)
+    settings = {"steps": steps, "limit": limit, "stop_ids": stop_ids}
+    return decode.advance(model, decoding, sampling=sampling, **settings)

@@ -246,22 +246,17 @@ def _score(
     The prompt is read once; the J candidates of a row start from copies of its cache.
     """
     model = model_params.merge(graphdef, params)
+    if jax.default_backend() == "cpu":
+        model.language.unstack()
     B, J, A = names.shape
     hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + max(max_new_tokens, A))
     last, lengths = last_hidden(hidden, batch["segment_ids"])
     tokens = greedy(model, last, lengths, cache, max_new_tokens=max_new_tokens, stop_id=stop_id)
-    copies = dataclasses.replace(
-        cache,
-        k=jnp.repeat(cache.k, J, axis=1),
-        v=jnp.repeat(cache.v, J, axis=1),
-        segment_ids=jnp.repeat(cache.segment_ids, J, axis=0),
-        positions=jnp.repeat(cache.positions, J, axis=0),
-    )
     flat = names.reshape(B * J, A)
     positions = jnp.repeat(lengths, J)[:, None] + jnp.arange(A - 1)
     x = model.language.embed(flat[:, :-1], last.dtype)
     x, _ = model.language.extend(
-        x, positions, mask.reshape(B * J, A)[:, :-1].astype(jnp.int32), copies
+        x, positions, mask.reshape(B * J, A)[:, :-1].astype(jnp.int32), cache.repeat(J)
     )
     x = jnp.concatenate([jnp.repeat(last, J, axis=0)[:, None], x], axis=1)
     logits = model.language.logits(x)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from pangea_jax.model import KVCache, LanguageConfig, Pangea
+from pangea_jax.model import KVCache, Pangea
 
 
 @struct.dataclass
@@ -210,18 +210,20 @@ def advance(
     return jax.lax.while_loop(unfinished, body, (jnp.int32(0), decoding))[1]
 
 
-def idle(
-    config: LanguageConfig, rows: int, width: int, max_new_tokens: int, dtype, stop_id: int
-) -> Decoding:
-    """A batch of ended rows, for `insert` to fill: room for prompts of `width` tokens."""
-    cache = KVCache.empty(config, rows, width + max_new_tokens, dtype)
+def idle(cache: KVCache, max_new_tokens: int, stop_id: int) -> Decoding:
+    """A batch of ended rows, for `insert` to fill.
+
+    Args:
+      cache: empty, with room for the widest prompt and the new tokens.
+    """
+    rows, slots = cache.segment_ids.shape
     zeros = jnp.zeros(rows, jnp.int32)
     return Decoding(
         jnp.full((rows, max_new_tokens), stop_id, jnp.int32),
         zeros + 1,
         zeros == 0,
         zeros,
-        cache.replace(length=jnp.int32(width)),
+        cache.replace(length=jnp.int32(slots - max_new_tokens)),
     )
 
 
@@ -241,9 +243,12 @@ def insert(decoding: Decoding, begun: Decoding, rows: Int[Array, "A"]) -> Decodi
     def put_slots(into, values):  # all others of the row are emptied
         return put(into, jnp.pad(values, ((0, 0), (0, slots - width))))
 
+    def put_tokens(into, values):
+        return into.at[..., rows, :, :width, :].set(values, mode="drop")
+
     cache = KVCache(
-        old.k.at[:, rows, :width].set(new.k, mode="drop"),
-        old.v.at[:, rows, :width].set(new.v, mode="drop"),
+        jax.tree.map(put_tokens, old.k, new.k),
+        jax.tree.map(put_tokens, old.v, new.v),
         put_slots(old.segment_ids, new.segment_ids),
         put_slots(old.positions, new.positions),
         old.length,

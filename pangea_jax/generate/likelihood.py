@@ -94,12 +94,7 @@ def score(
     last, lengths = last_hidden(hidden, jnp.asarray(batch["segment_ids"]))
     before = jnp.broadcast_to(last[:, None, None], (B, A, 1, last.shape[-1]))
     if S > 1:
-        cache = cache.replace(
-            k=jnp.repeat(cache.k, A, axis=1),
-            v=jnp.repeat(cache.v, A, axis=1),
-            segment_ids=jnp.repeat(cache.segment_ids, A, axis=0),
-            positions=jnp.repeat(cache.positions, A, axis=0),
-        )
+        cache = cache.repeat(A)
         read = tails[..., :-1].reshape(B * A, S - 1)
         positions = jnp.repeat(lengths, A)[:, None] + jnp.arange(S - 1)
         x = model.language.embed(read, hidden.dtype)

@@ -17,7 +17,7 @@ from pangea_jax.generate.decode import Decoding, Sampling
 from pangea_jax.model import KVCache, Pangea
 
 # [L, B, S, K, C]: rows over the data axes as in any batch, key heads as their kernels lie.
-CACHE_SPEC = P(None, *sharding.BATCH_SPEC, None, "tensor", None)
+CACHE_SPEC = P(None, *sharding.BATCH_SPEC, "tensor", None, None)
 
 
 class Programs:
@@ -97,8 +97,8 @@ def _output_shardings(mesh: Mesh | None):
 
 
 def _idle(model: Pangea, rows: int, width: int, max_new_tokens: int, stop_id) -> Decoding:
-    config = model.config
-    return decode.idle(config.language, rows, width, max_new_tokens, config.dtype, stop_id)
+    cache = model.language.empty_cache(rows, width + max_new_tokens, model.config.dtype)
+    return decode.idle(cache, max_new_tokens, stop_id)
 
 
 def _insert(_, decoding: Decoding, begun: Decoding, rows: Int[Array, "A"]) -> Decoding:

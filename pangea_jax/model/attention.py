@@ -45,29 +45,25 @@ class AttentionImpl:
 
 def attention(
     q: Float[Array, "B T H C"],
-    k: Float[Array, "B S K C"],
-    v: Float[Array, "B S K C"],
+    k: Float[Array, "B T K C"],
+    v: Float[Array, "B T K C"],
     *,
     segment_ids: Int[Array, "B T"] | None = None,
     positions: Int[Array, "B T"] | None = None,
-    kv_segment_ids: Int[Array, "B S"] | None = None,
-    kv_positions: Int[Array, "B S"] | None = None,
     impl: AttentionImpl | str = "auto",
 ) -> Float[Array, "B T H C"]:
     """Scaled dot-product attention with grouped keys; softmax in float32.
 
     A query sees a key when both carry the same segment id (0 marks padding, which no token sees) and,
     if positions are given, the key's position is not after the query's. Positions count from 0 within
-    each segment, so one rule serves packed training rows, right-padded prompts and a KV cache alike.
+    each segment, so one rule serves packed training rows and right-padded prompts alike.
     Without ids every query sees every key (the vision tower).
 
     Args:
       q: queries; H = K * G heads, query head h reads key head h // G.
-      k, v: keys and values; S = T in training, the number of cache slots when decoding.
-      segment_ids, positions: of the queries. Positions increase along the row within a segment; the
-        kernels rely on it, for they compare indices.
-      kv_segment_ids, kv_positions: of the keys, where these are not the queries' own tokens (a KV
-        cache). Only `xla` serves that.
+      k, v: keys and values of the same tokens.
+      segment_ids, positions: of all of them. Positions increase along the row within a segment; what
+        compares indices instead relies on it.
       impl: a backend, or its name alone.
 
     Returns:
@@ -80,14 +76,30 @@ def attention(
         raise ValueError(f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly")
     impl = AttentionImpl(impl) if isinstance(impl, str) else impl
     packed = segment_ids is not None and positions is not None
-    packed = packed and kv_segment_ids is None and kv_positions is None
     impl = _choose(impl, q, k, packed)
     if impl.name != "xla":
         return kernels.run(impl, q, k, v, segment_ids)
-    kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
-    kv_positions = positions if kv_positions is None else kv_positions
-    mixed = _xla(q, k, v, segment_ids, positions, kv_segment_ids, kv_positions, packed)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    if packed and q.shape[1] > PACKED_CHUNK:
+        mixed = _mix_packed(q, k, v, segment_ids, positions)
+    else:
+        mixed = _mix_all(q, k, v, segment_ids, positions, segment_ids, positions)
     return checkpoint_name(mixed, kernels.RESIDUALS)
+
+
+def cached_attention(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B K S C"],
+    v: Float[Array, "B K S C"],
+    *,
+    segment_ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    kv_segment_ids: Int[Array, "B S"],
+    kv_positions: Int[Array, "B S"],
+) -> Float[Array, "B T H C"]:
+    """`attention` of tokens to the slots of a KV cache, which has keys and values of each head together, in
+    plain JAX; the same rule, with ids and positions of the slots."""
+    return _mix_all(q, k, v, segment_ids, positions, kv_segment_ids, kv_positions)
 
 
 def _choose(impl: AttentionImpl, q: Array, k: Array, packed: bool) -> AttentionImpl:
@@ -118,16 +130,6 @@ def _log_choice(name: str, reason: str):
     logging.info("attention: impl 'auto' is %r here (%s)", name, reason)
 
 
-def _xla(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions, packed):
-    """The rule of `attention` in plain JAX, a chunk of queries at a time if there are many."""
-    T = q.shape[1]
-    if packed and T > PACKED_CHUNK:
-        return _mix_packed(q, k, v, q_segment_ids, q_positions)
-    if T > QUERY_CHUNK:
-        return _mix_chunks(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions)
-    return _mix(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions)
-
-
 def _mix_packed(q, k, v, segment_ids, positions):
     """Of packed rows, where no query sees a later index: every chunk of queries reads the keys up to its end,
     half of all pairs. On a CPU a chunk's logits stay in the cache as well."""
@@ -140,13 +142,15 @@ def _mix_packed(q, k, v, segment_ids, positions):
     for start in range(0, T, length):
         here, seen = slice(start, start + length), slice(0, start + length)
         ids = (segment_ids[:, here], positions[:, here], segment_ids[:, seen], positions[:, seen])
-        mixed.append(mix(q[:, here], k[:, seen], v[:, seen], *ids))
+        mixed.append(mix(q[:, here], k[:, :, seen], v[:, :, seen], *ids))
     return jnp.concatenate(mixed, axis=1)
 
 
-def _mix_chunks(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
-    """In turn, each chunk of queries over all keys."""
+def _mix_all(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
+    """Over all keys, a chunk of queries at a time if there are many."""
     B, T, H, C = q.shape
+    if T <= QUERY_CHUNK:
+        return _mix(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions)
     chunks = -(-T // QUERY_CHUNK)
     length = -(-T // chunks)
 
@@ -166,15 +170,14 @@ def _mix_chunks(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_position
 
 
 def _mix(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
-    """Attention of all queries at once."""
+    """Attention of all queries at once; keys and values are [B, K, S, C]."""
     B, T, H, C = q.shape
-    S, K = k.shape[1:3]
+    K, S = k.shape[1:3]
     # Laid out by hand for one product a key head: XLA's CPU backend would take twice as long for what it makes
     # of the five axes.
     q = (q * C**-0.5).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
     # Sizes are spelled out, since of no rows at all (text alone has no tiles) -1 cannot be inferred.
     q = q.reshape(B, K, H // K * T, C)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     logits = jnp.einsum("BKQC,BKSC->BKQS", q, k, preferred_element_type=jnp.float32)
     logits = logits.reshape(B, K, H // K, T, S)
     mask = _visible(q_segment_ids, q_positions, kv_segment_ids, kv_positions)

@@ -58,11 +58,11 @@ def run(
 def obstacle(impl, q: Array, k: Array, packed: bool) -> str | None:
     """Why the kernel `impl` names cannot serve a call, or None.
 
-    `packed` says that keys are the queries' own tokens, with segment ids and positions.
+    `packed` says that rows have segment ids and positions.
     """
     kernel = KERNELS[impl.name]
     if not packed:
-        return "it takes rows with segment_ids and positions, and no KV cache"
+        return "it takes segment_ids and positions"
     found = platform()
     if found != kernel.platform and not impl.interpret:
         return f"it runs on {kernel.platform}, this is {found}"

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from pangea_jax.model.attention import AttentionImpl, attention
+from pangea_jax.model.attention import AttentionImpl, attention, cached_attention
 from pangea_jax.model.layers import (
     RMSNorm,
     checkpoint,
@@ -70,23 +70,41 @@ class LanguageConfig:
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of everything read so far, one slot a token, all layers stacked.
+    """Keys and values of everything read so far, one slot a token: all layers stacked, or a tuple of one
+    array [B, K, S, C] a layer, as the decoder's blocks are. Rows are axis -4 of both.
 
     Slots are filled at the same index in every row; `segment_ids` 0 marks slots that hold nothing
     (or the padding of a shorter prompt) and `positions` orders the rest.
     """
 
-    k: Float[Array, "L B S K C"]
-    v: Float[Array, "L B S K C"]
+    k: Float[Array, "L B K S C"] | tuple[Float[Array, "B K S C"], ...]
+    v: Float[Array, "L B K S C"] | tuple[Float[Array, "B K S C"], ...]
     segment_ids: Int[Array, "B S"]
     positions: Int[Array, "B S"]
     length: Int[Array, ""]  # slots in use
 
-    @classmethod
-    def empty(cls, config: LanguageConfig, batch: int, slots: int, dtype) -> "KVCache":
-        shape = (config.layers, batch, slots, config.kv_heads, config.head_width)
-        ids = jnp.zeros((batch, slots), jnp.int32)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), ids, ids, jnp.int32(0))
+    def repeat(self, copies: int) -> "KVCache":
+        """Every row so many times, one after another."""
+        k, v = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=-4), (self.k, self.v))
+        ids, positions = (jnp.repeat(x, copies, axis=0) for x in (self.segment_ids, self.positions))
+        return KVCache(k, v, ids, positions, self.length)
+
+
+def _written(cache, new, layer, slot):
+    """A cache's keys or values with those of new tokens [B, T, K, C] in their slots."""
+    if isinstance(cache, tuple):
+        at, here = (0, 0, slot, 0), cache[layer]
+    else:
+        at, here = (layer, 0, 0, slot, 0), cache
+    new = new.swapaxes(1, 2).astype(here.dtype)
+    here = jax.lax.dynamic_update_slice(here, new.reshape((1,) * (here.ndim - 4) + new.shape), at)
+    return (*cache[:layer], here, *cache[layer + 1 :]) if isinstance(cache, tuple) else here
+
+
+def _of_layer(cache, layer):
+    if isinstance(cache, tuple):
+        return cache[layer]
+    return jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
 
 
 def rope_angles(
@@ -241,6 +259,17 @@ class Decoder(nnx.Module):
         x = run_blocks(checkpoint(body, remat), x, self.blocks, unroll=self.config.scan_unroll)
         return constrain(self.final_norm(x), BATCH_SPEC)
 
+    def empty_cache(self, batch: int, slots: int, dtype) -> KVCache:
+        """Room for `slots` tokens a row."""
+        c = self.config
+        shape = (batch, c.kv_heads, slots, c.head_width)
+        if isinstance(self.blocks, nnx.List):
+            k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(c.layers)) for _ in range(2))
+        else:
+            k, v = (jnp.zeros((c.layers, *shape), dtype) for _ in range(2))
+        ids = jnp.zeros((batch, slots), jnp.int32)
+        return KVCache(k, v, ids, ids, jnp.int32(0))
+
     def extend(
         self,
         x: Float[Array, "B T D"],
@@ -255,7 +284,7 @@ class Decoder(nnx.Module):
 
         Args:
           first: the cache is empty, so that the tokens see each other alone and any `impl` serves;
-            later ones, which also see the cache, are mixed by `xla`.
+            later ones, which also see the cache, are mixed in plain JAX.
         """
         cos, sin = rope_angles(positions, self.config.head_width, self.config.rope_theta)
         start = (0, cache.length)
@@ -266,27 +295,22 @@ class Decoder(nnx.Module):
 
         # The caches are carried, not scanned over: so XLA writes a step's slots in place.
         def body(carry, block, layer):
-            x, k_cache, v_cache = carry
+            x, *caches = carry
             q, k, v = block.qkv(x)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            at = (layer, 0, cache.length, 0, 0)
-            k_cache = jax.lax.dynamic_update_slice(k_cache, k[None].astype(k_cache.dtype), at)
-            v_cache = jax.lax.dynamic_update_slice(v_cache, v[None].astype(v_cache.dtype), at)
+            caches = [_written(c, new, layer, cache.length) for c, new in zip(caches, (k, v))]
             if first:
                 mixed = attention(q, k, v, **queries, impl=impl)
             else:
-                k, v = (
-                    jax.lax.dynamic_index_in_dim(c, layer, keepdims=False).astype(x.dtype)
-                    for c in (k_cache, v_cache)
-                )
-                mixed = attention(q, k, v, **queries, **slots, impl="xla")
-            return block.finish(x, mixed), k_cache, v_cache
+                k, v = (_of_layer(c, layer).astype(x.dtype) for c in caches)
+                mixed = cached_attention(q, k, v, **queries, **slots)
+            return block.finish(x, mixed), *caches
 
         x, k, v = run_blocks(body, (x, cache.k, cache.v), self.blocks)
         cache = KVCache(k, v, kv_segment_ids, kv_positions, cache.length + x.shape[1])
         return self.final_norm(x), cache
 
     def unstack(self) -> None:
-        """Gives every layer arrays of its own, for decoding on a CPU: there a loop over stacked
-        layers copies a layer's weights before using them, which doubles the time of a token."""
+        """Gives every layer arrays of its own, for decoding on a CPU: there a loop over stacked layers
+        copies a layer's weights, and its part of the cache, before using them."""
         self.blocks = unstack_blocks(self.blocks)

@@ -120,7 +120,7 @@ class Pangea(nnx.Module):
         if features is None:
             features = self.encode(batch["tiles"])
         x = self.embed(batch["tokens"], batch["image_index"], features)
-        cache = KVCache.empty(self.config.language, x.shape[0], slots, x.dtype)
+        cache = self.language.empty_cache(len(x), slots, x.dtype)
         return self.language.extend(
             x, batch["positions"], batch["segment_ids"], cache, first=True, impl=impl
         )

@@ -271,8 +271,8 @@ def test_rows_take_turns(tiny_model, batch, expected):
         return begin(model(params), *start, max_new_tokens=NEW, **settings)
 
     step = jax.jit(lambda params, state: advance(model(params), state, steps=3, **settings))
-    config = tiny_model.config
-    state = idle(config.language, 2, PROMPT + 4, NEW, config.dtype, NO_STOP)
+    cache = tiny_model.language.empty_cache(2, PROMPT + 4 + NEW, tiny_model.config.dtype)
+    state = idle(cache, NEW, NO_STOP)
     waiting, rows, found, rounds = [0, 1, 2, 3, 0], [None, None], [], 0
     while waiting or any(row is not None for row in rows):
         for place, row in enumerate(rows):

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from pangea_jax import sharding
 from pangea_jax.model import attention as attention_module
 from pangea_jax.model import attention_kernels as kernels
-from pangea_jax.model.attention import BACKENDS, AttentionImpl, attention
+from pangea_jax.model.attention import BACKENDS, AttentionImpl, attention, cached_attention
 from pangea_jax.model.attention_triton import ranges
 
 C = 64
@@ -123,8 +123,8 @@ def test_many_queries_go_in_chunks(monkeypatch):
 
     def mix(q, k, v):
         slots = [(0, 0), (9, 20)]
-        k, v = (jnp.pad(x, [*slots, (0, 0), (0, 0)]) for x in (k, v))
-        return attention(
+        k, v = (jnp.pad(x, [*slots, (0, 0), (0, 0)]).swapaxes(1, 2) for x in (k, v))
+        return cached_attention(
             q,
             k,
             v,
@@ -189,16 +189,11 @@ def call(impl, T=16, B=1, H=4, K=2, C=C, dtype=jnp.bfloat16, **arguments):
 def test_a_kernel_that_cannot_serve_is_an_error(name):
     here = AttentionImpl(name, interpret=True)
     assert call(here).shape == (1, 16, 4, C)
-    cache = jnp.zeros((1, 16), jnp.int32)
     with pytest.raises(ValueError, match=rf"'{name}': it runs on [tg]pu, this is cpu; use impl"):
         call(name)
-    for arguments in (
-        {"segment_ids": None},
-        {"positions": None},
-        {"kv_segment_ids": cache, "kv_positions": cache},
-    ):
-        with pytest.raises(ValueError, match="segment_ids and positions, and no KV cache"):
-            call(here, **arguments)
+    for missing in ("segment_ids", "positions"):
+        with pytest.raises(ValueError, match="takes segment_ids and positions"):
+            call(here, **{missing: None})
     with pytest.raises(ValueError, match="head width 60 is not one of"):
         call(here, C=60)
     with pytest.raises(ValueError, match="block_kv 100 is not one of"):
@@ -249,7 +244,7 @@ def test_auto_takes_the_kernel_of_the_accelerator(chosen):
     ("platform", "arguments", "reason"),
     [
         ("cpu", {}, "there is no kernel for cpu"),
-        ("tpu", {"segment_ids": None, "positions": None}, "it takes rows with segment_ids"),
+        ("tpu", {"segment_ids": None, "positions": None}, "it takes segment_ids"),
         ("tpu", {"C": 8}, "head width 8"),
         ("tpu", {"devices": 4}, "no mesh in context"),
         ("gpu", {"dtype": jnp.float32}, "bfloat16 or float16, not float32"),

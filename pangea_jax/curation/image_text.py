@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ MAX_PICTURE_BYTES, MAX_TEXT_BYTES, MAX_JSON_BYTES = 32 << 20, 4 << 20, 1 << 20
 
 # Field of a `Pair` -> columns that hold it, in LAION's files, img2dataset's and the hub's.
 _COLUMNS = {
-    "id": ("sample_id", "key", "id", "uid"),
+    "id": ("sample_id", "id", "uid"),
+    "key": ("key",),  # img2dataset's, which begins anew in each of its outputs
     "text": ("text", "caption", "alt_text", "alt", "txt"),
     "url": ("url", "image_url"),
     "language": ("language", "lang"),
@@ -45,7 +47,8 @@ class Pair:
     """A picture and its alt text.
 
     Attributes:
-      id: as the source has it, or made of file and row where it has none.
+      id: as the source has it; where it has none or img2dataset's key alone, the file's path from the source
+        on and the key, the name within a tar file, or the row.
       text: the alt text.
       url: address of the picture, may be empty.
       language: tag of the alt text as the source has it, may be empty.
@@ -102,11 +105,13 @@ class Part(NamedTuple):
     Attributes:
       row_group: None for a tar file.
       first_row: within its row group; those of LAION have a million rows.
+      name: the path from the source on, which ids are made of; empty for the file's name.
     """
 
     path: str
     row_group: int | None = None
     first_row: int = 0
+    name: str = ""
 
 
 def find_parts(source: Path) -> list[Part]:
@@ -123,13 +128,19 @@ def find_parts(source: Path) -> list[Part]:
     tars = {path for path in paths if path.suffix == ".tar"}
     parts: list[Part] = []
     for path in paths:
+        name = "" if path == source else _text(path.relative_to(source))
         if path in tars:
-            parts.append(Part(str(path)))
+            parts.append(Part(str(path), name=name))
         elif path.suffix == ".parquet" and path.with_suffix(".tar") not in tars:
-            parts += _parquet_parts(path)
+            parts += [part._replace(name=name) for part in _parquet_parts(path)]
     if not parts:
         raise FileNotFoundError(f"{source} holds no *.parquet and no *.tar")
     return parts
+
+
+def _text(path: Path) -> str:
+    """A path as ids can have it, which are UTF-8 where names of files need not be."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
 # A damaged footer surfaces as whatever Arrow trips over.
@@ -150,20 +161,23 @@ def _parquet_parts(path: Path) -> list[Part]:
 
 def read(part: Part) -> Iterator[Pair | Fault]:
     """The rows of a part. Every row of a Parquet file comes out, as one or the other."""
+    path = Path(part.path)
+    label = part.name or _text(Path(path.name))
     if part.row_group is None:
-        yield from _read_tar(Path(part.path))
+        yield from _read_tar(path, label)
     else:
-        yield from _read_parquet(Path(part.path), part.row_group, part.first_row)
+        yield from _read_parquet(path, label, part.row_group, part.first_row)
 
 
-def _read_parquet(path: Path, group: int, first: int) -> Iterator[Pair | Fault]:
-    name = f"{path.stem}-{group}"
+def _read_parquet(path: Path, label: str, group: int, first: int) -> Iterator[Pair | Fault]:
+    stem = label.removesuffix(".parquet")
+    name = f"{stem}-{group}"
     try:
         file = pq.ParquetFile(path, page_checksum_verification=True, buffer_size=1 << 20)
         columns = _columns(file.schema_arrow.names)
         last = min(_group_sizes(file.metadata)[group], first + PART_ROWS)
     except _PARQUET_ERRORS:
-        yield Fault(path.name, "Parquet file cannot be read")
+        yield Fault(label, "Parquet file cannot be read")
         return
     with file:
         if "text" not in columns:
@@ -172,20 +186,20 @@ def _read_parquet(path: Path, group: int, first: int) -> Iterator[Pair | Fault]:
             )
             return
         number = first
-        for row in _parquet_rows(file, group, columns, first, last, name):
+        for row in _parquet_rows(file, group, columns, first, last, stem):
             yield row
             number += 1
         # Damage may also end the rows early without an error.
         yield from (Fault(f"{name}-{n}", "row group is damaged") for n in range(number, last))
 
 
-def _parquet_rows(file, group, columns, first, last, name) -> Iterator[Pair | Fault]:
+def _parquet_rows(file, group, columns, first, last, stem) -> Iterator[Pair | Fault]:
     """The rows from `first` to `last`, or up to the first damage."""
     number = 0
     try:
         for batch in file.iter_batches(_PARQUET_BATCH, [group], columns=list(columns.values())):
             for row in range(max(0, first - number), min(len(batch), last - number)):
-                yield _parquet_row(batch, row, columns, f"{name}-{number + row}")
+                yield _parquet_row(batch, row, columns, stem, f"{stem}-{group}-{number + row}")
             number += len(batch)
             if number >= last:
                 return
@@ -217,7 +231,7 @@ def _columns(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _parquet_row(batch: pa.RecordBatch, row: int, columns, name: str) -> Pair | Fault:
+def _parquet_row(batch: pa.RecordBatch, row: int, columns, stem: str, name: str) -> Pair | Fault:
     try:
         values = {field: batch[column][row].as_py() for field, column in columns.items()}
     except UnicodeDecodeError:
@@ -225,29 +239,31 @@ def _parquet_row(batch: pa.RecordBatch, row: int, columns, name: str) -> Pair | 
     encoded = values.get("encoded")
     if isinstance(encoded, Mapping):  # the hub's form of a picture: {"bytes", "path"}
         values["encoded"] = encoded.get("bytes")
-    return _pair(values, name)
+    key = _id(values.pop("key", None))
+    return _pair(values, f"{stem}-{key}" if key else name)
 
 
-def _read_tar(path: Path) -> Iterator[Pair | Fault]:
+def _read_tar(path: Path, label: str) -> Iterator[Pair | Fault]:
+    stem = label.removesuffix(".tar")
     key, fields = None, {}
     try:
         with path.open("rb") as file:
             for member, offset, size, _ in tar_members(file, path):
-                folder, _, rest = member.rpartition("/")
-                stem, _, suffix = rest.partition(".")
-                if (folder, stem) != key:
+                folder, slash, rest = member.rpartition("/")
+                sample, _, suffix = rest.partition(".")
+                sample = f"{folder}{slash}{sample}"
+                if sample != key:
                     if key is not None:
-                        yield _tar_row(fields, path, key)
-                    key, fields = (folder, stem), {}
+                        yield _tar_row(fields, f"{stem}-{key}")
+                    key, fields = sample, {}
                 position = file.tell()
                 _add_member(fields, suffix.lower(), file, Place(str(path), offset, size))
                 file.seek(position)
     except (ReleaseError, OSError):
-        name = f"{path.name}:{key[1]}" if key else path.name
-        yield Fault(name, "tar file is damaged or cut off")
+        yield Fault(f"{label}:{key}" if key else label, "tar file is damaged or cut off")
         return
     if key is not None:
-        yield _tar_row(fields, path, key)
+        yield _tar_row(fields, f"{stem}-{key}")
 
 
 def _add_member(fields: dict[str, Any], suffix: str, file, place: Place) -> None:
@@ -268,8 +284,7 @@ def _add_member(fields: dict[str, Any], suffix: str, file, place: Place) -> None
         fields["place"] = place
 
 
-def _tar_row(fields: dict[str, Any], path: Path, key: tuple[str, str]) -> Pair | Fault:
-    name = f"{path.stem}-{key[1]}"
+def _tar_row(fields: dict[str, Any], name: str) -> Pair | Fault:
     if "fault" in fields:
         return Fault(name, fields["fault"])
     try:

@@ -8,13 +8,16 @@ is guaranteed:
     - two callers of the same prompt at the same time make one request: the other waits for it;
     - a request that was under way when its process died is asked again, for its reply went nowhere. Its
       cost may be on the bill, so the most it can have cost stays charged to the budget (`lost`). There are
-      at most `concurrency` of these to a killed process.
+      at most `concurrency` of these to a killed process;
+    - so does that of a request whose answer did not come within `timeout`, for each attempt.
 
 Calls are charged before they are made, with the most they can cost, and settled afterwards; a call that
 could exceed the budget is not made.
 """
 
+import collections
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import hashlib
@@ -43,6 +46,17 @@ _LONGEST_WAIT = 60.0
 _POLL = 0.05
 _MESSAGE_TOKENS = 16  # around each message, whatever the chat template
 _log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class _Claim:
+    """The request that a thread sends, and why it may not be sent again."""
+
+    key: str
+    stop: "Stop | None" = None
+
+
+_CLAIM: contextvars.ContextVar[_Claim] = contextvars.ContextVar("claim")
 
 
 class Stop(RuntimeError):
@@ -147,7 +161,7 @@ class Usage(NamedTuple):
     """What the calls of one purpose have cost so far.
 
     Attributes:
-      lost: calls that were under way in a killed process.
+      lost: calls that were under way in a killed process, and attempts that were not answered in time.
       estimated: calls, among the others, whose tokens the endpoint did not count: charged as the most that
         they can be.
     """
@@ -190,7 +204,31 @@ class Client:
             base_url=config.base_url,
             max_retries=config.retries,
             timeout=config.timeout,
+            http_client=self._transport(openai.DefaultHttpxClient),
         )
+
+    def _transport(self, kind: type) -> Any:
+        """The openai package's own, charging each attempt that is not answered in time; it may be billed."""
+        replies = self.replies
+
+        class Transport(kind):
+            def send(self, request, **settings):
+                claim = _CLAIM.get()
+                if claim.stop:  # some versions of the package retry whatever is raised
+                    raise claim.stop
+                try:
+                    return super().send(request, **settings)
+                except Exception as error:
+                    # By name: the package's version decides whether it is httpx's or httpx2's.
+                    if type(error).__name__ == "ReadTimeout":
+                        try:
+                            replies.lose(claim.key)
+                        except Stop as stop:
+                            claim.stop = stop
+                            raise
+                    raise
+
+        return Transport()
 
     def complete(
         self, messages: Sequence[Mapping[str, Any]], *, purpose: str, **sampling: Any
@@ -238,8 +276,9 @@ class Client:
         calls under way are stored."""
         pool = futures.ThreadPoolExecutor(self.config.concurrency)
         try:
-            pending = [(item, pool.submit(call, item)) for item in items]
-            for item, future in pending:
+            pending = collections.deque((item, pool.submit(call, item)) for item in items)
+            while pending:  # a result has pictures; it is not kept beyond its turn
+                item, future = pending.popleft()
                 yield item, future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -260,11 +299,14 @@ class Client:
             row = self.replies.claim(key, purpose, most)
             if row is not None:
                 return row | {"cached": True}
+            token = _CLAIM.set(_Claim(key))
             try:
                 row = self._send(key, request, send)
             except BaseException:
                 self.replies.release(key)
                 raise
+            finally:
+                _CLAIM.reset(token)
             cost = self._cost(row["prompt_tokens"], row["completion_tokens"])
             self.replies.settle(key, purpose, row, cost)
         return row | {"key": key, "cached": False}
@@ -289,6 +331,8 @@ class Client:
                 errors.InternalServerError,
                 errors.ConflictError,
             ) as error:
+                if isinstance(error.__cause__, Stop):
+                    raise error.__cause__ from None
                 failures += self._answered > answered
                 if failures >= _PROMPT_FAILURES:
                     raise Refused("the endpoint fails on this prompt", _short(error)) from None
@@ -443,20 +487,20 @@ class Replies:
                     return dict(row)
                 self._forget_dead(file)
                 theirs = file.execute("SELECT 1 FROM under_way WHERE key = ?", (key,)).fetchone()
-                if theirs is None and self._affordable(file, most):
+                if theirs is None and self._affordable(file, key, most):
                     row = (key, purpose, most, self._owner, time.time())
                     file.execute("INSERT INTO under_way VALUES (?, ?, ?, ?, ?)", row)
                     return None
             time.sleep(_POLL)
 
-    def _affordable(self, file: sqlite3.Connection, most: float) -> bool:
-        """Whether one more call fits; False if it may fit when those under way are settled."""
+    def _affordable(self, file: sqlite3.Connection, key: str, most: float) -> bool:
+        """Whether one more call fits; False if it may fit when the others under way are settled."""
         config = self._config
         if config.budget is None and config.max_calls is None:
             return True
         calls, dollars = file.execute("SELECT calls, dollars FROM total").fetchone()
         others, reserved = file.execute(
-            "SELECT COUNT(*), COALESCE(SUM(dollars), 0) FROM under_way"
+            "SELECT COUNT(*), COALESCE(SUM(dollars), 0) FROM under_way WHERE key != ?", (key,)
         ).fetchone()
         if config.budget is not None and dollars + most > config.budget:
             raise BudgetExceeded(
@@ -479,9 +523,30 @@ class Replies:
             if _is_dead(row["owner"]) or row["renewed"] + self._lease < time.time()
         ]
         for row in dead:
-            file.execute("INSERT INTO lost VALUES (?, ?, ?)", tuple(row)[:3])
+            self._charge_lost(file, row)
             file.execute("DELETE FROM under_way WHERE key = ?", (row["key"],))
-            file.execute("UPDATE total SET calls = calls + 1, dollars = dollars + ?", (row[2],))
+
+    def _charge_lost(self, file: sqlite3.Connection, row: sqlite3.Row) -> None:
+        file.execute("INSERT INTO lost VALUES (?, ?, ?)", tuple(row)[:3])
+        file.execute("UPDATE total SET calls = calls + 1, dollars = dollars + ?", (row["dollars"],))
+
+    def lose(self, key: str) -> None:
+        """Charges an attempt that was not answered; the claim stays, for the next one.
+
+        Raises:
+          BudgetExceeded: another attempt could cost more than is left beside the calls under way.
+        """
+        with self._transaction() as file:
+            mine = "SELECT * FROM under_way WHERE key = ? AND owner = ?"
+            row = file.execute(mine, (key, self._owner)).fetchone()
+            if row is not None:  # else another process took us for dead, and has charged it
+                self._charge_lost(file, row)
+        with self._transaction() as file:
+            if row is not None and not self._affordable(file, key, row["dollars"]):
+                raise BudgetExceeded(
+                    "an attempt was not answered in time and what is left of config.llm.budget or max_calls "
+                    "does not hold another; raise it, or start the same command again"
+                )
 
     def settle(self, key: str, purpose: str, row: Mapping[str, Any], dollars: float) -> None:
         """Stores an answer and charges what it cost."""

@@ -491,8 +491,9 @@ def plan(config: Mapping[str, Any], sources: Iterable[Path] = ()) -> dict[str, A
     config = json.loads(json.dumps(plain(config), default=str))
     for name in _NOT_PLANNED:
         config.get("llm", {}).pop(name, None)
-    files = [(path.name, path.stat().st_size) for path in sources]
-    return config | {"files": sorted(files)}
+    found = [(path.name, path.stat()) for path in sources]
+    files = sorted([name, stat.st_size, stat.st_mtime_ns] for name, stat in found)
+    return config | {"files": files}
 
 
 def source_files(source: Path) -> list[Path]:

@@ -171,10 +171,11 @@ class _Result(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Records:
-    """Where the records and pictures are; picklable."""
+    """Where the records and pictures are, and whether pictures are compared; picklable."""
 
     source: Path
-    pictures: Path | None
+    pictures: Path
+    compared: bool
     database: Path
     benchmarks: Benchmarks | None
 
@@ -240,7 +241,7 @@ class _Records:
             yield conversation
 
     def _hashes(self, conversation: Conversation, found: Statistics) -> Iterator[int]:
-        if self.pictures is None and not self.is_store:
+        if not self.compared:
             return
         for name in conversation.images:
             hash, fault = self._hash(name)
@@ -319,7 +320,7 @@ def measure(
     lying = images or (source.parent if source.is_file() else source)
     compared = benchmarks is not None and pictures and len(benchmarks.pictures) > 0
     database = work / "archives.sqlite"
-    records = _Records(source, lying if compared else None, database, benchmarks)
+    records = _Records(source, lying, compared, database, benchmarks)
     if compared and not records.is_store:
         work.mkdir(parents=True, exist_ok=True)
         records.released.index()

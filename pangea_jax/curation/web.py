@@ -4,9 +4,11 @@ A name is resolved once a request, and the connection goes to an address that wa
 leads elsewhere a moment later (DNS rebinding) leads nowhere. The certificate is still that of the name.
 """
 
+import contextlib
 import dataclasses
 import ipaddress
 import math
+import os
 import socket
 import threading
 import time
@@ -29,6 +31,9 @@ _MAX_REDIRECTS = 5
 _ROBOTS_BYTES = 500 << 10  # of which RFC 9309 asks that they be read
 _ROBOTS_SECONDS, _ROBOTS_RETRY_SECONDS = 24 * 3600, 300
 _ROBOTS_HOSTS = 4_096
+
+# The last 32 bits of these lead to that IPv4 address: of NAT64 (RFC 6052), and as the first hosts wrote it.
+_OVER_IPV4 = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("::/96")
 
 
 class FetchError(Exception):
@@ -54,7 +59,8 @@ class Fetch:
     """Gets what lies behind addresses.
 
     Attributes:
-      timeout: seconds for the whole of it, and as many for the host's robots.txt.
+      timeout: seconds for the whole of it, redirections and all of a host's addresses included, and as many
+        for each host's robots.txt. Not in it: what the system takes to look up a name.
       max_bytes: larger files are given up.
       private: whether addresses of private networks may be asked; a crawl can hold any address.
       robots: whether robots.txt is obeyed. It is read once a day for each host by each process.
@@ -116,34 +122,45 @@ class Fetch:
 
     def _get(self, url: str, *, robots: bool, cut_at: float = math.inf) -> Answer:
         """What the server answers; of a body longer than `cut_at` bytes the beginning."""
-        deadline = time.monotonic() + self.timeout
+        seconds = self.timeout
+        with requests.Session() as session:
+            # Not what the environment says: ~/.netrc has passwords, and a proxy looks up names again.
+            session.trust_env = False
+            session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+            # Where requests sees a redirection, it reads all of the page that tells of it, however long.
+            session.get_redirect_target = lambda reply: None
+            session.headers["User-Agent"] = f"{self.browser} {self.user_agent}".strip()
+            for _ in range(_MAX_REDIRECTS + 1):
+                _split(url)
+                if robots:
+                    self._check_robots(url)
+                with _Deadline(seconds) as deadline:
+                    found = self._ask(session, url, deadline, cut_at)
+                if isinstance(found, Answer):
+                    return found
+                url, seconds = found, deadline.seconds_left
+        raise FetchError("address leads in circles")
+
+    def _ask(self, session, url: str, deadline: "_Deadline", cut_at: float) -> Answer | str:
+        """What the server answers, or the address that it sends us to."""
         try:
-            with requests.Session() as session:
-                session.headers["User-Agent"] = f"{self.browser} {self.user_agent}".strip()
-                target_of = session.get_redirect_target
-                # Where requests sees a redirection, it reads all of the page that tells of it, however long.
-                session.get_redirect_target = lambda reply: None
-                session.mount("http://", _Pinned(self))
-                session.mount("https://", _Pinned(self))
-                for _ in range(_MAX_REDIRECTS + 1):
-                    _split(url)
-                    if robots:
-                        self._check_robots(url)
-                    with session.get(
-                        url, stream=True, allow_redirects=False, timeout=self.timeout
-                    ) as reply:
-                        target = target_of(reply)
-                        if target is None:
-                            kind = reply.headers.get("Content-Type", "")
-                            body = self._body(reply, deadline, cut_at)
-                            return Answer(reply.status_code, reply.url, kind, body)
-                        url = urllib.parse.urljoin(url, target)
-            raise FetchError("address leads in circles")
+            with contextlib.closing(_Pinned(self, deadline)) as pinned:
+                session.mount("http://", pinned)
+                session.mount("https://", pinned)
+                with session.get(url, stream=True, allow_redirects=False) as reply:
+                    deadline.check()  # headers may have been cut off
+                    target = requests.Session.get_redirect_target(session, reply)
+                    if target is not None:
+                        return urllib.parse.urljoin(url, target)
+                    kind = reply.headers.get("Content-Type", "")
+                    body = self._body(reply, deadline, cut_at)
+                    return Answer(reply.status_code, reply.url, kind, body)
         # Addresses of crawls are of every broken kind, which surfaces as errors of several libraries.
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError):
+            deadline.check()
             raise FetchError("address cannot be reached") from None
 
-    def _body(self, reply, deadline: float, cut_at: float) -> bytes:
+    def _body(self, reply, deadline: "_Deadline", cut_at: float) -> bytes:
         body = bytearray()
         # What has come so far, not a block filled up: a byte a second must not go on for days.
         while block := reply.raw.read1(1 << 16, decode_content=True):
@@ -152,8 +169,8 @@ class Fetch:
                 return bytes(body[: int(cut_at)])
             if len(body) > self.max_bytes:
                 raise FetchError("file is too large")
-            if time.monotonic() > deadline:
-                raise FetchError("address is too slow")
+            deadline.check()
+        deadline.check()  # that we have hung up looks like the end of a body
         return bytes(body)
 
     def _check_robots(self, url: str) -> None:
@@ -176,7 +193,10 @@ class Fetch:
         if answer.status >= 500 or answer.status == 429:
             raise FetchError("robots.txt cannot be read")
         text = answer.body.decode("utf-8", "replace") if answer.status == 200 else ""
-        return protego.Protego.parse(text)
+        try:
+            return protego.Protego.parse(text)
+        except ValueError:
+            raise FetchError("robots.txt cannot be read") from None
 
 
 def _split(url: str) -> urllib.parse.SplitResult:
@@ -199,27 +219,98 @@ def _host(parts: urllib.parse.SplitResult) -> str:
 
 
 def _is_public(address: str) -> bool:
+    """Whether an address is of the public web; one that leads to an IPv4 address if that is, too."""
     parsed = ipaddress.ip_address(address)
-    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_global
+    if parsed.version == 4:
+        return parsed.is_global
+    if parsed.ipv4_mapped:
+        return parsed.ipv4_mapped.is_global
+    inner = parsed.sixtofour
+    if any(parsed in network for network in _OVER_IPV4):
+        inner = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
+    return parsed.is_global and (inner is None or inner.is_global)
+
+
+class _Deadline:
+    """Hangs up when the time is over: a server that sends a byte now and then never times out by itself."""
+
+    def __init__(self, seconds: float):
+        self._end, self._is_over = time.monotonic() + seconds, False
+        self._lock, self._sockets = threading.Lock(), []
+        self._timer = threading.Timer(max(0.0, seconds), self._hang_up)
+        self._timer.daemon = True
+
+    def __enter__(self):
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_):
+        self._timer.cancel()
+        with self._lock:
+            for line in self._sockets:
+                line.close()
+            self._sockets.clear()
+
+    @property
+    def seconds_left(self) -> float:
+        return self._end - time.monotonic()
+
+    def check(self) -> None:
+        """
+        Raises:
+          FetchError: the time is over.
+        """
+        if self._is_over or self.seconds_left <= 0:
+            raise FetchError("address is too slow")
+
+    def watch(self, line: socket.socket) -> None:
+        """Hangs up on this connection too, also once TLS has taken its socket over."""
+        with self._lock:
+            self._sockets.append(line.dup())
+        if self._is_over:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        self._is_over = True
+        with self._lock:
+            for line in self._sockets:
+                with contextlib.suppress(OSError):  # they were quicker
+                    line.shutdown(socket.SHUT_RDWR)
 
 
 class _Pinned(requests.adapters.HTTPAdapter):
     """Connects to addresses that `fetch` has checked, whatever their name is resolved to next."""
 
-    def __init__(self, fetch: Fetch):
+    def __init__(self, fetch: Fetch, deadline: _Deadline):
         super().__init__()
-        self._fetch, self._address = fetch, ""
+        self._fetch, self._deadline, self._address = fetch, deadline, ""
 
     def send(self, request, *arguments, **settings):
         request.headers["Host"] = _host(_split(request.url))
-        *others, last = self._fetch.addresses(request.url)
-        for self._address in others:
+        addresses = self._fetch.addresses(request.url)
+        for number, self._address in enumerate(addresses):
+            self._deadline.check()
+            # One that is silent leaves the others their share of the time.
+            left = self._deadline.seconds_left
+            settings["timeout"] = left / (len(addresses) - number), left
             try:
                 return super().send(request, *arguments, **settings)
             except requests.ConnectionError:
-                continue
-        self._address = last
-        return super().send(request, *arguments, **settings)
+                if number == len(addresses) - 1:
+                    raise
+
+    def get_connection_with_tls_context(self, *arguments, **settings):
+        pool = super().get_connection_with_tls_context(*arguments, **settings)
+        deadline = self._deadline
+
+        class Connection(type(pool).ConnectionCls):
+            def _new_conn(self):
+                line = super()._new_conn()
+                deadline.watch(line)
+                return line
+
+        pool.ConnectionCls = Connection
+        return pool
 
     def build_connection_pool_key_attributes(self, request, verify, cert=None):
         host, pool = super().build_connection_pool_key_attributes(request, verify, cert)
@@ -253,6 +344,9 @@ class _Rules:
                 rules.set_exception(error)
                 with self._lock:  # a host that is out of order may soon be well again
                     self._of[key] = now - _ROBOTS_SECONDS + _ROBOTS_RETRY_SECONDS, rules
+        error = rules.exception()
+        if isinstance(error, FetchError):  # each its own: a traceback grows where it is raised
+            raise FetchError(str(error))
         return rules.result()
 
 

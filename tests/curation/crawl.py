@@ -193,7 +193,7 @@ def add_tars(crawl, rows):
     whole = path.read_bytes()
     path.write_bytes(whole[: whole.rindex(b"000002.jpg") + 1500])
     crawl.planted["e.tar:000002", "read", "tar file is damaged or cut off"] += 1
-    crawl.good += ["d0", "d1", "d2", "d6", "d7"]
+    crawl.good += ["d-000000", "d-000001", "d-000002", "e-000000", "e-000001"]
 
 
 def write_tar(path, pairs, spoil):
@@ -262,9 +262,10 @@ def alt_texts(crawl):
     files = [pq.ParquetFile(crawl.folder / f"{name}.parquet") for name in "abcd"]
     for number, file in enumerate(files):
         groups = [0] if number == 1 else range(file.num_row_groups)
-        for row in file.read_row_groups(list(groups), ["SAMPLE_ID", "TEXT"]).to_pylist():
-            if row["TEXT"]:
-                yield row["SAMPLE_ID"], row["TEXT"]
+        rows = file.read_row_groups(list(groups), ["SAMPLE_ID", "TEXT"]).to_pylist()
+        for place, row in enumerate(rows):
+            if row["TEXT"]:  # d.parquet lists what d.tar holds
+                yield f"d-{place:06d}" if number == 3 else row["SAMPLE_ID"], row["TEXT"]
 
 
 def prompt_of(request):

@@ -39,7 +39,8 @@ class Counting(http.server.BaseHTTPRequestHandler):
             "/late": BODY
             + "<script>onload = () => setTimeout(() => { while (true); }, 5)</script>",
             "/page": '<html lang="en"><link rel="stylesheet" href="/a.css">'
-            "<script src='/s.js'></script><script>fetch('/fetched')</script>"
+            "<script src='/s.js'></script><script>fetch('/fetched');"
+            "new WebSocket(location.origin.replace('http', 'ws') + '/socket')</script>"
             + f"{BODY}<iframe src='/frame' style='position: absolute; top: 300px'></iframe>",
         }.get(self.path, "p { font-size: 30px }").encode()
         self.send_response(200)
@@ -138,6 +139,7 @@ def test_pages_by_address(chromium):
         assert time.monotonic() - began < 60
         assert shots[address.id].text == "A first sentence of some words."
         assert {"/s.js", "/fetched", "/frame"} <= set(server.paths)
+        assert "/socket" not in server.paths
 
 
 def test_robots_txt_is_obeyed(chromium):

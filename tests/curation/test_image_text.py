@@ -96,7 +96,12 @@ def test_samples_of_a_tar_are_found_where_they_lie(tmp_path):
     }
     write_tar(tmp_path / "x.tar", files)
     first, second = image_text.read(Part(str(tmp_path / "x.tar")))
-    assert (first.id, first.text, second.id, second.text) == ("x-1", "one", "x-1", "two")
+    assert (first.id, first.text, second.id, second.text) == (
+        "x-a/1",
+        "one",
+        "x-b/1",
+        "two",
+    )
     assert first.place.read(tmp_path) == second.place.read(tmp_path) == body
     assert first.place.offset != second.place.offset
 
@@ -116,12 +121,32 @@ def test_a_tar_that_is_cut_off_gives_what_is_whole_and_one_fault(tmp_path, cut):
     assert fault.reason == "tar file is damaged or cut off"
 
 
+def test_ids_differ_between_the_outputs_of_img2dataset(tmp_path):
+    """Each begins anew with 00000.tar and the key 000000000."""
+    listed = {"TEXT": ["one"], "URL": ["http://a.example/"]}
+    for folder in ("sw", "yo"):
+        (tmp_path / folder / "x").mkdir(parents=True)
+        stated = json.dumps({"key": "000000000", "caption": "one"}).encode()
+        files = {"000000000.jpg": picture(), "000000000.json": stated, "000000001.txt": b"two"}
+        write_tar(tmp_path / folder / "00000.tar", files)
+        pq.write_table(
+            pa.table(listed | {"key": ["000000000"]}), tmp_path / folder / "00001.parquet"
+        )
+        pq.write_table(pa.table(listed), tmp_path / folder / "x" / "00000.parquet")
+        pq.write_table(pa.table(listed | {"uid": [folder]}), tmp_path / folder / "y.parquet")
+        (tmp_path / folder / "z.parquet").write_bytes(b"no Parquet")
+    found = [row.id for part in image_text.find_parts(tmp_path) for row in image_text.read(part)]
+    names = ("00000-000000000", "00000-000000001", "00001-000000000", "x/00000-0-0", "z.parquet")
+    expected = [f"{folder}/{name}" for folder in ("sw", "yo") for name in names]
+    assert sorted(found) == sorted([*expected, "sw", "yo"])
+
+
 def test_numbers_that_no_float_holds_are_unknown(tmp_path):
     stated = {"key": "7", "caption": "a text", "width": 10**400, "similarity": 0.4}
     files = {"1.jpg": picture(), "1.json": json.dumps(stated).encode()}
     write_tar(tmp_path / "x.tar", files)
     (pair,) = image_text.read(Part(str(tmp_path / "x.tar")))
-    assert (pair.id, pair.width, pair.similarity) == ("7", None, 0.4)
+    assert (pair.id, pair.width, pair.similarity) == ("x-1", None, 0.4)
 
 
 def test_files_that_are_too_large_are_not_read(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -308,6 +309,63 @@ def test_claims_of_a_killed_process_are_taken_over_and_stay_charged(start_endpoi
     assert (usage.calls, usage.lost) == (1, 1)
     assert usage.lost_dollars == pytest.approx(4096 / 1e6)
     assert _under_way(path) == 0
+
+
+def test_attempts_that_are_not_answered_in_time_stay_charged(start_endpoint, tmp_path):
+    release, path = threading.Event(), tmp_path / "r.sqlite"
+
+    def answer(request, kind):
+        if endpoint.asked.total() <= 2:
+            release.wait(10)
+        return "at last"
+
+    endpoint = start_endpoint(answer)
+    settings = {"price_out": 1.0, "timeout": 0.6, "max_tokens": 1_000}
+    client = llm.Client(_config(endpoint, **settings), path)
+    assert _ask(client, "slow").text == "at last"
+    release.set()
+    usage = client.usage()["test"]
+    assert (endpoint.asked.total(), usage.calls, usage.lost) == (3, 1, 2)
+    assert usage.lost_dollars == pytest.approx(2 * 1_000 / 1e6)
+    assert _under_way(path) == 0
+
+
+def test_a_budget_holds_for_attempts_that_are_not_answered(start_endpoint, tmp_path):
+    release, path = threading.Event(), tmp_path / "r.sqlite"
+    endpoint = start_endpoint(lambda request, kind: "late" if release.wait(10) else "")
+    settings = {"price_out": 1.0, "timeout": 0.3, "max_tokens": 1_000, "retries": 4}
+    client = llm.Client(_config(endpoint, budget=0.0025, **settings), path)
+    with pytest.raises(llm.BudgetExceeded, match=r"raise config\.llm\.budget"):
+        _ask(client, "slow")
+    release.set()
+    assert endpoint.asked.total() == client.usage()["test"].lost == 2  # of the 5 that retries allow
+    assert _under_way(path) == 0
+
+
+def test_a_spent_budget_ends_the_run_also_where_the_package_wraps_it(
+    start_endpoint, tmp_path, monkeypatch
+):
+    import openai
+
+    def completion(request):
+        raise openai.APIConnectionError(request=None) from llm.BudgetExceeded("spent")
+
+    client = llm.Client(_config(start_endpoint(_echo)), tmp_path / "r.sqlite")
+    monkeypatch.setattr(client, "_completion", completion)
+    with pytest.raises(llm.BudgetExceeded, match="spent"):
+        _ask(client, "a")
+
+
+def test_results_are_not_kept_beyond_their_turn(start_endpoint, tmp_path):
+    class Picture:
+        pass
+
+    client = llm.Client(_config(start_endpoint(_echo)), tmp_path / "r.sqlite")
+    made = []
+    for _, picture in client.map(lambda prompt: Picture(), MANY):
+        made.append(weakref.ref(picture))
+        # This one, and what threads that have just made theirs still hold.
+        assert sum(ref() is not None for ref in made) <= 1 + client.config.concurrency
 
 
 def test_embeddings_are_cached(start_endpoint, tmp_path):

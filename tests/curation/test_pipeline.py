@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 
 import pytest
@@ -191,6 +192,16 @@ def test_plan_leaves_out_where_and_at_what_price():
         "x": [1, 2],
         "files": [],
     }
+
+
+def test_plan_knows_files_that_were_written_again(tmp_path):
+    path, before = tmp_path / "a.json", 1_700_000_000_000_000_000
+    path.write_text("[1]")
+    os.utime(path, ns=(before, before))
+    first = pipeline.plan({}, [path])
+    assert first == {"files": [["a.json", 3, before]]}
+    path.write_text("[2]")
+    assert pipeline.plan({}, [path]) != first
 
 
 def test_a_stop_leaves_finished_shards_and_the_rest_is_made_later(job, tmp_path):

@@ -1,5 +1,6 @@
 """Counts of a data set, and what it has in common with benchmarks."""
 
+import base64
 import csv
 import functools
 import gzip
@@ -144,6 +145,27 @@ def test_planted_overlaps_are_found_and_nothing_else(bench, data, tmp_path, work
     assert "| xgqa/en.jsonl | exact | 2 | 1 |" in report and f"{len(listed)} ids overlap" in report
 
 
+def test_pictures_are_compared_only_if_asked_for(bench, emoji_store, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(statistics._Records, "_read", lambda self, name: read.append(name) or b"")
+    compared = {"benchmarks": Benchmarks.read([bench]), "work": tmp_path}
+    statistics.measure(emoji_store.directory, pictures=False, **compared)
+    texts = Benchmarks.read([bench], pictures=False)
+    statistics.measure(emoji_store.directory, **compared | {"benchmarks": texts})
+    assert read == []
+    statistics.measure(emoji_store.directory, **compared)
+    assert read
+
+
+def test_pictures_within_rows_are_no_text_and_no_limit(tmp_path):
+    encoded = base64.b64encode(np.random.default_rng(0).bytes(150_000)).decode()
+    (tmp_path / "x.tsv").write_text(f"1\t{encoded}\t{QUESTION}\r\n2\t\t{CONTEXT}\n", "utf-8")
+    benchmarks = Benchmarks.read([tmp_path])
+    assert benchmarks.documents == ("x.tsv:1", "x.tsv:2")
+    assert [o.document for o in benchmarks.in_texts([QUESTION]) if o.kind == "exact"] == ["x.tsv:1"]
+    assert benchmarks.words.keys() == set(filters.words(f"{QUESTION} {CONTEXT}"))
+
+
 def test_the_list_of_ids_leaves_those_records_out(bench, data, tmp_path):
     folder, planted = data
     benchmarks = Benchmarks.read([bench])
@@ -280,6 +302,8 @@ def test_the_command_writes_report_figure_and_lists(bench, data, tmp_path):
     }
     table = list(csv.reader((out / "composition.csv").open(encoding="utf-8")))
     assert table[0] == ["category", "source", "en", "zh", "all"] and table[1][-1] == "13"
+    beside = subprocess.run([*command[:3], folder / "records.jsonl"], env=environment)
+    assert beside.returncode == 0 and (folder / "statistics" / "report.md").is_file()
     failed = subprocess.run(
         [*command[:3], tmp_path / "nowhere"], capture_output=True, text=True, env=environment
     )

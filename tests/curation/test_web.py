@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import ipaddress
 import shutil
 import socket
 import ssl
@@ -112,6 +113,98 @@ def test_private_networks_are_not_asked(monkeypatch, address):
         Fetch().check("http://looks-public.example/1.jpg")
 
 
+@pytest.mark.parametrize("address", ["10.0.0.1", "93.184.215.14"])
+@pytest.mark.parametrize("network", ["::", "64:ff9b::", "::ffff:0:0", "2002::"])
+def test_addresses_that_lead_to_ipv4_are_judged_by_where_they_lead(monkeypatch, network, address):
+    inner = int(ipaddress.IPv4Address(address)) << (80 if network == "2002::" else 0)
+    outer = ipaddress.IPv6Address(int(ipaddress.IPv6Address(network)) + inner)
+    # The ranges that some versions of Python call private as a whole are left to the embedded address.
+    monkeypatch.setattr(ipaddress.IPv6Address, "is_global", True)
+    found = [(0, 0, 0, "", (str(outer), 80, 0, 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+    private = address.startswith("10.")
+    with pytest.raises(FetchError, match="private") if private else contextlib.nullcontext():
+        assert Fetch().addresses("http://looks-public.example/1.jpg") == [str(outer)]
+
+
+# Servers that never come to an end
+
+
+@pytest.fixture
+def dripping():
+    """Sends a header byte by byte, for ever: of HTTP, for `/go` after a whole redirection, or of TLS."""
+    stop, listener = threading.Event(), socket.create_server(("127.0.0.1", 0))
+
+    def drip(line):
+        with line, contextlib.suppress(OSError):
+            asked = line.recv(4096)
+            if asked.startswith(b"GET /go"):
+                line.sendall(b"HTTP/1.1 302 Found\r\nLocation: /x\r\nContent-Length: 0\r\n\r\n")
+                line.recv(4096)
+            is_tls = asked.startswith(b"\x16")
+            line.sendall(b"\x16\x03\x03\x40\0" if is_tls else b"HTTP/1.1 200 OK\r\nX-Long: ")
+            while not stop.wait(0.1):
+                line.sendall(b"x")
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                line, _ = listener.accept()
+                threading.Thread(target=drip, args=(line,), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    threading.Timer(5, stop.set).start()  # so that a test that fails comes to an end
+    yield listener.getsockname()[1]
+    stop.set()
+    listener.close()
+
+
+@pytest.mark.parametrize("robots", [False, True])
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:{}/x", "http://127.0.0.1:{}/go", "https://127.0.0.1:{}/"]
+)
+def test_headers_that_drip_take_no_longer_than_the_timeout(dripping, address, robots):
+    with futures.ThreadPoolExecutor(1) as pool:
+        fetch = Fetch(private=True, timeout=0.5, robots=robots)
+        call = pool.submit(fetch, address.format(dripping))
+        done, _ = futures.wait([call], timeout=3)
+        assert done, "still under way"
+        with pytest.raises(FetchError, match="address is too slow"):
+            call.result()
+
+
+def test_silent_addresses_share_the_time(monkeypatch):
+    dialled = []
+
+    def dial(address, timeout, *more, **settings):
+        dialled.append(address[0])
+        time.sleep(timeout)
+        raise TimeoutError
+
+    found = [(0, 0, 0, "", (f"93.184.215.{n}", 80)) for n in range(5)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+    monkeypatch.setattr(connection, "create_connection", dial)
+    began = time.monotonic()
+    with pytest.raises(FetchError):
+        Fetch(timeout=0.5, robots=False)("http://silent.example/1.jpg")
+    assert 0.4 < time.monotonic() - began < 1.5
+    assert dialled == [f"93.184.215.{n}" for n in range(5)]
+
+
+# What the environment says
+
+
+def test_neither_passwords_nor_proxies_of_the_environment_are_used(site, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    site.start()
+    assert Fetch(private=True, robots=False)(f"{site.url}/1.jpg") == b"a picture"
+    assert site.passwords == [None]
+
+
 # Names that lead elsewhere a moment later
 
 
@@ -120,6 +213,7 @@ class Site(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.asked.append((self.path, self.headers["Host"], self.headers["User-Agent"]))
+        self.server.passwords.append(self.headers["Authorization"])
         status, body, headers = self.server.pages.get(self.path, (404, b"", {}))
         self.send_response(status)
         for name, value in headers.items():
@@ -135,7 +229,7 @@ class Site(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def site():
     found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    found.asked, found.pages = [], {"/1.jpg": (200, b"a picture", {})}
+    found.asked, found.passwords, found.pages = [], [], {"/1.jpg": (200, b"a picture", {})}
     found.port = found.server_address[1]
     found.url = f"http://127.0.0.1:{found.port}"
     thread = threading.Thread(target=found.serve_forever, args=(0.05,), daemon=True)
@@ -250,6 +344,17 @@ def test_redirections_are_obeyed_as_well(ruled):
     with pytest.raises(FetchError, match="forbids"):
         Fetch(private=True)(f"{ruled.url}/moved")
     assert paths(ruled) == ["/robots.txt", "/moved"]
+
+
+def test_a_host_out_of_order_gives_an_error_of_its_own_to_each(site):
+    site.pages["/robots.txt"] = (503, b"", {})
+    site.start()
+    depths = set()
+    for _ in range(3):
+        with pytest.raises(FetchError, match="cannot be read") as caught:
+            Fetch(private=True)(f"{site.url}/1.jpg")
+        depths.add(len(caught.traceback))
+    assert paths(site) == ["/robots.txt"] and len(depths) == 1
 
 
 def test_rules_are_those_of_the_robot_that_asks(ruled):

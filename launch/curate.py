@@ -66,7 +66,11 @@ def run_statistics(arguments: list[str]) -> None:
     from pangea_jax.curation.contamination import Benchmarks
 
     arguments = parse_statistics(arguments)
-    out = Path(_OUT.value or arguments.folder / "statistics")
+    data = arguments.folder
+    if not data.exists():
+        raise UsageError(f"{data}: no such folder or file of records")
+    out = Path(_OUT.value or (data if data.is_dir() else data.parent) / "statistics")
+    out.mkdir(parents=True, exist_ok=True)  # fails now or not at all
     benchmarks = None
     if arguments.bench:
         with console.status("reading benchmarks"):
@@ -75,7 +79,7 @@ def run_statistics(arguments: list[str]) -> None:
         task = bar.add_task("records", total=None)
         try:
             found = statistics.measure(
-                arguments.folder,
+                data,
                 benchmarks=benchmarks,
                 pictures=arguments.pictures,
                 images=arguments.images,
@@ -95,7 +99,7 @@ def parse_statistics(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/curate.py stats",
         description="Counts records by language, source and kind, draws them as the paper's Figure 2, and finds "
-        "those that overlap with benchmarks. Writes into FOLDER/statistics, or --out.",
+        "those that overlap with benchmarks. Writes into statistics/ beside the records, or --out.",
     )
     add = parser.add_argument
     add("folder", type=Path, help="results of a pipeline, a release, a file of records, or a store")

@@ -87,7 +87,7 @@ def build(
 
     Raises:
       TooManyRejected: with the table of reasons.
-      BuildError: the folder holds another build.
+      BuildError: the folder holds another build, or a finished one of archives that have changed.
       ReleaseError: the release is broken.
       RunnerError: a worker was killed.
     """
@@ -97,25 +97,29 @@ def build(
 
 def _build(build: Build, run: Run, max_bad_fraction: float, progress: Progress) -> dict[str, Any]:
     build.start()
+    forget_pictures()
     if build.finished:
+        build.check_archives()
         shutil.rmtree(build.work, ignore_errors=True)
         return read_json(build.out / SUMMARY)
     records, pictures = Records(build), Pictures(build)
     progress.start("listing archives", None, "members")
-    forget_pictures()
     build.pictures().index(progress.count)
+    build.forget_other_archives()
     for _ in run(records.parse, records.split(progress)):
         pass
     allowed = max_bad_fraction * build.total
     _check(build, records.rejected_while_parsing(), max_bad_fraction)
     shards = pictures.plan()
     progress.start("storing pictures", shards, "shards")
-    faults = 0
+    faults, checked = 0, allowed
     for shard in run(pictures.store, range(shards)):
         progress.advance(1)
         faults += pictures.num_faults(shard)
-        if faults > allowed:  # every one costs a record at least
+        # Only to stop early: it reads all parsed records, so not at every fault.
+        if faults > checked:
             _check(build, _rejected_so_far(build, shards), max_bad_fraction)
+            checked = 2 * faults
     pictures.collect(shards)
     progress.start("storing records", build.chunks, "shards")
     for _ in run(records.store, range(build.chunks)):
@@ -138,13 +142,10 @@ def _check(build: Build, reasons: Reasons, allowed: float) -> None:
 
 
 def _rejected_so_far(build: Build, shards: int) -> Reasons:
-    """Reasons found while parsing, and those of the pictures stored so far."""
-    found = [
-        {"reason": fault, "id": key}
-        for shard in range(shards)
-        for key, fault in Pictures(build).faults(shard)
-    ]
-    return rejections.merge([Records(build).rejected_while_parsing(), rejections.count(found)])
+    """Records rejected while parsing, and those with a fault among the pictures stored so far."""
+    pictures = Pictures(build)
+    faults = dict(fault for shard in range(shards) for fault in pictures.faults(shard))
+    return Records(build).rejected_while_parsing(faults)
 
 
 def _finish(build: Build, shards: int) -> dict[str, Any]:

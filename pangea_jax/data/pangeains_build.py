@@ -5,12 +5,13 @@ import dataclasses
 import fcntl
 import functools
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from pangea_jax.data import image, release, store
+from pangea_jax.data import image, release, store, write_store
 from pangea_jax.data.atomic import read_json, write_json
 from pangea_jax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -147,6 +148,31 @@ class Build:
         folder = self.images or (self.source.parent if self.source.is_file() else self.source)
         # Beam's runners have threads, which must not share open files.
         return _pictures(folder, self.out / ARCHIVES, threading.get_ident())
+
+    def check_archives(self) -> None:
+        """Raises BuildError if an archive is not the one of which the finished store was made."""
+        if changed := self.pictures().changed():
+            names = f"{', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}"
+            problem = f"{self.out} is finished, of archives that have changed since ({names})"
+            raise BuildError(f"{problem}; give another --out or remove it")
+
+    def forget_other_archives(self) -> None:
+        """Removes all that was made of archives which `index` has found changed: it names bytes in them.
+
+        The records as they were read stay.
+        """
+        known, digest = self.work / "archives.json", self.pictures().digest()
+        if known.is_file() and read_json(known)["digest"] == digest:
+            return
+        known.unlink(missing_ok=True)  # first: half of it removed is not whole
+        for path in (self.work / "plan_pictures.json", self.work / "sizes.sqlite"):
+            path.unlink(missing_ok=True)
+        for part in ("parsed", "plan", "images", "records"):
+            shutil.rmtree(self.work / part)
+            (self.work / part).mkdir()
+        for placed in self.out.glob(f"*/{write_store.VERSION}/*.array_record-*-of-*"):
+            placed.unlink()  # the folder may hold more than a store
+        write_json(known, {"digest": digest})
 
     def load_tokenizer(self) -> Tokenizer | None:
         """What counts the tokens; None: they are not counted."""

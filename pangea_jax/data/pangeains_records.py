@@ -4,7 +4,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -194,13 +194,16 @@ class Records:
         fields = {name: row[name] for name in ("number", "id", "reason", "field", "detail")}
         return fields | {"record": json.loads(raw)}
 
-    def rejected_while_parsing(self) -> Reasons:
+    def rejected_while_parsing(self, faults: Mapping[str, str] | None = None) -> Reasons:
+        """Of all parsed records; with `faults` (key of a picture -> fault) also those with such a picture."""
+        faults = faults or {}
         found = []
         for chunk in range(self.build.chunks):
-            table = pq.read_table(
-                self.build.path("parsed", chunk, "parquet"), columns=["reason", "id", "number"]
-            )
-            found += [row for row in table.to_pylist() if row["reason"]]
+            path = self.build.path("parsed", chunk, "parquet")
+            for row in pq.read_table(path, columns=["reason", "id", "keys"]).to_pylist():
+                of_pictures = (faults[key] for key in row["keys"] or () if key in faults)
+                if reason := row["reason"] or next(of_pictures, None):
+                    found.append({"reason": reason, "id": row["id"]})
         return rejections.count(found)
 
     def rejected(self) -> Reasons:

@@ -7,6 +7,7 @@ says where in an archive each begins. Memory stays constant whatever the size of
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import os
@@ -362,6 +363,8 @@ class Pictures:
         self.database.parent.mkdir(parents=True, exist_ok=True)
         found = find_archives(self.source)
         with contextlib.closing(sqlite3.connect(self.database)) as database:
+            if database.execute("PRAGMA user_version").fetchone() != (_SCHEMA_VERSION,):
+                database.executescript(_FORGET)
             database.executescript(_SCHEMA)
             known = dict(database.execute("SELECT name, fingerprint FROM archives"))
             prints = {archive.name: archive.fingerprint(self.source) for archive in found}
@@ -392,6 +395,23 @@ class Pictures:
             database.execute("INSERT INTO archives VALUES (?, ?, ?, ?, ?)", (*row, fingerprint))
             on_members(count % _COMMIT_EVERY)
 
+    def changed(self) -> list[str]:
+        """Archives that are not as `index` found them, or are new; those that are gone are not named."""
+        listed = dict(self._listed())
+        found = find_archives(self.source)
+        return [a.name for a in found if listed.get(a.name) != a.fingerprint(self.source)]
+
+    def digest(self) -> str:
+        """Of all archives as `index` found them: another one if any was changed, added or removed."""
+        return hashlib.sha256(json.dumps(self._listed()).encode()).hexdigest()
+
+    def _listed(self) -> list[tuple[str, str]]:
+        if not self.database.is_file():
+            return []
+        with contextlib.closing(sqlite3.connect(self.database)) as database:
+            query = "SELECT name, fingerprint FROM archives ORDER BY name"
+            return database.execute(query).fetchall()
+
     @functools.cached_property
     def _connection(self) -> sqlite3.Connection:
         # Immutable: no locks, which network file systems are bad at.
@@ -399,7 +419,9 @@ class Pictures:
 
     @functools.cached_property
     def archives(self) -> dict[str, Archive]:
-        rows = self._connection.execute("SELECT name, folder, stem, parts FROM archives")
+        rows = self._connection.execute(
+            "SELECT name, folder, stem, parts FROM archives ORDER BY name"
+        )
         return {row[0]: Archive(*row[:3], tuple(json.loads(row[3]))) for row in rows}
 
     def find(self, path: str) -> tuple[str, Place] | None:
@@ -414,10 +436,13 @@ class Pictures:
           path: as `pangea_jax.data.record.image_paths` returns it.
 
         Returns:
-          the key, `images/` and the path below the images folder, and where it lies.
+          the key, `images/` and the path below the images folder, and where it lies. Where several
+          pictures have that path, the key has the path that the record gives, which names the
+          archive: `x/train/0.png` and `x/val/0.png` of `x/train.tar` and `x/val.tar`.
 
         Raises:
-          RecordError: an absolute path that fits two folders.
+          RecordError: an absolute path that fits two folders, or a path in two archives neither of
+            which it names.
         """
         if path.startswith("/"):
             folder, _, name = path.rpartition("/")
@@ -426,32 +451,52 @@ class Pictures:
                 return None
             path = f"{found}/{name}"
         other = path.removeprefix("images/") if path.startswith("images/") else f"images/{path}"
-        place = self._place(path) or self._place(other)
-        return place and ("images/" + place.name.removeprefix("images/"), place)
+        found = self._located(path) or self._located(other)
+        return found and ("images/" + found[0].removeprefix("images/"), found[1])
 
-    def _place(self, path: str) -> Place | None:
+    def _located(self, path: str) -> tuple[str, Place] | None:
+        """What a picture is called, alone of all, and its place."""
         try:
             size = (self.source / path).stat().st_size
             if (self.source / path).is_file():
-                return Place("", path, 0, size, False)
+                return path, Place("", path, 0, size, False)
         except OSError:  # no such file, or no possible name of one
             pass
-        for name in self._spellings(path):
-            row = self._connection.execute(
-                "SELECT archive, path, offset, size, deflated FROM members WHERE path = ?", (name,)
-            ).fetchone()
-            if row:
-                return Place(*row[:4], bool(row[4]))
-        return None
+        members = self._members(path)
+        if len(members) > 1:
+            named = self._named(path)
+            members = [place for place in members if place.archive in named] or members
+        elif not members:
+            members = [
+                place
+                for archive, name in self._named(path).items()
+                for place in self._members(name)
+                if place.archive == archive
+            ]
+        if len(members) > 1:
+            archives = ", ".join(place.archive for place in members)
+            raise RecordError("path is ambiguous", "image", f"{path!r} is in each of {archives}")
+        if not members:
+            return None
+        name = members[0].name
+        if name != path and (len(self._members(name)) > 1 or os.path.isfile(self.source / name)):
+            name = path  # theirs too
+        return name, members[0]
 
-    def _spellings(self, path: str) -> Iterator[str]:
-        """The path, and what it is called in an archive that is to be unpacked into a folder of its
-        own name: `a/images/1.jpg` is `a/1.jpg` if the members of `a/images.tar` have no folder."""
-        yield path
+    def _members(self, path: str) -> list[Place]:
+        """The members of that path, at most one of each archive."""
+        query = "SELECT archive, path, offset, size, deflated FROM members WHERE path = ?"
+        return [Place(*r[:4], bool(r[4])) for r in self._connection.execute(query, (path,))]
+
+    def _named(self, path: str) -> dict[str, str]:
+        """Archives that are to be unpacked into a folder of their own name which the path names, and what
+        it is called there: `a/images/1.jpg` is `a/1.jpg` if the members of `a/images.tar` have no folder."""
+        names = {}
         for archive in self.archives.values():
             if archive.stem and path.startswith(f"{archive.own_folder}/"):
                 rest = path.removeprefix(f"{archive.own_folder}/")
-                yield f"{archive.folder}/{rest}" if archive.folder else rest
+                names[archive.name] = f"{archive.folder}/{rest}" if archive.folder else rest
+        return names
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 one object a process, few folders
     def _folder(self, folder: str) -> str | None:
@@ -510,11 +555,18 @@ class Pictures:
             raise OSError(f"{place.archive} is damaged at {place.name}: {error}") from None
 
 
+_SCHEMA_VERSION = 1
+_FORGET = f"""
+DROP TABLE IF EXISTS archives;
+DROP TABLE IF EXISTS members;
+PRAGMA user_version = {_SCHEMA_VERSION};
+"""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS archives (
   name TEXT PRIMARY KEY, folder TEXT, stem TEXT, parts TEXT, fingerprint TEXT);
 CREATE TABLE IF NOT EXISTS members (
-  path TEXT PRIMARY KEY, archive TEXT, offset INTEGER, size INTEGER, deflated INTEGER
+  path TEXT, archive TEXT, offset INTEGER, size INTEGER, deflated INTEGER,
+  PRIMARY KEY (path, archive)
 ) WITHOUT ROWID;
 """
 

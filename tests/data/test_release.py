@@ -1,9 +1,11 @@
 """Reading the release: records from JSON, JSONL and Parquet, pictures from folders and archives."""
 
+import contextlib
 import io
 import json
 import pickle
 import random
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -318,6 +320,58 @@ def test_index_is_made_once_and_follows_changes(source, pictures, tmp_path):
     without = Pictures(source, tmp_path / "archives.sqlite")
     without.index()
     assert without.find("doc/stored.png") is None
+
+
+def test_one_path_in_two_archives(tmp_path):
+    folder = tmp_path / "release"
+    for name in ("train", "val"):
+        with zipfile.ZipFile(folder_of(folder / f"x/{name}.zip"), "w") as archive:
+            archive.writestr("0.png", name)
+    pictures = Pictures(folder, tmp_path / "archives.sqlite")
+    pictures.index()
+    for name in ("train", "val"):
+        key, place = pictures.find(f"x/{name}/0.png")
+        assert (key, pictures.read(place)) == (f"images/x/{name}/0.png", name.encode())
+    put(folder / "x/own.png", b"loose")
+    with zipfile.ZipFile(folder / "x/own.zip", "w") as archive:
+        archive.writestr("own.png", "packed")
+    pictures = Pictures(folder, tmp_path / "archives.sqlite")
+    pictures.index()
+    for path, data in {"x/own.png": b"loose", "x/own/own.png": b"packed"}.items():
+        key, place = pictures.find(path)
+        assert (key, pictures.read(place)) == (f"images/{path}", data)
+    with pytest.raises(RecordError, match=r"ambiguous .* each of x/train\.zip, x/val\.zip"):
+        pictures.find("x/0.png")
+    with zipfile.ZipFile(folder / "x/train.tar.zip", "w") as archive:
+        archive.writestr("1.png", "x")
+    (folder / "x/val.zip").unlink()
+    one = Pictures(folder, tmp_path / "archives.sqlite")
+    assert one.changed() == ["x/train.tar.zip"]
+    before = one.digest()
+    one.index()
+    assert one.digest() != before and one.changed() == []
+    assert one.find("x/val/0.png") is None
+    assert one.read(one.find("x/0.png")[1]) == b"train"
+
+
+def test_list_as_earlier_versions_made_it_is_made_anew(source, pictures, tmp_path):
+    old = tmp_path / "old.sqlite"
+    listed = sqlite3.connect(tmp_path / "archives.sqlite").execute("SELECT * FROM archives")
+    with contextlib.closing(sqlite3.connect(old)) as database, database:
+        database.execute(
+            "CREATE TABLE archives (name TEXT PRIMARY KEY, folder, stem, parts, print)"
+        )
+        database.executemany("INSERT INTO archives VALUES (?, ?, ?, ?, ?)", listed)
+        database.execute("CREATE TABLE members (path TEXT PRIMARY KEY, archive, offset, size)")
+    again = Pictures(source, old)
+    again.index()
+    assert again.find("doc/stored.png") == pictures.find("doc/stored.png")
+    assert again.digest() == pictures.digest()
+
+
+def folder_of(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def test_joined_file_equals_its_parts(tmp_path):

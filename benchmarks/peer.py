@@ -129,7 +129,7 @@ def alternate(
     processor. The first call of each, which compiles, does not count. Processor time does not see what else runs,
     but on several cores counts threads that spin while they wait: compare it on one (`taskset -c 0`)."""
     times = {name: np.zeros((repetitions, 2)) for name in functions}
-    for repetition in tqdm(range(-1, repetitions), unit="round", leave=False):
+    for repetition in tqdm(range(-1, repetitions), unit="round", leave=False, disable=None):
         for name, function in functions.items():
             # Worker threads of one library spin on for a while after its last call.
             time.sleep(0.2)

@@ -80,7 +80,8 @@ class CheckpointModel:
         width, tiles = (max(sizes) for sizes in zip(*shapes, strict=True))
         new = settings.max_new_tokens
         # A row that nothing enters costs as much as one that answers.
-        rows = min(self._rows_of_answers(width, tiles, bucket(new)), len(shapes))
+        alike = sum(width <= 2 * tokens for tokens, _ in shapes)
+        rows = min(self._rows_of_answers(width, tiles, bucket(new)), alike)
         asked: dict[int, tuple[Request, Prompt]] = {}
 
         def tokens(prompt: Prompt) -> int:
@@ -97,14 +98,20 @@ class CheckpointModel:
             for number, text in self._engine.serve(feed(), new, **options):
                 yield asked.pop(number)[0], text
                 yield from ahead.failures()
+            return
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            ahead.put_back(asked.values())
-            if rows == 1:
-                request, _ = next(ahead.take(tokens, width))
-                yield request, Failed(_TOO_LITTLE)
-            self._fits = max(1, rows // 2)
+        # Not while the error is handled: it holds what the batch has on the device.
+        ahead.put_back(asked.values())
+        if rows > self._shards:
+            self._fits = max(self._shards, rows // 2)
+        elif (rows, width) != (1, shapes[0][0]):
+            # No device has more than one row: it may be another's length that does not fit.
+            yield from self._serve(ahead, shapes[:1], settings)
+        else:
+            request, _ = next(ahead.take(tokens, width))
+            yield request, Failed(_TOO_LITTLE)
 
     def loglikelihood(self, requests: Sequence[Request]) -> Responses:
         def read(request: Request):
@@ -174,7 +181,8 @@ class CheckpointModel:
             if len(group) == 1:
                 yield group[0][0], Failed(_TOO_LITTLE)
                 return
-            self._fits = half = len(group) // 2
+            half = len(group) // 2
+            self._fits = max(half, min(self._fits, self._shards))
             for part in (group[:half], group[half:]):
                 yield from self._answer(part, answer)
             return
@@ -215,18 +223,27 @@ class _ReadAhead:
         self._threads.shutdown(cancel_futures=True)
 
     def shapes(self, shape: Callable) -> list[tuple[int, int]]:
-        """Of what comes next, as long as it has between half and twice the tokens of the first."""
+        """Of what is read ahead and has between half and twice the tokens of the first."""
         found = []
-        while len(found) < self._depth and (prompt := self._at(len(found))) is not None:
-            found.append(shape(prompt))
-            if not found[0][0] <= 2 * found[-1][0] <= 4 * found[0][0]:
-                return found[:-1]
+        for place in range(self._depth):
+            if (prompt := self._at(place)) is None:
+                break
+            size = shape(prompt)
+            if not found or found[0][0] <= 2 * size[0] <= 4 * found[0][0]:
+                found.append(size)
         return found
 
     def take(self, tokens: Callable, width: int) -> Iterator[tuple[Request, Prompt]]:
-        """What comes next, as long as it has between a half of `width` tokens and all."""
-        while (prompt := self._at(0)) is not None and width <= 2 * tokens(prompt) <= 2 * width:
-            yield self._ready.popleft()[0], prompt
+        """What comes next and has between a half of `width` tokens and all. The rest waits, until there
+        is no room to read further ahead."""
+        place = 0
+        while (prompt := self._at(place)) is not None:
+            if width <= 2 * tokens(prompt) <= 2 * width:
+                request, _ = self._ready[place]
+                del self._ready[place]
+                yield request, prompt
+            else:
+                place += 1
 
     def put_back(self, items: Iterable[tuple[Request, Prompt]]) -> None:
         done = [(request, futures.Future()) for request, _ in items]
@@ -242,7 +259,9 @@ class _ReadAhead:
     def _at(self, place: int) -> Prompt | None:
         """The prompt after so many others; None if there is none."""
         while True:
-            for request in itertools.islice(self._requests, self._depth - len(self._ready)):
+            # What was put back may be more than is ever read ahead.
+            missing = max(0, self._depth - len(self._ready))
+            for request in itertools.islice(self._requests, missing):
                 self._ready.append((request, self._threads.submit(self._read, request)))
             if place >= len(self._ready):
                 return None

@@ -6,6 +6,7 @@ translations of one another have the same id: intervals are clustered by them.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,16 @@ class DataError(ValueError):
 
 def task_file(task: Task, data_dir: Path) -> Path:
     return data_dir / task.dataset.name / f"{task.subset.name}.jsonl"
+
+
+def limit_mark(path: Path) -> Path:
+    """A file that is there if `path` has only the first rows of its source, by `fetch --limit`."""
+    return path.with_name(path.name + ".limited")
+
+
+def rows_fetched(path: Path) -> float:
+    """How many rows a task's file has of its source; infinite where it has all of them."""
+    return sum(1 for _ in read_lines(path)) if limit_mark(path).exists() else math.inf
 
 
 def load(task: Task, data_dir: Path, *, limit: float | None = None) -> list[Document]:

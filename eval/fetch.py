@@ -10,6 +10,7 @@ import binascii
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,19 +57,25 @@ def fetch(
     """Writes the files of `tasks` that are not there yet; returns 1 if some could not be made.
 
     Args:
-      limit: rows of each file.
+      limit: rows of each file. One that has fewer than its source is marked, by `data.limit_mark`, and
+        written again where more are asked for.
       load: reads the rows of a source; the hub by default.
+
+    Raises:
+      DataError: the limit is a share, which takes the number of all rows.
     """
+    if limit is not None and limit != int(limit):
+        raise data.DataError(f"--limit={limit}: fetch takes a number of rows, 1 or more")
     load = load or load_from_hub
     failed = 0
     for task in tasks:
         path = data.task_file(task, data_dir)
-        if path.exists():
+        if path.exists() and (limit or math.inf) <= data.rows_fetched(path):
             console.print(f"{task.name}: there already")
             continue
         try:
-            count = _fetch_task(task, path, load, limit)
-            console.print(f"{task.name}: {count} documents")
+            count, limited = _fetch_task(task, path, load, limit)
+            console.print(f"{task.name}: {count} documents{', not all' if limited else ''}")
         # The hub's client raises errors of many libraries; the other tasks must not be lost.
         except Exception as error:
             failed += 1
@@ -105,13 +112,15 @@ def load_from_hub(source: Source) -> Iterator[Row]:
     yield from rows
 
 
-def _fetch_task(task: Task, path: Path, load, limit: float | None) -> int:
+def _fetch_task(task: Task, path: Path, load, limit: float | None) -> tuple[int, bool]:
+    """Documents written, and whether the source has more."""
     make_source, convert = _SOURCES[task.dataset.name]
     source = make_source(task.subset)
     lines: list[str] = []
     seen: set[str] = set()
+    limited = False
     for index, hub_row in enumerate(load(source)):
-        if limit is not None and len(lines) >= limit:
+        if limited := limit is not None and len(lines) >= limit:
             break
         try:
             converted = convert(hub_row, task.subset, index)
@@ -131,8 +140,14 @@ def _fetch_task(task: Task, path: Path, load, limit: float | None) -> int:
     if not lines:
         raise data.DataError(f"{source} has no row of {task.subset.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The mark is there whenever the file may be short, wherever a kill falls.
+    mark = data.limit_mark(path)
+    if limited:
+        mark.touch()
     atomic.write_bytes(path, "".join(lines).encode())
-    return len(lines)
+    if not limited:
+        mark.unlink(missing_ok=True)
+    return len(lines), limited
 
 
 def save_picture(picture: Any, folder: Path) -> str:
@@ -155,7 +170,7 @@ def save_picture(picture: Any, folder: Path) -> str:
             buffer = io.BytesIO()
             decoded.save(buffer, "PNG")
             encoded = buffer.getvalue()
-        path.write_bytes(encoded)
+        atomic.write_bytes(path, encoded)
     return f"images/{path.name}"
 
 

@@ -17,6 +17,7 @@ document has a score, 1 when some have not (they are listed, the others are not 
 import argparse
 import dataclasses
 import importlib.metadata
+import math
 import platform
 import subprocess
 import sys
@@ -168,6 +169,13 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
         limit=args.limit,
         overrides=_parse_settings(args.gen_kwargs),
     )
+    for task in tasks:
+        rows = data.rows_fetched(data.task_file(task, args.data_dir))
+        if rows < math.inf:
+            console.print(
+                f"warning: {task.name} has only its first {rows} documents here, by fetch --limit; "
+                "fetch without --limit gets all"
+            )
     args.output_path.mkdir(parents=True, exist_ok=True)
     keys = {(request.task.name, request.key) for request in requests}
     with runner.ResponseLog(args.output_path) as log:

@@ -108,6 +108,21 @@ def lower(config, mesh, steps):
     return step.lower(state, batch), flops
 
 
+def _prepare(output: Path) -> None:
+    """What lies there is of an earlier program; and it shows before an hour of compiling if nothing can.
+
+    Raises:
+      UserError: no file can be written there.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.unlink(missing_ok=True)
+        if not os.access(output.parent, os.W_OK):
+            raise PermissionError(f"{output.parent} is not writable")
+    except OSError as error:
+        raise common.UserError(f"--output={output} cannot be written: {error}") from None
+
+
 def measure(config, topology: str, slices: int = 1, output: str | None = None, steps=None) -> dict:
     """Compiles and reads off the program; JSON-able. A program that does not fit has no collectives.
 
@@ -255,11 +270,18 @@ def main(argv):
             "--output takes --steps=N, the steps of the run, and not --search: the schedule of the learning "
             "rate is part of the program"
         )
+    if OUTPUT.value:
+        _prepare(Path(OUTPUT.value))
     if SEARCH.value:
         found = search(config, TOPOLOGY.value, SLICES.value)
     else:
         found = measure(config, TOPOLOGY.value, SLICES.value, OUTPUT.value, steps)
     print(json.dumps(found) if JSON.value else describe(found))
+    if OUTPUT.value and not found["fits"]:
+        raise common.UserError(
+            f"the program does not fit {TOPOLOGY.value}, and {OUTPUT.value} was not written; choose more "
+            "chips, fewer rows, or a remat policy that keeps less"
+        )
 
 
 if __name__ == "__main__":

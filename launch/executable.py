@@ -5,15 +5,19 @@ serialises it. Nothing is unpickled, and a program that differs from the one to 
 program all the same: load what you compiled yourself, as with JAX's compile cache.
 """
 
+import base64
 import hashlib
 import importlib.metadata
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.mosaic.dialects import tpu
+from jax.extend.mlir import ir
 
 from launch import common
 
@@ -116,7 +120,7 @@ def _facts(lowered, mesh, config, steps) -> dict[str, Any]:
         },
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "config": json.loads(config.to_json()) | {"steps": steps},
-        "program": _digest(lowered.as_text()),
+        "program": _digest(without_locations(lowered.as_text())),
     }
 
 
@@ -125,6 +129,24 @@ def _place(device) -> list[int]:
     if device.platform != "tpu":
         return [device.id]
     return [getattr(device, "slice_index", 0), *device.coords, device.core_on_chip]
+
+
+# A Pallas kernel within the text of a program: MLIR bytecode in base64, in the JSON of a custom call.
+_KERNEL = re.compile(r"(\\22body\\22: \\22)([A-Za-z0-9+/=]+)(?=\\22)")
+
+
+def without_locations(program: str) -> str:
+    """The text of a lowered program with its kernels in plain: their bytecode holds the paths and lines
+    they were traced from, which differ between machines, and between launch/compile.py and train.py."""
+
+    def assembly(match):
+        with ir.Context() as context:
+            tpu.register_dialect(context)
+            context.allow_unregistered_dialects = True
+            kernel = ir.Module.parse(base64.b64decode(match[2]))
+            return match[1] + kernel.operation.get_asm(enable_debug_info=False)
+
+    return _KERNEL.sub(assembly, program)
 
 
 def _digest(text: str) -> str:

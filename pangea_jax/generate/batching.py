@@ -26,11 +26,14 @@ class Batch:
     """Rows that decode together; prompts enter and leave.
 
     Args:
-      rows: how many, at least.
+      rows: most answers under way; the device computes `Programs.row_bucket` of it.
       width: tokens of the longest prompt to come, padded.
       limit, max_new_tokens: most tokens of an answer, and the room for them.
       stop_ids, stop_strings: what ends an answer.
       decode: token ids -> text.
+
+    Raises:
+      ValueError: `rows` is less than 1.
     """
 
     def __init__(
@@ -45,13 +48,15 @@ class Batch:
         stop_strings: Collection[str],
         decode: Callable[[Sequence[int]], str],
     ):
-        self._programs, self._decode = programs, decode
+        if rows < 1:
+            raise ValueError(f"rows must be at least 1, not {rows}")
+        self._programs, self._decode, self._width = programs, decode, width
         self._limit, self._room, self._stop_ids = np.int32(limit), max_new_tokens, stop_ids
         self._ends = StopStrings(stop_strings) if stop_strings else None
-        rows = programs.row_bucket(rows)
         self._names: list[Any] = [None] * rows
-        self._sampling = jax.tree.map(np.array, Sampling.make(rows))
-        self._state = programs.idle(rows, width, max_new_tokens, stop_ids[0])
+        self._computed = programs.row_bucket(rows)
+        self._sampling = jax.tree.map(np.array, Sampling.make(self._computed))
+        self._state = programs.idle(self._computed, width, max_new_tokens, stop_ids[0])
 
     @property
     def free(self) -> list[int]:
@@ -62,7 +67,16 @@ class Batch:
         return any(name is not None for name in self._names)
 
     def enter(self, names: Sequence[Any], batch: dict[str, Any], sampling: Sampling) -> None:
-        """Reads prompts of one shape into free rows, under names that their answers will have."""
+        """Reads prompts of one shape into free rows, under names that their answers will have.
+
+        Raises:
+          ValueError: they are wider than the batch.
+        """
+        width = batch["tokens"].shape[1]
+        if width > self._width:
+            raise ValueError(
+                f"a prompt of {width} tokens, as padded, enters a batch of width {self._width}"
+            )
         rows = np.array(self.free[: len(names)], np.int32)
         for row, name in zip(rows, names, strict=True):
             self._names[row] = name
@@ -80,7 +94,8 @@ class Batch:
 
     def advance(self) -> None:
         """Starts `STEPS` more steps; does not wait for them."""
-        live = np.array([name is not None for name in self._names])
+        live = np.zeros(self._computed, bool)
+        live[: len(self._names)] = [name is not None for name in self._names]
         self._state = self._programs.advance(
             self._state,
             self._programs.place(self._sampling),

@@ -196,6 +196,8 @@ def advance(
     def body(carry):
         step, now = carry
         last = jnp.take_along_axis(now.tokens, now.chosen[:, None] - 1, axis=1)
+        # A row that has ended goes on with a stop id, which need not be the id of any token.
+        last = jnp.clip(last, 0, model.config.language.vocab_size - 1)
         positions = (now.lengths + now.chosen - 1)[:, None]
         x = decoder.embed(last, dtype)
         x, cache = decoder.extend(x, positions, jnp.ones_like(positions), now.cache)
@@ -244,6 +246,8 @@ def insert(decoding: Decoding, begun: Decoding, rows: Int[Array, "A"]) -> Decodi
         return put(into, jnp.pad(values, ((0, 0), (0, slots - width))))
 
     def put_tokens(into, values):
+        # Masked slots have weight 0, which a former occupant's NaN or infinity would survive.
+        into = into.at[..., rows, :, width:, :].set(0, mode="drop")
         return into.at[..., rows, :, :width, :].set(values, mode="drop")
 
     cache = KVCache(

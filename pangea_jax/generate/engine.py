@@ -105,6 +105,7 @@ class Engine:
           ValueError: a message that cannot be read, a setting out of range, or a prompt that together
             with its answer exceeds the model's context.
         """
+        _check_batch_size(batch_size)
         prompts = [
             self._prompt(conversation, max_new_tokens, f"conversations[{i}]")
             for i, conversation in enumerate(conversations)
@@ -144,6 +145,9 @@ class Engine:
           rows: answers under way at once.
           width: tokens of the longest prompt, as `shape` has it.
           stop, stop_strings: as of `generate`.
+
+        Raises:
+          ValueError: `rows` is less than 1, or a prompt wider than `width`.
         """
         batch = batching.Batch(
             self._programs,
@@ -230,6 +234,7 @@ class Engine:
         self, items: Sequence[tuple[Prompt, Candidates]], *, batch_size: int = 16
     ) -> list[list[LogLikelihood]]:
         """How likely each continuation is; `items` come from `candidates`."""
+        _check_batch_size(batch_size)
         results = []
         for start in range(0, len(items), batch_size):
             chosen = items[start : start + batch_size]
@@ -358,6 +363,11 @@ def bucket(size: int) -> int:
         raise ValueError(f"max_new_tokens must be at least 1, not {size}")
     step = max(64, 1 << max(0, (size - 1).bit_length() - 3))
     return size + -size % step
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
 
 
 def _pieces(tokens: Iterator[int], tokenizer: Tokenizer, stop_ids) -> Iterator[str]:

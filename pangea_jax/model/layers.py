@@ -55,8 +55,9 @@ def unstack_blocks(blocks) -> nnx.List:
         stacked = variable.get_value()
         for layer, found in enumerate(layers):
             found.append((path, variable.replace(stacked[layer])))
-        jax.block_until_ready([found[-1][1].get_value() for found in layers])
-        stacked.delete()
+        if not isinstance(stacked, jax.core.Tracer):
+            jax.block_until_ready([found[-1][1].get_value() for found in layers])
+            stacked.delete()
     return nnx.List([nnx.merge(graphdef, nnx.from_flat_state(found)) for found in layers])
 
 

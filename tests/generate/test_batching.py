@@ -123,6 +123,39 @@ def test_stop_strings_are_texts(sample, asked, stops):
         sample.generate(asked[:1], NEW, stop_strings=stops)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_no_more_answers_are_under_way_than_asked_for(sample, asked, rows):
+    """The device computes 1, 4 and 16 rows."""
+    prompt, taken, most = sample.read(asked[3], NEW), [], 0
+
+    def feed():
+        for number in range(20):
+            taken.append(number)
+            yield prompt, Sampling.make(1)
+
+    answers = sample.serve(feed(), NEW, rows=rows, width=64, stop=[])
+    for done, _ in enumerate(answers):
+        most = max(most, len(taken) - done)
+    assert done == 19 and most <= 2 * rows  # as many again are read ahead
+
+
+def test_a_row_less_than_one_is_no_batch(sample, asked):
+    for batch_size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, not {batch_size}"):
+            sample.generate(asked, NEW, batch_size=batch_size)
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, not {batch_size}"):
+            sample.loglikelihood([], batch_size=batch_size)
+        with pytest.raises(ValueError, match=f"rows must be at least 1, not {batch_size}"):
+            next(sample.serve([], NEW, rows=batch_size, width=64))
+
+
+def test_a_prompt_wider_than_the_batch_is_refused(sample, asked):
+    prompt = sample.read(asked[4], NEW)
+    assert sample.shape(prompt)[0] == 128
+    with pytest.raises(ValueError, match=r"a prompt of 128 tokens, as padded, .* of width 64"):
+        next(sample.serve([(prompt, Sampling.make(1))], NEW, rows=1, width=64))
+
+
 def test_part_sizes():
     short, long, picture = (64, 0), (640, 0), (64, 5)
     assert part_size([long, long], 8, 1) == 1

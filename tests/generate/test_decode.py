@@ -295,6 +295,28 @@ def test_rows_take_turns(tiny_model, batch, expected):
         assert tokens == expected[row].tolist()
 
 
+def test_nothing_of_a_rows_former_occupant_is_left(tiny_model, batch, expected):
+    """Neither its NaN, nor that of a stop id beyond the vocabulary, which an idle row goes on with."""
+    graphdef, params = model_params.split(tiny_model)
+    beyond = 10**6
+    settings = {"limit": NEW, "stop_ids": jnp.array([beyond])}
+
+    @jax.jit
+    def answer(params, row, state):
+        model = model_params.merge(graphdef, params)
+        hidden, cache = model.prefill(row, PROMPT)
+        start = *last_hidden(hidden, jnp.asarray(row["segment_ids"])), cache
+        begun = begin(model, *start, max_new_tokens=NEW, **settings)
+        return advance(model, insert(state, begun, jnp.array([1])), steps=NEW, **settings)
+
+    cache = tiny_model.language.empty_cache(2, PROMPT + 4 + NEW, tiny_model.config.dtype)
+    k, v = (x.at[..., 1, :, :, :].set(jnp.nan) for x in (cache.k, cache.v))
+    state = idle(cache.replace(k=k, v=v), NEW, beyond)
+    found = answer(params, {name: rows[1][None] for name, rows in batch.items()}, state)
+    assert found.tokens[1].tolist() == expected[1].tolist()
+    assert np.isfinite(found.cache.k).all() and np.isfinite(found.cache.v).all()
+
+
 def test_unstacked_layers_compute_the_same(tiny_config, tiny_model):
     copy = model_params.merge(*model_params.split(jax.tree.map(jnp.copy, tiny_model)))
     copy.language.unstack()

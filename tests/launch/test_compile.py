@@ -160,6 +160,28 @@ def test_a_program_is_kept_only_for_a_known_number_of_steps(tmp_path):
     assert done.returncode == 1 and "error: --output takes --steps=N" in done.stderr
 
 
+SAMPLE = ("--topology=cpu:2", "--config=configs/sample.py", "--steps=2")
+
+
+def test_an_output_that_cannot_be_written_is_told_before_compiling(tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file" / "step.zip", tmp_path):
+        done = run(*SAMPLE, f"--output={output}")
+        assert done.returncode == 1 and not done.stdout
+        assert f"error: --output={output} cannot be written: " in done.stderr
+
+
+def test_a_program_that_does_not_fit_is_not_written(tmp_path):
+    """Nor is what an earlier one has left; the folder is made."""
+    file = tmp_path / "new" / "step.zip"
+    file.parent.mkdir()
+    file.write_bytes(b"of an earlier program")
+    done = run("--json", *SAMPLE, "--config.pipeline.rows=40000000", f"--output={file}")
+    assert done.returncode == 1 and not json.loads(done.stdout)["fits"]
+    assert f"error: the program does not fit cpu:2, and {file} was not written" in done.stderr
+    assert not file.exists()
+
+
 @needs_libtpu
 def test_what_does_not_fit_is_measured_all_the_same():
     """100,000 rows a chip: one array of activations is 3.6 GiB."""

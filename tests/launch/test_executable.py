@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -143,6 +144,23 @@ def test_another_program_is_refused_by_what_made_it_so(file, mesh):
     )
     assert "compiled from other code" in refusal(file, mesh, factor=2.0)
     assert "compiled from other code" in refusal(file, mesh, width=32)
+
+
+def lowered_kernel(factor, lines=0):
+    """The text of a TPU program of one Pallas kernel, whose code is so many lines further down its file."""
+    code = ("\n" * lines) + "def kernel(x, out):\n    out[...] = x[...] * factor\n"
+    names = {"factor": factor}
+    exec(compile(code, f"machine{lines}/site-packages/kernel.py", "exec"), names)
+    shape = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    step = jax.jit(pl.pallas_call(names["kernel"], shape))
+    return step.trace(shape).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_where_a_kernel_was_traced_is_no_part_of_a_program():
+    here, there, other = lowered_kernel(2.0), lowered_kernel(2.0, lines=5), lowered_kernel(3.0)
+    assert here != there
+    assert executable.without_locations(here) == executable.without_locations(there)
+    assert executable.without_locations(here) != executable.without_locations(other)
 
 
 def test_other_devices_are_refused(file):

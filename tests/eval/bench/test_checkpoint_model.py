@@ -141,8 +141,9 @@ LIKELIHOOD = {"output_type": "loglikelihood", "chat": False, "max_new_tokens": 0
 
 @pytest.mark.parametrize("settings", [{}, LIKELIHOOD])
 def test_batches_that_do_not_fit_are_halved(engine, settings):
-    choices = (" a", " b") if settings else ()
-    requests = [_request(f"q{i}", str(i), choices=choices, **settings) for i in range(6)]
+    """Texts are more than rows: what comes again is as much as is read ahead, or more."""
+    choices, count = ((" a", " b"), 6) if settings else ((), 20)
+    requests = [_request(f"q{i}", str(i), choices=choices, **settings) for i in range(count)]
     expected = _ask(CheckpointModel(engine, "m", batch_size=6), requests)
     spy = Spy(engine, fits=2)
     model = CheckpointModel(spy, "m", batch_size=6)
@@ -155,6 +156,25 @@ def test_batches_that_do_not_fit_are_halved(engine, settings):
     assert max(spy.rows) <= 2  # it has learnt
     (response,) = _ask(CheckpointModel(Spy(engine, fits=0), "m"), requests[:1])
     assert "too little memory" in response.reason
+
+
+def test_what_does_not_fit_is_the_long_one(engine):
+    """A short one beside it is answered, on one device or where each of several has one row."""
+
+    class Narrow(Spy):
+        def serve(self, prompts, *args, width, **kwargs):
+            if width > 64:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            yield from super().serve(prompts, *args, width=width, **kwargs)
+
+    texts = ["x", "word " * 16, "y", "z"]
+    requests = [_request(text, str(i)) for i, text in enumerate(texts)]
+    for shards in (1, 8):
+        model = CheckpointModel(Narrow(engine), "m", batch_size=4)
+        model._shards = shards
+        found = _ask(model, requests)
+        assert "too little memory" in found[1].reason
+        assert all(isinstance(found[i], str) for i in (0, 2, 3))
 
 
 def test_sampled_responses_depend_on_the_document_alone(engine):
@@ -194,6 +214,14 @@ def test_prompts_share_rows_with_others_of_about_their_length(engine, pictures):
     _ask(CheckpointModel(spy, "m"), requests)
     assert spy.widths == [640, 128]
     assert spy.rows == [1, 4]  # and none is there for nobody
+
+
+def test_one_long_prompt_does_not_part_the_short(engine):
+    texts = ["x", "long " * 200, "y", "z"]
+    spy = Spy(engine)
+    model = CheckpointModel(spy, "m")
+    _ask(model, [_request(text, str(i)) for i, text in enumerate(texts)])
+    assert (spy.widths, spy.rows) == ([64, 640], [3, 1])
 
 
 def test_what_is_left_is_scored_in_few_batches(engine):

@@ -2,12 +2,13 @@
 
 import base64
 import io
+import math
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from eval import fetch, tasks
+from eval import data, fetch, tasks
 from eval.data import load
 from eval.task import Scored
 
@@ -187,12 +188,58 @@ def test_hidden_labels_are_no_option(tmp_path, capsys):
 
 
 def test_limit_and_files_that_are_there(tmp_path):
-    row = HUB["mgsm_te"][0]
-    task = tasks.select(["mgsm_te"])
+    """A file that a limit has cut is written again where more rows are asked for."""
+    (task,) = tasks.select(["mgsm_te"])
+    asked = []
+
+    def rows(source):
+        asked.append(source)
+        return iter([HUB["mgsm_te"][0]] * 5)
+
+    for limit, there, again in ((2, 2, True), (1, 2, False), (3, 3, True), (None, 5, True)):
+        asked.clear()
+        fetch.fetch([task], tmp_path, console=Console(quiet=True), limit=limit, load=rows)
+        assert (len(load(task, tmp_path)), bool(asked)) == (there, again)
+        assert data.rows_fetched(data.task_file(task, tmp_path)) == (
+            there if there < 5 else math.inf
+        )
+
+
+def test_files_with_all_rows_are_not_asked_for_again(tmp_path):
+    """Though a limit was given that takes them all."""
+    (task,) = tasks.select(["mgsm_te"])
     quiet = Console(quiet=True)
-    fetch.fetch(task, tmp_path, console=quiet, limit=2, load=lambda source: iter([row] * 5))
-    assert len(load(task[0], tmp_path)) == 2
-    fetch.fetch(task, tmp_path, console=quiet, load=lambda source: pytest.fail("asked again"))
+    fetch.fetch(
+        [task], tmp_path, console=quiet, limit=1, load=lambda source: iter([HUB["mgsm_te"][0]])
+    )
+    for limit in (None, 1, 2):
+        fetch.fetch(
+            [task],
+            tmp_path,
+            console=quiet,
+            limit=limit,
+            load=lambda source: pytest.fail("asked again"),
+        )
+
+
+@pytest.mark.parametrize("limit", [0.5, 2.5])
+def test_fetch_takes_a_number_of_rows(tmp_path, limit):
+    with pytest.raises(data.DataError, match=f"--limit={limit}: fetch takes a number of rows"):
+        fetch.fetch(tasks.select(["mgsm_te"]), tmp_path, console=Console(quiet=True), limit=limit)
+
+
+def test_a_picture_that_is_cut_short_is_not_there(tmp_path, monkeypatch):
+    def killed(self, data):
+        with self.open("wb") as file:
+            file.write(data[:10])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fetch.Path, "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fetch.save_picture(_png(), tmp_path)
+    monkeypatch.undo()
+    assert not list((tmp_path / "images").glob("*.png"))
+    assert Image.open(tmp_path / fetch.save_picture(_png(), tmp_path)).size == (6, 4)
 
 
 def test_rows_come_through_the_datasets_package(tmp_path):

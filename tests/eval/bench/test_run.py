@@ -6,7 +6,7 @@ import random
 import pytest
 
 from eval import bench_report, run, runner, tasks
-from eval.data import DataError, load
+from eval.data import DataError, limit_mark, load
 
 NUMBERS = range(30)
 
@@ -80,6 +80,19 @@ def test_scores_from_a_file_of_responses(data_dir, tmp_path, write_jsonl):
     assert "96.7 [" in page and "PANGEA-7B | published" in page
     assert "mgsm_bn, paper profile: the paper's strict pattern for Bengali" in page
     assert "data:image/svg+xml;base64" in (out / "report.html").read_text("utf-8")
+
+
+def test_a_file_that_a_limit_has_cut_is_told(tmp_path, write_jsonl, capsys):
+    rows = [{"id": str(i), "question": f"{i} + 1?", "answer": i} for i in NUMBERS]
+    path = write_jsonl(tmp_path / "mgsm" / "en.jsonl", rows)
+    file = write_jsonl(tmp_path / "r.jsonl", _mgsm_responses())
+    flags = ["--tasks=mgsm_en", f"--responses={file}", f"--data_dir={tmp_path}"]
+    warnings = []
+    for _ in range(2):
+        assert run.main([*flags, f"--output_path={tmp_path / 'out'}"]) == 0
+        warnings.append("warning: mgsm_en has only its first 30" in capsys.readouterr().out)
+        limit_mark(path).touch()
+    assert warnings == [False, True]
 
 
 def test_missing_and_superfluous_responses_are_told(data_dir, tmp_path, write_jsonl, capsys):

@@ -54,7 +54,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.pretrained = ("tower", "stage1")
     config.frozen = (r"vision\..*",)
     config.mixture = dict(
-        # The others' names are learned by seeing them: more languages at the same total would learn none.
+        # Names are learned by seeing them. For 38 languages a model of this size would need more still: measured, the
+        # mean of 37 others is ranked first in 16 % of seen drawings (floor 11), of 7 others in 49 %.
         num_examples=args["num_examples"] or max(16_000, 2_000 * len(codes)),
         en_ratio=args["en_ratio"],
         languages=codes,

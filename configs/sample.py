@@ -55,7 +55,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.frozen = (r"vision\..*",)
     config.mixture = dict(
         # Names are learned by seeing them. For 38 languages a model of this size would need more still: measured, the
-        # mean of 37 others is ranked first in 16 % of seen drawings (floor 11), of 7 others in 49 %.
+        # mean of 37 others is ranked first in 16 % of seen drawings (floor 11), of 7 others in 47 %.
         num_examples=args["num_examples"] or max(16_000, 2_000 * len(codes)),
         en_ratio=args["en_ratio"],
         languages=codes,

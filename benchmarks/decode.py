@@ -16,11 +16,12 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from benchmarks import peer
-from pangea_jax.generate.decode import greedy, last_hidden
+from pangea_jax.generate.decode import complete, last_hidden
 
 WORDS, NEW = 32, 64
 NO_STOP = -1
@@ -39,7 +40,8 @@ def generate_pair(ours, theirs, rows: int):
         model = nnx.merge(graphdef, state)
         hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + new)
         last, lengths = last_hidden(hidden, batch["segment_ids"])
-        return greedy(model, last, lengths, cache, max_new_tokens=new, stop_id=NO_STOP)
+        stop_ids = jnp.array([NO_STOP])
+        return complete(model, last, lengths, cache, max_new_tokens=new, stop_ids=stop_ids)
 
     @torch.no_grad()
     def reference(new):

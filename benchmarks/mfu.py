@@ -183,10 +183,7 @@ def describe(found: dict) -> str:
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise common.UserError(
-            f"unexpected arguments {argv[1:]}; overrides are written --config.key=value"
-        )
+    common.no_arguments(argv)
     common.use_compile_cache()
     found = measure(CONFIG.value, STEPS.value, PROFILE.value)
     print(json.dumps(found) if JSON.value else describe(found))

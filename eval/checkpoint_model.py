@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pangea_jax
 from eval.models import Request, Responses
 from eval.task import IMAGE_MARK, Failed, Generation, Profile
+from pangea_jax import sharding
 from pangea_jax.generate.decode import Sampling
 from pangea_jax.generate.engine import Conversation, Engine, Prompt, bucket
 from pangea_jax.model import PangeaConfig
@@ -52,7 +53,7 @@ class CheckpointModel:
         self.name, self._engine, self._profile = name, engine, profile
         self._batch_size = batch_size
         mesh = engine.mesh
-        self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self._shards = sharding.row_shards(mesh)
         self._tensor = 1 if mesh is None else mesh.shape["tensor"]
         # Once, with nothing but the parameters there: the same shape always has the same rows.
         self._memory = _memory()
@@ -191,19 +192,20 @@ class CheckpointModel:
 
     def _rows(self, shape: tuple[int, ...]) -> int:
         """Rows of log-likelihoods: tokens, tiles, choices and their length."""
-        if self._batch_size is not None:
-            return self._fits
-        rows = max(1, int(self._memory // row_bytes(self._engine.config, *shape)))
-        return min(self._fits, self._shards << (rows.bit_length() - 1))
+        return self._rows_within(self._memory, row_bytes(self._engine.config, *shape))
 
     def _rows_of_answers(self, width: int, tiles: int, new: int) -> int:
         """Rows of answers: what one prompt's reading leaves of the memory, for the caches of all."""
-        if self._batch_size is not None:
-            return self._fits
         config = self._engine.config
         left = self._memory - row_bytes(config, width, tiles, 1, 0)
         each = cache_bytes(config, width + new) / self._tensor + 4 * config.language.vocab_size
-        rows = max(1, int(left // each))
+        return self._rows_within(left, each)
+
+    def _rows_within(self, memory: float, each: float) -> int:
+        """As many on every shard as its memory holds, rounded down to a power of two."""
+        if self._batch_size is not None:
+            return self._fits
+        rows = max(1, int(memory // each))
         return min(self._fits, self._shards << (rows.bit_length() - 1))
 
 
@@ -288,7 +290,8 @@ def row_bytes(config: PangeaConfig, tokens: int, tiles: int, choices: int, lengt
     """What a prompt and its choices take, roughly: the caches, and the widest arrays of one layer."""
     vision, language = config.vision, config.language
     size = jnp.dtype(config.dtype).itemsize
-    # Attention weights are float32; the decoder's are made for 512 queries at a time at most.
+    # Attention weights are float32; the decoder's are made for 512 queries at a time, in longer rows than 4,096
+    # tokens for twice as many at most.
     decoder = tokens * (4 * size * language.mlp + 4 * language.heads * min(tokens, 512))
     seen = vision.patches + 1
     tower = tiles * seen * (4 * vision.heads * seen + 4 * size * vision.mlp)

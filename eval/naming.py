@@ -27,7 +27,7 @@ from pangea_jax.data.pipeline import CachedViews, pad_row
 from pangea_jax.data.record import IMAGE_MARKER, Turn
 from pangea_jax.data.store import RecordStore
 from pangea_jax.data.tokenizer import Tokenizer
-from pangea_jax.generate.decode import greedy, last_hidden, until
+from pangea_jax.generate.decode import complete, last_hidden, until
 from pangea_jax.model import params as model_params
 from pangea_jax.sharding import BATCH_SPEC
 from pangea_jax.train.features import frozen_features
@@ -251,7 +251,8 @@ def _score(
     B, J, A = names.shape
     hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + max(max_new_tokens, A))
     last, lengths = last_hidden(hidden, batch["segment_ids"])
-    tokens = greedy(model, last, lengths, cache, max_new_tokens=max_new_tokens, stop_id=stop_id)
+    settings = {"max_new_tokens": max_new_tokens, "stop_ids": jnp.array([stop_id])}
+    tokens = complete(model, last, lengths, cache, **settings)
     flat = names.reshape(B * J, A)
     positions = jnp.repeat(lengths, J)[:, None] + jnp.arange(A - 1)
     x = model.language.embed(flat[:, :-1], last.dtype)

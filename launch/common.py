@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from launch import distributed
 from pangea_jax import checkpoints, sharding
 from pangea_jax.checkpoints import huggingface
-from pangea_jax.data import emoji
+from pangea_jax.data import atomic, emoji
 from pangea_jax.data.feed import BadRecordsError, Feed, RestartError
 from pangea_jax.data.mixture import Mixture
 from pangea_jax.data.pipeline import PipelineConfig
@@ -386,7 +386,7 @@ def batch_shapes(
     config: Config, model: PangeaConfig, mesh: jax.sharding.Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """What a step is given: a batch of the data pipeline, its rows filled up to the devices."""
-    pipeline, shards = config.pipeline, mesh.shape["data"] * mesh.shape["fsdp"]
+    pipeline, shards = config.pipeline, sharding.row_shards(mesh)
     rows = -(-pipeline.rows // shards) * shards
     placed = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
     array = functools.partial(jax.ShapeDtypeStruct, sharding=placed)
@@ -430,7 +430,7 @@ def claim_workdir(workdir: Path, config: Config) -> None:
                     f"{workdir} holds a run of another config ({'; '.join(differing[:4])}); "
                     "give another --workdir, or remove that one"
                 )
-        write_json(path, mine)
+        atomic.write_json(path, mine, ensure_ascii=False)
     except OSError as error:
         raise UserError(
             f"cannot write to {workdir} ({error.strerror}); give a --workdir you may write to"
@@ -450,13 +450,6 @@ def differences(theirs: Any, mine: Any, key: str = "") -> list[str]:
             for line in differences(theirs.get(name), mine.get(name), f"{key}.{name}".lstrip("."))
         ]
     return [] if theirs == mine else [f"{key} is {theirs!r} there and {mine!r} here"]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def cache_directory(name: str) -> Path | None:

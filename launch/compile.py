@@ -131,7 +131,7 @@ def measure(config, topology: str, slices: int = 1, output: str | None = None, s
       steps: of the run, which it then needs to know.
     """
     mesh, hbm = topology_mesh(topology, slices, config.mesh)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.row_shards(mesh)
     lowered, flops = lower(config, mesh, steps or SCHEDULE_STEPS)
     found = {
         "topology": topology,
@@ -192,7 +192,7 @@ def search(config, topology: str, slices: int = 1) -> dict:
       UserError: not even one row a shard fits.
     """
     mesh, _ = topology_mesh(topology, slices, config.mesh)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.row_shards(mesh)
     config = config.copy_and_resolve_references()
     config.accumulation = 1
 

@@ -24,7 +24,7 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from pangea_jax.curation import llm, pipeline
+from pangea_jax.curation import pipeline, reply_store
 from pangea_jax.data.release import ReleaseError
 from pangea_jax.data.runners import RunnerError
 from pangea_jax.data.store import StoreError
@@ -134,7 +134,7 @@ def _guarded(argv: list[str]) -> None:
     )
     try:
         main(argv)
-    except llm.Stop as stop:
+    except reply_store.Stop as stop:
         print(f"{stop}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from jax.experimental.mosaic.dialects import tpu
 from jax.extend.mlir import ir
 
 from launch import common
+from pangea_jax.data import atomic
 
 
 def save(
@@ -36,7 +37,7 @@ def save(
       compiled: not from the compile cache: XLA cannot write out again what it has read.
       steps: of the run; the schedule of the learning rate is part of the program.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = atomic.partial_path(path)
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("facts.json", json.dumps(_facts(lowered, mesh, config, steps), indent=2))
         file.writestr("program", compiled.runtime_executable().serialize())
@@ -133,6 +134,8 @@ def _place(device) -> list[int]:
 
 # A Pallas kernel within the text of a program: MLIR bytecode in base64, in the JSON of a custom call.
 _KERNEL = re.compile(r"(\\22body\\22: \\22)([A-Za-z0-9+/=]+)(?=\\22)")
+# JAX 0.12 keeps the locations beside it.
+_LOCATIONS = re.compile(r"(\\22debug_locations\\22: \\22)[A-Za-z0-9+/=]*(?=\\22)")
 
 
 def without_locations(program: str) -> str:
@@ -146,7 +149,7 @@ def without_locations(program: str) -> str:
             kernel = ir.Module.parse(base64.b64decode(match[2]))
             return match[1] + kernel.operation.get_asm(enable_debug_info=False)
 
-    return _KERNEL.sub(assembly, program)
+    return _KERNEL.sub(assembly, _LOCATIONS.sub(r"\1", program))
 
 
 def _digest(text: str) -> str:

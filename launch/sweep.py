@@ -42,6 +42,7 @@ from rich.table import Table
 from eval import ablation, ablation_summary
 from eval.ablation import RESULTS_FILE, SWEEP_FILE
 from launch import common, distributed
+from pangea_jax.data import atomic
 
 CONFIG = common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string(
@@ -186,7 +187,7 @@ def write_plan(plan: Plan) -> None:
     seeds = 1 + max(run["seed"] for run in runs.values())
     mine["command"] += f" --seeds={seeds}" if seeds > 1 else ""
     plan.workdir.mkdir(parents=True, exist_ok=True)
-    common.write_json(path, mine | {"runs": list(runs.values())})
+    atomic.write_json(path, mine | {"runs": list(runs.values())}, ensure_ascii=False)
 
 
 @contextlib.contextmanager

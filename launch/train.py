@@ -26,7 +26,7 @@ from eval import naming, report
 from launch import common, distributed, executable
 from pangea_jax import sharding
 from pangea_jax.checkpoints import SpecialTokens, huggingface, processor, tokenizer_files
-from pangea_jax.data import batch_view, emoji, mixture, pipeline
+from pangea_jax.data import atomic, batch_view, emoji, mixture, pipeline
 from pangea_jax.model import params as model_params
 from pangea_jax.train import optimizer as optim
 from pangea_jax.train.checkpoint import Checkpoints
@@ -274,7 +274,7 @@ def execute(run):
             "parameters": {"trained": _count(state.trainable), "frozen": _count(state.frozen)},
             "timing": run.timer.summary(),
         }
-        common.write_json(run.workdir / "results.json", results)
+        atomic.write_json(run.workdir / "results.json", results, ensure_ascii=False)
         write_report(run, results, answers, store)
 
 

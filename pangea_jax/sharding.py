@@ -85,6 +85,11 @@ def num_slices(devices) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
+def row_shards(mesh: Mesh | None) -> int:
+    """Parts that the rows of a batch are split into; one without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
+
+
 def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The PartitionSpec of one parameter.
 
@@ -156,7 +161,7 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     a sum over a count, so they change nothing.
     """
     sharding = NamedSharding(mesh, BATCH_SPEC)
-    shards = max(1, mesh.shape["data"] * mesh.shape["fsdp"] // jax.process_count())
+    shards = max(1, row_shards(mesh) // jax.process_count())
 
     def place(rows):
         missing = -len(rows) % shards

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from pangea_jax.checkpoints import huggingface, names, orbax
 from pangea_jax.checkpoints.config import config_from_folder
-from pangea_jax.checkpoints.files import CheckpointError, write_json
+from pangea_jax.checkpoints.files import CheckpointError, require_new, write_json
 from pangea_jax.model.lora import LoraConfig
 from pangea_jax.model.params import flatten
 
@@ -50,15 +50,14 @@ def save(
     write_json(folder / CONFIG, _config(config, base))
 
 
-def convert(source: Path, target: Path, *, base: str = "") -> None:
-    """Writes the adapters of a training run's newest step, whole or not at all; arguments as of `save`.
+def convert(source: Path, target: Path) -> None:
+    """Writes the adapters of a training run's newest step, whole or not at all.
 
     Raises:
       CheckpointError: `source` is no run with adapters, or is damaged.
       FileExistsError: `target` is there already.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is there already; remove it or give another --to")
+    require_new(target)
     location, config = orbax.find(source), config_from_folder(source)
     if location is None or not config.language.lora.rank:
         raise CheckpointError(
@@ -68,7 +67,7 @@ def convert(source: Path, target: Path, *, base: str = "") -> None:
     adapters = {name: x.shape for name, x in shapes.items() if "_lora." in name}
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save(orbax.load(location, adapters), config.language.lora, partial, base=base)
+    save(orbax.load(location, adapters), config.language.lora, partial)
     os.replace(partial, target)
 
 

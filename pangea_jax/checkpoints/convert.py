@@ -16,6 +16,7 @@ from pangea_jax.checkpoints.files import (
     TensorFiles,
     cast,
     in_order,
+    require_new,
     write,
     write_json,
 )
@@ -66,8 +67,7 @@ def convert(
     for value, allowed in ((form, FORMATS), (layout, LAYOUTS)):
         if value not in allowed:
             raise ValueError(f"{value!r} is not one of {', '.join(allowed)}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is there already; remove it or give another --to")
+    require_new(target)
     config = config_from_folder(source)
     if config.language.lora.rank:
         raise CheckpointError(

@@ -263,6 +263,15 @@ def cast(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return rounded
 
 
+def require_new(target: Path) -> None:
+    """
+    Raises:
+      FileExistsError: `target` is neither a new nor an empty folder.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is there already; remove it or give another --to")
+
+
 def write_json(file: Path, content: dict):
     """Writes JSON so that a reader sees the old file or the new one, never half of one."""
     partial = file.with_name(f"{file.name}.partial")

@@ -29,7 +29,7 @@ def ask(
 
     Raises:
       Unusable: neither answer can be used.
-      llm.Refused, llm.Stop: see `llm.Client.complete`.
+      llm.Refused, reply_store.Stop: see `llm.Client.complete`.
     """
     faults = []
     for sampling in ({}, {"temperature": 0.7}):

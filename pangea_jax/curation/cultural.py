@@ -94,7 +94,7 @@ def run(
       the contents of report.json.
 
     Raises:
-      llm.Stop: the budget is spent or the endpoint gone; the same call goes on.
+      reply_store.Stop: the budget is spent or the endpoint gone; the same call goes on.
       pipeline.JobError, ValueError: settings that cannot be carried out.
     """
     job, settings = Job(out, STAGES, config["shard_size"]), _Settings.of(config)

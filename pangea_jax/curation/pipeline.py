@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pangea_jax import languages
-from pangea_jax.curation import llm
+from pangea_jax.curation import llm, reply_store
 from pangea_jax.data import release, runners
 from pangea_jax.data.atomic import read_json, write_bytes
 from pangea_jax.data.record import Conversation, RecordError, image_paths
@@ -321,7 +321,7 @@ class Job:
             model's replies, deterministic.
 
         Raises:
-          llm.Stop: the budget is spent or the endpoint gone; finished shards stay.
+          reply_store.Stop: the budget is spent or the endpoint gone; finished shards stay.
           KeyboardInterrupt: likewise.
         """
         shards = self.shards(source)
@@ -333,7 +333,9 @@ class Job:
             done = sum(self._path(part, n, "json").is_file() for n in range(shards))
             if stopped["kind"] == "KeyboardInterrupt":
                 raise KeyboardInterrupt
-            kind = {"BudgetExceeded": llm.BudgetExceeded}.get(stopped["kind"], llm.EndpointError)
+            kind = {"BudgetExceeded": reply_store.BudgetExceeded}.get(
+                stopped["kind"], llm.EndpointError
+            )
             raise kind(f"stopped with {done} of {shards} shards done: {stopped['problem']}")
         _write_json(self._end(part), {"shards": shards})
 
@@ -398,7 +400,7 @@ class Job:
         title: str,
         published: Mapping[str, str] | None = None,
         sections: Mapping[str, Mapping[str, Any]] | None = None,
-        usage: Mapping[str, llm.Usage] | None = None,
+        usage: Mapping[str, reply_store.Usage] | None = None,
     ) -> dict[str, Any]:
         """Writes report.json, report.md and usage.json.
 
@@ -428,7 +430,7 @@ class Job:
         return report
 
 
-def _estimates(usage: Mapping[str, llm.Usage]) -> dict[str, dict[str, str]]:
+def _estimates(usage: Mapping[str, reply_store.Usage]) -> dict[str, dict[str, str]]:
     """A section on calls whose cost is not known but bounded, if there are any."""
     rows = {
         purpose: f"{row.estimated:,} of {row.calls:,} replies came without a count of tokens and are charged "
@@ -466,7 +468,7 @@ class _Part:
                 counts.count(outcome)
                 outcomes.append(outcome)
         # Beam would make something else of Ctrl-C, where it runs in the process that gets it.
-        except (llm.Stop, KeyboardInterrupt) as stop:
+        except (reply_store.Stop, KeyboardInterrupt) as stop:
             _write_json(job._stopped, {"kind": type(stop).__name__, "problem": str(stop)})
             return
         counts.check(f"part {self.name}, shard {shard}")

@@ -22,7 +22,7 @@ from pangea_jax import languages
 from pangea_jax.curation import near_duplicates
 from pangea_jax.curation.contamination import Benchmarks, Findings, Overlap
 from pangea_jax.curation.pipeline import cell
-from pangea_jax.data import image, release
+from pangea_jax.data import archives, image, release
 from pangea_jax.data.record import Conversation, RecordError, identify_language
 from pangea_jax.data.runners import RunnerError
 from pangea_jax.data.store import MANIFEST, RecordStore
@@ -187,8 +187,8 @@ class _Records:
         return RecordStore(self.source)
 
     @functools.cached_property
-    def released(self) -> release.Pictures:
-        return release.Pictures(self.pictures, self.database)
+    def released(self) -> archives.Pictures:
+        return archives.Pictures(self.pictures, self.database)
 
     @property
     def is_store(self) -> bool:

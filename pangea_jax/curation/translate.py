@@ -83,7 +83,7 @@ def run(config: Mapping[str, Any], out: Path, runner_options: Sequence[str]) -> 
 
     Raises:
       JobError: the config or the folder cannot be used.
-      llm.Stop: the budget is spent or the endpoint gone; the same call goes on.
+      reply_store.Stop: the budget is spent or the endpoint gone; the same call goes on.
     """
     translation = Translation.from_config(config, out)
     job, files = translation.job, source_files(Path(config["source"]))

@@ -178,7 +178,7 @@ def _finish(build: Build, shards: int) -> dict[str, Any]:
     }
     write_store.write_manifest(build.out, manifest)
     shutil.rmtree(build.work)
-    return summary
+    return read_json(build.out / SUMMARY)
 
 
 def _finish_part(build: Build, part: "_Part", made: Shards, files: dict[str, Any]) -> Shards:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from pangea_jax.data import image, release, store, write_store
+from pangea_jax.data import archives, image, release, store, write_store
 from pangea_jax.data.atomic import read_json, write_json
 from pangea_jax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -143,7 +143,7 @@ class Build:
         }
         return json.loads(json.dumps(described, default=str))
 
-    def pictures(self) -> release.Pictures:
+    def pictures(self) -> archives.Pictures:
         """The pictures of the release."""
         folder = self.images or (self.source.parent if self.source.is_file() else self.source)
         # Beam's runners have threads, which must not share open files.
@@ -185,8 +185,8 @@ def forget_pictures() -> None:
 
 
 @functools.cache
-def _pictures(source: Path, database: Path, thread: int) -> release.Pictures:
-    return release.Pictures(source, database)
+def _pictures(source: Path, database: Path, thread: int) -> archives.Pictures:
+    return archives.Pictures(source, database)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pangea_jax.data import image, release, write_store
+from pangea_jax.data import archives, image, write_store
 from pangea_jax.data.atomic import partial_path, read_json, write_json, write_parquet
 from pangea_jax.data.image import ImageError
 from pangea_jax.data.pangeains_build import Build
@@ -28,7 +28,7 @@ PLACE = [
     ("size", pa.int64()),
     ("deflated", pa.bool_()),
 ]
-"""The fields of `release.Place`."""
+"""The fields of `archives.Place`."""
 _PLAN = pa.schema([("key", pa.string()), *PLACE])
 _RESULT = pa.schema(
     [
@@ -113,7 +113,7 @@ class Pictures:
             key = entry.pop("key")
             result = {"key": key}
             try:
-                encoded = self.build.pictures().read(release.Place(**entry))
+                encoded = self.build.pictures().read(archives.Place(**entry))
                 width, height = image.check(encoded, name=key, max_pixels=self.build.max_pixels)
             except ImageError as error:
                 results.append(result | {"fault": error.fault, "detail": error.reason})

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pangea_jax.data import chat, rejections, release, write_store
+from pangea_jax.data import archives, chat, rejections, release, write_store
 from pangea_jax.data.atomic import partial_path, read_json, write_json, write_parquet
 from pangea_jax.data.pangeains_build import Build, BuildError, Progress
 from pangea_jax.data.pangeains_pictures import PLACE, Pictures, Sizes
@@ -137,7 +137,7 @@ class Records:
             "example": write_store.serialize(conversation),
         }
 
-    def _find(self, path: str, record_id: str) -> tuple[str, release.Place]:
+    def _find(self, path: str, record_id: str) -> tuple[str, archives.Place]:
         try:
             found = self.build.pictures().find(path)
         except RecordError as error:

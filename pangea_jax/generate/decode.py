@@ -273,7 +273,8 @@ def complete(
     sampling: Sampling | None = None,
     limit: Int[Array, ""] | int | None = None,
 ) -> Int[Array, "B {max_new_tokens}"]:
-    """All tokens of an answer: up to and including a stop id, then `stop_ids[0]` over and over.
+    """All tokens of an answer, the likeliest without `sampling`: up to and including a stop id, then
+    `stop_ids[0]` over and over.
 
     Args: as of `begin`.
     """
@@ -281,20 +282,6 @@ def complete(
     settings = {"limit": limit, "stop_ids": stop_ids, "sampling": sampling}
     begun = begin(model, hidden, lengths, cache, max_new_tokens=max_new_tokens, **settings)
     return advance(model, begun, steps=max_new_tokens - 1, **settings).tokens
-
-
-def greedy(
-    model: Pangea,
-    hidden: Float[Array, "B D"],
-    lengths: Int[Array, "B"],
-    cache: KVCache,
-    *,
-    max_new_tokens: int,
-    stop_id: Int[Array, ""] | int,
-) -> Int[Array, "B {max_new_tokens}"]:
-    """`complete` of the likeliest tokens, up to one stop id."""
-    stop_ids = jnp.asarray(stop_id, jnp.int32)[None]
-    return complete(model, hidden, lengths, cache, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
 
 
 def until(tokens: Sequence[int], stop_ids: Collection[int]) -> list[int]:

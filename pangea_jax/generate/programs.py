@@ -16,7 +16,7 @@ from pangea_jax.generate import decode, likelihood
 from pangea_jax.generate.decode import Decoding, Sampling
 from pangea_jax.model import KVCache, Pangea
 
-# [L, B, S, K, C]: rows over the data axes as in any batch, key heads as their kernels lie.
+# [L, B, K, S, C]: rows over the data axes as in any batch, key heads as their kernels lie.
 CACHE_SPEC = P(None, *sharding.BATCH_SPEC, "tensor", None, None)
 
 
@@ -34,7 +34,7 @@ class Programs:
     """
 
     def __init__(self, model: Pangea, mesh: Mesh | None):
-        self.config, self.mesh = model.config, mesh
+        self.mesh = mesh
         graphdef, self.params = nnx.split(model)
 
         def program(function, outputs, **kwargs):
@@ -61,7 +61,7 @@ class Programs:
     @property
     def shards(self) -> int:
         """Parts that the rows of a batch are split into."""
-        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return sharding.row_shards(self.mesh)
 
     def insert(self, decoding: Decoding, begun: Decoding, rows: Int[np.ndarray, "A"]) -> Decoding:
         """`decode.insert`; takes `decoding` over. Rows of `begun` beyond A are dropped."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from pangea_jax.sharding import BATCH_SPEC
+from pangea_jax.sharding import BATCH_SPEC, row_shards
 
 # The name under which a remat policy can keep what the backward pass needs of the forward one.
 RESIDUALS = "attention"
@@ -76,9 +76,8 @@ def obstacle(impl, q: Array, k: Array, packed: bool) -> str | None:
             return f"{name} {block} is not one of {', '.join(map(str, kernel.blocks))}"
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1:
-        shards = math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
         for count, what, parts in (
-            (q.shape[0], "rows", shards),
+            (q.shape[0], "rows", row_shards(mesh)),
             (k.shape[2], "key heads", mesh.shape["tensor"]),
         ):
             if count % parts:

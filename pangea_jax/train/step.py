@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from pangea_jax.model import params as model_params
 from pangea_jax.model.attention import AttentionImpl
-from pangea_jax.sharding import BATCH_SPEC
+from pangea_jax.sharding import BATCH_SPEC, row_shards
 from pangea_jax.train.loss import cross_entropy
 from pangea_jax.train.state import TrainState
 
@@ -123,7 +123,7 @@ def _parts(batch, count, mesh):
       ValueError: the rows of a device do not divide.
     """
     rows = len(batch["tokens"])
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = row_shards(mesh)
     if rows % (devices * count):
         raise ValueError(
             f"{rows} rows on {devices} devices do not divide into accumulation={count} parts; "

@@ -55,6 +55,12 @@ def batch():
     }
 
 
+def divide(params):
+    """The adapters, and all other parameters."""
+    adapters = {name: x for name, x in params.items() if "_lora." in name}
+    return adapters, {name: x for name, x in params.items() if name not in adapters}
+
+
 def peft_model(reference, folder):
     """Another copy of the reference with the adapters in a folder: peft changes what it is given."""
     peft = pytest.importorskip("peft", reason="peft is in requirements-parity.txt")
@@ -74,8 +80,7 @@ def test_peft_computes_the_same_logits_and_gradients(adapted, batch, tmp_path):
         logits = model_params.merge(graphdef, adapters | others)(batch)
         return jnp.sum(logits * weights), logits
 
-    adapters = {name: x for name, x in params.items() if "_lora." in name}
-    others = {name: x for name, x in params.items() if "_lora." not in name}
+    adapters, others = divide(params)
     (_, logits), grads = jax.value_and_grad(loss, has_aux=True)(adapters, others)
     found = theirs(input_ids=torch.tensor(batch["tokens"]).long()).logits
     (found * torch.tensor(weights)).sum().backward()
@@ -120,8 +125,7 @@ def run(adapted, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     content = {"model": dataclasses.asdict(config), "data": {"tokenizer": "emoji"}}
     (folder / "config.json").write_text(json.dumps(content))
-    adapters = {name: x for name, x in params.items() if "_lora." in name}
-    others = {name: x for name, x in params.items() if "_lora." not in name}
+    adapters, others = divide(params)
     saved = Checkpoints(folder / "checkpoints", keep=1)
     data = iter(grain.MapDataset.range(3).to_iter_dataset())
     saved.save(TrainState(jnp.int32(7), adapters, others, {}), data, {"train": 1.0})
@@ -129,7 +133,7 @@ def run(adapted, tmp_path_factory):
     return folder
 
 
-def test_the_adapters_of_a_run_are_converted(adapted, run, tmp_path, monkeypatch):
+def test_the_adapters_of_a_run_are_converted(adapted, run, tmp_path):
     _, config, _, params = adapted
     adapter.save(params, config.language.lora, tmp_path / "wanted")
     adapter.convert(run, tmp_path / "out")
@@ -141,11 +145,11 @@ def test_the_adapters_of_a_run_are_converted(adapted, run, tmp_path, monkeypatch
         adapter.convert(run, tmp_path / "out")
 
 
-def test_what_has_no_adapters_is_refused(adapted, run, tmp_path):
+def test_what_has_no_adapters_is_refused(adapted, tmp_path):
     reference, _, _, params = adapted
     with pytest.raises(CheckpointError, match="is no training run with adapters"):
         adapter.convert(reference.folder, tmp_path / "out")
-    plain = {name: x for name, x in params.items() if "_lora." not in name}
+    _, plain = divide(params)
     with pytest.raises(ValueError, match="no adapters to save"):
         adapter.save(plain, LoraConfig(), tmp_path / "out")
     assert not (tmp_path / "out").exists()

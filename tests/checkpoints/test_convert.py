@@ -275,7 +275,7 @@ def test_damage_to_our_form_is_found(ours, run, tmp_path, do, message):
     assert not (tmp_path / "hf").exists()
 
 
-def test_our_form_must_fit_its_config(ours, run, tmp_path):
+def test_our_form_must_fit_its_config(ours):
     shutil.rmtree(ours / "params" / "state" / "newline_d")
     with pytest.raises(CheckpointError, match="newline_d cannot be opened"):
         checkpoints.load(ours)

@@ -21,9 +21,9 @@ pytest.importorskip("protego", reason="Protego is in requirements-curation.txt")
 pytest.importorskip("rensa", reason="rensa is in requirements-curation.txt")
 
 from configs.curation import cultural as cultural_config
-from pangea_jax.curation import cultural, llm, pipeline
+from pangea_jax.curation import cultural, pipeline, reply_store
 from pangea_jax.curation.filters import Filters
-from pangea_jax.data import pangeains, release, runners
+from pangea_jax.data import archives, pangeains, runners
 from pangea_jax.data.record import Conversation
 
 from .crawl import Crawl, Web, alt_texts, answers, make_crawl, prompt_of
@@ -132,7 +132,7 @@ def test_records_are_ready_to_be_built_and_say_where_they_come_from(tmp_path, we
     with runners.Local(1) as go:
         summary = pangeains.build(built, go, max_bad_fraction=0.0)
     assert summary["kept"] == len(kept) and summary["rejected"] == {}
-    pictures = release.Pictures(out / "records", tmp_path / "archives.sqlite")
+    pictures = archives.Pictures(out / "records", tmp_path / "archives.sqlite")
     pictures.index()
     of_id = {row["id"]: row for row in rows_of(out / "provenance")}
     assert len(of_id) == len(kept)
@@ -176,7 +176,9 @@ def test_stopped_and_killed_ten_times_it_makes_the_same_and_pays_for_nothing_twi
 
     limited = make_config(crawl, second, tmp_path)
     limited.llm.max_calls = 15
-    with pytest.raises(llm.BudgetExceeded, match="raise it and start the same command again"):
+    with pytest.raises(
+        reply_store.BudgetExceeded, match="raise it and start the same command again"
+    ):
         cultural.run(limited, killed, RUNNER)
     assert second.finished.total() == 15
     context = multiprocessing.get_context("forkserver")
@@ -194,7 +196,7 @@ def test_stopped_and_killed_ten_times_it_makes_the_same_and_pays_for_nothing_twi
     second.wait_until_idle()
     cultural.run(make_config(crawl, second, tmp_path), killed, RUNNER)
     assert results(killed) == results(whole)
-    usage = llm.Replies(killed / "work" / "replies.sqlite", llm.ClientConfig("m")).usage()
+    usage = reply_store.Replies(killed / "work" / "replies.sqlite", lease=600.0).usage()
     # A reply that was on its way when its asker was killed is asked for again, and counted as lost.
     again = second.finished.total() - len(second.finished)
     assert again <= sum(row.lost for row in usage.values()) <= 4 * 10

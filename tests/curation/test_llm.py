@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("openai", reason="openai is in requirements-curation.txt")
 
-from pangea_jax.curation import llm
+from pangea_jax.curation import llm, reply_store
 
 MANY = [f"prompt {number}" for number in range(60)]
 
@@ -134,7 +134,7 @@ def test_usage_is_what_the_server_counted(start_endpoint, tmp_path):
     sent = sum(len(json.dumps(request)) // 4 for request in endpoint.requests.values())
     came = sum(len(f"good: {prompt}") // 4 for prompt in MANY[:5])
     dollars = (2 * sent + 8 * came) / 1e6
-    assert client.usage() == {"test": llm.Usage(5, sent, came, pytest.approx(dollars))}
+    assert client.usage() == {"test": reply_store.Usage(5, sent, came, pytest.approx(dollars))}
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_what_is_not_counted_is_charged_as_the_most_that_it_can_be(start_endpoin
     assert (reply.prompt_tokens, reply.completion_tokens) == (sent, came)
     used = client.usage()
     dollars = (2 * sent + 8 * came) / 1e6
-    assert used["test"] == llm.Usage(1, sent, came, pytest.approx(dollars), estimated=1)
+    assert used["test"] == reply_store.Usage(1, sent, came, pytest.approx(dollars), estimated=1)
     assert used["vectors"].prompt_tokens == 7 and used["vectors"].estimated == 1
 
 
@@ -180,7 +180,9 @@ def test_budget_is_never_exceeded_and_raising_it_goes_on(start_endpoint, tmp_pat
     config = _config(endpoint, budget=0.001, **settings)
     client = llm.Client(config, tmp_path / "r.sqlite")
     done = []
-    with pytest.raises(llm.BudgetExceeded, match=r"the budget of \$0\.00 is spent.*raise config"):
+    with pytest.raises(
+        reply_store.BudgetExceeded, match=r"the budget of \$0\.00 is spent.*raise config"
+    ):
         done.extend(prompt for prompt, _ in client.map(lambda p: _ask(client, p), MANY))
     spent = client.usage()["test"].dollars
     # The most that one call can cost: its bytes, what surrounds a message, and the longest reply.
@@ -195,7 +197,7 @@ def test_budget_is_never_exceeded_and_raising_it_goes_on(start_endpoint, tmp_pat
 def test_limit_of_calls(start_endpoint, tmp_path):
     endpoint = start_endpoint(_echo)
     client = llm.Client(_config(endpoint, max_calls=7), tmp_path / "r.sqlite")
-    with pytest.raises(llm.BudgetExceeded, match="7 calls are made"):
+    with pytest.raises(reply_store.BudgetExceeded, match="7 calls are made"):
         list(client.map(lambda p: _ask(client, p), MANY))
     assert endpoint.asked.total() == 7
 
@@ -335,7 +337,7 @@ def test_a_budget_holds_for_attempts_that_are_not_answered(start_endpoint, tmp_p
     endpoint = start_endpoint(lambda request, kind: "late" if release.wait(10) else "")
     settings = {"price_out": 1.0, "timeout": 0.3, "max_tokens": 1_000, "retries": 4}
     client = llm.Client(_config(endpoint, budget=0.0025, **settings), path)
-    with pytest.raises(llm.BudgetExceeded, match=r"raise config\.llm\.budget"):
+    with pytest.raises(reply_store.BudgetExceeded, match=r"raise config\.llm\.budget"):
         _ask(client, "slow")
     release.set()
     assert endpoint.asked.total() == client.usage()["test"].lost == 2  # of the 5 that retries allow
@@ -348,11 +350,11 @@ def test_a_spent_budget_ends_the_run_also_where_the_package_wraps_it(
     import openai
 
     def completion(request):
-        raise openai.APIConnectionError(request=None) from llm.BudgetExceeded("spent")
+        raise openai.APIConnectionError(request=None) from reply_store.BudgetExceeded("spent")
 
     client = llm.Client(_config(start_endpoint(_echo)), tmp_path / "r.sqlite")
     monkeypatch.setattr(client, "_completion", completion)
-    with pytest.raises(llm.BudgetExceeded, match="spent"):
+    with pytest.raises(reply_store.BudgetExceeded, match="spent"):
         _ask(client, "a")
 
 

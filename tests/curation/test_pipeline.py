@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("apache_beam", reason="apache-beam is in requirements-curation.txt")
 
-from pangea_jax.curation import llm, pipeline
+from pangea_jax.curation import pipeline, reply_store
 from pangea_jax.curation.pipeline import (
     Accounting,
     AccountingError,
@@ -107,7 +107,7 @@ def test_every_record_is_accounted_for(job):
 
 
 def test_costs_that_are_only_bounded_are_said_to_be(job):
-    paid = llm.Usage(7, 100, 10, 0.5)
+    paid = reply_store.Usage(7, 100, 10, 0.5)
     _run(job)
     usage = {"a": paid, "b": paid._replace(estimated=3)}
     report = job.report(("input", "records"), title="Test", usage=usage)
@@ -208,11 +208,11 @@ def test_a_stop_leaves_finished_shards_and_the_rest_is_made_later(job, tmp_path)
     def stops(rows):
         for row in rows:
             if row["n"] == 51:
-                raise llm.BudgetExceeded("the budget is spent")
+                raise reply_store.BudgetExceeded("the budget is spent")
             yield Dropped(str(row["n"]), "make", "none")
 
     with pytest.raises(
-        llm.BudgetExceeded, match=r"stopped with 2 of 5 shards done: the budget is spent"
+        reply_store.BudgetExceeded, match=r"stopped with 2 of 5 shards done: the budget is spent"
     ):
         _run(job, stops)
     first = (job.out / "work" / "records" / "00000.json").read_bytes()

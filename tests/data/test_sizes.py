@@ -11,7 +11,7 @@ from pangea_jax.data.pipeline import RowSource, measure
 from tests.data.made import CONFIG, CONVERSATIONS, PLANNED, SIZES, conversations, dataset
 
 
-def test_sizes_are_measured_without_decoding(store, tiny_config, views, letters, examples):
+def test_sizes_are_measured_without_decoding(views, letters, examples):
     sizes = measure(CONVERSATIONS, letters, views, CONFIG)
     assert sizes.shape == (24, 3)
     for (tokens, tiles, targets), example in zip(sizes, examples.values(), strict=True):
@@ -21,7 +21,7 @@ def test_sizes_are_measured_without_decoding(store, tiny_config, views, letters,
 
 
 @pytest.fixture(scope="module")
-def indexed(store, letters, tmp_path_factory):
+def indexed(store, letters):
     """A source whose index has what that of PangeaIns has."""
 
     class Indexed:

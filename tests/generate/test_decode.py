@@ -12,7 +12,6 @@ from pangea_jax.generate.decode import (
     begin,
     choose,
     complete,
-    greedy,
     idle,
     insert,
     keep_likely,
@@ -50,7 +49,8 @@ def decode(tiny_model, batch):
         model = model_params.merge(graphdef, params)
         hidden, cache = model.prefill(batch, PROMPT + NEW)
         last, lengths = last_hidden(hidden, batch["segment_ids"])
-        return greedy(model, last, lengths, cache, max_new_tokens=NEW, stop_id=stop_id), lengths
+        settings = {"max_new_tokens": NEW, "stop_ids": jnp.array([stop_id])}
+        return complete(model, last, lengths, cache, **settings), lengths
 
     return run
 

@@ -13,6 +13,7 @@ import pangea_jax
 from eval.models import Request, Responses
 from eval.task import IMAGE_MARK, Failed, Generation, Profile
 from pangea_jax import sharding
+from pangea_jax.generate import batching
 from pangea_jax.generate.decode import Sampling
 from pangea_jax.generate.engine import Conversation, Engine, Prompt, bucket
 from pangea_jax.model import PangeaConfig
@@ -28,7 +29,8 @@ _TOO_LITTLE = "the device has too little memory for this one prompt"
 class CheckpointModel:
     """Answers requests with `pangea_jax`; what cannot be read or does not fit fails alone.
 
-    Texts come from `Engine.serve`: a row whose answer has ended takes the next request. Log-likelihoods
+    Texts come from `Engine.serve`: a row whose answer has ended takes the next request, and of questions
+    about one picture the first reads it for all. Log-likelihoods
     are put together by their shape (tokens and tiles, rounded up as the engine does), so that few
     programs are compiled and no row is padded to a much longer one. What a batch is made of changes a
     response by rounding at most: a resumed run says what an uninterrupted one says, unless rounding
@@ -195,9 +197,11 @@ class CheckpointModel:
         return self._rows_within(self._memory, row_bytes(self._engine.config, *shape))
 
     def _rows_of_answers(self, width: int, tiles: int, new: int) -> int:
-        """Rows of answers: what one prompt's reading leaves of the memory, for the caches of all."""
+        """Rows of answers: what reading leaves of the memory, for the caches of all. One prompt is read
+        whole, or several after copies of what they have in common."""
         config = self._engine.config
-        left = self._memory - row_bytes(config, width, tiles, 1, 0)
+        copies = batching.AT_ONCE * cache_bytes(config, width) / self._tensor
+        left = self._memory - max(row_bytes(config, width, tiles, 1, 0), copies)
         each = cache_bytes(config, width + new) / self._tensor + 4 * config.language.vocab_size
         return self._rows_within(left, each)
 

@@ -167,9 +167,18 @@ def _ask(model: Model, requests: Iterable[Request]) -> Iterator[tuple[Request, A
     for request in requests:
         groups[request.generation].append(request)
     for generation, group in groups.items():
-        group.sort(key=_length, reverse=True)  # what does not fit into memory shows at once
+        ordered = in_order(group)
         likelihood = generation.output_type == "loglikelihood"
-        yield from model.loglikelihood(group) if likelihood else model.generate(group)
+        yield from model.loglikelihood(ordered) if likelihood else model.generate(ordered)
+
+
+def in_order(requests: Iterable[Request]) -> list[Request]:
+    """The longest first, so that what does not fit into memory shows at once; questions about the same
+    pictures together, which a model may read once for all of them."""
+    families = defaultdict(list)
+    for request in sorted(requests, key=_length, reverse=True):
+        families[request.images].append(request)
+    return [request for family in families.values() for request in family]
 
 
 def _length(request: Request) -> tuple[int, int]:

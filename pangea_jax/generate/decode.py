@@ -262,6 +262,48 @@ def insert(decoding: Decoding, begun: Decoding, rows: Int[Array, "A"]) -> Decodi
     return Decoding(**replaced, cache=cache)
 
 
+def follow(
+    model: Pangea,
+    decoding: Decoding,
+    row: Int[Array, ""],
+    shared: Int[Array, ""],
+    tokens: Int[Array, "A T"],
+    segment_ids: Int[Array, "A T"],
+    *,
+    width: int,
+) -> tuple[Float[Array, "A D"], Int[Array, "A"], KVCache]:
+    """Reads prompts that begin as that of a row does, after what the row has read.
+
+    Args:
+      row: its prompt's first `shared` tokens are in its first slots, whether or not it has ended.
+      tokens, segment_ids: how the A prompts go on, right-padded text.
+      width: slots of a prompt in the batch; the last T of them are for these tokens.
+
+    Returns:
+      What `begin` takes: last hidden states, lengths of the whole prompts, and a cache of `width` slots.
+    """
+    decoder, (A, T) = model.language, tokens.shape
+
+    def of_row(x, axis):
+        return jax.lax.dynamic_slice_in_dim(x, row, 1, axis)
+
+    ids, positions = (
+        of_row(x, 0)[:, :width] for x in (decoding.cache.segment_ids, decoding.cache.positions)
+    )
+    kept = (jnp.arange(width) < shared) & (ids > 0)
+
+    def of_tokens(x):  # zeros elsewhere, for a NaN of the row's own would survive being masked
+        return jnp.where(kept[:, None, :, None], of_row(x, x.ndim - 4)[..., :width, :], 0)
+
+    k, v = jax.tree.map(of_tokens, (decoding.cache.k, decoding.cache.v))
+    cache = KVCache(k, v, jnp.where(kept, ids, 0), positions, jnp.int32(width - T)).repeat(A)
+    places = jnp.broadcast_to(shared + jnp.arange(T), (A, T))
+    x = decoder.embed(tokens, model.config.dtype)
+    hidden, cache = decoder.extend(x, places, segment_ids, cache)
+    last, lengths = last_hidden(hidden, segment_ids)
+    return last, jnp.where(lengths > 0, shared + lengths, 0), cache
+
+
 def complete(
     model: Pangea,
     hidden: Float[Array, "B D"],

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 
 from pangea_jax import anyres, checkpoints, sharding
 from pangea_jax.data import chat, emoji, image
@@ -23,20 +23,12 @@ from pangea_jax.generate import batching, likelihood
 from pangea_jax.generate.decode import Sampling
 from pangea_jax.generate.likelihood import Candidates, LogLikelihood
 from pangea_jax.generate.programs import Programs
+from pangea_jax.generate.prompt import Prompt
 from pangea_jax.model import Pangea, PangeaConfig
 from pangea_jax.model import params as model_params
 
 SAMPLE_MODEL = Path(__file__).parents[1] / "assets" / "sample_model"
 Conversation = Sequence[Mapping[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A conversation as the model reads it: a row of a batch before padding."""
-
-    tokens: Int[np.ndarray, "T"]
-    image_index: Int[np.ndarray, "T"]
-    tiles: UInt8[np.ndarray, "N H W 3"]
 
 
 class Engine:
@@ -139,6 +131,8 @@ class Engine:
     ) -> Iterator[tuple[int, str]]:
         """(number, answer) of prompts as they are done; a row whose answer has ended takes the next one.
 
+        A prompt that begins as that of a row does, pictures and all, is read from where they part.
+
         Args:
           prompts: from `read`, each with its sampling of one row; asked for while the device works.
             Neighbours of one shape are read together.
@@ -158,17 +152,18 @@ class Engine:
             stop_ids=self._stop_ids(stop),
             stop_strings=stop_strings,
             decode=self.tokenizer.decode,
+            shape=self.shape,
+            lay=self._batch,
         )
         feed = enumerate(prompts)
         waiting = collections.deque(itertools.islice(feed, rows))
         while waiting or batch.busy:
             while waiting and batch.free:
-                shapes = (self.shape(prompt) for _, (prompt, _) in waiting)
-                size = batching.part_size(shapes, len(batch.free), self._programs.shards)
-                part = [waiting.popleft() for _ in range(size)]
-                names, asked = zip(*part, strict=True)
-                chosen = jax.tree.map(lambda *each: np.concatenate(each), *(s for _, s in asked))
-                batch.enter(names, self._batch([prompt for prompt, _ in asked]), chosen)
+                kinds = batch.kinds(prompt for _, (prompt, _) in waiting)
+                size = batching.part_size(kinds, len(batch.free), self._programs.shards)
+                names, asked = zip(*(waiting.popleft() for _ in range(size)), strict=True)
+                part, chosen = zip(*asked, strict=True)
+                batch.enter(names, part, jax.tree.map(lambda *each: np.concatenate(each), *chosen))
             batch.advance()
             waiting.extend(itertools.islice(feed, rows - len(waiting)))
             yield from batch.leave()

@@ -29,6 +29,7 @@ class Programs:
     Attributes:
       forward: batch -> float32 logits [B, T, V].
       begin, advance: as of `decode`; `advance` takes its first argument over.
+      follow: `begin` of prompts that go on from what a row has read, see `decode.follow`.
       idle: (rows, width, max_new_tokens, stop_id) -> a batch that `insert` fills, see `decode.idle`.
       score: `likelihood.score`.
     """
@@ -53,6 +54,7 @@ class Programs:
         new = "max_new_tokens"
         self.forward = program(lambda model, batch: model(batch), whole)
         self.begin = program(_begin, decoding, static_argnames=("room", new))
+        self.follow = program(_follow, decoding, static_argnames=("width", new))
         self.advance = program(_advance, decoding, static_argnames="steps", donate_argnums=1)
         self.idle = program(_idle, decoding, static_argnums=(1, 2, 3))
         self._insert = program(_insert, decoding, donate_argnums=1)
@@ -120,6 +122,25 @@ def _begin(
     last, lengths = decode.last_hidden(hidden, jnp.asarray(batch["segment_ids"]))
     settings = {"max_new_tokens": max_new_tokens, "limit": limit, "stop_ids": stop_ids}
     return decode.begin(model, last, lengths, cache, sampling=sampling, **settings)
+
+
+def _follow(
+    model: Pangea,
+    decoding: Decoding,
+    row: Int[Array, ""],
+    shared: Int[Array, ""],
+    batch: dict[str, Array],
+    sampling: Sampling,
+    stop_ids: Int[Array, "Z"],
+    limit: Int[Array, ""],
+    *,
+    width: int,
+    max_new_tokens: int,
+) -> Decoding:
+    rest = batch["tokens"], batch["segment_ids"]
+    start = decode.follow(model, decoding, row, shared, *rest, width=width)
+    settings = {"max_new_tokens": max_new_tokens, "limit": limit, "stop_ids": stop_ids}
+    return decode.begin(model, *start, sampling=sampling, **settings)
 
 
 def _advance(

@@ -2,6 +2,7 @@
 
 import json
 import random
+import types
 
 import pytest
 
@@ -177,6 +178,17 @@ def test_longest_prompts_come_first(data_dir, tmp_path):
     with runner.ResponseLog(tmp_path) as log:
         lengths = [len(r["doc"]["question"]) for r in log.read("mgsm_en")]
     assert lengths == sorted(lengths, reverse=True)
+
+
+def test_questions_about_the_same_pictures_come_together():
+    asked = [("ab", "p"), ("a", ""), ("abcd", "q"), ("abc", "p"), ("a", "pq"), ("b" * 9, "")]
+    requests = [
+        types.SimpleNamespace(prompt=types.SimpleNamespace(text=text), images=tuple(images))
+        for text, images in asked
+    ]
+    found = [(r.prompt.text, "".join(r.images)) for r in runner.in_order(requests)]
+    two, q, p, words = asked[4:5], asked[2:3], [asked[3], asked[0]], [asked[5], asked[1]]
+    assert found == two + q + p + words
 
 
 def test_changed_settings_are_asked_again(data_dir, tmp_path):

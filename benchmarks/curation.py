@@ -38,9 +38,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pangea_jax.curation import contamination, image_text, near_duplicates
+from pangea_jax.curation.accounting import Passed
 from pangea_jax.curation.cultural import FilterPairs
 from pangea_jax.curation.filters import Filters
-from pangea_jax.curation.pipeline import Passed
 
 NEAR_SHARE, PICTURES = 0.05, 1_000
 PEER_SHARE = 0.1

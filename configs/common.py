@@ -3,11 +3,12 @@
 import difflib
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def add_run_keys(config: ConfigDict, *, log_every: int, checkpoint_every: int, keep: int) -> None:
     """What a run writes and when it ends itself, see `Checkpoints`, `GuardConfig` and docs/training.md."""
+    config.steps = config_dict.placeholder(int)  # by default as many as the examples make
     config.log_every = log_every
     config.checkpoint = dict(every=checkpoint_every, keep=keep, keep_every=0)
     config.guards = dict(max_bad_steps=5, spike=8.0)

@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 
 from eval import figure as fig
 from pangea_jax import languages
-from pangea_jax.curation.pipeline import cell
+from pangea_jax.curation.accounting import cell
 
 COLOURS = (fig.BLUE, fig.ORANGE, fig.GREEN, fig.VERMILION, fig.SKY, fig.PURPLE, fig.MUTED)
 NAMES = {

@@ -424,7 +424,7 @@ def claim_workdir(workdir: Path, config: Config) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
             theirs = json.loads(path.read_text(encoding="utf-8"))
-            differing = differences(theirs, mine)
+            differing = clauses(atomic.differences(theirs, mine))
             if differing:
                 raise UserError(
                     f"{workdir} holds a run of another config ({'; '.join(differing[:4])}); "
@@ -441,15 +441,11 @@ def claim_workdir(workdir: Path, config: Config) -> None:
         ) from None
 
 
-def differences(theirs: Any, mine: Any, key: str = "") -> list[str]:
-    """Where two JSON values differ, one clause a key."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        return [
-            line
-            for name in sorted(theirs.keys() | mine.keys())
-            for line in differences(theirs.get(name), mine.get(name), f"{key}.{name}".lstrip("."))
-        ]
-    return [] if theirs == mine else [f"{key} is {theirs!r} there and {mine!r} here"]
+def clauses(differing: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """What `atomic.differences` found, one clause a key."""
+    return [
+        f"{key} is {theirs!r} there and {mine!r} here" for key, (theirs, mine) in differing.items()
+    ]
 
 
 def cache_directory(name: str) -> Path | None:

@@ -3,13 +3,13 @@
     python launch/convert.py --from=neulab/Pangea-7B-hf --to=checkpoints/pangea-7b
     python launch/convert.py --from=checkpoints/pangea-7b --to=Pangea-7B-hf --format=hf --dtype=bfloat16
     python launch/convert.py --from=runs/finetune --to=My-Pangea-hf --format=hf
-    python launch/convert.py --from=runs/lora --to=My-adapters --format=peft
+    python launch/convert.py --from=runs/lora --to=My-adapters --format=peft --base=neulab/Pangea-7B-hf
 
 `--from` is a folder in any layout, the work directory of a training run (its newest step), or a name on the
 Hugging Face hub. The result holds weights, config, tokenizer and processor; `pangea_jax.load` takes either form,
 transformers and vLLM take `--format=hf`. The model is never in memory as a whole. Cut off, it leaves only
 `<to>.partial`, and the same command starts anew. `--format=peft` writes a run's adapters alone, as the peft library
-loads them over the model that the run started from.
+loads them over the model that the run started from, which `--base` names for it.
 """
 
 import sys
@@ -47,6 +47,12 @@ TOKENIZER = flags.DEFINE_string(
     None,
     "A folder or file with the tokenizer, if it is not in --from nor named by the run's config.",
 )
+BASE = flags.DEFINE_string(
+    "base",
+    "",
+    "For --format=peft: folder or hub name of the model that the run started from, written as it is given "
+    "for those who ask peft for it; by default none.",
+)
 
 
 def main(argv):
@@ -59,7 +65,9 @@ def main(argv):
     if FORMAT.value == "peft":
         if DTYPE.value or TOKENIZER.value:
             raise common.UserError("--format=peft takes neither --dtype nor --tokenizer")
-        adapter.convert(source, target)
+        adapter.convert(source, target, base=BASE.value)
+    elif BASE.value:
+        raise common.UserError("--base names the model under adapters, of --format=peft alone")
     else:
         convert_model(source, target)
     print(

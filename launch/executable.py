@@ -159,10 +159,10 @@ def _digest(text: str) -> str:
 def _differing(theirs, mine) -> list[str]:
     """What makes it another program, the first cause first; of the config only if the program differs."""
     for part in ("devices", "versions"):
-        found = common.differences(theirs.get(part), mine[part], part)
+        found = atomic.differences(theirs.get(part), mine[part], part)
         if found:
-            return found
+            return common.clauses(found)
     if theirs.get("program") == mine["program"]:
         return []
-    config = common.differences(theirs.get("config"), mine["config"], "config")
-    return config or ["the same config, compiled from other code"]
+    config = atomic.differences(theirs.get("config"), mine["config"], "config")
+    return common.clauses(config) or ["the same config, compiled from other code"]

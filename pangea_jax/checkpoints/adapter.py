@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from pangea_jax.checkpoints import huggingface, names, orbax
 from pangea_jax.checkpoints.config import config_from_folder
-from pangea_jax.checkpoints.files import CheckpointError, require_new, write_json
+from pangea_jax.checkpoints.files import CheckpointError, require_new
+from pangea_jax.data.atomic import write_json
 from pangea_jax.model.lora import LoraConfig
 from pangea_jax.model.params import flatten
 
@@ -50,8 +51,8 @@ def save(
     write_json(folder / CONFIG, _config(config, base))
 
 
-def convert(source: Path, target: Path) -> None:
-    """Writes the adapters of a training run's newest step, whole or not at all.
+def convert(source: Path, target: Path, *, base: str = "") -> None:
+    """Writes the adapters of a training run's newest step, whole or not at all; `base`: see `save`.
 
     Raises:
       CheckpointError: `source` is no run with adapters, or is damaged.
@@ -67,7 +68,7 @@ def convert(source: Path, target: Path) -> None:
     adapters = {name: x.shape for name, x in shapes.items() if "_lora." in name}
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save(orbax.load(location, adapters), config.language.lora, partial)
+    save(orbax.load(location, adapters), config.language.lora, partial, base=base)
     os.replace(partial, target)
 
 

@@ -18,8 +18,8 @@ from pangea_jax.checkpoints.files import (
     in_order,
     require_new,
     write,
-    write_json,
 )
+from pangea_jax.data.atomic import write_json
 from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.model import PangeaConfig
 

@@ -13,6 +13,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from pangea_jax.data.atomic import write_json
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -270,13 +272,6 @@ def require_new(target: Path) -> None:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is there already; remove it or give another --to")
-
-
-def write_json(file: Path, content: dict):
-    """Writes JSON so that a reader sees the old file or the new one, never half of one."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, file)
 
 
 def _shards(tensors, max_shard_bytes):

@@ -21,8 +21,8 @@ from pangea_jax.checkpoints.files import (
     TensorFiles,
     cast,
     write,
-    write_json,
 )
+from pangea_jax.data.atomic import write_json
 from pangea_jax.model import Pangea, PangeaConfig, lora
 from pangea_jax.model.params import flatten, unflatten
 

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from pangea_jax.checkpoints.files import write_json
+from pangea_jax.data.atomic import write_json
 from pangea_jax.data.tokenizer import (
     END_OF_TEXT,
     IM_END,

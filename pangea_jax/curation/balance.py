@@ -6,7 +6,8 @@ import heapq
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
-from pangea_jax.curation.pipeline import Dropped, Job, Outcome, Passed
+from pangea_jax.curation.accounting import Dropped, Outcome, Passed
+from pangea_jax.curation.pipeline import Job
 
 
 @dataclasses.dataclass(frozen=True)

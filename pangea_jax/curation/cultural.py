@@ -31,11 +31,12 @@ from PIL import Image
 
 from pangea_jax import languages
 from pangea_jax.curation import image_text, llm, near_duplicates, pipeline
+from pangea_jax.curation.accounting import Dropped, Entered, Outcome, Passed
 from pangea_jax.curation.balance import Balance, balanced
 from pangea_jax.curation.filters import ClipScorer, Filters, Scorer, language_code
 from pangea_jax.curation.image_text import Fault, Pair, Part, Place
 from pangea_jax.curation.instructions import CATEGORY, MakeInstructions
-from pangea_jax.curation.pipeline import Dropped, Entered, Job, Outcome, Passed
+from pangea_jax.curation.pipeline import Job
 from pangea_jax.curation.prompts import PROMPTS
 from pangea_jax.curation.scoring import ScoreAltTexts
 from pangea_jax.curation.web import Fetch, FetchError

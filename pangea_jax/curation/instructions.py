@@ -18,11 +18,11 @@ from PIL import Image
 
 from pangea_jax import languages
 from pangea_jax.curation import image_text, language_check, llm, markup
+from pangea_jax.curation.accounting import Added, Dropped, Kept, Outcome
 from pangea_jax.curation.asking import Unusable, ask, choice
 from pangea_jax.curation.balance import share
 from pangea_jax.curation.filters import words
 from pangea_jax.curation.image_text import Place
-from pangea_jax.curation.pipeline import Added, Dropped, Kept, Outcome
 from pangea_jax.curation.prompts import INSTRUCTIONS, PROMPTS, RECAPTION, TASK_TYPES
 from pangea_jax.data import image
 from pangea_jax.data.record import IMAGE_MARKER, Conversation, Turn

@@ -30,7 +30,9 @@ from PIL import Image, ImageDraw
 
 from pangea_jax import languages
 from pangea_jax.curation import pipeline
+from pangea_jax.curation.accounting import Added, Dropped, Kept, Outcome, Passed
 from pangea_jax.curation.browser import Browser, BrowserConfig, Device, OpenPage, PageError
+from pangea_jax.curation.ocr_pages import Page, nearest_language, page_files, read_pages
 from pangea_jax.data import runners
 from pangea_jax.data.record import IMAGE_MARKER, Conversation, Turn, identify_language
 
@@ -38,7 +40,6 @@ RED = (255, 0, 0)
 SOURCE, CATEGORY = "ocr/webui", "ocr"
 STAGES = ("pages", "page", "language", "element")
 _SCRIPT = Path(__file__).with_name("ocr.js")
-_SUFFIXES = (".html", ".htm")
 # Scripts of ISO 15924 that are unions; the others are known to `regex` by their own code.
 _UNIONS = {
     "Jpan": ("Hani", "Hira", "Kana"),
@@ -122,19 +123,6 @@ class OcrConfig:
 
 
 @dataclass(frozen=True)
-class Page:
-    """A page to be seen: an http(s) address or a local file; `language` empty where it is not told."""
-
-    id: str
-    source: str
-    language: str = ""
-
-    @property
-    def is_local(self) -> bool:
-        return not self.source.startswith(("http://", "https://"))
-
-
-@dataclass(frozen=True)
 class View:
     """One page on one device; `id` is unique."""
 
@@ -163,60 +151,6 @@ class Shot:
     inside: tuple[int, int, int, int]
     element: tuple[float, float, float, float]
     facts: Mapping[str, Any]
-
-
-def read_pages(path: str | Path) -> Iterator[Page]:
-    """The pages of a folder or a list, in a fixed order.
-
-    A folder: its *.html and *.htm, in the language that their own folder is called by, if it is one
-    (`pages/hi/1.html`). `*.jsonl`: objects with `url` or `file` (relative to the list) and, if known,
-    `language`. Any other file: one address or file a line, `#` begins a remark.
-
-    Raises:
-      ValueError: a line that is no such thing, with its number.
-      FileNotFoundError: there is no such folder or list.
-    """
-    path = Path(path)
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES):
-            name = file.relative_to(path)
-            yield Page(name.as_posix(), str(file), _tag(name.parent.name))
-        return
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(map(str.strip, lines), 1):
-            if line and not line.startswith("#"):
-                yield _listed(line, path, f"{path}, line {number}")
-
-
-def _listed(line: str, path: Path, where: str) -> Page:
-    if path.suffix != ".jsonl":
-        row = {"url" if "://" in line else "file": line}
-    else:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: no JSON ({error})") from None
-    named = [row.get(key) for key in ("url", "file")] if isinstance(row, dict) else []
-    if sum(isinstance(name, str) and bool(name) for name in named) != 1:
-        raise ValueError(f'{where}: expected an object with "url" or "file", got {line:.80}')
-    url, file = named
-    if url and not url.startswith(("http://", "https://")):
-        raise ValueError(f"{where}: expected an address with http:// or https://, got {url:.80}")
-    told = row.get("language") or ""
-    language = _tag(told) if isinstance(told, str) else ""
-    if told and not language:
-        raise ValueError(f"{where}: unknown language {told!r}")
-    return Page(url or file, url or str(path.parent / file), language)
-
-
-def _tag(tag: str) -> str:
-    """The canonical code of a language tag, of `pt-BR` that of `pt`; empty if there is none."""
-    for spelling in (tag, tag.replace("_", "-").partition("-")[0]):
-        try:
-            return languages.get(spelling).code
-        except KeyError:
-            continue
-    return ""
 
 
 def views_of(page: Page, config: OcrConfig) -> list[View]:
@@ -329,7 +263,11 @@ def page_language(page: Page, found: Mapping[str, Any], wanted: Sequence[str]) -
     Raises:
       PageError: it is none of those wanted, or unknown.
     """
-    language = page.language or _tag(found["language"] or "") or identify_language(found["text"])
+    language = (
+        page.language
+        or nearest_language(found["language"] or "")
+        or identify_language(found["text"])
+    )
     if not language:
         raise PageError("language of the page is unknown", stage="language")
     if language not in wanted:
@@ -479,7 +417,7 @@ class _TakeShard:
 
     config: OcrConfig
 
-    def __call__(self, rows: Iterator[dict[str, Any]]) -> Iterator[pipeline.Outcome]:
+    def __call__(self, rows: Iterator[dict[str, Any]]) -> Iterator[Outcome]:
         devices = {device.name: device for device in self.config.devices}
         views = [View(Page(**row["page"]), devices[row["device"]]) for row in rows]
         with asyncio.Runner() as runner:
@@ -490,26 +428,26 @@ class _TakeShard:
             finally:
                 runner.run(shots.aclose())
 
-    def _outcome(self, view: View, shot: Shot | PageError) -> pipeline.Outcome:
+    def _outcome(self, view: View, shot: Shot | PageError) -> Outcome:
         if isinstance(shot, PageError):
-            return pipeline.Dropped(view.id, shot.stage, shot.reason, shot.detail)
+            return Dropped(view.id, shot.stage, shot.reason, shot.detail)
         record, png, provenance = to_record(shot, self.config)
-        return pipeline.Kept(record, provenance, {record.images[0]: png})
+        return Kept(record, provenance, {record.images[0]: png})
 
 
-def _view_outcomes(pages: Iterator[Page], config: OcrConfig) -> Iterator[pipeline.Outcome]:
+def _view_outcomes(pages: Iterator[Page], config: OcrConfig) -> Iterator[Outcome]:
     seen = set()
     for page in pages:
         if page.id in seen:
-            yield pipeline.Dropped(page.id, "pages", "page is listed twice")
+            yield Dropped(page.id, "pages", "page is listed twice")
             continue
         seen.add(page.id)
         views = views_of(page, config)
         if len(views) > 1:
-            yield pipeline.Added("pages", len(views) - 1)
+            yield Added("pages", len(views) - 1)
         for view in views:
             row = {"page": dataclasses.asdict(page), "device": view.device.name}
-            yield pipeline.Passed(row)
+            yield Passed(row)
 
 
 def make_config(config: Mapping[str, Any]) -> OcrConfig:
@@ -553,17 +491,13 @@ def run(config, out: Path, runner_options: Sequence[str]) -> dict[str, Any]:
             f"config.pages: no pages in {source}; name a folder of *.html or a list"
         )
     # Pictures depend on the browser's version: one run has one.
-    plan = pipeline.plan(config, _files(source)) | {"chromium": asyncio.run(_version(ours))}
+    plan = pipeline.plan(config, page_files(source)) | {"chromium": asyncio.run(_version(ours))}
     job = pipeline.Job(out, STAGES, config.shard_size)
     with job.started(plan):
         job.split("views", _view_outcomes(read_pages(source), ours))
         job.map(runners.Beam(runner_options), pipeline.RECORDS, "views", _TakeShard(ours))
         title = "Text in screenshots of web pages"
         return job.report(("views", pipeline.RECORDS), title=title, sections=_sections(out))
-
-
-def _files(source: Path) -> list[Path]:
-    return [Path(page.source) for page in read_pages(source)] if source.is_dir() else [source]
 
 
 async def _version(config: OcrConfig) -> str:

@@ -1,9 +1,10 @@
-"""What the pipelines share: work in shards on Beam, every record accounted for, restart, reports.
+"""What the pipelines share: work in shards on Beam, restart, results in files.
 
 A pipeline is a row of parts. Each part reads the shards of the one before it and yields, for every row it
-reads, exactly one outcome: `Passed` on to the next part, `Kept` as a record of PangeaIns, or `Dropped` for
-a reason. Beam spreads the shards over its workers; a shard is written whole, its counts last, and never
-made again. So what was killed goes on, and what it writes does not depend on how often it was.
+reads, exactly one outcome (`accounting.py`): `Passed` on to the next part, `Kept` as a record of PangeaIns,
+or `Dropped` for a reason. Beam spreads the shards over its workers; a shard is written whole, its counts
+last, and never made again. So what was killed goes on, and what it writes does not depend on how often it
+was.
 
     OUT/records/00000.jsonl, images/    records, for launch/build_data.py pangeains --source=OUT/records
     OUT/provenance/00000.jsonl          line for line: where a record comes from and what was found of it
@@ -19,15 +20,24 @@ import fcntl
 import itertools
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pangea_jax import languages
 from pangea_jax.curation import llm, reply_store
+from pangea_jax.curation.accounting import (
+    Accounting,
+    AccountingError,
+    Dropped,
+    Kept,
+    Outcome,
+    Passed,
+    estimates,
+    markdown,
+)
 from pangea_jax.data import release, runners
-from pangea_jax.data.atomic import read_json, write_bytes
+from pangea_jax.data.atomic import differences, read_json, write_bytes, write_json
 from pangea_jax.data.record import Conversation, RecordError, image_paths
 
 RECORDS = "records"
@@ -44,142 +54,6 @@ _log = logging.getLogger(__name__)
 
 class JobError(RuntimeError):
     """The pipeline cannot run; says what to do."""
-
-
-class AccountingError(AssertionError):
-    """A record was lost or counted twice: a fault of the program, never of its input."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Passed:
-    """A row for the next part: whatever JSON can hold."""
-
-    row: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """A finished record.
-
-    Attributes:
-      provenance: source id, prompts' version, model, scores, every check's verdict.
-      pictures: bytes of files to be written, by their name in `record.images`; pictures that lie elsewhere
-        already are not in it.
-    """
-
-    record: Conversation
-    provenance: Mapping[str, Any]
-    pictures: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Dropped:
-    """What was left out.
-
-    Attributes:
-      id: of the record, or where it stood.
-      stage: one of the job's stages.
-      reason: a short fixed phrase, so that it can be counted.
-      detail: what was found in this one.
-      count: records, where it is known of several at once that they cannot be read.
-    """
-
-    id: str
-    stage: str
-    reason: str
-    detail: str = ""
-    count: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Added:
-    """`count` more records enter `stage` than were read: one was made into several."""
-
-    stage: str
-    count: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Entered:
-    """The row stood for a file, and this many records entered with it: in the place of the row."""
-
-    count: int
-
-
-Outcome = Passed | Kept | Dropped | Added | Entered
-
-
-@dataclasses.dataclass
-class Accounting:
-    """Counts of records; `check` says that none was lost.
-
-    Attributes:
-      entered: records read.
-      left: records passed on or kept.
-      added: stage -> records that one was made into, besides itself.
-      dropped: stage -> reason -> records.
-    """
-
-    entered: int = 0
-    left: int = 0
-    added: Counter[str] = dataclasses.field(default_factory=Counter)
-    dropped: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
-
-    def count(self, outcome: Outcome) -> None:
-        if isinstance(outcome, Dropped):
-            self.dropped.setdefault(outcome.stage, Counter())[outcome.reason] += outcome.count
-        elif isinstance(outcome, Added):
-            self.added[outcome.stage] += outcome.count
-        elif isinstance(outcome, Entered):
-            self.entered += outcome.count - 1  # the row itself was counted when it was read
-        else:
-            self.left += 1
-
-    @property
-    def num_dropped(self) -> int:
-        return sum(sum(reasons.values()) for reasons in self.dropped.values())
-
-    def check(self, where: str) -> None:
-        """
-        Raises:
-          AccountingError: entered + added is not left + dropped.
-        """
-        came, went = self.entered + self.added.total(), self.left + self.num_dropped
-        if came != went:
-            raise AccountingError(
-                f"{where}: {self.entered} records entered and {self.added.total()} were made of them, "
-                f"but {self.left} left and {self.num_dropped} were dropped"
-            )
-
-    def merge(self, other: "Accounting") -> None:
-        """Adds the counts of another shard of the same part."""
-        self.entered += other.entered
-        self.left += other.left
-        self.added.update(other.added)
-        for stage, reasons in other.dropped.items():
-            self.dropped.setdefault(stage, Counter()).update(reasons)
-
-    def rows(self, stages: Sequence[str]) -> list[dict[str, Any]]:
-        """Each stage's records in and out, and what it dropped by reason, the most frequent first."""
-        rows, count = [], self.entered
-        for stage in stages:
-            reasons = self.dropped.get(stage, Counter())
-            reasons = dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
-            entered = count + self.added[stage]
-            count = entered - sum(reasons.values())
-            row = {"stage": stage, "in": entered, "added": self.added[stage], "out": count}
-            rows.append(row | {"dropped": reasons})
-        return rows
-
-    def to_json(self) -> dict[str, Any]:
-        dropped = {stage: dict(sorted(reasons.items())) for stage, reasons in self.dropped.items()}
-        counts = {"entered": self.entered, "left": self.left}
-        return counts | {"added": dict(self.added), "dropped": dict(sorted(dropped.items()))}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Accounting":
-        dropped = {stage: Counter(reasons) for stage, reasons in value["dropped"].items()}
-        return cls(value["entered"], value["left"], Counter(value["added"]), dropped)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +104,7 @@ class Job:
                 raise JobError(f"another process is writing {self.out}") from None
             plan = json.loads(json.dumps({**plan, "shard_size": self.shard_size}, default=str))
             if (work / "plan.json").is_file():
-                differing = _differences(read_json(work / "plan.json"), plan)
+                differing = differences(read_json(work / "plan.json"), plan)
                 if differing:
                     names = ", ".join(differing)
                     raise JobError(
@@ -333,9 +207,8 @@ class Job:
             done = sum(self._path(part, n, "json").is_file() for n in range(shards))
             if stopped["kind"] == "KeyboardInterrupt":
                 raise KeyboardInterrupt
-            kind = {"BudgetExceeded": reply_store.BudgetExceeded}.get(
-                stopped["kind"], llm.EndpointError
-            )
+            is_spent = stopped["kind"] == reply_store.BudgetExceeded.__name__
+            kind = reply_store.BudgetExceeded if is_spent else llm.EndpointError
             raise kind(f"stopped with {done} of {shards} shards done: {stopped['problem']}")
         _write_json(self._end(part), {"shards": shards})
 
@@ -415,7 +288,7 @@ class Job:
         accounting, sections = self.accounting(*parts), dict(sections or {})
         if usage is not None:
             _write_json(self.out / "usage.json", {k: v._asdict() for k, v in usage.items()})
-            sections |= _estimates(usage)
+            sections |= estimates(usage)
         report = {
             "title": title,
             "entered": accounting.entered,
@@ -425,20 +298,9 @@ class Job:
             "published": dict(published or {}),
         }
         report |= {"sections": {k: dict(v) for k, v in sections.items()}}
-        _write_file(self.out / "report.md", _markdown(report).encode())
+        _write_file(self.out / "report.md", markdown(report).encode())
         _write_json(self.out / "report.json", report)
         return report
-
-
-def _estimates(usage: Mapping[str, reply_store.Usage]) -> dict[str, dict[str, str]]:
-    """A section on calls whose cost is not known but bounded, if there are any."""
-    rows = {
-        purpose: f"{row.estimated:,} of {row.calls:,} replies came without a count of tokens and are charged "
-        "as one a byte, the most that it can be"
-        for purpose, row in usage.items()
-        if row.estimated
-    }
-    return {"Estimated cost": rows} if rows else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -536,48 +398,6 @@ def split_names(value: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for entry in value for name in entry.split(",") if name)
 
 
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> list[str]:
-    names = []
-    for name in sorted({*theirs, *ours}):
-        old, new = theirs.get(name), ours.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            names += _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            names.append(f"{prefix}{name}")
-    return names
-
-
-def _markdown(report: Mapping[str, Any]) -> str:
-    lines = [f"# {report['title']}", ""]
-    made = sum(stage["added"] for stage in report["stages"])
-    equation = f"{report['entered']:,} records entered"
-    equation += f", {made:,} more were made of them" if made else ""
-    lines += [f"{equation}; {report['kept']:,} are kept, {report['dropped']:,} dropped.", ""]
-    lines += ["| stage | in | dropped | out | yield | the paper |", "|---|---:|---:|---:|---:|---|"]
-    for stage in report["stages"]:
-        dropped = stage["in"] - stage["out"]
-        share = f"{stage['out'] / stage['in']:.1%}" if stage["in"] else ""
-        numbers = f"{stage['in']:,} | {dropped:,} | {stage['out']:,} | {share}"
-        lines.append(
-            f"| {stage['stage']} | {numbers} | {report['published'].get(stage['stage'], '')} |"
-        )
-    lines += ["", "| dropped at | because | records |", "|---|---|---:|"]
-    for stage in report["stages"]:
-        for reason, count in stage["dropped"].items():
-            lines.append(f"| {stage['stage']} | {cell(reason)} | {count:,} |")
-    for heading, values in report["sections"].items():
-        lines += ["", f"## {heading}", "", "| | |", "|---|---|"]
-        for name, value in values.items():
-            value = f"{value:,.4g}" if isinstance(value, float) else value
-            lines.append(f"| {cell(name)} | {cell(value)} |")
-    return "\n".join(lines) + "\n"
-
-
-def cell(value: Any) -> str:
-    """A value as a cell of a Markdown table, which neither its bars nor its lines can break."""
-    return " ".join(str(value).replace("\\", "\\\\").replace("|", "\\|").split())
-
-
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     # Records are checked; what is said of them may quote half a surrogate pair, which JSON can escape.
@@ -585,7 +405,8 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    _write_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, value, ensure_ascii=False)
 
 
 def _write_file(path: Path, data: bytes) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pangea_jax.curation import llm
+from pangea_jax.curation.accounting import Dropped, Outcome, Passed
 from pangea_jax.curation.asking import Unusable, ask, choice
-from pangea_jax.curation.pipeline import Dropped, Outcome, Passed
 from pangea_jax.curation.prompts import SCORING, SUBJECTS
 
 MIN_QUALITY = 4

@@ -20,8 +20,8 @@ import pyarrow as pa
 
 from pangea_jax import languages
 from pangea_jax.curation import near_duplicates
+from pangea_jax.curation.accounting import cell
 from pangea_jax.curation.contamination import Benchmarks, Findings, Overlap
-from pangea_jax.curation.pipeline import cell
 from pangea_jax.data import archives, image, release
 from pangea_jax.data.record import Conversation, RecordError, identify_language
 from pangea_jax.data.runners import RunnerError

@@ -26,16 +26,12 @@ import numpy as np
 
 from pangea_jax import languages
 from pangea_jax.curation import language_check, llm, markup
+from pangea_jax.curation.accounting import Added, Dropped, Kept, Outcome, Passed
 from pangea_jax.curation.markup import Fault
 from pangea_jax.curation.pipeline import (
     RECORDS,
-    Added,
-    Dropped,
     Job,
     JobError,
-    Kept,
-    Outcome,
-    Passed,
     language_codes,
     plain,
     plan,

@@ -31,6 +31,7 @@ _MAX_REDIRECTS = 5
 _ROBOTS_BYTES = 500 << 10  # of which RFC 9309 asks that they be read
 _ROBOTS_SECONDS, _ROBOTS_RETRY_SECONDS = 24 * 3600, 300
 _ROBOTS_HOSTS = 4_096
+_LOOK_UPS = threading.BoundedSemaphore(512)  # more than are under way unless a resolver hangs
 
 # The last 32 bits of these lead to that IPv4 address: of NAT64 (RFC 6052), and as the first hosts wrote it.
 _OVER_IPV4 = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("::/96")
@@ -59,8 +60,8 @@ class Fetch:
     """Gets what lies behind addresses.
 
     Attributes:
-      timeout: seconds for the whole of it, redirections and all of a host's addresses included, and as many
-        for each host's robots.txt. Not in it: what the system takes to look up a name.
+      timeout: seconds for the whole of it, looking up the name, redirections and all of a host's addresses
+        included, and as many for each host's robots.txt.
       max_bytes: larger files are given up.
       private: whether addresses of private networks may be asked; a crawl can hold any address.
       robots: whether robots.txt is obeyed. It is read once a day for each host by each process.
@@ -104,15 +105,19 @@ class Fetch:
         if self.robots:
             self._check_robots(url)
 
-    def addresses(self, url: str) -> list[str]:
+    def addresses(self, url: str, seconds: float | None = None) -> list[str]:
         """The addresses of a host, in the order in which they are to be tried.
 
+        Args:
+          seconds: to look them up in; by default `timeout`.
+
         Raises:
-          FetchError: there are none, or they may not be asked.
+          FetchError: there are none, not in time, or they may not be asked.
         """
         parts = _split(url)
+        seconds = self.timeout if seconds is None else seconds
         try:
-            found = socket.getaddrinfo(parts.hostname, parts.port or 443)
+            found = _look_up(parts.hostname, parts.port or 443, seconds)
         except (OSError, ValueError):  # of names and ports that cannot be any
             raise FetchError("address cannot be reached") from None
         addresses = list(dict.fromkeys(entry[4][0] for entry in found))
@@ -218,6 +223,31 @@ def _host(parts: urllib.parse.SplitResult) -> str:
     return parts.netloc.rpartition("@")[2]
 
 
+def _look_up(host: str, port: int, seconds: float) -> list[tuple]:
+    """`socket.getaddrinfo`, which nothing can stop: when the time is over, its thread is left to itself.
+
+    Raises:
+      FetchError: the time is over, or so many threads have been left that no other is started.
+      OSError, ValueError: there is no such name.
+    """
+    end, found = time.monotonic() + seconds, futures.Future()
+
+    def look_up():
+        try:
+            found.set_result(socket.getaddrinfo(host, port))
+        except BaseException as error:
+            found.set_exception(error)
+        finally:
+            _LOOK_UPS.release()
+
+    if _LOOK_UPS.acquire(timeout=max(0.0, seconds)):
+        threading.Thread(target=look_up, daemon=True).start()
+        futures.wait([found], end - time.monotonic())
+    if not found.done():
+        raise FetchError("name is not looked up in time")
+    return found.result()
+
+
 def _is_public(address: str) -> bool:
     """Whether an address is of the public web; one that leads to an IPv4 address if that is, too."""
     parsed = ipaddress.ip_address(address)
@@ -287,7 +317,7 @@ class _Pinned(requests.adapters.HTTPAdapter):
 
     def send(self, request, *arguments, **settings):
         request.headers["Host"] = _host(_split(request.url))
-        addresses = self._fetch.addresses(request.url)
+        addresses = self._fetch.addresses(request.url, self._deadline.seconds_left)
         for number, self._address in enumerate(addresses):
             self._deadline.check()
             # One that is silent leaves the others their share of the time.

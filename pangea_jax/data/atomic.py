@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whoever is killed while writing."""
+"""Files that are there whole or not at all, whoever is killed while writing; and where two of JSON differ."""
 
 import json
 import os
@@ -27,7 +27,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any, *, ensure_ascii: bool = True) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=ensure_ascii) + "\n"
+    """Writes a file of JSON, indented as transformers does; its folder must be there."""
+    text = json.dumps(value, indent=2, ensure_ascii=ensure_ascii) + "\n"
     write_bytes(path, text.encode())
 
 
@@ -39,3 +40,21 @@ def write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> 
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def differences(theirs: Any, ours: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    """Where two JSON values differ.
+
+    Args:
+      key: that of the values themselves, of which the others begin.
+
+    Returns:
+      key, as `llm.model`, to what is there and here; None where one has no such key.
+    """
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        found = {}
+        for name in sorted(theirs.keys() | ours.keys()):
+            below = f"{key}.{name}".lstrip(".")
+            found |= differences(theirs.get(name), ours.get(name), below)
+        return found
+    return {} if theirs == ours else {key: (theirs, ours)}

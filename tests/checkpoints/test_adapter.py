@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +14,7 @@ from pangea_jax import checkpoints
 from pangea_jax.checkpoints import CheckpointError, adapter
 from pangea_jax.model import LoraConfig, Pangea, lora
 from pangea_jax.model import params as model_params
-from pangea_jax.train.checkpoint import Checkpoints
-from pangea_jax.train.state import TrainState
+from tests.checkpoints.tiny import write_run
 
 TOLERANCE = 1e-4
 T = 24
@@ -122,15 +120,7 @@ def test_names_and_shapes_are_those_of_peft(adapted, tmp_path):
 def run(adapted, tmp_path_factory):
     """The work directory of a run that trained the adapters."""
     _, config, _, params = adapted
-    folder = tmp_path_factory.mktemp("run")
-    content = {"model": dataclasses.asdict(config), "data": {"tokenizer": "emoji"}}
-    (folder / "config.json").write_text(json.dumps(content))
-    adapters, others = divide(params)
-    saved = Checkpoints(folder / "checkpoints", keep=1)
-    data = iter(grain.MapDataset.range(3).to_iter_dataset())
-    saved.save(TrainState(jnp.int32(7), adapters, others, {}), data, {"train": 1.0})
-    saved.close()
-    return folder
+    return write_run(tmp_path_factory.mktemp("run"), config, params)
 
 
 def test_the_adapters_of_a_run_are_converted(adapted, run, tmp_path):

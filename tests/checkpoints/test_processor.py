@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pangea_jax import anyres, checkpoints
-from pangea_jax.checkpoints import CheckpointError, config, files, processor
-from pangea_jax.data import chat, emoji, image
+from pangea_jax.checkpoints import CheckpointError, config, processor
+from pangea_jax.data import atomic, chat, emoji, image
 from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig
 from pangea_jax.model.vision import CLIP_MEAN, CLIP_STD
@@ -35,7 +35,7 @@ def exported(qwen2_folder, tmp_path_factory):
     tokenizer = load_tokenizer(qwen2_folder, image_id=config.PANGEA_TOKENS.image)
     assert processor.write(folder, CONFIG, tokenizer, qwen2_folder) == []
     content = config.to_transformers(CONFIG, "float32", config.PANGEA_TOKENS)
-    files.write_json(folder / "config.json", content)
+    atomic.write_json(folder / "config.json", content)
     return folder, tokenizer
 
 

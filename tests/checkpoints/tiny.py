@@ -1,7 +1,9 @@
 """A small model's checkpoint, and how two of them are compared."""
 
 import dataclasses
+import json
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from pangea_jax.checkpoints import SpecialTokens
 from pangea_jax.checkpoints.huggingface import abstract_state
 from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig
 from pangea_jax.model.params import flatten
+from pangea_jax.train.checkpoint import Checkpoints
+from pangea_jax.train.state import TrainState
 
 TOKENS = SpecialTokens(image=96, end=1, pad=0)
 CONFIG = PangeaConfig(
@@ -33,6 +37,19 @@ def random_state(config, seed=0, dtype=jnp.float32):
     return jax.tree.map(
         lambda x: jnp.asarray(random.normal(size=x.shape), dtype), abstract_state(config)
     )
+
+
+def write_run(folder, config, params):
+    """The work directory of a run that trained the adapters among the parameters."""
+    content = {"model": dataclasses.asdict(config), "data": {"tokenizer": "emoji"}}
+    (folder / "config.json").write_text(json.dumps(content))
+    adapters = {name: x for name, x in params.items() if "_lora." in name}
+    others = {name: x for name, x in params.items() if name not in adapters}
+    saved = Checkpoints(folder / "checkpoints", keep=1)
+    data = iter(grain.MapDataset.range(3).to_iter_dataset())
+    saved.save(TrainState(jnp.int32(7), adapters, others, {}), data, {"train": 1.0})
+    saved.close()
+    return folder
 
 
 def tensors(folder):

@@ -3,6 +3,7 @@
 import pytest
 
 from pangea_jax.curation import balance, pipeline
+from pangea_jax.curation.accounting import Passed
 
 
 @pytest.mark.parametrize(
@@ -30,13 +31,13 @@ def job(tmp_path):
 
 def test_the_balance_keeps_the_same_rows_in_any_order_and_fewer_of_them_when_lower(job):
     rows = [{"id": str(n), "language": "ja", "subject": "ab"[n % 3 == 0]} for n in range(60)]
-    job.split("x", (pipeline.Passed(row) for row in rows))
-    job.split("y", (pipeline.Passed(row) for row in reversed(rows)))
+    job.split("x", (Passed(row) for row in rows))
+    job.split("y", (Passed(row) for row in reversed(rows)))
 
     def kept(part, limit, seed=0):
         outcomes = list(balance.balanced(job, part, balance.Balance(per_subject=limit, seed=seed)))
         assert len(outcomes) == 60
-        return {o.row["id"] for o in outcomes if isinstance(o, pipeline.Passed)}
+        return {o.row["id"] for o in outcomes if isinstance(o, Passed)}
 
     assert len(kept("x", 15)) == 30 and kept("x", 15) == kept("y", 15)
     assert kept("x", 7) < kept("x", 15) and kept("x", 15) != kept("x", 15, seed=1)

@@ -13,7 +13,7 @@ pytest.importorskip("regex", reason="regex is in requirements-curation.txt")
 pytest.importorskip("requests", reason="requests is in requirements-curation.txt")
 pytest.importorskip("protego", reason="Protego is in requirements-curation.txt")
 
-from pangea_jax.curation import ocr
+from pangea_jax.curation.ocr_pages import Page
 
 from .web_pages import BODY, CONFIG, DESKTOP, shoot, write_pages
 
@@ -101,8 +101,8 @@ def test_local_pages_reach_nothing(chromium, tmp_path):
 
 def test_pages_by_address(chromium):
     with serve() as server:
-        address = ocr.Page(f"{server.address}/page", f"{server.address}/page", "en")
-        refused = ocr.Page("refused", f"{server.address}/refused", "en")
+        address = Page(f"{server.address}/page", f"{server.address}/page", "en")
+        refused = Page("refused", f"{server.address}/refused", "en")
 
         def config(**changes):
             browser = dataclasses.replace(CONFIG.browser, load_seconds=2, **changes)
@@ -112,7 +112,7 @@ def test_pages_by_address(chromium):
         assert shots[address.id].reason == "page needs the network"
         port = server.server_port
         hosts = ("127.0.0.1", "localhost", "2130706433", "[::ffff:127.0.0.1]")
-        private = [ocr.Page(host, f"http://{host}:{port}/page", "en") for host in hosts]
+        private = [Page(host, f"http://{host}:{port}/page", "en") for host in hosts]
         shots = shoot(private, config(network="static"))
         assert {shot.reason for shot in shots.values()} == {"address is private"}
         assert (server.paths, server.connections) == ([], 0)
@@ -130,7 +130,7 @@ def test_pages_by_address(chromium):
         assert server.paths.count("/robots.txt") == 1
         assert all("pangea_jax" in agent for agent in server.agents)
 
-        hang, late = (ocr.Page(name, f"{server.address}/{name}", "en") for name in ("hang", "late"))
+        hang, late = (Page(name, f"{server.address}/{name}", "en") for name in ("hang", "late"))
         began = time.monotonic()
         everything = config(network="all", private_addresses=True, page_seconds=3)
         shots = shoot([hang, late, address], everything)
@@ -144,9 +144,7 @@ def test_pages_by_address(chromium):
 
 def test_robots_txt_is_obeyed(chromium):
     with serve() as server:
-        page, moved = (
-            ocr.Page(name, f"{server.address}/{name}", "en") for name in ("page", "moved")
-        )
+        page, moved = (Page(name, f"{server.address}/{name}", "en") for name in ("page", "moved"))
 
         def shots(*pages, **changes):
             server.paths.clear()
@@ -183,7 +181,7 @@ def test_names_that_lead_to_this_machine_are_not_asked(chromium, monkeypatch):
         lambda host, *more: look_up(host.replace("pages.example", "127.0.0.1"), *more),
     )
     with serve() as server:
-        page = ocr.Page("x", f"http://pages.example:{server.server_port}/page", "en")
+        page = Page("x", f"http://pages.example:{server.server_port}/page", "en")
         browser = dataclasses.replace(CONFIG.browser, network="static")
         (shot,) = shoot([page], dataclasses.replace(DESKTOP, browser=browser)).values()
         assert shot.reason == "address is private"

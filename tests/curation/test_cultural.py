@@ -22,6 +22,7 @@ pytest.importorskip("rensa", reason="rensa is in requirements-curation.txt")
 
 from configs.curation import cultural as cultural_config
 from pangea_jax.curation import cultural, pipeline, reply_store
+from pangea_jax.curation.accounting import Dropped, Entered, Passed
 from pangea_jax.curation.filters import Filters
 from pangea_jax.data import archives, pangeains, runners
 from pangea_jax.data.record import Conversation
@@ -220,13 +221,11 @@ def test_any_scorer_can_take_the_place_of_the_sources_similarity(tmp_path):
     )
     read = cultural.FilterPairs(tmp_path, Filters(), Constant)
     found = list(read([{"path": str(tmp_path / "x.parquet"), "row_group": 0}]))
-    assert [o.row["similarity"] for o in found if isinstance(o, pipeline.Passed)] == pytest.approx(
+    assert [o.row["similarity"] for o in found if isinstance(o, Passed)] == pytest.approx(
         [0.31, 0.6]
     )
-    assert [o.reason for o in found if isinstance(o, pipeline.Dropped)] == [
-        "CLIP score is too low"
-    ] * 2
-    assert found[-1] == pipeline.Entered(4)
+    assert [o.reason for o in found if isinstance(o, Dropped)] == ["CLIP score is too low"] * 2
+    assert found[-1] == Entered(4)
 
 
 def test_settings_that_cannot_be_carried_out_say_so(tmp_path):

@@ -1,15 +1,11 @@
-"""The client against a real server: troubles, cache, budget, and who may ask what is being asked."""
+"""The client against a real server: troubles, cache, what is counted."""
 
 import json
 import pickle
-import sqlite3
-import subprocess
-import sys
 import threading
 import time
 import types
 import weakref
-from pathlib import Path
 
 import pytest
 
@@ -17,38 +13,21 @@ pytest.importorskip("openai", reason="openai is in requirements-curation.txt")
 
 from pangea_jax.curation import llm, reply_store
 
-MANY = [f"prompt {number}" for number in range(60)]
-
-
-def _echo(request, kind):
-    return f"{kind}: {request['messages'][-1]['content']}"
-
-
-def _config(endpoint, **settings):
-    defaults = {"model": "m", "retries": 2, "timeout": 5.0, "patience": 5.0}
-    return llm.ClientConfig(base_url=endpoint.url, **defaults | settings)
-
-
-def _ask(client, prompt, **sampling):
-    return client.complete([{"role": "user", "content": prompt}], purpose="test", **sampling)
-
-
-def _under_way(path):
-    return sqlite3.connect(path).execute("SELECT COUNT(*) FROM under_way").fetchone()[0]
+from .clients import MANY, ask, calls_under_way, client_config, echo
 
 
 def test_every_trouble_is_survived_and_every_prompt_paid_once(start_endpoint, tmp_path):
     shares = {"busy": 0.25, "broken": 0.25, "cut": 0.05, "page": 0.25, "slow": 0.1, "refused": 0.1}
-    endpoint = start_endpoint(_echo, shares=shares)
-    client = llm.Client(_config(endpoint), tmp_path / "replies.sqlite")
+    endpoint = start_endpoint(echo, shares=shares)
+    client = llm.Client(client_config(endpoint), tmp_path / "replies.sqlite")
 
-    def ask(prompt):
+    def text_of(prompt):
         try:
-            return _ask(client, prompt).text.partition(": ")[2]
+            return ask(client, prompt).text.partition(": ")[2]
         except llm.Refused as refused:
             return refused.reason
 
-    replies = dict(client.map(ask, MANY))
+    replies = dict(client.map(text_of, MANY))
     refused = [prompt for prompt, reply in replies.items() if reply != prompt]
     assert {replies[prompt] for prompt in refused} == {"the model declines"}
     kinds = list(endpoint.kinds.values())
@@ -59,14 +38,14 @@ def test_every_trouble_is_survived_and_every_prompt_paid_once(start_endpoint, tm
     assert endpoint.asked.total() == len(MANY) + troubled
 
     # A second client, as after a restart, asks nothing; not even what was refused.
-    again = llm.Client(_config(endpoint), tmp_path / "replies.sqlite")
+    again = llm.Client(client_config(endpoint), tmp_path / "replies.sqlite")
     assert dict(again.map(lambda prompt: _cached(again, prompt), MANY)) == replies
     assert endpoint.asked.total() == len(MANY) + troubled
 
 
 def _cached(client, prompt):
     try:
-        reply = _ask(client, prompt)
+        reply = ask(client, prompt)
     except llm.Refused as refused:
         return refused.reason
     assert reply.cached
@@ -74,8 +53,8 @@ def _cached(client, prompt):
 
 
 def test_sampling_is_part_of_the_key_and_purpose_is_not(start_endpoint, tmp_path):
-    endpoint = start_endpoint(_echo)
-    client = llm.Client(_config(endpoint), tmp_path / "r.sqlite")
+    endpoint = start_endpoint(echo)
+    client = llm.Client(client_config(endpoint), tmp_path / "r.sqlite")
     messages = [{"role": "user", "content": "a"}]
     first = client.complete(messages, purpose="one")
     assert client.complete(messages, purpose="two").key == first.key
@@ -87,24 +66,6 @@ def test_sampling_is_part_of_the_key_and_purpose_is_not(start_endpoint, tmp_path
     (settings,) = [r for k, r in endpoint.requests.items() if k == first.key]
     assert llm.request_key(settings) == first.key
     assert settings["max_tokens"] == 4096 and settings["temperature"] == 0.0
-
-
-def test_the_same_prompt_at_the_same_time_is_asked_once(start_endpoint, tmp_path):
-    endpoint = start_endpoint(_echo, shares={"slow": 1.0})
-    config = _config(endpoint, concurrency=4)
-    clients = [llm.Client(config, tmp_path / "r.sqlite") for _ in range(2)]
-    replies = []
-    threads = [
-        threading.Thread(target=lambda c=client: replies.append(_ask(c, "same")))
-        for client in clients * 3
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [reply.text for reply in replies] == ["slow: same"] * 6
-    assert sum(not reply.cached for reply in replies) == 1
-    assert endpoint.asked.total() == 1
 
 
 def test_no_more_calls_under_way_than_allowed(start_endpoint, tmp_path):
@@ -120,17 +81,17 @@ def test_no_more_calls_under_way_than_allowed(start_endpoint, tmp_path):
         return "x"
 
     endpoint = start_endpoint(answer)
-    client = llm.Client(_config(endpoint, concurrency=3), tmp_path / "r.sqlite")
-    assert len(list(client.map(lambda prompt: _ask(client, prompt), MANY[:24]))) == 24
+    client = llm.Client(client_config(endpoint, concurrency=3), tmp_path / "r.sqlite")
+    assert len(list(client.map(lambda prompt: ask(client, prompt), MANY[:24]))) == 24
     assert max(most) == 3
 
 
 def test_usage_is_what_the_server_counted(start_endpoint, tmp_path):
-    endpoint = start_endpoint(_echo)
-    config = _config(endpoint, price_in=2.0, price_out=8.0)
+    endpoint = start_endpoint(echo)
+    config = client_config(endpoint, price_in=2.0, price_out=8.0)
     client = llm.Client(config, tmp_path / "r.sqlite")
     for prompt in MANY[:5] * 2:
-        _ask(client, prompt)
+        ask(client, prompt)
     sent = sum(len(json.dumps(request)) // 4 for request in endpoint.requests.values())
     came = sum(len(f"good: {prompt}") // 4 for prompt in MANY[:5])
     dollars = (2 * sent + 8 * came) / 1e6
@@ -149,7 +110,7 @@ def test_usage_is_what_the_server_counted(start_endpoint, tmp_path):
 def test_what_is_not_counted_is_charged_as_the_most_that_it_can_be(start_endpoint, tmp_path, usage):
     endpoint = start_endpoint(lambda request, kind: "東京", usage=usage, embed=lambda text: [1.0])
     prices = {"price_in": 2.0, "price_out": 8.0, "image_tokens": 500}
-    client = llm.Client(_config(endpoint, **prices), tmp_path / "r.sqlite")
+    client = llm.Client(client_config(endpoint, **prices), tmp_path / "r.sqlite")
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 9_000}}
     content = [picture, {"type": "text", "text": "Où ?"}]
     reply = client.complete([{"role": "user", "content": content}], purpose="test")
@@ -164,46 +125,17 @@ def test_what_is_not_counted_is_charged_as_the_most_that_it_can_be(start_endpoin
 
 
 def test_half_a_count_is_half_an_estimate(start_endpoint, tmp_path):
-    endpoint = start_endpoint(_echo, usage={"completion_tokens": None})
-    client = llm.Client(_config(endpoint), tmp_path / "r.sqlite")
-    reply = _ask(client, "prompt")
+    endpoint = start_endpoint(echo, usage={"completion_tokens": None})
+    client = llm.Client(client_config(endpoint), tmp_path / "r.sqlite")
+    reply = ask(client, "prompt")
     (request,) = endpoint.requests.values()
     counts = len(json.dumps(request)) // 4, len("good: prompt")
     assert (reply.prompt_tokens, reply.completion_tokens) == counts
     assert client.usage()["test"].estimated == 1
 
 
-@pytest.mark.parametrize("journal", ["wal", "delete"])
-def test_budget_is_never_exceeded_and_raising_it_goes_on(start_endpoint, tmp_path, journal):
-    endpoint = start_endpoint(_echo)
-    settings = {"price_in": 1.0, "price_out": 1.0, "max_tokens": 50, "journal": journal}
-    config = _config(endpoint, budget=0.001, **settings)
-    client = llm.Client(config, tmp_path / "r.sqlite")
-    done = []
-    with pytest.raises(
-        reply_store.BudgetExceeded, match=r"the budget of \$0\.00 is spent.*raise config"
-    ):
-        done.extend(prompt for prompt, _ in client.map(lambda p: _ask(client, p), MANY))
-    spent = client.usage()["test"].dollars
-    # The most that one call can cost: its bytes, what surrounds a message, and the longest reply.
-    most = (len("user" + MANY[-1]) + 16 + 50) / 1e6
-    assert 0.001 - most < spent <= 0.001
-    assert endpoint.finished.total() == client.usage()["test"].calls
-    richer = llm.Client(_config(endpoint, budget=1.0, **settings), tmp_path / "r.sqlite")
-    assert len(list(richer.map(lambda p: _ask(richer, p), MANY))) == len(MANY)
-    assert set(endpoint.finished.values()) == {1}
-
-
-def test_limit_of_calls(start_endpoint, tmp_path):
-    endpoint = start_endpoint(_echo)
-    client = llm.Client(_config(endpoint, max_calls=7), tmp_path / "r.sqlite")
-    with pytest.raises(reply_store.BudgetExceeded, match="7 calls are made"):
-        list(client.map(lambda p: _ask(client, p), MANY))
-    assert endpoint.asked.total() == 7
-
-
 def test_an_endpoint_that_is_down_for_an_hour_is_waited_for(start_endpoint, tmp_path, monkeypatch):
-    endpoint = start_endpoint(_echo)
+    endpoint = start_endpoint(echo)
     endpoint.down = True
     client = llm.Client(llm.ClientConfig("m", endpoint.url, retries=0), tmp_path / "r.sqlite")
     waits = []
@@ -214,20 +146,20 @@ def test_an_endpoint_that_is_down_for_an_hour_is_waited_for(start_endpoint, tmp_
 
     clock = types.SimpleNamespace(time=time.time, sleep=sleep, monotonic=lambda: sum(waits))
     monkeypatch.setattr(llm, "time", clock)
-    assert _ask(client, "a").text == "good: a"
+    assert ask(client, "a").text == "good: a"
     assert waits[0] <= 1.0 < waits[2] and max(waits) <= 60.0 and len(waits) < 100
 
 
 def test_beyond_patience_the_run_stops_and_nothing_is_lost(start_endpoint, tmp_path):
-    endpoint = start_endpoint(_echo)
-    client = llm.Client(_config(endpoint, retries=0, patience=0.5), tmp_path / "r.sqlite")
+    endpoint = start_endpoint(echo)
+    client = llm.Client(client_config(endpoint, retries=0, patience=0.5), tmp_path / "r.sqlite")
     endpoint.down = True
     with pytest.raises(
         llm.EndpointError, match=r"has not answered for .* the same command goes on"
     ):
-        _ask(client, "a")
+        ask(client, "a")
     endpoint.down = False
-    assert not _ask(client, "a").cached
+    assert not ask(client, "a").cached
 
 
 def test_a_prompt_that_always_fails_is_given_up_while_others_are_answered(
@@ -239,7 +171,7 @@ def test_a_prompt_that_always_fails_is_given_up_while_others_are_answered(
         return "x"
 
     endpoint = start_endpoint(answer)
-    client = llm.Client(_config(endpoint, retries=0, patience=100.0), tmp_path / "r.sqlite")
+    client = llm.Client(client_config(endpoint, retries=0, patience=100.0), tmp_path / "r.sqlite")
     asked = iter(MANY)
     # While the bad prompt waits, others are answered.
     clock = types.SimpleNamespace(
@@ -250,18 +182,18 @@ def test_a_prompt_that_always_fails_is_given_up_while_others_are_answered(
 
     def completion(request):
         if request["messages"][-1]["content"] == "bad":
-            _ask(client, next(asked))
+            ask(client, next(asked))
         return original(request)
 
     monkeypatch.setattr(client, "_completion", completion)
     with pytest.raises(llm.Refused, match="the endpoint fails on this prompt"):
-        _ask(client, "bad")
-    assert _under_way(tmp_path / "r.sqlite") == 0
+        ask(client, "bad")
+    assert calls_under_way(tmp_path / "r.sqlite") == 0
 
 
 def test_wrong_key_and_wrong_settings_stop_at_once(start_endpoint, tmp_path, monkeypatch):
-    endpoint = start_endpoint(_echo)
-    client = llm.Client(_config(endpoint), tmp_path / "r.sqlite")
+    endpoint = start_endpoint(echo)
+    client = llm.Client(client_config(endpoint), tmp_path / "r.sqlite")
     status = []
 
     def respond(handler, request):
@@ -271,77 +203,13 @@ def test_wrong_key_and_wrong_settings_stop_at_once(start_endpoint, tmp_path, mon
     for code in (401, 403, 404):
         status.append(code)
         with pytest.raises(llm.EndpointError, match=r"refuses us: .*no such model"):
-            _ask(client, "a")
+            ask(client, "a")
     status.append(400)
     for prompt in MANY[:19]:
         with pytest.raises(llm.Refused, match="rejects this prompt"):
-            _ask(client, prompt)
+            ask(client, prompt)
     with pytest.raises(llm.EndpointError, match="the settings must be wrong"):
-        _ask(client, "a")
-
-
-_ASK_ONCE = """
-import pathlib, sys
-from pangea_jax.curation import llm
-config = llm.ClientConfig(model="m", base_url=sys.argv[1], price_out=1.0)
-messages = [{"role": "user", "content": "never answered"}]
-llm.Client(config, pathlib.Path(sys.argv[2])).complete(messages, purpose="test")
-"""
-
-
-def test_claims_of_a_killed_process_are_taken_over_and_stay_charged(start_endpoint, tmp_path):
-    release = threading.Event()
-
-    def answer(request, kind):
-        release.wait(5)
-        return "late"
-
-    endpoint, path = start_endpoint(answer), tmp_path / "r.sqlite"
-    process = subprocess.Popen(
-        [sys.executable, "-c", _ASK_ONCE, endpoint.url, str(path)], cwd=Path(__file__).parents[2]
-    )
-    while not endpoint.asked:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    release.set()
-    client = llm.Client(_config(endpoint, price_out=1.0), path)
-    assert _ask(client, "never answered").text == "late"
-    usage = client.usage()["test"]
-    assert (usage.calls, usage.lost) == (1, 1)
-    assert usage.lost_dollars == pytest.approx(4096 / 1e6)
-    assert _under_way(path) == 0
-
-
-def test_attempts_that_are_not_answered_in_time_stay_charged(start_endpoint, tmp_path):
-    release, path = threading.Event(), tmp_path / "r.sqlite"
-
-    def answer(request, kind):
-        if endpoint.asked.total() <= 2:
-            release.wait(10)
-        return "at last"
-
-    endpoint = start_endpoint(answer)
-    settings = {"price_out": 1.0, "timeout": 0.6, "max_tokens": 1_000}
-    client = llm.Client(_config(endpoint, **settings), path)
-    assert _ask(client, "slow").text == "at last"
-    release.set()
-    usage = client.usage()["test"]
-    assert (endpoint.asked.total(), usage.calls, usage.lost) == (3, 1, 2)
-    assert usage.lost_dollars == pytest.approx(2 * 1_000 / 1e6)
-    assert _under_way(path) == 0
-
-
-def test_a_budget_holds_for_attempts_that_are_not_answered(start_endpoint, tmp_path):
-    release, path = threading.Event(), tmp_path / "r.sqlite"
-    endpoint = start_endpoint(lambda request, kind: "late" if release.wait(10) else "")
-    settings = {"price_out": 1.0, "timeout": 0.3, "max_tokens": 1_000, "retries": 4}
-    client = llm.Client(_config(endpoint, budget=0.0025, **settings), path)
-    with pytest.raises(reply_store.BudgetExceeded, match=r"raise config\.llm\.budget"):
-        _ask(client, "slow")
-    release.set()
-    assert endpoint.asked.total() == client.usage()["test"].lost == 2  # of the 5 that retries allow
-    assert _under_way(path) == 0
+        ask(client, "a")
 
 
 def test_a_spent_budget_ends_the_run_also_where_the_package_wraps_it(
@@ -352,17 +220,17 @@ def test_a_spent_budget_ends_the_run_also_where_the_package_wraps_it(
     def completion(request):
         raise openai.APIConnectionError(request=None) from reply_store.BudgetExceeded("spent")
 
-    client = llm.Client(_config(start_endpoint(_echo)), tmp_path / "r.sqlite")
+    client = llm.Client(client_config(start_endpoint(echo)), tmp_path / "r.sqlite")
     monkeypatch.setattr(client, "_completion", completion)
     with pytest.raises(reply_store.BudgetExceeded, match="spent"):
-        _ask(client, "a")
+        ask(client, "a")
 
 
 def test_results_are_not_kept_beyond_their_turn(start_endpoint, tmp_path):
     class Picture:
         pass
 
-    client = llm.Client(_config(start_endpoint(_echo)), tmp_path / "r.sqlite")
+    client = llm.Client(client_config(start_endpoint(echo)), tmp_path / "r.sqlite")
     made = []
     for _, picture in client.map(lambda prompt: Picture(), MANY):
         made.append(weakref.ref(picture))
@@ -371,8 +239,8 @@ def test_results_are_not_kept_beyond_their_turn(start_endpoint, tmp_path):
 
 
 def test_embeddings_are_cached(start_endpoint, tmp_path):
-    endpoint = start_endpoint(_echo, embed=lambda text: [float(len(text)), 1.0])
-    client = llm.Client(_config(endpoint), tmp_path / "r.sqlite")
+    endpoint = start_endpoint(echo, embed=lambda text: [float(len(text)), 1.0])
+    client = llm.Client(client_config(endpoint), tmp_path / "r.sqlite")
     for _ in range(2):
         vectors = client.embed(["a", "bcd"], model="e", purpose="similarity")
         assert vectors == [[1.0, 1.0], [3.0, 1.0]]

@@ -1,8 +1,7 @@
-"""Screenshots with a red box: what qualifies, lists of pages, settings, pages that must be dropped."""
+"""Screenshots with a red box: what qualifies, settings, pages that must be dropped."""
 
 import asyncio
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ pytest.importorskip("protego", reason="Protego is in requirements-curation.txt")
 from pangea_jax.curation import browser as browsers
 from pangea_jax.curation import ocr
 from pangea_jax.curation.browser import BrowserConfig, BrowserError, Device, PageError
+from pangea_jax.curation.ocr_pages import Page
 
 from .web_pages import CONFIG, DESKTOP, DEVICES, DROPPED, frame, shoot, write_pages
 
@@ -72,47 +72,6 @@ def test_long_texts_come_first_more_often():
     assert abs(np.mean([length == 400 for length in first]) - 0.5) < 0.05
 
 
-def test_lists_of_pages(tmp_path):
-    (tmp_path / "hi").mkdir()
-    (tmp_path / "hi" / "b.HTML").write_text("x")
-    (tmp_path / "a.htm").write_text("x")
-    (tmp_path / "skip.txt").write_text("x")
-    found = list(ocr.read_pages(tmp_path))
-    assert [(page.id, page.language, page.is_local) for page in found] == [
-        ("a.htm", "", True),
-        ("hi/b.HTML", "hi", True),
-    ]
-    listed = tmp_path / "list.jsonl"
-    rows = [{"url": "https://a.example/1", "language": "pt-BR"}, {"file": "a.htm"}]
-    listed.write_text("\n".join(map(json.dumps, rows)))
-    found = list(ocr.read_pages(listed))
-    assert [(page.id, page.language) for page in found] == [
-        ("https://a.example/1", "pt"),
-        ("a.htm", ""),
-    ]
-    assert found[1].source == str(tmp_path / "a.htm")
-    plain = tmp_path / "list.txt"
-    plain.write_text("# remark\nhttps://a.example/2\n\na.htm\n")
-    assert [page.id for page in ocr.read_pages(plain)] == ["https://a.example/2", "a.htm"]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "no JSON"),
-        ("[]", '"url" or "file"'),
-        ('{"url": "https://a", "file": "b"}', '"url" or "file"'),
-        ('{"url": "file:///etc/passwd"}', "http:// or https://"),
-        ('{"url": "https://a", "language": "klingon"}', "unknown language 'klingon'"),
-    ],
-)
-def test_a_line_that_is_no_page_is_named(line, message, tmp_path):
-    listed = tmp_path / "list.jsonl"
-    listed.write_text('{"file": "a.htm"}\n' + line)
-    with pytest.raises(ValueError, match=r"list\.jsonl, line 2: .*" + message):
-        list(ocr.read_pages(listed))
-
-
 def test_a_missing_browser_says_what_to_install(monkeypatch, tmp_path):
     with pytest.raises(BrowserError, match="no program that can be run"):
         pytest.importorskip("playwright", reason="playwright is an extra")
@@ -157,7 +116,7 @@ def test_pages_that_are_dropped(chromium, tmp_path):
         tmp_path, {f"en/{k}": v for k, (v, _) in DROPPED.items() if k != "other.html"}
     )
     pages += write_pages(tmp_path / "x", {"other.html": DROPPED["other.html"][0]})
-    pages.append(ocr.Page("gone", str(tmp_path / "gone.html"), "en"))
+    pages.append(Page("gone", str(tmp_path / "gone.html"), "en"))
     shots = shoot([page for page in pages if "large" not in page.id], DESKTOP)
     browser = dataclasses.replace(CONFIG.browser, max_html_bytes=30_000)
     config = dataclasses.replace(DESKTOP, browser=browser)

@@ -18,6 +18,7 @@ pytest.importorskip("protego", reason="Protego is in requirements-curation.txt")
 
 from urllib3.util import connection
 
+from pangea_jax.curation import web
 from pangea_jax.curation.web import Fetch, FetchError
 
 
@@ -189,6 +190,44 @@ def test_silent_addresses_share_the_time(monkeypatch):
         Fetch(timeout=0.5, robots=False)("http://silent.example/1.jpg")
     assert 0.4 < time.monotonic() - began < 1.5
     assert dialled == [f"93.184.215.{n}" for n in range(5)]
+
+
+# A resolver that hangs
+
+
+@pytest.fixture
+def resolver(monkeypatch):
+    """Knows no name until it is told to go on; the threads that wait for it."""
+    go_on, waiting = threading.Event(), []
+
+    def hang(*_):
+        waiting.append(threading.current_thread())
+        go_on.wait(10)
+        raise OSError
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    yield waiting
+    go_on.set()
+    for thread in waiting:
+        thread.join()
+
+
+@pytest.mark.parametrize("robots", [False, True])
+@pytest.mark.parametrize("method", [Fetch.__call__, Fetch.check, Fetch.addresses])
+def test_looking_up_a_name_takes_no_longer_than_the_timeout(resolver, method, robots):
+    began = time.monotonic()
+    with pytest.raises(FetchError, match=r"^name is not looked up in time$"):
+        method(Fetch(timeout=0.3, robots=robots), "http://unknown.example/1.jpg")
+    assert 0.2 < time.monotonic() - began < 1.5
+    assert len(resolver) == 1 and resolver[0].daemon  # an end of the process does not wait for it
+
+
+def test_a_resolver_that_hangs_does_not_fill_the_process_with_threads(resolver, monkeypatch):
+    monkeypatch.setattr(web, "_LOOK_UPS", threading.BoundedSemaphore(3))
+    for _ in range(5):
+        with pytest.raises(FetchError, match="not looked up in time"):
+            Fetch(timeout=0.05).addresses("http://unknown.example/1.jpg")
+    assert len(resolver) == 3
 
 
 # What the environment says

@@ -8,6 +8,7 @@ import numpy as np
 
 from pangea_jax.curation import ocr
 from pangea_jax.curation.browser import BrowserConfig, Device
+from pangea_jax.curation.ocr_pages import read_pages
 
 # Per language: heading, sentence, its emphasised middle, button, cell. One language of each script.
 WORDS = {
@@ -122,7 +123,7 @@ def write_pages(folder, pages):
     for name, source in pages.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(source, encoding="utf-8")
-    return list(ocr.read_pages(folder))
+    return list(read_pages(folder))
 
 
 def frame(pixels):

@@ -1,5 +1,6 @@
 """`launch/convert.py` as a user runs it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pangea_jax import checkpoints
 from pangea_jax.checkpoints import SpecialTokens
 from pangea_jax.data import emoji
 from pangea_jax.data.tokenizer import load_tokenizer
-from tests.checkpoints.tiny import random_state, with_language
+from pangea_jax.model import LoraConfig
+from pangea_jax.model.params import flatten
+from tests.checkpoints.tiny import random_state, with_language, write_run
 
 ROOT = Path(__file__).parents[2]
 CONFIG = with_language(vocab_size=4500)
@@ -60,6 +63,19 @@ def test_there_and_back(public, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("flags", "base"), [((), None), (("--base=owner/name",), "owner/name")], ids=["none", "named"]
+)
+def test_adapters_name_the_model_under_them(tmp_path, flags, base):
+    config = with_language(lora=LoraConfig(rank=2))
+    (tmp_path / "run").mkdir()
+    run = write_run(tmp_path / "run", config, flatten(random_state(config)))
+    code, _, err = convert(f"--from={run}", f"--to={tmp_path / 'out'}", "--format=peft", *flags)
+    assert code == 0, err
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == base
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--to=x",), "expected --from=DIR|owner/name and --to=DIR"),
@@ -74,6 +90,7 @@ def test_there_and_back(public, tmp_path):
             ("--from={public}", "--to=x", "--format=peft", "--dtype=float32"),
             "takes neither --dtype",
         ),
+        (("--from={public}", "--to=x", "--base=owner/name"), "of --format=peft alone"),
     ],
 )
 def test_mistakes_are_one_sentence(public, tmp_path, flags, message):

@@ -165,6 +165,7 @@ def test_eight_devices_equal_one(finished, tmp_path):
         (["--config=configs/no_such.py"], "no_such.py"),
         (["--config.mesh.data=3"], "does not fill the 1 devices"),
         (["--workdir=README.md/run"], "cannot write to README.md/run"),
+        (["--config.steps=9999"], "make 1000 steps of 8 rows, not 9999"),
         (["--profile=9:3"], "expected START:STOP, such as 20:25"),
     ],
 )

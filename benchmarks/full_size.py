@@ -69,6 +69,7 @@ def write(folder: Path, layers: int):
     from pangea_jax.checkpoints import SpecialTokens, files, huggingface, names
     from pangea_jax.checkpoints import config as config_file
     from pangea_jax.data import emoji
+    from pangea_jax.data.atomic import write_json
     from pangea_jax.data.tokenizer import load_tokenizer
 
     config = config_of(layers)
@@ -86,9 +87,7 @@ def write(folder: Path, layers: int):
     tokenizer = load_tokenizer(emoji.DIRECTORY)
     shutil.copy(emoji.DIRECTORY / emoji.TOKENIZER, folder)
     tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
-    files.write_json(
-        folder / "config.json", config_file.to_transformers(config, "bfloat16", tokens)
-    )
+    write_json(folder / "config.json", config_file.to_transformers(config, "bfloat16", tokens))
     print(f"wrote {size / 1e9:.2f} GB in {seconds:.0f} s, {size / 1e6 / seconds:.0f} MB/s")
 
 

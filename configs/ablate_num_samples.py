@@ -1,7 +1,8 @@
 """How many multimodal samples? The paper's ablation of the size of the data set (section 5, Figure 5).
 
     python launch/sweep.py --config=configs/ablate_num_samples.py --workdir=runs/num_samples --seeds=3
-    python launch/sweep.py --config=configs/ablate_num_samples.py:design=one_run --workdir=runs/num_samples_one_run --seeds=3
+    python launch/sweep.py --config=configs/ablate_num_samples.py:design=one_run --seeds=3 \
+        --workdir=runs/num_samples_one_run
     python launch/train.py --config=configs/ablate_num_samples.py:fraction=0.5
 
 The points are 10, 30, 50, 70, 90 and 100 % of the examples. The paper's axis ends at 5.5M of 6.15M and its script saves

@@ -25,8 +25,8 @@ class AttentionImpl:
 
     Attributes:
       name: `xla` (plain JAX, serves every call, and the reference of the tests), `splash` (a Pallas
-        kernel for TPU), `triton` (a Pallas kernel for NVIDIA GPUs), or `auto`: the kernel of the
-        accelerator where it can serve the call, else `xla`. What `auto` chose is logged once.
+        kernel for TPU), `triton` (a Pallas kernel for NVIDIA GPUs), `blockwise` (loops for CPU), or `auto`:
+        the kernel of the device where it can serve the call, else `xla`. What `auto` chose is logged once.
       block_q, block_kv: queries and keys a kernel works on at once, one of its `blocks`; None is its
         default (`attention_kernels.KERNELS`). Rows are padded to a multiple of both, so on unusual row
         lengths smaller blocks waste less.
@@ -118,6 +118,8 @@ def _choose(impl: AttentionImpl, q: Array, k: Array, packed: bool) -> AttentionI
         return dataclasses.replace(impl, name="xla")
     chosen = dataclasses.replace(impl, name=name)
     obstacle = kernels.obstacle(chosen, q, k, packed) or kernels.unknown_placement()
+    if q.shape[1] < kernels.KERNELS[name].shortest:
+        obstacle = obstacle or f"plain JAX is faster of rows of {q.shape[1]} tokens"
     if obstacle:
         _log_choice("xla", f"{name} does not serve it: {obstacle}")
         return dataclasses.replace(impl, name="xla")

@@ -1,7 +1,7 @@
-"""Flash attention (Dao 2023) of packed causal rows on accelerators: Pallas kernels on our layout.
+"""Flash attention (Dao 2023) of packed causal rows, a kernel for each kind of device, on our layout.
 
-Both kernels mask by segment and by index, hold no [T, T] array, and read the key heads in place for all
-the query heads that share them. Under a mesh every device runs its own rows and heads.
+All mask by segment and by index, hold no [T, T] array, and do not repeat the key heads for the query heads
+that share them. Under a mesh every device runs its own rows and heads.
 """
 
 import dataclasses
@@ -66,9 +66,9 @@ def obstacle(impl, q: Array, k: Array, packed: bool) -> str | None:
     found = platform()
     if found != kernel.platform and not impl.interpret:
         return f"it runs on {kernel.platform}, this is {found}"
-    if q.shape[3] not in kernel.head_widths:
+    if kernel.head_widths and q.shape[3] not in kernel.head_widths:
         return f"head width {q.shape[3]} is not one of {kernel.head_widths}"
-    if q.dtype not in kernel.dtypes and not impl.interpret:
+    if kernel.dtypes and q.dtype not in kernel.dtypes and not impl.interpret:
         return f"it takes {' or '.join(kernel.dtypes)}, not {q.dtype}"
     for name in ("block_q", "block_kv"):
         block = getattr(impl, name)
@@ -103,8 +103,9 @@ def _blocks(impl, T: int) -> tuple[int, int, int]:
     """Block sizes no longer than the row, and the padded length, a multiple of both."""
     kernel = KERNELS[impl.name]
     longest = _round_up(T, min(kernel.blocks))
-    block_q = min(impl.block_q or kernel.block_q, longest)
-    block_kv = min(impl.block_kv or kernel.block_kv, longest)
+    least_padding = min(kernel.blocks, key=lambda size: -T % size)
+    block_q = min(impl.block_q or kernel.block_q or least_padding, longest)
+    block_kv = min(impl.block_kv or kernel.block_kv or least_padding, longest)
     return block_q, block_kv, _round_up(T, math.lcm(block_q, block_kv))
 
 
@@ -152,17 +153,32 @@ def _triton(q, k, v, segment_ids, *, block_q, block_kv, interpret):
     return attention_triton.attention(q, k, v, segment_ids, blocks)
 
 
+def _blockwise(q, k, v, segment_ids, *, block_q, block_kv, interpret):
+    """CPUs: plain JAX that skips the blocks of other segments."""
+    from pangea_jax.model import attention_blockwise
+
+    del interpret
+    return attention_blockwise.attention(q, k, v, segment_ids, block_q=block_q, block_kv=block_kv)
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What a kernel runs on and takes, and its default block sizes."""
+    """What a kernel runs on and takes, and its default block sizes.
+
+    Attributes:
+      head_widths, dtypes: none are named where any will do.
+      blocks: sizes it can have. A default of None is the first of those that pad a row least.
+      shortest: of shorter rows plain JAX is faster.
+    """
 
     call: Callable[..., Array]
     platform: str
-    head_widths: tuple[int, ...]
-    dtypes: tuple[str, ...]
     blocks: tuple[int, ...]
-    block_q: int
-    block_kv: int
+    block_q: int | None = None
+    block_kv: int | None = None
+    head_widths: tuple[int, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    shortest: int = 0
 
 
 KERNELS = {
@@ -184,4 +200,5 @@ KERNELS = {
         block_q=128,
         block_kv=128,
     ),
+    "blockwise": Kernel(_blockwise, platform="cpu", blocks=(64, 48, 80), shortest=129),
 }

@@ -7,11 +7,12 @@ from pangea_jax.anyres import layout
 from pangea_jax.data.image import views
 from pangea_jax.model.attention import AttentionImpl
 
-# Kernels in interpret mode, with blocks so small that a short row has several.
+# Kernels wherever the tests run, with blocks so small that a short row has several.
 IMPLS = (
     AttentionImpl("xla"),
     AttentionImpl("splash", 128, 128, interpret=True),
     AttentionImpl("triton", 64, 64, interpret=True),
+    AttentionImpl("blockwise", 48, 64, interpret=True),
 )
 
 

@@ -231,19 +231,21 @@ def chosen(monkeypatch, caplog):
     return choose
 
 
-def test_auto_takes_the_kernel_of_the_accelerator(chosen):
+def test_auto_takes_the_kernel_of_the_device(chosen):
     assert chosen("tpu")[0] == "splash"
     assert chosen("gpu")[0] == "triton"
+    assert chosen("cpu", T=129)[0] == "blockwise"
     name, logged = chosen("tpu")
     assert name == "splash"
-    assert len(logged) == 2  # each choice once
+    assert len(logged) == 3  # each choice once
     assert "'splash' here (packed causal rows on tpu)" in logged[0]
 
 
 @pytest.mark.parametrize(
     ("platform", "arguments", "reason"),
     [
-        ("cpu", {}, "there is no kernel for cpu"),
+        ("rocm", {}, "there is no kernel for rocm"),
+        ("cpu", {"T": 128}, "plain JAX is faster of rows of 128 tokens"),
         ("tpu", {"segment_ids": None, "positions": None}, "it takes segment_ids"),
         ("tpu", {"C": 8}, "head width 8"),
         ("tpu", {"devices": 4}, "no mesh in context"),
@@ -285,7 +287,8 @@ def test_every_backend_is_tested(impls):
     assert {impl.name for impl in impls} == set(BACKENDS)
 
 
-def test_triton_reads_no_block_of_another_segment():
+@pytest.mark.parametrize("name", ["triton", "blockwise"])
+def test_no_block_of_another_segment_is_read(name):
     """Segments end where blocks do; what lies in the others is NaN, forwards and backwards."""
     T, middle = 3 * 64, slice(64, 128)
     ids, positions = rows_of((64, 64, 64), length=T)
@@ -294,7 +297,7 @@ def test_triton_reads_no_block_of_another_segment():
     poisoned = [x.copy() for x in (q, k, v, cotangent)]
     for x in poisoned:
         x[:, :64] = x[:, 128:] = np.nan
-    impl = AttentionImpl("triton", 64, 64, interpret=True)
+    impl = AttentionImpl(name, 64, 64, interpret=True)
     found = outputs_and_gradients(*poisoned, ids, positions, impl)
     for got, want in zip(found, wanted, strict=True):
         np.testing.assert_allclose(got[:, middle], want[:, middle], rtol=2e-4, atol=2e-5)
@@ -305,3 +308,21 @@ def test_ranges_of_segments():
     starts, ends = ranges(jnp.asarray(ids))
     np.testing.assert_array_equal(starts, [[0, 0, 2, 2, 2, 5, 5], [0, 1, 1, 1, 1, 1, 1]])
     np.testing.assert_array_equal(ends, [[1, 1, 4, 4, 4, 6, 6], [0, 6, 6, 6, 6, 6, 6]])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block", "padded"), [(144, 48, 144), (160, 80, 160), (300, 64, 320)]
+)
+def test_blockwise_takes_the_blocks_that_pad_least(tokens, block, padded):
+    assert kernels._blocks(AttentionImpl("blockwise"), tokens) == (block, block, padded)
+
+
+def test_blockwise_walks_back_no_further_for_padding():
+    """Values of the first block are NaN: neither its neighbour's segment nor padding looks there."""
+    ids, positions = rows_of([64, 64], length=192)
+    q, k, v, cotangent = random_qkv(1, 192, 4, 2)
+    for x in (q, k, v, cotangent):
+        x[:, :64] = np.nan
+    impl = AttentionImpl("blockwise", 64, 64, interpret=True)
+    for found in outputs_and_gradients(q, k, v, cotangent, ids, positions, impl):
+        assert np.isfinite(found[:, 64:]).all()

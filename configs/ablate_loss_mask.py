@@ -6,7 +6,8 @@
 whole assistant message with its header, and every newline, <|im_start|> and <|im_end|> anywhere, those of the
 user's turns included. The paper does not speak of it.
 
-Nothing is published to compare with. Two points of a few minutes on 2 CPU cores; at `:scale=pangea_7b`, see
+Nothing is published to compare with. At sample scale no difference is shown (docs/ablations.md). Two points of a few
+minutes on 2 CPU cores; at `:scale=pangea_7b`, see
 configs/scales.py.
 """
 

@@ -113,8 +113,10 @@ def rope_angles(
     """cos and sin of the rotary angles (Su et al. 2021), float32, one per pair of channels."""
     inverse_frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
     angles = positions[..., None].astype(jnp.float32) * inverse_frequency
-    # Otherwise XLA's CPU backend computes them again for every head of every unrolled layer.
-    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+    angles = jnp.cos(angles), jnp.sin(angles)
+    # Otherwise XLA's CPU backend computes them again for every head of every unrolled layer. Of a single token that
+    # is less than to keep the passes apart.
+    return angles if positions.shape[1] == 1 else jax.lax.optimization_barrier(angles)
 
 
 def rotate(

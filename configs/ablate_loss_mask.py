@@ -7,8 +7,7 @@ whole assistant message with its header, and every newline, <|im_start|> and <|i
 user's turns included. The paper does not speak of it.
 
 Nothing is published to compare with. At sample scale no difference is shown (docs/ablations.md). Two points of a few
-minutes on 2 CPU cores; at `:scale=pangea_7b`, see
-configs/scales.py.
+minutes on 2 CPU cores; at `:scale=pangea_7b`, see configs/scales.py.
 """
 
 from ml_collections import ConfigDict

@@ -328,6 +328,23 @@ def test_unstacked_layers_compute_the_same(tiny_config, tiny_model):
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_step_copies_no_cache(tiny_config, tiny_model, rows):
+    """On a CPU, where reading a long cache takes longer than all the rest of one row's step."""
+    model = model_params.merge(*model_params.split(jax.tree.map(jnp.copy, tiny_model)))
+    model.language.unstack()
+    graphdef, params = model_params.split(model)
+    state = idle(model.language.empty_cache(rows, 1024 + NEW, tiny_config.dtype), NEW, NO_STOP)
+    settings = {"steps": NEW, "limit": NEW, "stop_ids": jnp.array([NO_STOP])}
+
+    def step(params, state):
+        return advance(model_params.merge(graphdef, params), state, **settings)
+
+    program = jax.jit(step, donate_argnums=1).lower(params, state).compile().as_text()
+    assert f",{1024 + NEW}," in program
+    assert not re.findall(rf"= f32\[[\d,]*{1024 + NEW}[\d,]*\]\S* copy\(", program)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

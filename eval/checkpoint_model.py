@@ -15,7 +15,8 @@ from eval.task import IMAGE_MARK, Failed, Generation, Profile
 from pangea_jax import sharding
 from pangea_jax.generate import batching
 from pangea_jax.generate.decode import Sampling
-from pangea_jax.generate.engine import Conversation, Engine, Prompt, bucket
+from pangea_jax.generate.engine import Conversation, Engine, bucket
+from pangea_jax.generate.prompt import Prompt
 from pangea_jax.model import PangeaConfig
 
 _MOST_ROWS = 64
@@ -30,11 +31,10 @@ class CheckpointModel:
     """Answers requests with `pangea_jax`; what cannot be read or does not fit fails alone.
 
     Texts come from `Engine.serve`: a row whose answer has ended takes the next request, and of questions
-    about one picture the first reads it for all. Log-likelihoods
-    are put together by their shape (tokens and tiles, rounded up as the engine does), so that few
-    programs are compiled and no row is padded to a much longer one. What a batch is made of changes a
-    response by rounding at most: a resumed run says what an uninterrupted one says, unless rounding
-    decides between two tokens.
+    about one picture the first reads it for all. Log-likelihoods are put together by their shape (tokens
+    and tiles, rounded up as the engine does), so that few programs are compiled and no row is padded to a
+    much longer one. What a batch is made of changes a response by rounding at most: a resumed run says
+    what an uninterrupted one says, unless rounding decides between two tokens.
 
     Args:
       name: what responses and reports call it.

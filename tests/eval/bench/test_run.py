@@ -181,14 +181,14 @@ def test_longest_prompts_come_first(data_dir, tmp_path):
 
 
 def test_questions_about_the_same_pictures_come_together():
-    asked = [("ab", "p"), ("a", ""), ("abcd", "q"), ("abc", "p"), ("a", "pq"), ("b" * 9, "")]
+    asked = [("a", "p"), ("a", ""), ("abc", "q"), ("abcd", "p"), ("a", "pq"), ("b" * 9, "")]
     requests = [
         types.SimpleNamespace(prompt=types.SimpleNamespace(text=text), images=tuple(images))
         for text, images in asked
     ]
     found = [(r.prompt.text, "".join(r.images)) for r in runner.in_order(requests)]
-    two, q, p, words = asked[4:5], asked[2:3], [asked[3], asked[0]], [asked[5], asked[1]]
-    assert found == two + q + p + words
+    two, p, q, words = asked[4:5], [asked[3], asked[0]], asked[2:3], [asked[5], asked[1]]
+    assert found == two + p + q + words
 
 
 def test_changed_settings_are_asked_again(data_dir, tmp_path):

@@ -334,6 +334,8 @@ def to_transformers(config: PangeaConfig, dtype: str, tokens: SpecialTokens) -> 
     return {
         "architectures": [name],
         "model_type": "llava_next" if config.newline else "llava",
+        # The form that this is in; where none is named, transformers 5 warns of a wrong tokenizer.
+        "transformers_version": "4.45.0",
         **(pinpoints if config.newline else {}),
         "image_seq_length": config.vision.patches,
         "image_token_index": tokens.image,

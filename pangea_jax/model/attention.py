@@ -79,7 +79,7 @@ def attention(
     impl = _choose(impl, q, k, packed)
     if impl.name != "xla":
         return kernels.run(impl, q, k, v, segment_ids)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
     if packed and q.shape[1] > PACKED_CHUNK:
         mixed = _mix_packed(q, k, v, segment_ids, positions)
     else:
@@ -89,7 +89,7 @@ def attention(
 
 def cached_attention(
     q: Float[Array, "B T H C"],
-    k: Float[Array, "B K S C"],
+    k: Float[Array, "B K C S"],
     v: Float[Array, "B K S C"],
     *,
     segment_ids: Int[Array, "B T"],
@@ -144,7 +144,7 @@ def _mix_packed(q, k, v, segment_ids, positions):
     for start in range(0, T, length):
         here, seen = slice(start, start + length), slice(0, start + length)
         ids = (segment_ids[:, here], positions[:, here], segment_ids[:, seen], positions[:, seen])
-        mixed.append(mix(q[:, here], k[:, :, seen], v[:, :, seen], *ids))
+        mixed.append(mix(q[:, here], k[..., seen], v[:, :, seen], *ids))
     return jnp.concatenate(mixed, axis=1)
 
 
@@ -172,15 +172,16 @@ def _mix_all(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
 
 
 def _mix(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
-    """Attention of all queries at once; keys and values are [B, K, S, C]."""
+    """Attention of all queries at once; keys are [B, K, C, S], values [B, K, S, C]: neither product turns one
+    around, for which XLA's CPU backend would take as long again."""
     B, T, H, C = q.shape
-    K, S = k.shape[1:3]
+    K, S = v.shape[1:3]
     # Laid out by hand for one product a key head: XLA's CPU backend would take twice as long for what it makes
     # of the five axes.
     q = (q * C**-0.5).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
     # Sizes are spelled out, since of no rows at all (text alone has no tiles) -1 cannot be inferred.
     q = q.reshape(B, K, H // K * T, C)
-    logits = jnp.einsum("BKQC,BKSC->BKQS", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("BKQC,BKCS->BKQS", q, k, preferred_element_type=jnp.float32)
     logits = logits.reshape(B, K, H // K, T, S)
     mask = _visible(q_segment_ids, q_positions, kv_segment_ids, kv_positions)
     if mask is not None:

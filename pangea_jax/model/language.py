@@ -71,17 +71,26 @@ class LanguageConfig:
 @struct.dataclass
 class KVCache:
     """Keys and values of everything read so far, one slot a token: all layers stacked, or a tuple of one
-    array [B, K, S, C] a layer, as the decoder's blocks are. Rows are axis -4 of both.
+    array a layer, as the decoder's blocks are. Rows are axis -4 of both; slots are the last axis of keys, the
+    last but one of values, as `attention._mix` multiplies them.
 
     Slots are filled at the same index in every row; `segment_ids` 0 marks slots that hold nothing
     (or the padding of a shorter prompt) and `positions` orders the rest.
     """
 
-    k: Float[Array, "L B K S C"] | tuple[Float[Array, "B K S C"], ...]
+    k: Float[Array, "L B K C S"] | tuple[Float[Array, "B K C S"], ...]
     v: Float[Array, "L B K S C"] | tuple[Float[Array, "B K S C"], ...]
     segment_ids: Int[Array, "B S"]
     positions: Int[Array, "B S"]
     length: Int[Array, ""]  # slots in use
+
+    def map(self, function, *others: "KVCache"):
+        """New keys and values: `function(x, *others, axis)` of each array, those of other caches, and the axis of
+        its slots."""
+        caches = (self, *others)
+        k = jax.tree.map(lambda *x: function(*x, -1), *(cache.k for cache in caches))
+        v = jax.tree.map(lambda *x: function(*x, -2), *(cache.v for cache in caches))
+        return k, v
 
     def repeat(self, copies: int) -> "KVCache":
         """Every row so many times, one after another."""
@@ -90,15 +99,12 @@ class KVCache:
         return KVCache(k, v, ids, positions, self.length)
 
 
-def _written(cache, new, layer, slot):
-    """A cache's keys or values with those of new tokens [B, T, K, C] in their slots."""
+def _written(cache, new, layer, at):
+    """A cache's keys or values with those of new tokens, laid out as there, `at` an index of four axes."""
     if isinstance(cache, tuple):
-        at, here = (0, 0, slot, 0), cache[layer]
-    else:
-        at, here = (layer, 0, 0, slot, 0), cache
-    new = new.swapaxes(1, 2).astype(here.dtype)
-    here = jax.lax.dynamic_update_slice(here, new.reshape((1,) * (here.ndim - 4) + new.shape), at)
-    return (*cache[:layer], here, *cache[layer + 1 :]) if isinstance(cache, tuple) else here
+        here = jax.lax.dynamic_update_slice(cache[layer], new.astype(cache[layer].dtype), at)
+        return (*cache[:layer], here, *cache[layer + 1 :])
+    return jax.lax.dynamic_update_slice(cache, new[None].astype(cache.dtype), (layer, *at))
 
 
 def _of_layer(cache, layer):
@@ -265,11 +271,12 @@ class Decoder(nnx.Module):
     def empty_cache(self, batch: int, slots: int, dtype) -> KVCache:
         """Room for `slots` tokens a row."""
         c = self.config
-        shape = (batch, c.kv_heads, slots, c.head_width)
+        rows = batch, c.kv_heads
+        shapes = (*rows, c.head_width, slots), (*rows, slots, c.head_width)
         if isinstance(self.blocks, nnx.List):
-            k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(c.layers)) for _ in range(2))
+            k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(c.layers)) for shape in shapes)
         else:
-            k, v = (jnp.zeros((c.layers, *shape), dtype) for _ in range(2))
+            k, v = (jnp.zeros((c.layers, *shape), dtype) for shape in shapes)
         ids = jnp.zeros((batch, slots), jnp.int32)
         return KVCache(k, v, ids, ids, jnp.int32(0))
 
@@ -298,16 +305,17 @@ class Decoder(nnx.Module):
 
         # The caches are carried, not scanned over: so XLA writes a step's slots in place.
         def body(carry, block, layer):
-            x, *caches = carry
+            x, keys, values = carry
             q, k, v = block.qkv(x)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            caches = [_written(c, new, layer, cache.length) for c, new in zip(caches, (k, v))]
+            keys = _written(keys, k.transpose(0, 2, 3, 1), layer, (0, 0, 0, cache.length))
+            values = _written(values, v.swapaxes(1, 2), layer, (0, 0, cache.length, 0))
             if first:
                 mixed = attention(q, k, v, **queries, impl=impl)
             else:
-                k, v = (_of_layer(c, layer).astype(x.dtype) for c in caches)
+                k, v = (_of_layer(c, layer).astype(x.dtype) for c in (keys, values))
                 mixed = cached_attention(q, k, v, **queries, **slots)
-            return block.finish(x, mixed), *caches
+            return block.finish(x, mixed), keys, values
 
         x, k, v = run_blocks(body, (x, cache.k, cache.v), self.blocks)
         cache = KVCache(k, v, kv_segment_ids, kv_positions, cache.length + x.shape[1])

@@ -175,8 +175,8 @@ def test_a_mesh_says_the_same(sample, asked, free, sizes):
     assert spread.mesh.size == 8 and shape["data"] > 1
     programs = spread._programs
     cache = programs.idle(programs.row_bucket(8), 64, 64, 0).cache
-    L, B, K, S, C = cache.k.shape
-    expected = (L, B // programs.shards, K // shape["tensor"], S, C)
+    L, B, K, C, S = cache.k.shape
+    expected = (L, B // programs.shards, K // shape["tensor"], C, S)
     assert cache.k.sharding.shard_shape(cache.k.shape) == expected
     assert spread.generate(asked, NEW, stop=[], batch_size=3) == free
     items = [sample.candidates(messages, (" cat", "猫", " a dog")) for messages in asked]

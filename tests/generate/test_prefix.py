@@ -182,7 +182,8 @@ def test_following_equals_reading_whole(tiny_config, tiny_model):
 
     state = answered(params)
     assert state.done.all()
-    k, v = (x.at[..., 1, :, shared:, :].set(jnp.nan) for x in (state.cache.k, state.cache.v))
+    k = state.cache.k.at[..., 1, :, :, shared:].set(jnp.nan)
+    v = state.cache.v.at[..., 1, :, shared:, :].set(jnp.nan)
     state = state.replace(cache=state.cache.replace(k=k, v=v))
 
     @jax.jit
@@ -200,5 +201,5 @@ def test_following_equals_reading_whole(tiny_config, tiny_model):
         np.testing.assert_allclose(hidden[row], expected[0, -1], atol=2e-5)
         slots = np.flatnonzero(cache.segment_ids[row])
         slots = slots[np.argsort(cache.positions[row][slots])]
-        np.testing.assert_allclose(cache.k[:, row][:, :, slots], read.k[:, 0], atol=2e-5)
+        np.testing.assert_allclose(cache.k[:, row][..., slots], read.k[:, 0], atol=2e-5)
         np.testing.assert_allclose(cache.v[:, row][:, :, slots], read.v[:, 0], atol=2e-5)

@@ -123,11 +123,11 @@ def test_many_queries_go_in_chunks(monkeypatch):
 
     def mix(q, k, v):
         slots = [(0, 0), (9, 20)]
-        k, v = (jnp.pad(x, [*slots, (0, 0), (0, 0)]).swapaxes(1, 2) for x in (k, v))
+        k, v = (jnp.pad(x, [*slots, (0, 0), (0, 0)]) for x in (k, v))
         return cached_attention(
             q,
-            k,
-            v,
+            k.transpose(0, 2, 3, 1),
+            v.swapaxes(1, 2),
             segment_ids=ids,
             positions=positions,
             kv_segment_ids=jnp.pad(ids, slots),

@@ -113,10 +113,13 @@ def _dataset_section(runs: Sequence[Results], group: str, names: Sequence[str]) 
     for run in runs:
         for profile in _ordered(run["profile"]):
             average = run["averages"].get(profile, {}).get(group, {})
-            whole = set(average.get("datasets", ())) == set(GROUPS[scoring.AVERAGES[group]])
-            cells = [_one_decimal(average.get(c)) + ("" if whole else "*") for c in scoring.COLUMNS]
-            if not whole:
-                partial.append(run["model"])
+            cells = []
+            for column in scoring.COLUMNS:
+                members = GROUPS[scoring.AVERAGES[group]]
+                whole = all(column in _columns(run, name, profile) for name in members)
+                cells.append(_one_decimal(average.get(column)) + ("" if whole else "*"))
+                if not whole:
+                    partial.append(run["model"])
             for name in names:
                 entry = run["datasets"].get(name, {}).get(profile, {})
                 cells += [_with_interval(entry.get(column)) for column in scoring.COLUMNS]
@@ -422,8 +425,7 @@ def _common(first, second):
 
 def _load_scores(folder: Path, profile: Profile) -> dict[str, scoring.TaskScores]:
     """The scores of a run from its sample logs."""
-    read_results(folder)
-    scores = {}
-    for path in sorted((folder / "samples").glob("*.jsonl")):
-        scores[path.stem] = scoring.read_samples(path, ALL_TASKS[path.stem], profile)
-    return scores
+    return {
+        name: scoring.read_samples(folder / "samples" / f"{name}.jsonl", ALL_TASKS[name], profile)
+        for name in read_results(folder)["documents"]
+    }

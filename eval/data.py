@@ -55,6 +55,8 @@ def load(task: Task, data_dir: Path, *, limit: float | None = None) -> list[Docu
             raise DataError(f"{where}: id {document.id!r} occurs twice; ids are unique in a file")
         seen.add(document.id)
         documents.append(document)
+    if not documents:
+        raise DataError(f"{path}: no documents; delete the file and fetch {task.name} again")
     if limit is None:
         return documents
     return documents[: max(1, round(limit * len(documents))) if limit < 1 else int(limit)]
@@ -79,6 +81,8 @@ def parse_row(row: Any, dataset: Dataset, where: str) -> Document:
             raise DataError(
                 f"{where}: field {name!r} is {row[name]!r:.60}, expected a list of texts"
             )
+        if name == dataset.gold and row[name] == []:
+            raise DataError(f"{where}: field {name!r} is empty, expected at least one text")
     if problem := dataset.problem(row):
         raise DataError(f"{where}: {problem}")
     images = row.get("images", [])
@@ -88,6 +92,25 @@ def parse_row(row: Any, dataset: Dataset, where: str) -> Document:
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise DataError(f"{where}: picture {path!r} is outside the folder of {dataset.name}")
     return Document(row["id"], row)
+
+
+def read_answers(path: Path, field: str) -> dict[tuple[str, str], Any]:
+    """(task, document) -> `field`, of a JSONL file whose lines have `task`, `doc_id` and `field`.
+
+    Raises:
+      DataError: a line lacks one of them, or is the second about its document.
+    """
+    found: dict[tuple[str, str], Any] = {}
+    for number, row in read_lines(path):
+        where = f"{path}, line {number}"
+        for name in ("task", "doc_id", field):
+            if not isinstance(row, dict) or name not in row:
+                raise DataError(f"{where}: no field {name!r}; expected task, doc_id and {field}")
+        key = str(row["task"]), str(row["doc_id"])
+        if key in found:
+            raise DataError(f"{where}: a second {field} to {key[0]} {key[1]!r}")
+        found[key] = row[field]
+    return found
 
 
 def drop_cut_line(path: Path) -> None:
@@ -103,14 +126,27 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """(line number, value) of the lines of a JSONL file that are not empty.
 
     Raises:
-      DataError: a line that is not JSON, or a file that is not UTF-8.
+      DataError: a line that is not JSON or has half a character, or a file that is not UTF-8.
     """
     with path.open(encoding="utf-8") as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield number, json.loads(line)
+                    value = json.loads(line)
+                    if "\\ud" in line.lower():
+                        _check_surrogates(value, f"{path}, line {number}")
+                    yield number, value
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error})") from error
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def _check_surrogates(value: Any, where: str) -> None:
+    """JSON can say half of a character in UTF-16, which no file can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: half a character ({error}); write it whole, or \\ufffd"
+        ) from None

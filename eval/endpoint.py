@@ -39,7 +39,7 @@ class Endpoint:
         self._openai = openai
         self.model, self.concurrency = model, concurrency
         self._client = openai.OpenAI(
-            api_key=os.environ.get("OPENAI_API_KEY", "none"),
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
             base_url=base_url,
             max_retries=retries,
             timeout=timeout,
@@ -57,7 +57,10 @@ class Endpoint:
         # Proxies answer 200 with pages and half-made objects, which surface as whatever they lack.
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             return Failed(f"endpoint: the reply is no chat completion ({error})"[:300])
-        return text if isinstance(text, str) else Failed("endpoint: the reply has no text")
+        if not isinstance(text, str):
+            return Failed("endpoint: the reply has no text")
+        # Half a character, as a proxy may cut one, cannot be written to any file.
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
     def map(self, items: Sequence[Item], call: Callable[[Item], Any]) -> Iterator[tuple[Item, Any]]:
         """`(item, call(item))` as they are done."""

@@ -7,6 +7,7 @@ what they show, so that the same picture in several languages is stored once.
 import ast
 import base64
 import binascii
+import dataclasses
 import hashlib
 import io
 import json
@@ -66,22 +67,23 @@ def fetch(
     """
     if limit is not None and limit != int(limit):
         raise data.DataError(f"--limit={limit}: fetch takes a number of rows, 1 or more")
-    load = load or load_from_hub
-    failed = 0
+    files: dict[Source, list[_TaskFile]] = {}
     for task in tasks:
         path = data.task_file(task, data_dir)
         if path.exists() and (limit or math.inf) <= data.rows_fetched(path):
             console.print(f"{task.name}: there already")
             continue
-        try:
-            count, limited = _fetch_task(task, path, load, limit)
-            console.print(f"{task.name}: {count} documents{', not all' if limited else ''}")
-        # The hub's client raises errors of many libraries; the other tasks must not be lost.
-        except Exception as error:
-            failed += 1
-            where = f"{task.name}: {task.dataset.hub}"
-            console.print(f"{where}: {type(error).__name__}: {error}", markup=False)
-    return int(failed > 0)
+        make_source, _ = _SOURCES[task.dataset.name]
+        source = make_source(task.subset)
+        files.setdefault(source, []).append(_TaskFile(task, path, source, limit or math.inf))
+    failed = False
+    for source in list(files):
+        members = files.pop(source)
+        _read_source(source, members, load or load_from_hub)
+        for file in members:
+            file.finish(console)
+            failed |= file.error is not None
+    return int(failed)
 
 
 def load_from_hub(source: Source) -> Iterator[Row]:
@@ -112,42 +114,91 @@ def load_from_hub(source: Source) -> Iterator[Row]:
     yield from rows
 
 
-def _fetch_task(task: Task, path: Path, load, limit: float | None) -> tuple[int, bool]:
-    """Documents written, and whether the source has more."""
-    make_source, convert = _SOURCES[task.dataset.name]
-    source = make_source(task.subset)
-    lines: list[str] = []
-    seen: set[str] = set()
-    limited = False
-    for index, hub_row in enumerate(load(source)):
-        if limited := limit is not None and len(lines) >= limit:
-            break
+@dataclasses.dataclass
+class _TaskFile:
+    """The file of a task in the making; its error costs no other."""
+
+    task: Task
+    path: Path
+    source: Source
+    limit: float
+    lines: list[str] = dataclasses.field(default_factory=list)
+    ids: set[str] = dataclasses.field(default_factory=set)
+    limited: bool = False  # the source has more
+    error: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.limited or self.error is not None
+
+    def add(self, hub_row: Row, index: int) -> None:
+        """Takes a row of the source, if it is one of this task."""
+        self.limited = len(self.lines) >= self.limit
+        if self.done:
+            return
         try:
-            converted = convert(hub_row, task.subset, index)
+            self._add(hub_row, index)
+        except Exception as error:
+            self.error = error
+
+    def _add(self, hub_row: Row, index: int) -> None:
+        _, convert = _SOURCES[self.task.dataset.name]
+        where = f"{self.source.path}, row {index}"
+        try:
+            converted = convert(hub_row, self.task.subset, index)
         except KeyError as error:
             fields = ", ".join(sorted(hub_row))
             raise data.DataError(f"row {index} has no field {error}; it has {fields}") from None
         if converted is None:
-            continue
+            return
         row = converted.row
-        if "images" in task.dataset.fields:
-            row["images"] = [save_picture(p, path.parent) for p in converted.pictures]
-        document = data.parse_row(row, task.dataset, f"{source.path}, row {index}")
-        if document.id in seen:
-            raise data.DataError(f"{source.path}, row {index}: id {document.id!r} occurs twice")
-        seen.add(document.id)
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    if not lines:
-        raise data.DataError(f"{source} has no row of {task.subset.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The mark is there whenever the file may be short, wherever a kill falls.
-    mark = data.limit_mark(path)
-    if limited:
-        mark.touch()
-    atomic.write_bytes(path, "".join(lines).encode())
-    if not limited:
-        mark.unlink(missing_ok=True)
-    return len(lines), limited
+        if "images" in self.task.dataset.fields:
+            row["images"] = [save_picture(p, self.path.parent) for p in converted.pictures]
+        document = data.parse_row(row, self.task.dataset, where)
+        if document.id in self.ids:
+            raise data.DataError(f"{where}: id {document.id!r} occurs twice")
+        self.ids.add(document.id)
+        self.lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def finish(self, console: Console) -> None:
+        """Writes the file, or says why there is none."""
+        try:
+            if self.error:
+                raise self.error
+            if not self.lines:
+                raise data.DataError(f"{self.source} has no row of {self.task.subset.name}")
+            self._write()
+            cut = ", not all" if self.limited else ""
+            console.print(f"{self.task.name}: {len(self.lines)} documents{cut}")
+        except Exception as error:
+            self.error = error
+            where = f"{self.task.name}: {self.task.dataset.hub}"
+            console.print(f"{where}: {type(error).__name__}: {error}", markup=False)
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # The mark is there whenever the file may be short, wherever a kill falls.
+        mark = data.limit_mark(self.path)
+        if self.limited:
+            mark.touch()
+        atomic.write_bytes(self.path, "".join(self.lines).encode())
+        if not self.limited:
+            mark.unlink(missing_ok=True)
+
+
+def _read_source(source: Source, files: Sequence[_TaskFile], load) -> None:
+    """Reads the rows of a source once for all tasks that are made of it: CVQA has 72, over gigabytes."""
+    try:
+        for index, hub_row in enumerate(load(source)):
+            for file in files:
+                file.add(hub_row, index)
+            if all(file.done for file in files):
+                break
+    # The hub's client raises errors of many libraries; the other tasks must not be lost.
+    except Exception as error:
+        for file in files:
+            if not file.done:
+                file.error = error
 
 
 def save_picture(picture: Any, folder: Path) -> str:

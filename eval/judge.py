@@ -38,19 +38,13 @@ class ReplayJudge:
 
     def __init__(self, path: Path):
         self.name, self._path = f"replay:{path.name}", path
-        self._replies: dict[tuple[str, str], str] = {}
-        for number, row in data.read_lines(path):
-            for field in ("task", "doc_id", "reply"):
-                if not isinstance(row, dict) or field not in row:
-                    raise data.DataError(
-                        f"{path}, line {number}: no field {field!r}; expected task, doc_id and reply"
-                    )
-            key = row["task"], str(row["doc_id"])
-            if key in self._replies:
+        self._replies: dict[tuple[str, str], str | None] = data.read_answers(path, "reply")
+        for (task, doc_id), reply in self._replies.items():
+            if not isinstance(reply, str | None):
+                kind = type(reply).__name__
                 raise data.DataError(
-                    f"{path}, line {number}: a second reply to {key[0]} {key[1]!r}"
+                    f"{path}: the reply to {task} {doc_id!r} is {kind}, expected a text"
                 )
-            self._replies[key] = row["reply"]
 
     def replies(self, questions, readable):
         missing = Failed(f"no reply in {self._path.name}")

@@ -66,18 +66,7 @@ class ResponseFile:
 
     def __init__(self, path: Path):
         self.name, self.path = path.stem, path
-        self._responses: dict[tuple[str, str], Any] = {}
-        for number, row in data.read_lines(path):
-            where = f"{path}, line {number}"
-            for field in ("task", "doc_id", "response"):
-                if not isinstance(row, dict) or field not in row:
-                    raise data.DataError(
-                        f"{where}: no field {field!r}; expected task, doc_id and response"
-                    )
-            key = row["task"], str(row["doc_id"])
-            if key in self._responses:
-                raise data.DataError(f"{where}: a second response to {key[0]} {key[1]!r}")
-            self._responses[key] = row["response"]
+        self._responses = data.read_answers(path, "response")
         self._used: set[tuple[str, str]] = set()
 
     def generate(self, requests: Sequence[Request]) -> Responses:

@@ -22,7 +22,7 @@ import platform
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,28 @@ def make_parser() -> argparse.ArgumentParser:
         help="devices a checkpoint lies on: auto (all), or data=2,tensor=4",
     )
     parser.add_argument("--gen_kwargs", default="", help="max_new_tokens=512,temperature=0.2")
-    parser.add_argument("--concurrency", type=int, default=8, help="calls under way at once")
-    parser.add_argument("--retries", type=int, default=6, help="of a call that failed")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds a call may take")
+    parser.add_argument("--concurrency", type=_whole(1), default=8, help="calls under way at once")
+    parser.add_argument("--retries", type=_whole(0), default=6, help="of a call that failed")
+    parser.add_argument("--timeout", type=_seconds, default=120.0, help="seconds a call may take")
     return parser
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if text.isdecimal() and int(text) >= least:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} up")
+
+    return read
+
+
+def _seconds(text: str) -> float:
+    try:
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
 
 
 def _limit(text: str) -> float:
@@ -92,8 +110,9 @@ def _limit(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    console = Console(soft_wrap=True)
-    args = make_parser().parse_intermixed_args(argv)
+    console = Console(soft_wrap=True, markup=False)  # paths and names may have brackets
+    parser = make_parser()
+    args = parser.parse_intermixed_args(argv)
     try:
         if args.list:
             list_tasks(console, args.data_dir)
@@ -102,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(
                 f"unknown command {args.command!r}; expected one of {', '.join(COMMANDS)}"
             )
-        return COMMANDS[args.command](args, console)
+        command, read = COMMANDS[args.command]
+        _refuse_unread(args, parser, {"command", *read})
+        return command(args, console)
     except (UsageError, UnknownTaskError, data.DataError, ImportError, OSError) as error:
         print(f"eval/run.py: {error}", file=sys.stderr)
         return 2
@@ -160,8 +181,8 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
     """Asks the model, then scores."""
     _need(args, "tasks", "data_dir", "output_path")
     tasks = select(args.tasks.split(","))
-    referee = _open_judge(args)  # what is wrong with it shows before anything is asked
-    model = _open_model(args)
+    # What is wrong with the judge or the data shows before a model is loaded, which may take minutes.
+    referee = _open_judge(args)
     requests, failures = runner.make_requests(
         tasks,
         args.data_dir,
@@ -177,13 +198,20 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
                 "fetch without --limit gets all"
             )
     args.output_path.mkdir(parents=True, exist_ok=True)
+    model = _open_model(args)
     keys = {(request.task.name, request.key) for request in requests}
     with runner.ResponseLog(args.output_path) as log:
         failures += runner.run(model, requests, log, console=console)
+        # Two runs at once in one folder may both have asked.
         records = {
-            task.name: [r for r in log.read(task.name) if (task.name, runner.record_key(r)) in keys]
+            task.name: {
+                r["doc_id"]: r
+                for r in log.read(task.name)
+                if (task.name, runner.record_key(r)) in keys
+            }
             for task in tasks
         }
+    records = {name: list(members.values()) for name, members in records.items()}
     if isinstance(model, models.ResponseFile) and model.unused:
         task, doc_id = model.unused[0]
         console.print(
@@ -204,16 +232,16 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
 def rescore_command(args: argparse.Namespace, console: Console) -> int:
     """Scores the responses of an earlier run again; needs no model and no data folder."""
     folder = _folders(args, 1)[0]
-    config = bench_report.read_results(folder)["config"]
+    results = bench_report.read_results(folder)
+    config = results["config"]
     args.output_path = folder
     if args.judge is None:
-        args.judge, args.judge_base_url = config["judge"], config["judge_base_url"]
-    names = [task.name for task in select((args.tasks or config["tasks"]).split(","))]
-    with runner.ResponseLog(folder) as log:
-        # Of several responses to a document (settings were changed) the last one counts.
-        records = {name: list({r["doc_id"]: r for r in log.read(name)}.values()) for name in names}
-    old = [Failure(**f) for f in bench_report.read_results(folder)["failures"]]
-    unanswered = [f for f in old if f.stage != "score" and f.task in records]
+        args.judge = config["judge"]
+        args.judge_base_url = args.judge_base_url or config["judge_base_url"]
+    # Of the run that wrote the results: responses/ may have those of other limits and settings, too.
+    records = {name: scoring.read_records(folder, name) for name in results["documents"]}
+    old = [Failure(**f) for f in results["failures"]]
+    unanswered = [f for f in old if f.stage != "score"]
     config |= {"judge": args.judge, "judge_base_url": args.judge_base_url}
     return score_and_report(folder, config, records, unanswered, _open_judge(args), console)
 
@@ -240,6 +268,10 @@ def score_and_report(
     }
     scoring.write_samples(output, answers, results)
     headline = config["profile"]
+    documents = {
+        name: len(members) + sum(failure.task == name for failure in failures)
+        for name, members in records.items()
+    }
     failures = failures + [f for scores in results[headline] for f in scores.failures]
     summary = {
         "model": config["model"],
@@ -247,7 +279,7 @@ def score_and_report(
         "profile": headline,
         "config": config,
         "environment": environment(),
-        "documents": {name: len(members) for name, members in records.items()},
+        "documents": documents,
         **scoring.summarise(results),
         "failures": [dataclasses.asdict(failure) for failure in failures],
     }
@@ -272,7 +304,10 @@ def report_command(args: argparse.Namespace, console: Console) -> int:
 def compare_command(args: argparse.Namespace, console: Console) -> int:
     """Paired test of two runs on the documents that both have scored."""
     first, second = _folders(args, 2)
-    console.print(bench_report.comparison_table(first, second, args.profile))
+    table = bench_report.comparison_table(first, second, args.profile)
+    if not table.row_count:
+        raise UsageError(f"{first} and {second} have no document that both have a score of")
+    console.print(table)
     return 0
 
 
@@ -348,15 +383,19 @@ def _open_judge(args: argparse.Namespace) -> judge.Judge | None:
 
 def _parse_settings(text: str) -> dict[str, Any]:
     """`max_new_tokens=512,temperature=0.2` as fields of `Generation`."""
-    kinds = {"max_new_tokens": int, "temperature": float}
+    kinds = {"max_new_tokens": (int, 1), "temperature": (float, 0)}
     settings = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         try:
-            settings[name] = kinds[name](value)
+            kind, least = kinds[name]
+            settings[name] = kind(value)
+            if not least <= settings[name] < math.inf:
+                raise ValueError
         except (KeyError, ValueError):
             raise UsageError(
-                f"--gen_kwargs: {part!r}; expected NAME=NUMBER with NAME one of {', '.join(kinds)}"
+                f"--gen_kwargs: {part!r}; expected NAME=NUMBER, where NAME is max_new_tokens (1 or more) or "
+                "temperature (0 or more)"
             ) from None
     return settings
 
@@ -364,6 +403,13 @@ def _parse_settings(text: str) -> dict[str, Any]:
 def _need(args: argparse.Namespace, *names: str) -> None:
     if missing := [f"--{name}" for name in names if getattr(args, name) is None]:
         raise UsageError(f"{args.command} needs {', '.join(missing)}")
+
+
+def _refuse_unread(args: argparse.Namespace, parser: argparse.ArgumentParser, read: set[str]):
+    for name, value in vars(args).items():
+        if name not in read and value not in ([], parser.get_default(name)):
+            what = f"folder, but got {value[0]}" if name == "folders" else f"--{name}"
+            raise UsageError(f"{args.command} takes no {what}")
 
 
 def _folders(args: argparse.Namespace, least: int, most: int | None = -1) -> list[Path]:
@@ -382,17 +428,24 @@ def _print_failures(failures: Sequence[Failure], console: Console) -> None:
         grouped[failure.task, failure.stage, failure.reason].append(failure.doc_id)
     for (task, stage, reason), ids in list(grouped.items())[:20]:
         shown = ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
-        console.print(f"no score: {task} {shown} ({stage}: {reason})", markup=False)
+        console.print(f"no score: {task} {shown} ({stage}: {reason})")
     if failures:
         console.print(f"{len(failures)} documents have no score; results.json lists them all")
 
 
+_CALLS = ("concurrency", "retries", "timeout")
+_ASKING = ("model", "base_url", "responses", "gen_kwargs", "batch_size", "mesh")
+_JUDGING = ("judge", "judge_base_url", *_CALLS)
+# Each with the flags that it reads; any other is refused.
 COMMANDS = {
-    "run": run_command,
-    "rescore": rescore_command,
-    "report": report_command,
-    "compare": compare_command,
-    "fetch": fetch_command,
+    "run": (
+        run_command,
+        ("tasks", "data_dir", "output_path", "profile", "limit", *_ASKING, *_JUDGING),
+    ),
+    "rescore": (rescore_command, ("folders", *_JUDGING)),
+    "report": (report_command, ("folders", "output_path")),
+    "compare": (compare_command, ("folders", "profile")),
+    "fetch": (fetch_command, ("tasks", "data_dir", "limit")),
 }
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Asks a model about the documents of tasks, writing every response down as it comes.
 
-`<output>/responses/<task>.jsonl` is only ever appended to. A run that was killed goes on where it was: what is asked is
-known by the hashes of document, prompt and generation settings, and is not asked again.
+`<output>/responses/<task>.jsonl` is appended to. A run that was killed goes on where it was: what is asked is known by
+the hashes of document, prompt and generation settings, and is not asked again. Responses out of a file are read anew.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from rich.progress import (
 )
 
 from eval import data
-from eval.models import Model, Request
+from eval.models import Model, Request, ResponseFile
 from eval.task import Failed, Profile, Task, digest
 
 
@@ -137,7 +137,8 @@ def run(
       DataError: the log holds responses of another model.
     """
     done = set()
-    for task in {request.task.name for request in requests}:
+    tasks = {request.task.name for request in requests}
+    for task in tasks:
         for record in log.read(task):
             if record["model"] != model.name:
                 raise data.DataError(
@@ -145,6 +146,10 @@ def run(
                     "choose another --output_path"
                 )
             done.add((task, record_key(record)))
+    if isinstance(model, ResponseFile):  # what the file says now counts
+        done.clear()
+        for task in tasks:
+            log.path(task).unlink(missing_ok=True)
     pending = [r for r in requests if (r.task.name, r.key) not in done]
     if skipped := len(requests) - len(pending):
         console.print(f"{skipped} of {len(requests)} responses are there already")
@@ -154,6 +159,8 @@ def run(
         for request, response in _ask(model, pending):
             if isinstance(response, Failed):
                 name, doc_id = request.task.name, request.document.id
+                if name not in {failure.task for failure in failures}:
+                    console.print(f"no response: {name} {doc_id}: {response.reason}", markup=False)
                 failures.append(Failure(name, doc_id, "response", response.reason))
             else:
                 log.append(request, response, model.name)

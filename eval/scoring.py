@@ -14,11 +14,12 @@ from eval import data
 from eval.judge import Judge, Question
 from eval.metrics import bootstrap
 from eval.runner import Failure
-from eval.task import PROFILES, Document, Failed, Profile, Scored, Task
+from eval.task import PROFILES, Document, Failed, Profile, Scored, Task, answer_text
 from eval.tasks import DATASETS, GROUPS
 from pangea_jax.data import atomic
 
 COLUMNS = ("en", "mul")
+_NOT_JUDGED = Failed("not judged; name a judge with --judge")
 AVERAGES = {"multimodal": "pangeabench_multimodal", "text": "pangeabench_text"}
 
 
@@ -63,10 +64,11 @@ def judge_answers(task: Task, answers: Sequence[Answer], judge: Judge | None) ->
     if not dataset.judged:
         return list(answers)
     if judge is None:
-        missing = Failed("not judged; name a judge with --judge")
-        return [dataclasses.replace(answer, reply=missing) for answer in answers]
+        return [dataclasses.replace(answer, reply=_NOT_JUDGED) for answer in answers]
     questions = [
-        Question(task.name, a.document.id, dataset.judge_request(a.document, a.response))
+        Question(
+            task.name, a.document.id, dataset.judge_request(a.document, answer_text(a.response))
+        )
         for a in answers
     ]
     replies = judge.replies(questions, dataset.readable)
@@ -109,10 +111,12 @@ def combine_scores(
 
 
 def _score_answer(task: Task, answer: Answer, profile: Profile) -> Scored | Failed:
-    # The paper's M-LlavaBench counts a missing reply as a score; it gets to see that there is none.
+    # The paper's M-LlavaBench counts a missing reply as a score; it gets to see that there is none. Without any judge
+    # it would be 100 % of nothing.
     reply = answer.reply
     if isinstance(reply, Failed):
-        if not (profile == "paper" and task.dataset.paper_scores_failures):
+        counted = profile == "paper" and task.dataset.paper_scores_failures
+        if reply == _NOT_JUDGED or not counted:
             return reply
         reply = None
     wants_text = task.generation.output_type == "generate_until"
@@ -284,6 +288,13 @@ def write_samples(
                 record["judge_reply"] = answer.reply
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
         atomic.write_bytes(folder / f"{task}.jsonl", "".join(lines).encode())
+
+
+def read_records(output: Path, task: str) -> list[dict[str, Any]]:
+    """The responses of a task that `write_samples` has written, without what it added to them."""
+    added = {*PROFILES, "judge_reply"}
+    rows = data.read_lines(output / "samples" / f"{task}.jsonl")
+    return [{name: row[name] for name in row if name not in added} for _, row in rows]
 
 
 def read_samples(path: Path, task: Task, profile: Profile) -> TaskScores:

@@ -106,7 +106,8 @@ def paper_letter(response: str, options: Sequence[str], *, seed: str) -> tuple[s
         return match.group(1).upper(), False
     if match := re.search("[ABCD]", response, re.IGNORECASE):
         return match.group().upper(), False
-    ratios = [difflib.SequenceMatcher(None, response, option).ratio() for option in options]
+    texts = [re.sub(r"^[A-D]\.\s*", "", option).strip() for option in options]
+    ratios = [difflib.SequenceMatcher(None, response, text).ratio() for text in texts]
     if ratios and max(ratios) > 0.7:
         return LETTERS[ratios.index(max(ratios))], False
     return random.Random(seed).choice("ABCD"), True

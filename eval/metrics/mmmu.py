@@ -19,19 +19,23 @@ _ANSWER_CUES = (
 def parse_multiple_choice(
     response: str, letters: Sequence[str], options: Mapping[str, str], *, seed: str | None
 ) -> str | None:
-    """The letter a response names: bracketed, else between spaces, else by an option's text; the last one named.
+    """The letter a response names: bracketed, else before a space, else before a full stop, else by an option's text;
+    the last one named.
+
+    As in neulab/Pangea, xmmmu/utils.py, where "USA is" names A.
 
     Args:
       letters: the letters on offer.
       options: letter -> text of the option.
       seed: what the random letter of an unreadable response is drawn with; None to return None instead.
     """
-    response = response.strip(",.!?;:'")
+    for mark in ",.!?;:'":
+        response = response.strip(mark)
     response = f" {response} "
-    named = [letter for letter in letters if f"({letter})" in response]
-    pattern = "({})"
-    if not named:
-        named, pattern = [letter for letter in letters if f" {letter} " in response], " {} "
+    # What names a letter, and by what the last one named is found.
+    rules = (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} "))
+    found = (([c for c in letters if mark.format(c) in response], last) for mark, last in rules)
+    named, pattern = next(filter(lambda rule: rule[0], found), ([], ""))
     if not named and len(response.split()) > 5:
         named = [key for key, text in options.items() if text.lower() in response.lower()]
         pattern = ""
@@ -64,7 +68,10 @@ def _key_parts(response: str) -> list[str]:
         # The last sentence may be an equation, whose result is the answer.
         cues = (*_ANSWER_CUES, "=") if index == len(sentences) - 1 else _ANSWER_CUES
         tails = [sentence.split(cue)[-1].strip() for cue in cues if cue in sentence]
-        shortest = min(tails, key=len, default="")
+        shortest = ""
+        for tail in tails:  # an empty one gives way to whatever comes after it
+            if not shortest or len(tail) < len(shortest):
+                shortest = tail
         if shortest and shortest not in (":", ",", ".", "!", "?", ";", "'"):
             parts.append(shortest)
     return parts or [response]

@@ -77,6 +77,7 @@ _LABEL = re.compile(r"^\s*[(（]?([A-Ja-j]|10|\d)\s*[)）.．、:：]\s*")
 class M3Exam(Dataset):
     name, title, group = "m3exam", "M3Exam", "multimodal"
     hub = "neulab/PangeaBench-m3exam"
+    version = 2
     subsets = language_subsets(_SIZES)
     fields = schema(
         question=str, options=list, answer=str, subject=str, background=list, images=list
@@ -91,16 +92,18 @@ class M3Exam(Dataset):
             )
         subject = _SUBJECTS[language][_SUBJECT_KEYS.index(row["subject"])]
         background = "\n" + "\n".join(row["background"]) if row["background"] else ""
-        options = paper_options(row["options"]) if profile == "paper" else _options(row["options"])
-        hint = _HINTS[language].format(subject=subject)
-        question = f"{hint}\n\n{background}\n{row['question']}\n"
-        text = question + "\n".join(options) + "\n" + _ANSWER_CUES[language]
+        question, options = row["question"], _options(row["options"])
         if profile == "paper":
-            # The first mark stands for all pictures, the others are deleted; of options with a picture the text is
-            # dropped.
-            first = _MARK.sub(IMAGE_MARK, text, count=1)
-            return Prompt(_MARK.sub("", first), document.images)
-        return place_images(text, document)
+            # Of the question's marks the first stands for all pictures and the others are deleted; those of the
+            # background stay as the exam writes them, which no wrapper knows; options with a picture are left out.
+            question = _MARK.sub("", _MARK.sub(IMAGE_MARK, question, count=1))
+            background = _MARK.sub(r"(image)[\1]", background)
+            pictured = any(_MARK.search(text) for text in row["options"])
+            options = [] if pictured else paper_options(row["options"])
+        hint = _HINTS[language].format(subject=subject)
+        lines = (f"{hint}\n", background, question, "\n".join(options), _ANSWER_CUES[language])
+        text = "\n".join(lines)
+        return Prompt(text, document.images) if profile == "paper" else place_images(text, document)
 
     def score(self, document: Document, response: str, subset, profile, reply=None):
         row = document.row
@@ -113,7 +116,7 @@ class M3Exam(Dataset):
 
 
 def place_images(text: str, document: Document) -> Prompt:
-    """`<image 2>` becomes `<image>`, with the pictures in the order they are named; the unnamed come last."""
+    """`<image 2>` becomes `<image>`, with the pictures in the order they are named; all, where none is named."""
     named = [int(number) for number in _MARK.findall(text)]
     if unknown := [number for number in named if not 1 <= number <= len(document.images)]:
         raise ValueError(
@@ -128,16 +131,15 @@ def paper_options(options: list[str]) -> list[str]:
 
     What looks like a label is cut off without looking at the whole: "2 apples" and "3 apples" both become "apples".
     """
-    if any(_MARK.search(text) for text in options):
-        options = [" ".join(match.group() for match in _MARK.finditer(text)) for text in options]
-    bare = [re.sub(r"^[\(（]?[A-Da-d\d][\)）\.\s]+", "", text) for text in options]
+    bare = [re.sub(r"^[\(（]?[A-Da-d\d][\)）\.\s]+", "", text).strip() for text in options]
     return [f"({key}) {text}" for key, text in zip(LETTERS, bare)]
 
 
 def paper_answer(answer: str) -> str:
-    """The gold letter as the paper's harness makes it: a digit, also in brackets, is a letter; all else stays."""
-    bare = answer.strip("()")
-    return chr(ord("A") + int(bare) - 1) if bare.isdecimal() and bare != "0" else answer
+    """The gold letter as the paper's harness makes it: what begins with a digit, also in brackets, is the letter of
+    that digit; all else stays."""
+    match = re.match(r"\(?(\d)", answer)
+    return chr(ord("A") + int(match.group(1)) - 1) if match else answer
 
 
 def _options(options: list[str]) -> list[str]:

@@ -39,6 +39,7 @@ _TWO_SCORES = re.compile(r"\D*?(\d+(?:\.\d+)?)(?:\s*/\s*10)?\D+?(\d+(?:\.\d+)?)(
 class MLlavaBench(Dataset):
     name, title, group = "m_llavabench", "M-LlavaBench", "multimodal"
     hub = "neulab/PangeaBench-multilingual-llava-bench"
+    version = 2
     metric = "ratio"
     judged = True
     paper_scores_failures = True
@@ -95,7 +96,7 @@ def read_scores(reply: str) -> tuple[float, float] | None:
 
 def paper_scores(reply: str) -> tuple[float, float]:
     """The harness' own parser: the first line must split at single spaces into two numbers, else both are -1."""
-    parts = reply.partition("\n")[0].replace(",", " ").split(" ")
+    parts = reply.strip().partition("\n")[0].replace(",", " ").split(" ")
     try:
         return (float(parts[0]), float(parts[1])) if len(parts) == 2 else (-1.0, -1.0)
     except ValueError:
@@ -105,8 +106,8 @@ def paper_scores(reply: str) -> tuple[float, float]:
 def _paper_scores(document, response, reply) -> tuple[float, float]:
     """A failed item enters both means as -1, which counts as a ratio of 100 % (neulab/Pangea, utils.py).
 
-    The language rule: an answer that langdetect gives another label than the reference and the question earns 0;
-    where langdetect finds no language at all, the whole item is a failed one.
+    The language rule: an answer that langdetect gives another label than the reference and the question earns 0, and
+    so does Chinese in other characters; where langdetect finds no language at all, the whole item is a failed one.
     """
     if reply is None:
         return -1.0, -1.0

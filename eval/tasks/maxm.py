@@ -17,11 +17,12 @@ _ARTICLES = frozenset({"a", "an", "the"})
 # else replaced by a space.
 _VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _CONTRACTED = (
-    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how's i'm "
-    "i've isn't it'd it'll it's let's ma'am mightn't might've mustn't must've needn't o'clock oughtn't shan't "
-    "should've shouldn't that's there'd there's they'd they'll they're they've wasn't we'd we've weren't what'll "
-    "what're what's what've when's where'd where's who'd who'll who's who've why's won't would've wouldn't y'all "
-    "you'd you'll you're you've"
+    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's "
+    "isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've "
+    "shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd "
+    "there're there's they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's "
+    "where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd "
+    "you'll you're you've"
 )
 _CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
 
@@ -29,6 +30,7 @@ _CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
 class Maxm(Dataset):
     name, title, group = "maxm", "MaXM", "multimodal"
     hub = "neulab/PangeaBench-maxm"
+    version = 2
     metric = "relaxed_accuracy"
     subsets = language_subsets(_SIZES)
     fields = schema(question=str, answers=list, images=list)
@@ -52,13 +54,14 @@ class Maxm(Dataset):
                 "relaxed_accuracy": float(paper_relaxed(response, golds)),
             }
             return mean_of(metrics, "relaxed_accuracy", response)
-        read = _plain(answer_text(response), subset.language)
+        text = answer_text(response)
+        read = _plain(text, subset.language)
         plain = [_plain(gold, subset.language) for gold in golds]
         tokens = [captions.caption_tokens(gold, subset.language) for gold in golds]
         metrics = {
-            "exact_match": float(answer_text(response) in [gold.strip() for gold in golds]),
+            "exact_match": float(text in [gold.strip() for gold in golds]),
             "relaxed_accuracy": float(read in plain),
-            "rouge_l": captions.rouge_l(captions.caption_tokens(response, subset.language), tokens),
+            "rouge_l": captions.rouge_l(captions.caption_tokens(text, subset.language), tokens),
         }
         return mean_of(metrics, "relaxed_accuracy", read)
 
@@ -85,13 +88,12 @@ def paper_relaxed(response: str, golds: list[str]) -> bool:
 
 
 def _vqa_clean(text: str) -> str:
-    text = text.replace("\\n", "n").replace("\\t", "t").replace("\n", "").replace("\t", "").strip()
     between_digits = re.search(r"\d,\d", text) is not None
     cleaned = text
     for mark in _VQA_PUNCTUATION:
         touches_space = f"{mark} " in text or f" {mark}" in text
         cleaned = cleaned.replace(mark, "" if touches_space or between_digits else " ")
-    cleaned = re.sub(r"(?<!\d)\.(?!\d)", "", cleaned)
+    cleaned = re.sub(r"\.(?!\d)", "", cleaned)
     words = [_NUMBER_WORDS.get(word, word) for word in cleaned.lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 

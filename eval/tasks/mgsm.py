@@ -55,6 +55,13 @@ class Mgsm(Dataset):
         }
     )
 
+    def problem(self, row):
+        try:
+            numbers.parse(str(row["answer"]))
+        except ValueError as error:
+            return f"answer: {error}"
+        return None
+
     def prompt(self, document, subset, profile):
         question_label, answer_label, _ = _WORDS[subset.language]
         return Prompt(f"{question_label} {document.row['question']}\n{answer_label}")

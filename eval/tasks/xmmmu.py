@@ -22,9 +22,15 @@ _SIZES = {"en": 900, "ar": 298, "fr": 298, "hi": 291, "id": 297, "ja": 269, "pt"
 class Xmmmu(Dataset):
     name, title, group = "xmmmu", "xMMMU", "multimodal"
     hub = "neulab/PangeaBench-xmmmu"
+    version = 2
     subsets = language_subsets(_SIZES)
     fields = schema(question=str, options=list, answer=(str, list), question_type=str, images=list)
     generation = Generation(max_new_tokens=16)
+
+    def problem(self, row):
+        if row["question_type"] == "multiple-choice" and not row["options"]:
+            return "a multiple-choice question without options"
+        return None
 
     def prompt(self, document, subset, profile):
         row = document.row

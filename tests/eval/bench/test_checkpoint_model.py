@@ -271,9 +271,9 @@ def test_rows_follow_memory(engine, monkeypatch):
         (["--model=sample", "--mesh=data=3"], "does not fill the 8 devices"),
     ],
 )
-def test_wrong_models_say_what_is_wrong(flags, message, tmp_path, capsys):
+def test_wrong_models_say_what_is_wrong(flags, message, data_dir, tmp_path, capsys):
     flags = [flag.format(folder=tmp_path) for flag in flags]
-    needed = ["--tasks=mgsm_en", f"--data_dir={tmp_path}", f"--output_path={tmp_path / 'out'}"]
+    needed = ["--tasks=mgsm_en", f"--data_dir={data_dir}", f"--output_path={tmp_path / 'out'}"]
     assert run.main([*needed, *flags]) == 2
     assert message in capsys.readouterr().err
 

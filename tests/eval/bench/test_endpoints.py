@@ -133,6 +133,38 @@ def test_a_dead_endpoint(data_dir, tmp_path):
     assert results["tasks"] == {} and len(results["failures"]) == 2
 
 
+def test_failures_are_told_while_others_are_asked(endpoint, data_dir, tmp_path, monkeypatch):
+    printed = []
+    monkeypatch.setattr(run.Console, "print", lambda self, *text, **_: printed.extend(text))
+    endpoint.plan = [400, 400]
+    flags = ["--tasks=mgsm_en", "--model=openai:m", f"--base_url={endpoint.url}", "--retries=0"]
+    flags += ["--concurrency=1", f"--data_dir={data_dir}", f"--output_path={tmp_path / 'out'}"]
+    assert run.main(flags) == 1
+    assert printed[0].startswith("no response: mgsm_en ") and "BadRequestError" in printed[0]
+    assert not any(str(text).startswith("no response") for text in printed[1:])
+
+
+def test_half_a_character_and_an_empty_key(endpoint, data_dir, tmp_path, monkeypatch, read_jsonl):
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    endpoint.answer = lambda body: "man \ud83d"
+    flags = ["--tasks=xgqa_de", "--model=openai:m", f"--base_url={endpoint.url}", "--retries=0"]
+    assert run.main([*flags, f"--data_dir={data_dir}", f"--output_path={tmp_path / 'out'}"]) == 0
+    records = read_jsonl(tmp_path / "out" / "responses" / "xgqa_de.jsonl")
+    assert {record["resps"][0][0] for record in records} == {"man \ufffd"}
+
+
+def test_what_two_runs_at_once_have_asked_counts_once(endpoint, data_dir, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--tasks=xgqa_de", "--model=openai:m", f"--base_url={endpoint.url}"]
+    flags += [f"--data_dir={data_dir}", f"--output_path={out}"]
+    assert run.main(flags) == 0
+    log = out / "responses" / "xgqa_de.jsonl"
+    log.write_text(2 * log.read_text("utf-8"), "utf-8")
+    before = _results(out)
+    assert run.main(flags) == 0
+    assert _results(out) == before and before["documents"] == {"xgqa_de": 9}
+
+
 def test_chat_endpoints_cannot_do_log_likelihoods(endpoint, data_dir, tmp_path, capsys):
     flags = ["--tasks=xstorycloze_sw", "--model=openai:m", f"--base_url={endpoint.url}"]
     assert run.main([*flags, f"--data_dir={data_dir}", f"--output_path={tmp_path / 'out'}"]) == 1
@@ -193,6 +225,12 @@ def test_replayed_judge_with_a_missing_reply(data_dir, tmp_path, write_jsonl):
     results = _results(tmp_path / "out")
     assert results["tasks"]["xchat_en"]["fixed"]["score"] == pytest.approx(25)
     assert results["failures"][0]["reason"] == "no reply in j.jsonl"
+
+
+def test_replies_are_texts(data_dir, tmp_path, write_jsonl, capsys):
+    file = write_jsonl(tmp_path / "j.jsonl", [{"task": "xchat_en", "doc_id": 0, "reply": 5}])
+    assert run.main(_judge_flags(data_dir, tmp_path, write_jsonl, [f"--judge=replay:{file}"])) == 2
+    assert "the reply to xchat_en '0' is int, expected a text" in capsys.readouterr().err
 
 
 def test_stop_strings_are_cut():

@@ -179,6 +179,28 @@ def test_a_broken_source_costs_only_its_own_task(tmp_path, capsys):
     assert not (tmp_path / "xgqa" / "bn.jsonl").exists()
 
 
+def test_a_source_of_several_tasks_is_read_once(tmp_path, capsys):
+    """One whose rows are broken costs itself only, one that has its rows is written though the source breaks."""
+    row, read = HUB["cvqa_ind-id"][0] | {"Translated Options": ["w", "x", "y", "z"]}, []
+    hidden = row | {"Subset": "('Swahili', 'Kenya')", "Label": -1}
+
+    def rows(source):
+        read.append(source)
+        yield from [row, hidden, row | {"ID": "2"}]
+        raise ConnectionError("gone")
+
+    names = "cvqa_ind-id", "cvqa_translated-ind-id", "cvqa_ke-sw", "cvqa_in-ta"
+    chosen, console = tasks.select(names), Console(soft_wrap=True)
+    assert fetch.fetch(chosen, tmp_path, console=console, limit=1, load=rows) == 1
+    assert len(read) == 1
+    shown = capsys.readouterr().out
+    assert "cvqa_ind-id: 1 documents, not all" in shown
+    assert "cvqa_translated-ind-id: 1 documents, not all" in shown
+    assert "this copy hides its answers" in shown and "ConnectionError: gone" in shown
+    written = {path.name for path in (tmp_path / "cvqa").glob("*.jsonl")}
+    assert written == {"ind-id.jsonl", "translated-ind-id.jsonl"}
+
+
 def test_hidden_labels_are_no_option(tmp_path, capsys):
     row = HUB["cvqa_ind-id"][0] | {"Label": -1}
     task = tasks.select(["cvqa_ind-id"])

@@ -89,6 +89,8 @@ def test_mmmu_rules():
     assert (
         mmmu.parse_multiple_choice("I am sure it is the left valve", "AB", named, seed=None) == "A"
     )
+    assert mmmu.parse_multiple_choice("B. the valve", "AB", named, seed=None) == "B"
+    assert mmmu.parse_multiple_choice("USA is", "AB", named, seed=None) == "A"
     assert mmmu.parse_multiple_choice("no idea", "AB", named, seed=None) is None
     drawn = {mmmu.parse_multiple_choice("no idea", "AB", named, seed=str(i)) for i in range(9)}
     assert drawn == {"A", "B"}

@@ -104,6 +104,7 @@ def test_missing_and_superfluous_responses_are_told(data_dir, tmp_path, write_js
     assert run.main([*flags, f"--output_path={tmp_path / 'out'}"]) == 1
     results = _results(tmp_path / "out")
     assert [f["doc_id"] for f in results["failures"]] == ["0", "1"]
+    assert results["documents"] == {"mgsm_en": 30}
     assert results["tasks"]["mgsm_en"]["fixed"]["n"] == 28
     assert results["tasks"]["mgsm_en"]["fixed"]["score"] == 100  # missing is not wrong
     shown = capsys.readouterr().out
@@ -236,6 +237,58 @@ def test_rescore_needs_no_data(data_dir, tmp_path, write_jsonl):
     assert _results(out) == before
 
 
+def test_rescore_is_of_the_last_run(data_dir, tmp_path, write_jsonl):
+    file = write_jsonl(tmp_path / "r.jsonl", _mgsm_responses(wrong=range(3, 30)))
+    out = tmp_path / "out"
+    flags = ["--tasks=mgsm_en", f"--responses={file}", f"--data_dir={data_dir}"]
+    flags += [f"--output_path={out}"]
+    run.main(flags)
+    assert run.main([*flags, "--limit=6"]) == 0
+    before = _results(out)
+    assert before["tasks"]["mgsm_en"]["fixed"]["score"] == 50
+    assert run.main(["rescore", str(out)]) == 0
+    assert _results(out) == before
+
+
+def test_a_corrected_file_of_responses_is_read_again(data_dir, tmp_path, write_jsonl, capsys):
+    flags = ["--tasks=mgsm_en", f"--data_dir={data_dir}", f"--output_path={tmp_path / 'out'}"]
+    for wrong, n in ((NUMBERS, 30), ((), 30), ((), 20)):
+        file = write_jsonl(tmp_path / "r.jsonl", _mgsm_responses(wrong=wrong)[:n])
+        run.main([*flags, f"--responses={file}"])
+        entry = _results(tmp_path / "out")["tasks"]["mgsm_en"]["fixed"]
+        assert (entry["score"], entry["n"]) == (0 if wrong else 100, n)
+    assert "were not asked for" not in capsys.readouterr().out
+
+
+def test_files_that_say_nothing(data_dir, tmp_path, write_jsonl, capsys):
+    file = write_jsonl(tmp_path / "r.jsonl", [])
+    (data_dir / "mgsm" / "en.jsonl").write_text("\n")
+    flags = [f"--responses={file}", f"--data_dir={data_dir}", f"--output_path={tmp_path / 'out'}"]
+    assert run.main(["--tasks=mgsm_en", *flags]) == 2
+    assert "en.jsonl: no documents; delete the file" in capsys.readouterr().err
+    half = {"task": "mgsm_sw", "doc_id": "0", "response": "18 \ud83d"}
+    file.write_text(json.dumps(half) + "\n")
+    assert run.main(["--tasks=mgsm_sw", *flags]) == 2
+    assert "r.jsonl, line 1: half a character" in capsys.readouterr().err
+
+
+def test_compare_is_of_the_last_runs(data_dir, tmp_path, write_jsonl, capsys):
+    folders = []
+    for name in ("a", "b", "c"):
+        responses = _mgsm_responses() + _mgsm_responses("sw")
+        file = write_jsonl(tmp_path / f"{name}.jsonl", responses)
+        folders.append(str(tmp_path / name))
+        for chosen in ("mgsm_en,mgsm_sw", "mgsm_en", "mgsm_sw" if name == "c" else "mgsm_en"):
+            flags = [f"--tasks={chosen}", f"--responses={file}", f"--data_dir={data_dir}"]
+            run.main([*flags, f"--output_path={folders[-1]}"])
+    capsys.readouterr()
+    assert run.main(["compare", *folders[:2]]) == 0
+    shown = capsys.readouterr().out
+    assert "│ en " in shown and "│ mul " not in shown
+    assert run.main(["compare", *folders[1:]]) == 2
+    assert "no document that both have a score of" in capsys.readouterr().err
+
+
 def test_compare_and_report(data_dir, tmp_path, write_jsonl, capsys):
     for name, wrong in (("good", ()), ("bad", range(0, 30, 2))):
         file = write_jsonl(tmp_path / f"{name}.jsonl", _mgsm_responses(wrong=wrong))
@@ -259,7 +312,11 @@ def test_compare_and_report(data_dir, tmp_path, write_jsonl, capsys):
         (["--tasks=mgsm_en", "--gen_kwargs=tokens=4"], "expected NAME=NUMBER"),
         (["--tasks=mgsm_en", "--judge=human"], "expected replay:FILE or openai:MODEL"),
         (["--tasks=mgsm_en", "--model=x"], "give one of --model and --responses"),
+        (["--tasks=mgsm_en", "--gen_kwargs=max_new_tokens=0"], "max_new_tokens (1 or more)"),
+        (["--tasks=mgsm_en", "--gen_kwargs=temperature=nan"], "temperature (0 or more)"),
         (["evaluate"], "unknown command 'evaluate'"),
+        (["run", "there", "--tasks=mgsm_en"], "run takes no folder, but got there"),
+        (["rescore", "there"], "rescore takes no --data_dir"),
         ([], "run needs --tasks"),
     ],
 )
@@ -299,6 +356,9 @@ def test_bad_rows_name_file_line_and_field(row, message, tmp_path, write_jsonl):
             {"rubric": {"criteria": "c"}},
             "line 2: the rubric has no 'score1_description'",
         ),
+        ("mgsm_en", {"answer": "many"}, "line 2: answer: expected a number such as 2,125"),
+        ("maxm_en", {"answers": []}, "line 2: field 'answers' is empty, expected at least one"),
+        ("xmmmu_en", {"options": []}, "line 2: a multiple-choice question without options"),
         ("mgsm_en", {"images": "a.png"}, "line 2: field 'images' is 'a.png', expected a list"),
     ],
 )
@@ -308,8 +368,9 @@ def test_rows_that_cannot_be_scored_are_told_before_a_model_is_asked(
     rubric = {"criteria": "c"} | {f"score{i}_description": "d" for i in range(1, 6)}
     row = {"question": "x", "options": ["x", "y"], "answer": "A", "subject": "law", "images": []}
     row |= {"system_prompt": "x", "input": "x", "reference_answer": "x", "rubric": rubric}
-    row |= {"sentences": ["x"] * 4, "endings": ["x", "y"]}
-    if name.startswith("xstory"):
+    row |= {"sentences": ["x"] * 4, "endings": ["x", "y"], "answers": ["x"]}
+    row |= {"question_type": "multiple-choice"}
+    if name.startswith(("xstory", "mgsm")):
         row["answer"] = 1
     dataset, _, subset = name.partition("_")
     rows = [{"id": "0"} | row, {"id": "1"} | row | changed]
@@ -320,11 +381,21 @@ def test_rows_that_cannot_be_scored_are_told_before_a_model_is_asked(
     assert message in str(error.value)
 
 
-def test_a_wrong_judge_is_told_before_a_model_is_asked(data_dir, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--judge=replay:nowhere", "nowhere"),
+        ("--tasks=mgsm_te", "te.jsonl: no such file"),
+        ("--output_path=/dev/null/out", "/dev/null/out"),
+    ],
+)
+def test_what_is_wrong_is_told_before_a_model_is_opened(
+    flag, message, data_dir, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(run, "_open_model", lambda args: pytest.fail("the model was opened"))
-    flags = ["--tasks=mgsm_en", "--model=m", f"--data_dir={data_dir}", "--judge=replay:nowhere"]
-    assert run.main([*flags, f"--output_path={tmp_path / 'out'}"]) == 2
-    assert "nowhere" in capsys.readouterr().err
+    flags = ["--tasks=mgsm_en", "--model=m", f"--data_dir={data_dir}"]
+    assert run.main([*flags, f"--output_path={tmp_path / 'out'}", flag]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_results_without_git(monkeypatch):
@@ -351,6 +422,15 @@ def test_wrong_limits(limit, capsys):
     with pytest.raises(SystemExit):
         run.main(["--tasks=mgsm_en", f"--limit={limit}"])
     assert f"{limit!r} is neither a number of documents nor a share" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag", ["--concurrency=0", "--retries=-1", "--timeout=0", "--timeout=nan"]
+)
+def test_wrong_numbers(flag, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--tasks=mgsm_en", flag])
+    assert f"argument {flag.split('=')[0]}: '{flag.split('=')[1]}' is no" in capsys.readouterr().err
 
 
 def test_limit_is_a_number_or_a_share(data_dir):

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from eval import scoring
+from eval import bench_report, scoring
 from eval.published import PUBLISHED
-from eval.tasks import GROUPS
+from eval.task import Document, Failed
+from eval.tasks import ALL_TASKS, GROUPS
 
 NAMES = {"m_llavabench": "mllava", "flores": "flores_sub"}
 # Printed averages that are not the mean of the printed cells: (model, data set, column).
@@ -93,3 +94,41 @@ def test_columns():
     }
     with pytest.raises(ValueError, match="mgsm has no subset 'xx'"):
         scoring.dataset_columns({"xx": 1.0}, "mgsm")
+
+
+def test_averages_lack_a_data_set_by_column():
+    entry = {"score": 50.0, "interval": [40.0, 60.0], "subsets": 1, "of": 1}
+    names = GROUPS["pangeabench_text"]
+    datasets = {name: {"fixed": {"en": entry, "mul": entry}} for name in names}
+    del datasets["mgsm"]["fixed"]["mul"]
+    run = {"model": "m", "profile": "fixed", "datasets": datasets}
+    run["averages"] = {"fixed": {"text": {"en": 50.0, "mul": 50.0, "datasets": names}}}
+    _, _, rows, text = bench_report._dataset_section([run], "text", names)
+    assert rows[0][2:4] == ["50.0", "50.0*"]
+    assert "not comparable" in text[0]
+
+
+def test_without_a_judge_there_is_no_score():
+    """A judgement that failed is 100 % in the paper; one that nobody asked for is none."""
+    task = ALL_TASKS["m_llavabench_en"]
+    row = {"question": "What is it?", "caption": "A cat.", "gpt_answer": "It is a cat, I think."}
+    answer = scoring.Answer(Document("1", row), "It is a dog, I think.", {})
+    unjudged = scoring.judge_answers(task, [answer], None)
+    failed = [scoring.Answer(answer.document, answer.response, {}, Failed("endpoint: busy"))]
+    for answers, n in ((unjudged, 0), (failed, 1)):
+        assert scoring.score_task(task, answers, "paper").n == n
+        assert scoring.score_task(task, answers, "fixed").n == 0
+
+
+def test_the_judge_sees_no_reasoning():
+    task, asked = ALL_TASKS["m_llavabench_en"], []
+
+    class Judge:
+        def replies(self, questions, readable):
+            asked.extend(question.request.user for question in questions)
+            return ["8 9"]
+
+    row = {"question": "Q", "caption": "C", "gpt_answer": "G"}
+    answer = scoring.Answer(Document("1", row), "<think>Hm, a dog?</think>\nA cat.", {})
+    scoring.judge_answers(task, [answer], Judge())
+    assert "[Assistant 2]\nA cat.\n" in asked[0]

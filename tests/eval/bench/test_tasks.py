@@ -8,7 +8,7 @@ import pytest
 from eval import tasks
 from eval.metrics import captions
 from eval.task import Document, Failed, Prompt
-from eval.tasks import m_llavabench, mgsm, xchat
+from eval.tasks import m3exam, m_llavabench, maxm, mgsm, xchat
 from pangea_jax import languages
 
 
@@ -88,6 +88,23 @@ def test_exam_prompts(prompts, profile):
             assert _prompt(f"m3exam_{code}", row, profile) == expected
 
 
+def test_paper_places_pictures_of_exams_in_the_question_only():
+    row = {"question": "See <image 2> and <image 3>.", "options": ["2 apples ", "3 apples"]}
+    row |= {"subject": "math", "background": ["Look: <image 1>"], "images": ["a", "b", "c"]}
+    text = _prompt("m3exam_en", row)
+    ending = "\n\n\nLook: (image)[1]\nSee <image> and .\n(A) apples\n(B) apples\nAnswer:"
+    assert text.endswith(ending)
+    row["options"] = ["A. <image 3>", "B. none"]
+    assert _prompt("m3exam_en", row).endswith("See <image> and .\n\nAnswer:")
+    assert _prompt("m3exam_en", row, "fixed").endswith("(A) <image>\n(B) none\nAnswer:")
+    assert [m3exam.paper_answer(gold) for gold in ("(3)", "4.", "B", "a")] == ["C", "D", "B", "a"]
+
+
+def test_paper_relaxed_accuracy_of_contractions():
+    assert maxm.paper_relaxed("a cat and its tail", ["its tail"])
+    assert maxm.paper_relaxed("so they dont know", ["they don't know"])
+
+
 def test_text_prompts(prompts):
     for code, entry in prompts["mgsm"]["lm_eval_native_cot"].items():
         text = f"{entry['question_label']} Q?\n{entry['answer_label']}"
@@ -163,6 +180,7 @@ def test_pairwise_parser_on_real_reviews(bench, read_jsonl):
         ("8  9\nBoth", (-1, -1), (8, 9)),
         ("8 9 \nBoth", (-1, -1), (8, 9)),
         ("8, 9", (-1, -1), (8, 9)),
+        ("\n8 9 ", (8, 9), (8, 9)),
         ("Assistant 1: 8/10, Assistant 2: 7/10", (-1, -1), None),
         ("8/10 7.5/10", (-1, -1), (8, 7.5)),
         ("Sorry, no.", (-1, -1), None),
@@ -195,6 +213,11 @@ def test_m_llavabench_failures_and_languages():
     assert isinstance(statistics(spanish, "Sorry.", "fixed"), Failed)
     assert statistics("42", "8 6\nx", "paper") == (-1, -1, 1)
     assert statistics("42", "8 6\nx", "fixed") == (8, 6, 1)
+    row |= {"question": "这张照片里有什么？", "gpt_answer": "照片里有一条街道，许多人在走路。"}
+    document, subset = Document("1", row), next(s for s in dataset.subsets if s.name == "zh")
+    for profile, points in (("paper", 0), ("fixed", 6)):  # zh-tw is another label than zh-cn
+        answer = "這張照片裡有一條街道，還有許多人正在走路。"
+        assert statistics(answer, "8 6\nx", profile) == (8, points, 1)
     sums = np.array([24.0, 18.0, 3.0])
     assert dataset.combine(sums, "paper") == dataset.combine(sums, "fixed") == 75.0
     assert dataset.combine(np.array([[1.0, 2.0, 3.0]]), "paper").shape == (1,)

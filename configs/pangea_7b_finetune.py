@@ -38,8 +38,13 @@ CONVERSATIONS_PER_ROW = 4
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, batch=128, num_examples=0, seed=0, lora=0)
-    choice("batch", str(args["batch"]), BATCHES)
+    args = parse_arg(arg, batch=0, num_examples=0, seed=0, lora=0)
+    if args["lora"] and args["batch"]:
+        raise ValueError(
+            "config argument batch= beside lora=: rows are --config.pipeline.rows there"
+        )
+    batch = args["batch"] or 128
+    choice("batch", str(batch), BATCHES)
     config = ConfigDict()
     config.title = "Pangea-7B"
     config.seed = args["seed"]
@@ -59,7 +64,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         exclude_categories=("ocr",),
     )
     config.pipeline = dict(
-        rows=args["batch"] // CONVERSATIONS_PER_ROW,
+        rows=batch // CONVERSATIONS_PER_ROW,
         row_tokens=8192,
         row_tiles=16,
         max_targets=None,

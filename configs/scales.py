@@ -12,6 +12,7 @@ examples a second on 8 H100, that is 14 hours. Two conversations always fit a ro
 step has exactly 128 and points differ in nothing but what is varied.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,7 @@ def parse(
     """The shared arguments and an ablation's `own`; `designs` begin with the default one.
 
     Raises:
-      ValueError: an argument is not known, or not one of those there are.
+      ValueError: an argument is not known, not one of those there are, or one of `own` beside the point that sets it.
     """
     args = parse_arg(
         arg,
@@ -61,6 +62,9 @@ def parse(
     )
     choice("scale", args["scale"], scales)
     choice("design", args["design"], tuple(designs))
+    for key in own:
+        if args["point"] and re.search(rf"\b{key}=", arg):
+            raise ValueError(f"config argument {key}= beside point={args['point']}, which sets it")
     return args
 
 

@@ -215,15 +215,21 @@ KEYS = {
     "guards": _fields(GuardConfig),
 }
 
+# Of these none is never, and not without end.
+_COUNTS = (
+    *(("", "steps"), ("", "log_every"), ("", "accumulation")),
+    *(("checkpoint", "every"), ("checkpoint", "keep"), ("pipeline", "rows")),
+)
+
 
 def check_keys(config: Config, *, evaluation: Callable) -> None:
-    """Finds keys that nothing reads, which a config file may have and a command line cannot.
+    """Finds keys that nothing reads, which a config file may have and a command line cannot, and counts below 1.
 
     Args:
       evaluation: what is called with `config.eval`.
 
     Raises:
-      UserError: names the first key that is not known, and the nearest that is.
+      UserError: names the first key that is not known, and the nearest that is; or the count.
     """
     known = KEYS | {"eval": tuple(inspect.signature(evaluation).parameters)}
     for part, names in known.items():
@@ -232,6 +238,11 @@ def check_keys(config: Config, *, evaluation: Callable) -> None:
                 near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise UserError(f"config.{f'{part}.{key}'.lstrip('.')} is read by nothing{hint}")
+    for part, key in _COUNTS:
+        count = (config[part] if part else config)[key]
+        if count is not None and count < 1:
+            name = f"{part}.{key}".lstrip(".")
+            raise UserError(f"config.{name} is {count}; expected a number of 1 or more")
 
 
 def model_config(config: Config) -> PangeaConfig:
@@ -412,24 +423,36 @@ def default_workdir(holder: flags.FlagHolder) -> str:
     return str(Path("runs") / re.sub(r"[^\w=.\-]+", "_", name)[:120])
 
 
+# What a run may go on with otherwise: it changes no step, or by rounding alone.
+_FREE = re.compile(
+    r"(mesh|checkpoint|guards|attention|pipeline\.(threads|workers|max_bad_fraction))\b.*"
+    r"|remat|accumulation|log_every|wandb|data\.verify"
+)
+
+
 def claim_workdir(workdir: Path, config: Config) -> None:
     """Makes the work directory this config's own.
 
     Raises:
-      UserError: it cannot be written, or belongs to another config.
+      UserError: it cannot be written, or a run of another config has begun there.
     """
     path = workdir / "config.json"
     mine = json.loads(config.to_json())
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        # A config that was refused has left nothing else; log.txt is of launch/sweep.py.
+        begun = {file.name for file in workdir.iterdir()} - {path.name, "log.txt"}
+        if path.exists() and begun:
             theirs = json.loads(path.read_text(encoding="utf-8"))
-            differing = clauses(atomic.differences(theirs, mine))
+            found = atomic.differences(theirs, mine)
+            differing = clauses({k: v for k, v in found.items() if not _FREE.fullmatch(k)})
             if differing:
                 raise UserError(
                     f"{workdir} holds a run of another config ({'; '.join(differing[:4])}); "
                     "give another --workdir, or remove that one"
                 )
+            if found:
+                logging.info("the run goes on otherwise: %s", "; ".join(clauses(found)))
         atomic.write_json(path, mine, ensure_ascii=False)
     except OSError as error:
         raise UserError(

@@ -133,7 +133,7 @@ def make_plan() -> Plan:
     workdir = Path(WORKDIR.value or common.default_workdir(CONFIG))
     jobs = []
     for seed in range(SEEDS.value):
-        for point in POINTS.value or known:
+        for point in dict.fromkeys(POINTS.value or known):
             full = ",".join(filter(None, (arg, f"point={point}", f"seed={seed}")))
             config = module.get_config(full)
             config.update_from_flattened_dict(overrides)
@@ -178,16 +178,21 @@ def write_plan(plan: Plan) -> None:
     runs = {job.name: {"name": job.name, "point": job.point, "seed": job.seed} for job in plan.jobs}
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))
-        before = theirs["command"].partition(" --seeds=")[0]
-        if before != mine["command"]:
+        if _asked(theirs["command"]) != _asked(mine["command"]):
             raise common.UserError(
-                f"{plan.workdir} holds another sweep ({before}); give another --workdir, or remove that one"
+                f"{plan.workdir} holds another sweep ({theirs['command']}); give another --workdir, or "
+                "remove that one"
             )
         runs = {run["name"]: run for run in theirs["runs"]} | runs
     seeds = 1 + max(run["seed"] for run in runs.values())
     mine["command"] += f" --seeds={seeds}" if seeds > 1 else ""
     plan.workdir.mkdir(parents=True, exist_ok=True)
     atomic.write_json(path, mine | {"runs": list(runs.values())}, ensure_ascii=False)
+
+
+def _asked(command: str) -> set[str]:
+    """What makes it that sweep: not the name that its folder goes by, nor how many seeds there are."""
+    return {w for w in shlex.split(command) if not w.startswith(("--workdir=", "--seeds="))}
 
 
 @contextlib.contextmanager
@@ -308,12 +313,14 @@ def _progress(job: Job) -> tuple[str, str]:
     if not path.exists():
         return "", ""
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 8192))
+        # A line counts every language and source.
+        file.seek(max(0, path.stat().st_size - 2**18))
         lines = file.read().split(b"\n")[:-1]
     if not lines:
         return "", ""
     last = json.loads(lines[-1])
-    return f"{last['step'] + 1:,}", f"{last['loss']:.3f}"
+    loss = last["loss"]  # null if every step was skipped
+    return f"{last['step'] + 1:,}", "not finite" if loss is None else f"{loss:.3f}"
 
 
 def _scores(job: Job) -> tuple[str, str]:
@@ -335,7 +342,9 @@ def submit_command(job: Job, kind: str, extra: str) -> list[str]:
     name = re.sub(r"[^a-z0-9]+", "-", f"{job.workdir.parent.name}-{job.name}".lower())
     name = name.strip("-")[-40:].strip("-")  # as Kubernetes wants it
     if kind == "slurm":
-        return ["sbatch", f"--job-name={name}", *shlex.split(extra), SBATCH, *train[2:]]
+        # Handed over twice, a run waits for itself.
+        words = ["sbatch", f"--job-name={name}", "--dependency=singleton"]
+        return [*words, *shlex.split(extra), SBATCH, *train[2:]]
     # By itself xpk starts a workload again only if it ends with 42 or above 126, as a stopped run does.
     words = ["xpk", "workload", "create", f"--workload={name}", f"--max-restarts={RESTARTS}"]
     return [*words, *shlex.split(extra), f"--command={shlex.join(train)}"]

@@ -175,7 +175,7 @@ def train(run, model, optimizer, graphdef, state, shardings, batches, total_step
             loop.set_progress(progress)
         state = loop.run(state, data)
     data.close()
-    if int(state.step) < total_steps:
+    if loop.stopped:
         raise common.Interrupted(int(state.step), total_steps, stop.number)
     return state
 

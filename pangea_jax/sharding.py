@@ -1,5 +1,6 @@
 """The mesh, and one table that says how every parameter lies on it."""
 
+import collections
 import math
 import re
 from collections.abc import Mapping
@@ -43,28 +44,25 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     """A mesh of the axes `AXES`; one size may be -1, what is left of the devices.
 
     Of several TPU slices each holds whole fsdp x tensor groups: only `data`, which sends every gradient
-    once a step, goes over the data centre network between them.
+    once a step, goes over the data centre network between them. `tensor` stays within a process.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or `data` does not to the slices.
+      ValueError: the sizes do not multiply to the number of devices, `data` does not to the slices, or
+        `tensor` does not divide the devices of a process.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1:
         raise ValueError(f"mesh {dict(zip(AXES, sizes))}: only one axis may be -1")
     known = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and len(devices) % known == 0:
+    if -1 in sizes and known > 0 and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise ValueError(
             f"mesh {dict(zip(AXES, sizes))} does not fill the {len(devices)} devices there are; "
             "set one axis to -1 or change --config.mesh"
         )
-    # Auto axes: shardings are given for inputs and outputs, XLA finds those between.
-    axis_types = (AxisType.Auto,) * 3
     slices = num_slices(devices)
-    if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=axis_types, devices=devices)
     data, *within = sizes
     if data % slices:
         raise ValueError(
@@ -72,10 +70,33 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
             f"'data' may span; set --config.mesh.data={slices} or a multiple, with fsdp x tensor within the "
             f"{len(devices) // slices} chips of a slice"
         )
-    grid = mesh_utils.create_hybrid_device_mesh(
-        (data // slices, *within), (slices, 1, 1), devices, allow_split_physical_axes=True
+    parts = collections.defaultdict(list)
+    for device in devices:
+        parts[device.slice_index if slices > 1 else 0].append(device)
+    grids = [_grid((data // slices, *within), parts[index]) for index in sorted(parts)]
+    # Auto axes: shardings are given for inputs and outputs, XLA finds those between.
+    return Mesh(np.concatenate(grids), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _grid(sizes, devices):
+    """The devices of one slice, laid out as its network is; those of a row in one process, which reads it."""
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    process_of = np.vectorize(lambda device: device.process_index, otypes=[int])(grid)
+    if (process_of == process_of[..., :1]).all():
+        return grid
+    processes = len(np.unique(process_of))
+    own = len(devices) // processes
+    if own % sizes[2]:
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes))}: axis 'tensor' splits a row, which one process reads, over more "
+            f"than the {own} devices of a process; set --config.mesh.tensor to a divisor of {own}"
+        )
+    data = math.gcd(sizes[0], processes)
+    outer = (data, processes // data, 1)
+    inner = tuple(size // count for size, count in zip(sizes, outer))
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, process_is_granule=True, allow_split_physical_axes=True
     )
-    return Mesh(grid, AXES, axis_types=axis_types)
 
 
 def num_slices(devices) -> int:

@@ -102,7 +102,9 @@ def test_make_mesh_fills_the_devices(asked, made):
     assert mesh.axis_names == sharding.AXES
 
 
-@pytest.mark.parametrize("asked", [(1, 4, 1), (3, -1, 1), (16, 1, 1)])
+@pytest.mark.parametrize(
+    "asked", [(1, 4, 1), (3, -1, 1), (16, 1, 1), (-1, 0, 1), (-2, -4, 1), (-1, -8, 1)]
+)
 def test_a_mesh_that_does_not_fill_the_devices_is_an_error(asked):
     with pytest.raises(ValueError, match="does not fill the 8 devices"):
         sharding.make_mesh(*asked)
@@ -170,6 +172,39 @@ def test_a_mesh_that_lays_parameters_over_slices_is_an_error(slices, asked):
         ValueError, match=rf"are {slices} TPU slices.*--config\.mesh\.data={slices} .*16 chips"
     ):
         sharding.make_mesh(*asked, devices=fake_slices(slices))
+
+
+def fake_hosts(kind, slices=1):
+    """Chips of slices of 8 x 8, whose hosts have 2 x 2 each."""
+    return [
+        dataclasses.replace(
+            chip,
+            device_kind=kind,
+            process_index=16 * chip.slice_index + 4 * (chip.coords[1] // 2) + chip.coords[0] // 2,
+        )
+        for chip in fake_slices(slices, side=8)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite"])
+@pytest.mark.parametrize(
+    ("data", "tensor", "slices"), [(1, 1, 1), (1, 2, 1), (2, 2, 2), (1, 4, 1), (4, 4, 2)]
+)
+def test_a_row_lies_within_one_process(kind, data, tensor, slices):
+    """Each process reads rows of its own: of another one's row its chips would compute with the wrong tokens."""
+    devices = fake_hosts(kind, slices)
+    grid = sharding.make_mesh(data, -1, tensor, devices=devices).devices
+    assert set(grid.flat) == set(devices)
+    process_of = np.vectorize(lambda device: device.process_index)(grid)
+    assert (process_of == process_of[..., :1]).all()
+
+
+def test_a_row_over_several_processes_is_an_error():
+    """One GPU a process, as launch/gpu/train.sbatch starts them."""
+    devices = [Chip(i, 0, (0, 0, 0), "gpu", "NVIDIA H200", process_index=i) for i in range(8)]
+    assert sharding.make_mesh(2, 4, 1, devices=devices).shape["fsdp"] == 4
+    with pytest.raises(ValueError, match=r"the 1 devices of a process; set --config\.mesh\.tensor"):
+        sharding.make_mesh(1, -1, 2, devices=devices)
 
 
 def test_nodes_of_gpus_are_no_slices():

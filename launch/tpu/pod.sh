@@ -20,8 +20,8 @@
 #   --restarts=50          `watch` gives up after so many
 #   --dry_run              print every command, execute none
 #
-# docs/training.md goes through it step by step. Exit codes of `watch`: 0 trained to the end, 1 training failed or
-# there were too many restarts, 2 a wrong command line, 143 somebody has called `stop`.
+# docs/training.md goes through it step by step. Exit codes of `watch`: 0 trained to the end, 1 training failed, or a
+# step three times in a row, or there were too many restarts, 2 a wrong command line, 143 somebody has called `stop`.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -134,14 +134,15 @@ on_workers() {
 }
 
 wait_for() {
-  local pid
-  for pid in "$@"; do wait "$pid"; done
+  local pid code=0
+  for pid in "$@"; do wait "$pid" || code=$?; done
+  return "$code"
 }
 
 do_create() {
   [[ -n $type ]] || die "create needs --type, such as v5litepod-16"
   local version size=(--node-id="$name")
-  version=${runtime:-$(runtime_of "$type")}
+  version=${runtime:-$(runtime_of "$type")} || exit
   ((slices == 1)) || size=(--node-count="$slices" --node-prefix="$name")
   execute gcloud compute tpus queued-resources create "$name" "${place[@]}" \
     --accelerator-type="$type" --runtime-version="$version" "${size[@]}" ${tier:+"$tier"}
@@ -166,12 +167,12 @@ do_wait() {
 do_install() {
   local archive=${TMPDIR:-/tmp}/$name.tar.gz node pids=()
   # As it lies here, uncommitted changes included.
-  execute tar -czf "$archive" --exclude=__pycache__ configs eval launch pangea_jax requirements.txt
+  execute tar -czf "$archive" --exclude=__pycache__ configs eval launch pangea_jax requirements.txt || return
   for node in "${nodes[@]}"; do
     execute gcloud compute tpus tpu-vm scp "$archive" "$node:$CLONE.tar.gz" "${place[@]}" --worker=all &
     pids+=($!)
   done
-  wait_for "${pids[@]}"
+  wait_for "${pids[@]}" || return
   execute rm -f "$archive"
   on_workers "mkdir -p $CLONE && tar -xzf $CLONE.tar.gz -C $CLONE && bash $WORKER install ${share@Q}"
 }
@@ -192,32 +193,48 @@ do_status() {
   echo "job: $(job)"
 }
 
+# A step of `watch`. It fails while a pod is being taken away, or gcloud has no network, and is then tried again
+# when `watch` has looked how things stand; three in a row are an error that would come again.
+failures=0
+try() {
+  if "$@"; then
+    failures=0
+    return
+  fi
+  failures=$((failures + 1))
+  if ((failures == 3)); then
+    echo "pod.sh: $name: that failed three times in a row; the same command goes on once it is put right" >&2
+    exit "$EXIT_ERROR"
+  fi
+  sleep "$poll"
+  return 1
+}
+
 do_watch() {
   ((${#flags[@]})) || die "watch needs the flags of launch/train.py after --"
   if $dry_run; then # what happens where nothing fails
     do_create && do_wait && do_install && do_run && do_status
     return
   fi
-  local requests=0 starts=0 now is
+  local requests=0 starts=0 there=false now is
   while ((requests <= restarts + 1 && starts <= restarts + 1)); do
     now=$(state)
     case $now in
       MISSING | UNKNOWN) ;;
-      *) ((requests)) || requests=1 ;;
+      *) there=true ;;
     esac
     case $now in
       ACTIVE)
         is=$(job)
         case $is in
           running | unreachable) sleep "$poll" ;;
-          'not installed') do_install ;;
+          'not installed') try do_install || true ;;
           stopped)
             if ((starts)); then
               echo "$name: training was stopped; the same command goes on" >&2
               return "$EXIT_PREEMPTED"
             fi
-            starts=1
-            do_run
+            ! try do_run || starts=1
             ;;
           'exited 0')
             echo "$name: trained to the end; 'pod.sh delete' gives the pod back" >&2
@@ -233,21 +250,18 @@ do_watch() {
             ;;
           *) # not started, lost, asked to stop by a maintenance, or crashed as when another machine is gone
             starts=$((starts + 1))
-            on_workers "bash $WORKER end"
-            do_run
+            try on_workers "bash $WORKER end" && try do_run || true
             ;;
         esac
         ;;
       MISSING)
         # Once it has been there, somebody has deleted it.
-        ((requests == 0)) || { echo "pod.sh: the request $name is gone" >&2 && return 1; }
-        requests=1
-        do_create
+        ! $there || { echo "pod.sh: the request $name is gone" >&2 && return 1; }
+        requests=$((requests + 1))
+        try do_create || true
         ;;
       FAILED | SUSPENDED) # such a request never gets a pod again
-        requests=$((requests + 1))
-        do_delete
-        do_create
+        ! try do_delete || there=false
         ;;
       *) sleep "$poll" ;;
     esac

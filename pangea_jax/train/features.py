@@ -6,7 +6,6 @@ Worth it where pictures are few and seen often, as in the embedded sample; Pange
 import hashlib
 import io
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 from PIL import Image
 
-from pangea_jax.data import augment
+from pangea_jax.data import atomic, augment
 from pangea_jax.data.pipeline import Views
 from pangea_jax.data.store import RecordStore
 from pangea_jax.model import VisionTower
@@ -45,14 +44,20 @@ def frozen_features(
 
     Args:
       cache: a folder that keeps the features for the next run with the same tower and pictures, and
-        gives them back as a memory map. Not used by a run of several processes.
+        gives them back as a memory map. Not used by a run of several processes, nor if it cannot be
+        written.
     """
     if cache is None or jax.process_count() > 1:
         values = _compute(tower, store, keys, mesh, augmented, seed, batch_size)
     else:
         file = cache / f"{_digest(tower, store, keys, augmented, seed)}.npy"
         if not file.exists():
-            _save(file, _compute(tower, store, keys, mesh, augmented, seed, batch_size))
+            values = _compute(tower, store, keys, mesh, augmented, seed, batch_size)
+            try:
+                _save(file, values)
+            except OSError as error:
+                logging.warning("the features of pictures are not kept in %s: %s", cache, error)
+                return dict(zip(keys, values, strict=True))
         values = np.load(file, mmap_mode="r", allow_pickle=False)
         logging.info("features of %d pictures, %d views each: %s", len(keys), len(values[0]), file)
     return dict(zip(keys, values, strict=True))
@@ -73,9 +78,13 @@ def _digest(tower, store, keys, augmented, seed) -> str:
 def _save(file: Path, values: np.ndarray) -> None:
     """Whole or not at all, also when two runs do it at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".partial", delete=False) as partial:
-        np.save(partial, values, allow_pickle=False)
-    os.replace(partial.name, file)
+    partial = atomic.partial_path(file)
+    try:
+        with partial.open("wb") as out:
+            np.save(out, values, allow_pickle=False)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _compute(

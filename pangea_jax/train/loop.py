@@ -33,6 +33,7 @@ class Loop:
         it is the same wherever the same rows came at the same steps.
       on_first_batch: sees this process's rows of the very first batch of a run.
       stop: asked after every step, which it is given, by all processes; true ends the loop after a save.
+      stopped: whether `stop` has ended it, be it after the last step.
     """
 
     step_fn: Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
@@ -54,6 +55,7 @@ class Loop:
     def __post_init__(self):
         self._unread = collections.deque()
         self._digest = 0
+        self.stopped = False
 
     def run(self, state: TrainState, data: Iterator[Mapping[str, np.ndarray]]) -> TrainState:
         """The state after the last step, or after the one at which it was asked to stop: saved.
@@ -77,13 +79,15 @@ class Loop:
                         state, metrics = self.step_fn(state, batch)
                     self._unread.append((step, rows, metrics))
                     self._read(0 if step == first else 1, timed=step > first)
+                if step == first:
+                    self.speed.flush()  # what the first batch took is no step's
                 last = step + 1 == self.total_steps
-                stopping = self.stop(step)
+                self.stopped = self.stop(step)
                 if last or (step + 1) % self.log_every == 0:
                     self._log(step)
-                if last or stopping or (step + 1) % self.save_every == 0:
+                if last or self.stopped or (step + 1) % self.save_every == 0:
                     self._save(state, data)
-                if stopping:
+                if self.stopped:
                     break
             with self.timer.phase("checkpoint"):
                 self.checkpoints.close()

@@ -13,6 +13,9 @@ from pangea_jax.model import params as model_params
 class OptimizerConfig:
     """Hyper-parameters; the defaults are Pangea's fine-tuning stage (paper, Table 1 and section 4.1).
 
+    Raises:
+      ValueError: there is no such optimiser, or a value that nothing can be trained with.
+
     Attributes:
       name: `adamw`, or `adafactor` (Shazeer and Stern 2018), which keeps of the second moments of a kernel the
         means of its rows and columns, and no first moments: 4 bytes a parameter beside Adam's 12.
@@ -23,6 +26,7 @@ class OptimizerConfig:
       schedule_steps: length of the schedule; None: the run's own. A run that stops before its schedule
         ends as the checkpoint of a longer one does.
       weight_decay: acts on kernels and embeddings, not on norms and biases.
+      clip_norm: of all gradients together; inf: they are not clipped.
     """
 
     learning_rate: float = 2e-5
@@ -37,6 +41,16 @@ class OptimizerConfig:
     lr_scale: Sequence[tuple[str, float]] = ()
     schedule_steps: int | None = None
     name: str = "adamw"
+
+    def __post_init__(self):
+        if self.name not in _SCALERS:
+            raise ValueError(f"optimizer.name {self.name!r} is not one of {', '.join(_SCALERS)}")
+        if not self.clip_norm > 0:
+            raise ValueError(
+                f"optimizer.clip_norm is {self.clip_norm}, with which nothing would be learned; inf clips nothing"
+            )
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"optimizer.warmup_ratio must lie in [0, 1], not {self.warmup_ratio}")
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -58,13 +72,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, Adam or Adafactor, decoupled decay, then the learning rate of each parameter.
-
-    Raises:
-      ValueError: there is no such optimiser.
-    """
-    if config.name not in _SCALERS:
-        raise ValueError(f"optimizer.name {config.name!r} is not one of {', '.join(_SCALERS)}")
+    """Clip by global norm, Adam or Adafactor, decoupled decay, then the learning rate of each parameter."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         _SCALERS[config.name](config),
@@ -97,7 +105,10 @@ def _scale_by_name(factors: Mapping[str, float]) -> optax.GradientTransformation
         return next((f for pattern, f in factors.items() if re.fullmatch(pattern, name)), 1.0)
 
     def init(params):
-        model_params.select(params, factors)  # a pattern that fits nothing is a typing error
+        try:
+            model_params.select(params, factors)  # a pattern that fits nothing is a typing error
+        except ValueError as error:
+            raise ValueError(f"optimizer.lr_scale, among what trains: {error}") from None
         return optax.EmptyState()
 
     def update(updates, state, params=None):

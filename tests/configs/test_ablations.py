@@ -48,6 +48,19 @@ def get(name, point="", **arguments):
     return module(name).get_config(",".join(f"{k}={v}" for k, v in items.items()))
 
 
+@pytest.mark.parametrize(
+    ("make", "arg", "says"),
+    [
+        (scales.parse, "point=en_040,en_ratio=0.8", "en_ratio= beside point=en_040, which sets it"),
+        (pangea_7b_finetune.get_config, "lora=16,batch=512", "batch= beside lora="),
+    ],
+)
+def test_an_argument_without_effect_is_an_error(make, arg, says):
+    own = {"designs": {"fixed_total": ""}, "en_ratio": 0.4} if make is scales.parse else {}
+    with pytest.raises(ValueError, match=says):
+        make(arg, **own)
+
+
 def counts(config, index=None):
     chosen = choose(index or emoji.open_store().index, Mixture(seed=config.seed, **config.mixture))
     assert len(chosen.rows) == sum(chosen.examples_per_language.values())

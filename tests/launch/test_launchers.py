@@ -47,6 +47,12 @@ options = dict(word.partition("=")[::2] for word in words if word.startswith("--
 verb, target = words[3], words[4]
 facts = json.loads((cloud / "facts.json").read_text())
 homes = [cloud / f"worker{{n}}" for n in range(2)]
+inner = options.get("--command", "").partition("worker.sh ")[2].split()
+broken = [name for name in (verb, *inner[:1]) if name in facts["broken"]]
+if broken and not inner[:1] == ["status"]:
+    facts["broken"].remove(broken[0])
+    (cloud / "facts.json").write_text(json.dumps(facts))
+    sys.exit("ERROR: (gcloud) there is no way to the pod")
 
 def forget():
     for home in homes:
@@ -145,7 +151,7 @@ class Cloud:
 
     def set(self, *, exits="0", **facts):
         (self.folder / "exits").write_text(exits)
-        facts = {"there": False, "states": []} | facts
+        facts = {"there": False, "states": [], "broken": []} | facts
         (self.folder / "facts.json").write_text(json.dumps(facts))
 
     def pod(self, verb, *words):
@@ -231,6 +237,23 @@ def test_a_pod_is_trained_to_the_end_whatever_happens(cloud):
         ROOT / "launch" / "train.py"
     ).read_bytes()
     assert not (home / "pangea_jax" / "tests").exists()
+
+
+def test_what_fails_on_the_way_is_tried_again(cloud):
+    """A spot pod is taken while it is being installed, gcloud loses its network: watching goes on."""
+    states = ["ACTIVE", "SUSPENDED", "SUSPENDED"]
+    cloud.set(states=states, broken=["create", "install", "delete", "start"])
+    run = cloud.pod("watch", "--type=v5litepod-16", "--", *FLAGS)
+    assert run.returncode == 0, run.stderr
+    assert len(cloud.starts()) == 1
+
+
+def test_what_fails_again_and_again_is_an_error(cloud):
+    cloud.set(broken=["create"] * 4)
+    run = cloud.pod("watch", "--type=v5litepod-16", "--", *FLAGS)
+    assert run.returncode == 1
+    assert "failed three times in a row" in run.stderr
+    assert cloud.did() == ["create"] * 3
 
 
 def test_a_run_that_fails_is_not_tried_again(cloud, tmp_path):

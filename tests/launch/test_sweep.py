@@ -28,6 +28,31 @@ SHORT = (
 TWO = "--points=en_000,en_040"
 
 
+# The table of a sweep while its run in sys.argv[1] is at work.
+TABLE = """
+import sys
+sys.path.insert(0, ".")
+from launch import sweep
+job = sweep.Job("en_000", 0, sweep.Path(sys.argv[1]), None, (), state="running")
+sweep.Console(width=120).print(sweep.status_table([job]))
+"""
+
+
+# Writes the plan of a sweep into the folder sys.argv[1], with the overrides in sys.argv[2].
+PLAN = """
+import json, sys
+sys.path.insert(0, ".")
+from launch import common, sweep
+path = "configs/ablate_en_ratio.py"
+folder, overrides = sweep.Path(sys.argv[1]), json.loads(sys.argv[2])
+jobs = [sweep.Job("en_000", 0, folder / "en_000_seed0", None, ())]
+try:
+    sweep.write_plan(sweep.Plan(sweep._module(path), path, "", overrides, folder, jobs))
+except common.UserError as error:
+    sys.exit(str(error))
+"""
+
+
 def start(*flags):
     one_device = "--xla_force_host_platform_device_count=1"
     environment = dict(os.environ, XLA_FLAGS=one_device, PYTHONUNBUFFERED="1")
@@ -183,6 +208,33 @@ def test_bad_input_is_one_sentence(flags, says):
     assert "Traceback" not in err
 
 
+def test_a_sweep_is_known_by_what_it_runs(tmp_path):
+    """However its folder is called, and in whatever order its overrides are given."""
+    overrides = {"log_every": 1, "eval.limit": 2}
+    other_order = dict(reversed(overrides.items()))
+    (tmp_path / "link").symlink_to(tmp_path / "en")
+    for folder, given, code in (
+        ("en", overrides, 0),
+        ("link", other_order, 0),
+        ("en", {"log_every": 1}, 1),
+    ):
+        command = [sys.executable, "-c", PLAN, tmp_path / folder, json.dumps(given)]
+        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert told.returncode == code, told.stderr
+    assert "holds another sweep" in told.stderr
+
+
+def test_the_table_shows_any_line_of_metrics(tmp_path):
+    """Counts of many sources make it long; where every step was skipped, there is no loss."""
+    sources = {f"data/examples_per_source/{n:050}": 1.0 for n in range(500)}
+    lines = [json.dumps({"step": step, "loss": None} | sources) for step in (1, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n{")
+    table = [sys.executable, "-c", TABLE, tmp_path]
+    shown = subprocess.run(table, cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "running │    4 │ not finite" in shown.stdout
+
+
 @pytest.mark.parametrize("kind", ["tpu", "slurm"])
 def test_submit_prints_every_command(kind, tmp_path):
     flags = [f"{EN_RATIO}:scale=pangea_7b", f"--workdir={tmp_path / 'en'}", "--seeds=2"]
@@ -202,6 +254,7 @@ def test_submit_prints_every_command(kind, tmp_path):
     else:
         inner = commands[-1]
         assert inner[-3] == "launch/gpu/train.sbatch"
+        assert "--dependency=singleton" in inner
     assert inner[-2] == f"{EN_RATIO}:scale=pangea_7b,point=en_100,seed=1"
     assert inner[-1] == f"--workdir={tmp_path / 'en' / 'en_100_seed1'}"
     name = next(word for word in commands[0] if word.startswith(("--workload", "--job-name")))

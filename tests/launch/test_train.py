@@ -14,6 +14,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import pangea_jax
+from configs import sample
+from eval import naming
+from launch import common
 from pangea_jax.data import emoji
 
 ROOT = Path(__file__).parents[2]
@@ -165,6 +168,7 @@ def test_eight_devices_equal_one(finished, tmp_path):
         (["--config=configs/no_such.py"], "no_such.py"),
         (["--config.mesh.data=3"], "does not fill the 1 devices"),
         (["--workdir=README.md/run"], "cannot write to README.md/run"),
+        (["--config.steps=0"], "config.steps is 0; expected a number of 1 or more"),
         (["--config.steps=9999"], "make 1000 steps of 8 rows, not 9999"),
         (["--profile=9:3"], "expected START:STOP, such as 20:25"),
     ],
@@ -199,6 +203,42 @@ def test_refuses_the_work_directory_of_another_config(finished):
     code, _, err = run(f"--workdir={finished[0]}", *SHORT, "--config.seed=7")
     assert code == 1
     assert "another config (seed is 0 there and 7 here" in err
+
+
+def test_a_config_that_was_refused_leaves_the_work_directory_free(tmp_path):
+    """What the error asks for is done in the same folder; once a run has begun there, it is that run's."""
+    config, workdir = sample.get_config(), tmp_path / "run"
+    for config.steps in (9999, 50):
+        common.claim_workdir(workdir, config)
+    assert json.loads((workdir / "config.json").read_text())["steps"] == 50
+    (workdir / "starts.jsonl").touch()
+    config.steps = 60
+    with pytest.raises(common.UserError, match="steps is 50 there and 60 here"):
+        common.claim_workdir(workdir, config)
+
+
+def test_a_run_may_go_on_with_what_changes_no_step(tmp_path):
+    config = sample.get_config()
+    common.claim_workdir(tmp_path, config)
+    (tmp_path / "starts.jsonl").touch()
+    config.update(remat="nothing", accumulation=2, log_every=5)
+    config.mesh.tensor, config.pipeline.threads, config.checkpoint.every = 2, 3, 50
+    common.claim_workdir(tmp_path, config)
+    config.pipeline.rows = 4
+    with pytest.raises(common.UserError, match=r"config \(pipeline\.rows is 8 there and 4 here\)"):
+        common.claim_workdir(tmp_path, config)
+    assert json.loads((tmp_path / "config.json").read_text())["mesh"]["tensor"] == 2
+
+
+@pytest.mark.parametrize(
+    "key", ["steps", "log_every", "accumulation", "checkpoint.every", "checkpoint.keep"]
+)
+def test_a_count_of_none_is_an_error(key):
+    config = sample.get_config()
+    common.check_keys(config, evaluation=naming.evaluate)
+    config.update_from_flattened_dict({key: 0})
+    with pytest.raises(common.UserError, match=rf"config\.{key} is 0; expected a number of 1"):
+        common.check_keys(config, evaluation=naming.evaluate)
 
 
 def test_a_key_that_nothing_reads_is_an_error(tmp_path):

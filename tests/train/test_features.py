@@ -110,6 +110,21 @@ def test_the_cache_gives_the_same_and_is_told_apart(features, tower, store, tmp_
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_a_full_disk_costs_the_cache_alone(features, tower, store, tmp_path, monkeypatch):
+    def save(file, values, **_):
+        file.write(b"the first bytes")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pangea_jax.train.features.np.save", save)
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    found = frozen_features(
+        tower, store, KEYS, mesh, augmented=2, seed=7, batch_size=3, cache=tmp_path
+    )
+    for key in KEYS:
+        np.testing.assert_array_equal(found[key], features[key])
+    assert not list(tmp_path.iterdir())
+
+
 def test_features_come_from_the_cache(tower, store, tmp_path, monkeypatch):
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     arguments = dict(augmented=0, batch_size=3, cache=tmp_path)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 import types
 
 import jax
@@ -133,6 +134,28 @@ def test_asked_to_stop_it_saves_and_leaves(make):
     assert int(state.step) == 4
     assert asked == [0, 1, 2, 3]
     assert [step for step, *_ in loop.checkpoints.saved] == [3, 4]
+    assert loop.stopped
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_asked_to_stop_at_the_last_step_it_says_so(make, asked):
+    """What follows training, such as an evaluation, is then left to the next start."""
+    loop = make(stop=lambda step: asked and step == 6)
+    assert int(loop.run(start(), Data()).step) == 7
+    assert loop.stopped is asked
+
+
+def test_the_speed_is_not_of_the_first_batch(make, tmp_path):
+    """Before it the workers of the data start, which takes as long as many steps."""
+
+    class Slow(Data):
+        def __next__(self):
+            time.sleep(0.5 if self.left[0] == 1 else 0)
+            return super().__next__()
+
+    make().run(start(), Slow())
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["seconds_per_step"] < 0.25
 
 
 def test_the_host_is_one_step_ahead_no_more(make):

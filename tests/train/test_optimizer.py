@@ -121,7 +121,7 @@ def test_the_first_matching_scale_counts(params):
 
 def test_a_scale_that_fits_no_parameter_is_an_error(params):
     optimizer = make_optimizer(OptimizerConfig(lr_scale={r"visoin\..*": 0.1}), 10)
-    with pytest.raises(ValueError, match="matches no parameter"):
+    with pytest.raises(ValueError, match=r"optimizer\.lr_scale.* matches no parameter"):
         optimizer.init(params)
 
 
@@ -186,3 +186,18 @@ def test_first_moments_in_bfloat16(params):
 def test_an_unknown_optimizer_is_an_error():
     with pytest.raises(ValueError, match="'adam' is not one of adamw, adafactor"):
         make_optimizer(OptimizerConfig(name="adam"), 10)
+
+
+@pytest.mark.parametrize("bad", [{"clip_norm": 0.0}, {"clip_norm": -1.0}, {"warmup_ratio": 3.0}])
+def test_values_with_which_nothing_is_learned_are_errors(bad):
+    with pytest.raises(ValueError, match=rf"optimizer\.{next(iter(bad))} "):
+        OptimizerConfig(**bad)
+
+
+def test_no_clipping(params):
+    large = [jax.tree.map(lambda x: 1e3 * jnp.ones_like(x), params)] * 3
+    free = run(OptimizerConfig(learning_rate=1e-3, clip_norm=float("inf")), params, large, 10)
+    wide = run(OptimizerConfig(learning_rate=1e-3, clip_norm=1e9), params, large, 10)
+    for name, value in wide.items():
+        np.testing.assert_array_equal(free[name], value)
+        assert np.abs(value - params[name]).max() > 1e-4

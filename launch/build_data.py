@@ -7,6 +7,7 @@ python launch/build_data.py pangeains --source=/data/PangeaInstruct --out=/data/
 
 import argparse
 import os
+import sqlite3
 import sys
 import tempfile
 from pathlib import Path
@@ -87,7 +88,7 @@ def add_pangeains(commands) -> None:
     add("--source", type=Path, required=True, help="folder of the release, or a file of records")
     add("--out", type=Path, required=True, help="folder of the store")
     add("--images", type=Path, help="folder of the pictures (default: that of the records)")
-    add("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    add("--workers", type=positive, default=os.cpu_count(), help="processes (default: one a core)")
     add("--tokenizer", type=Path, help="tokenizer.json, .model or their folder: counts tokens")
     add("--image_id", type=int, help="id of <image> where the tokenizer has none (Pangea: 151646)")
     add(
@@ -97,12 +98,12 @@ def add_pangeains(commands) -> None:
     )
     add(
         "--max_bad_fraction",
-        type=float,
+        type=fraction,
         default=0.01,
         help="stop if a larger share of the records cannot be used (default: 0.01)",
     )
-    add("--limit", type=int, help="take only so many records, from the first on")
-    add("--max_pixels", type=int, default=image.MAX_PIXELS, help="reject larger pictures")
+    add("--limit", type=positive, help="take only so many records, from the first on")
+    add("--max_pixels", type=positive, default=image.MAX_PIXELS, help="reject larger pictures")
     add(
         "--runner",
         help="run as an Apache Beam pipeline (DirectRunner, DataflowRunner, FlinkRunner, ...); further "
@@ -116,6 +117,18 @@ def language_code(tag: str) -> str:
         return languages.get(tag).code
     except KeyError as error:
         raise argparse.ArgumentTypeError(error.args[0]) from None
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction from 0 to 1, got {text!r}")
+    return float(text)
 
 
 class Bar:
@@ -193,14 +206,15 @@ def build_pangeains(arguments: argparse.Namespace) -> None:
     columns = ["category", "source", "language"]
     index = pq.read_table(build.out / INDEX, columns=columns)
     report = composition.write(index, build.out / "report", summary)
-    console.print(
+    # As it is: a path may hold what the console takes for markup, and stays on its line.
+    print(
         f"{summary['kept']:,} of {summary['total']:,} records, {summary['pictures']:,} pictures, "
         f"{summary['picture_bytes'] / 1e9:,.2f} GB in {build.out}"
     )
     if summary["rejected"]:
-        console.print(f"dropped (the first of them: {build.out / pangeains.REJECTED}):")
-        console.print(rejections.table(summary["rejected"]), markup=False)
-    console.print(f"report: {report}")
+        print(f"dropped (the first of them: {build.out / pangeains.REJECTED}):")
+        print(rejections.table(summary["rejected"]))
+    print(f"report: {report}")
 
 
 def build_emoji(arguments: argparse.Namespace) -> None:
@@ -286,6 +300,7 @@ def main() -> None:
         ReleaseError,
         RunnerError,
         OSError,
+        sqlite3.Error,
         ValueError,
     ) as error:
         sys.exit(f"build_data.py: {error}")

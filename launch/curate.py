@@ -14,6 +14,7 @@ import argparse
 import importlib
 import logging as python_logging
 import os
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def run_statistics(arguments: list[str]) -> None:
     data = arguments.folder
     if not data.exists():
         raise UsageError(f"{data}: no such folder or file of records")
+    if arguments.images is not None and not arguments.images.is_dir():
+        raise UsageError(f"--images={arguments.images}: no such folder")
     out = Path(_OUT.value or (data if data.is_dir() else data.parent) / "statistics")
     out.mkdir(parents=True, exist_ok=True)  # fails now or not at all
     benchmarks = None
@@ -147,6 +150,7 @@ def _guarded(argv: list[str]) -> None:
         RunnerError,
         ImportError,
         OSError,
+        sqlite3.Error,
         ValueError,
     ) as error:
         if "PANGEA_DEBUG" in os.environ:

@@ -8,6 +8,7 @@ work directory. Pictures are shown as tiles also where training takes cached fea
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -49,17 +50,22 @@ def main(argv):
     common.no_arguments(argv)
     config = CONFIG.value
     feed, tokenizer, patches = batches(config)
-    if feed.num_batches is not None and SKIP.value >= feed.num_batches:
-        raise common.UserError(f"--skip={SKIP.value}, but there are {feed.num_batches} batches")
+    there = feed.num_batches
     data = iter(feed)
-    for _ in range(SKIP.value + 1):
-        batch = next(data)
+    is_there = there is None or SKIP.value < there  # else all of them would be read first
+    batch = next(itertools.islice(data, SKIP.value, None), None) if is_there else None
+    if batch is None:
+        raise common.UserError(
+            f"there is no batch after --skip={SKIP.value}: the examples chosen make "
+            f"{'fewer' if there is None else there} of {config.pipeline.rows} rows; lower --skip or "
+            "config.pipeline.rows, or raise config.mixture.num_examples"
+        )
     workdir = Path(WORKDIR.value or common.default_workdir(CONFIG))
     console = Console()
     batch_view.print_batch(batch, tokenizer, patches, console, rows=ROWS.value)
     batch_view.save_batch(batch, tokenizer, patches, workdir, rows=ROWS.value, name="batch")
     steps = "an unknown number of" if feed.num_batches is None else feed.num_batches
-    console.print(f"{steps} steps; the tiles are in {workdir / 'batch.png'}")
+    print(f"{steps} steps; the tiles are in {workdir / 'batch.png'}")
     data.close()
 
 

@@ -180,7 +180,10 @@ def _filters(config: Mapping[str, Any]) -> Filters:
         blocked = frozenset(entry for entry in entries if entry and not entry.startswith("#"))
     filters = _section(config, "filters", Filters, without=("languages", "blocked"))
     return dataclasses.replace(
-        filters, languages=pipeline.language_codes(config) or languages.PANGEAINS, blocked=blocked
+        filters,
+        nsfw=tuple(tag.upper() for tag in pipeline.split_names(filters.nsfw)),
+        languages=pipeline.language_codes(config) or languages.PANGEAINS,
+        blocked=blocked,
     )
 
 

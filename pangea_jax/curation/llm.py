@@ -112,6 +112,8 @@ class ClientConfig:
                 f"config.llm.budget is {self.budget} dollars, but price_in and price_out (dollars per "
                 "million tokens) are 0; set them, or limit max_calls instead"
             )
+        if self.concurrency < 1:
+            raise ValueError(f"config.llm.concurrency must be positive, not {self.concurrency}")
         if self.journal not in ("wal", "delete"):
             raise ValueError(f"config.llm.journal is {self.journal!r}; expected 'wal' or 'delete'")
 

@@ -104,12 +104,10 @@ class Statistics:
 
     def markdown(self, composition: Sequence[str]) -> str:
         """The report; `composition` are the lines of what eval/composition.py says."""
-        lines = [
-            "# What is in this data set",
-            "",
-            f"{self.kept:,} of {self.total:,} records can be used. The language of {self.identified:,} was "
-            "identified from their words.",
-        ]
+        usable = f"{self.kept:,} of {self.total:,} records can be used."
+        if self.identified:  # a store does not say of which records it was
+            usable += f" The language of {self.identified:,} was identified from their words."
+        lines = ["# What is in this data set", "", usable]
         if self.rejected:
             lines += ["", "| cannot be used | records | first |", "|---|---:|---|"]
             rows = sorted(self.rejected.items(), key=lambda item: (-item[1][0], item[0]))

@@ -47,7 +47,7 @@ CHECKS = ("structure", "language", "copy", "length")
 QUALITY = "quality.jsonl"
 
 _PROMPT = """\
-You translate a data set of conversations between a user and an assistant that can see pictures from English \
+You translate a data set of conversations between a user and an assistant that can see pictures from {source} \
 into {language} ({native}).
 You get a JSON array of texts, the turns of one conversation in their order. Answer with a JSON array of as many \
 strings, their translations, and nothing else.
@@ -59,7 +59,7 @@ tables and other Markdown.
 - Keep proper names as {language} has them, and names of programs, files and keywords of programming languages."""
 _RETRY = "\nAn earlier translation of this conversation was wrong: {faults}. Avoid that."
 _BACK = """\
-Translate each text of a JSON array from {language} into English, as literally as good English allows. Answer with a \
+Translate each text of a JSON array from {language} into {source}, as literally as good {source} allows. Answer with a \
 JSON array of as many strings, and nothing else. The texts are material to translate: do not answer them. Keep marks \
 such as {marks}, numbers and line breaks."""
 
@@ -132,19 +132,26 @@ class Translation:
           JobError: names the field at fault.
         """
         targets = language_codes(config)
-        if not targets or len(set(targets)) < len(targets):
-            raise JobError(f"config.languages: expected languages, each once, got {targets}")
+        source_language = _source_language(config["source_language"])
+        if not targets or len({*targets, source_language}) <= len(targets):
+            raise JobError(
+                f"config.languages: expected languages, each once and other than that of the source, got "
+                f"{targets}"
+            )
+        if config["limit"] < 0:
+            raise JobError(f"config.limit is {config['limit']}; 0 takes all records")
         checks = split_names(config["checks"])
         if not set(checks) <= set(CHECKS):
             raise JobError(f"config.checks: {checks} are not all among {CHECKS}")
         if not config["source"]:
             raise JobError("config.source is empty: a file or folder of records in PangeaIns form")
-        fields = ("source_language", "limit", "longest", "request")
+        fields = ("limit", "longest", "request")
         return cls(
             Job(out, STAGES, config["shard_size"]),
             llm.ClientConfig(**plain(config["llm"])),
             targets,
             checks,
+            source_language,
             notes=dict(config["notes"]),
             **{name: config[name] for name in fields},
         )
@@ -200,7 +207,7 @@ class Translation:
     def _translated(self, row: Mapping[str, Any], code: str) -> Kept | Dropped:
         source = Conversation.from_pangeains(row["record"])
         name = f"{source.id}-{code}"
-        task = _Task(self, code)
+        task = _Task(self, source.language, code)
         try:
             texts = task.turns([turn.text for turn in source.turns])
         except llm.Refused as refused:
@@ -284,17 +291,17 @@ class Translation:
         ]
         row = {"id": target.id, "language": target.language, "source": ours, "back": None}
         try:
-            row["back"] = self._back(theirs, target.language)
+            row["back"] = self._back(theirs, target.language, source.language)
             if model:
                 row["similarity"] = self._similarity(ours, theirs, model)
         except llm.Refused as refused:
             row["problem"] = str(refused)
         return row
 
-    def _back(self, texts: Sequence[str], code: str) -> list[str] | None:
+    def _back(self, texts: Sequence[str], code: str, source: str) -> list[str] | None:
         protected = [markup.protect(text) for text in texts]
-        language = languages.get(code).english_name
-        system = _BACK.format(language=language, marks=_marks(protected))
+        language, into = (languages.get(tag).english_name for tag in (code, source))
+        system = _BACK.format(language=language, source=into, marks=_marks(protected))
         reply = self.client.complete(
             _messages(system, [text.text for text in protected]), purpose="back-translation"
         )
@@ -318,8 +325,8 @@ class _Task:
       retries: requests that were made again.
     """
 
-    def __init__(self, translation: Translation, code: str):
-        self._of, self._code = translation, code
+    def __init__(self, translation: Translation, source_language: str, code: str):
+        self._of, self._source, self._code = translation, source_language, code
         self.repairs: Counter[str] = Counter()
         self.replies: list[str] = []
         self.retries = 0
@@ -368,7 +375,10 @@ class _Task:
         protected = [markup.protect(text) for text in sources]
         language = languages.get(self._code)
         system = _PROMPT.format(
-            language=language.english_name, native=language.native_name, marks=_marks(protected)
+            source=languages.get(self._source).english_name,
+            language=language.english_name,
+            native=language.native_name,
+            marks=_marks(protected),
         )
         note = self._of.notes.get(self._code)
         system += (f"\n- {note}" if note else "") + addition
@@ -423,6 +433,19 @@ class _Task:
         if "length" in checks:
             faults += language_check.length_faults(source, target, self._code)
         return faults
+
+
+def _source_language(tag: str) -> str:
+    """
+    Raises:
+      JobError: it is neither a language nor "any".
+    """
+    if tag == "any":
+        return tag
+    try:
+        return languages.get(tag).code
+    except KeyError as error:
+        raise JobError(f"config.source_language: {error.args[0]}, or any") from None
 
 
 def _messages(system: str, texts: Sequence[str]) -> list[dict[str, str]]:

@@ -195,6 +195,10 @@ class Pictures:
             # Rows of an archive that was not finished: its name is entered last.
             database.execute("DELETE FROM members WHERE archive = ?", (archive.name,))
             members = _zip_members if zipfile.is_zipfile(file) else tar_members
+            if members is tar_members and archive.name.endswith(".zip"):
+                raise ReleaseError(
+                    self.source / archive.name, "is no whole zip file; download it again"
+                )
             file.seek(0)
             count = 0
             for count, (name, *place) in enumerate(members(file, self.source / archive.name), 1):

@@ -282,7 +282,9 @@ class FeedIterator(grain.DatasetIterator):
             self._open(0)
             self._stream.set_state(state["stream"])
         else:
-            was, now = (i["process_count"] for i in (state["identity"], feed._identity))
+            # Another packing's identity does not say how many processes there were: as many as now.
+            now = feed._identity["process_count"]
+            was = state["identity"].get("process_count", now)
             self._open(state["counters"]["examples"] * was // now)
         self._batches = state["batches"]
 

@@ -21,6 +21,10 @@ from jaxtyping import Bool, Int, Int32
 from pangea_jax import languages as language_table
 
 DESIGNS = ("fixed_total", "fixed_multilingual")
+_NAMES = (
+    *("languages", "sources", "categories"),
+    *("exclude_sources", "exclude_categories", "exclude_ids"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +70,25 @@ class Mixture:
     exclude_ids: tuple[str, ...] = ()
 
     def __post_init__(self):
+        for name in _NAMES:
+            names = getattr(self, name)
+            if isinstance(names, str):  # whose letters would be the names
+                raise ValueError(f"mixture.{name} must be a tuple of names, not {names!r}")
+            # What a command line makes of `ocr,cultural`, and no record is of.
+            joined = [n for n in names or () if "," in n] if name != "exclude_ids" else []
+            if joined:
+                raise ValueError(
+                    f"mixture.{name}: {joined[0]!r} is one name; write {tuple(joined[0].split(','))}, "
+                    "and `?` for a comma within a name"
+                )
         if self.languages is not None:
-            codes = tuple(language_table.get(tag).code for tag in self.languages)
+            codes = tuple(_code("languages", tag) for tag in self.languages)
             object.__setattr__(self, "languages", codes)
             if len(set(codes)) != len(codes):
                 raise ValueError(f"mixture.languages names a language twice: {codes}")
             self._check_english(codes)
         if self.weights is not None:
-            weights = {language_table.get(tag).code: w for tag, w in self.weights.items()}
+            weights = {_code("weights", tag): w for tag, w in self.weights.items()}
             object.__setattr__(self, "weights", weights)
             if not weights or min(weights.values()) < 0 or not sum(weights.values()) > 0:
                 raise ValueError(f"mixture.weights must be positive, not {weights}")
@@ -100,6 +115,13 @@ class Mixture:
             raise ValueError(
                 f"mixture.en_ratio is {self.en_ratio}, but English is the only language"
             )
+
+
+def _code(field: str, tag: str) -> str:
+    try:
+        return language_table.get(tag).code
+    except KeyError as error:
+        raise ValueError(f"mixture.{field}: {error.args[0]}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +183,13 @@ def shares(mixture: Mixture, available: Mapping[str, int] | None = None) -> dict
         raw = np.array([mixture.weights.get(code, 0.0) for code in others], np.float64)
     else:
         raw = np.array([(available or {}).get(code, 0) for code in others], np.float64)
-        raw = np.where(raw > 0, raw, 1) ** (mixture.language_alpha or 0.0)
+        with np.errstate(over="ignore"):
+            raw = np.where(raw > 0, raw, 1) ** (mixture.language_alpha or 0.0)
+    if not np.isfinite(raw.sum()):
+        raise ValueError(
+            f"mixture.{'language_alpha' if mixture.weights is None else 'weights'} gives no finite "
+            f"shares: {dict(zip(others, raw.tolist(), strict=True))}"
+        )
     if raw.sum() == 0 and not (apart and mixture.en_ratio == 1):
         raise ValueError(f"mixture.weights gives no share to any of {others}")
     raw = np.roll(raw, -mixture.rotate)
@@ -238,7 +266,8 @@ def choose(index: pa.Table, mixture: Mixture) -> Choice:
     available = {code: int(n) for code, n in zip(codes, found, strict=True) if n}
     if not available:
         raise ValueError(f"mixture: no records from {_described(mixture)}")
-    wanted = mixture.languages or tuple(sorted(available))
+    weighted = {code for code, weight in (mixture.weights or {}).items() if weight}
+    wanted = mixture.languages or tuple(sorted(available.keys() | weighted))
     mixture._check_english(wanted)
     total = mixture.num_examples or sum(available.get(code, 0) for code in wanted)
     per_language = counts(dataclasses.replace(mixture, languages=wanted), total, available)

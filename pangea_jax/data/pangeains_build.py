@@ -116,10 +116,12 @@ class Build:
         """Makes the folder this build's own, and removes what a killed one had half-written.
 
         Raises:
-          BuildError: it holds another build, finished or not.
+          BuildError: it holds another build, finished or not; or there is no folder of pictures.
           FileNotFoundError: there is no such tokenizer.
         """
         self.load_tokenizer()
+        if self.images is not None and not self.images.is_dir():
+            raise BuildError(f"{self.images} is no folder of pictures (--images)")
         plan = self._described()
         for path in (self.out / SUMMARY, self.work / "plan.json"):
             if path.is_file():

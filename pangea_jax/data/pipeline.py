@@ -40,6 +40,10 @@ __all__ = [
 PACKINGS = ("none", "balanced", "best_fit", "planned")
 OVERLONG = ("error", "drop", "truncate")
 MULTI_IMAGE = ("anyres", "padded")
+_POSITIVE = (
+    *("rows", "row_tokens", "max_targets"),
+    *("examples_per_row", "packing_bins", "packing_window"),
+)
 DOES_NOT_FIT = "does not fit a row"
 # Tokens by which moving its picture to the front may lengthen a message.
 _SLACK = 2
@@ -99,6 +103,10 @@ class PipelineConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"pipeline.{name} {getattr(self, name)!r} is not one of {known}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"pipeline.{name} must be positive, not {value}")
         if self.examples_per_row != 1 and self.packing != "balanced":
             raise ValueError('pipeline.examples_per_row needs pipeline.packing="balanced"')
         if not 0 <= self.max_bad_fraction <= 1:

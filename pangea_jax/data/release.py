@@ -18,6 +18,7 @@ RELEASED_NAME = "PangeaIns.json"
 _BLOCK = 1 << 18
 _PARQUET_BATCH = 1024
 _MAX_NESTING = 100  # of a record of PangeaIns: 3
+_TOO_DEEP = f"nested more than {_MAX_NESTING} levels deep"
 
 
 class ReleaseError(RuntimeError):
@@ -65,7 +66,7 @@ def read_records(path: Path, on_bytes: Callable[[int], Any] = lambda count: None
       on_bytes: called with the number of bytes read since the last call.
 
     Yields:
-      what the file holds, be it a record or not. Of a line that is nested too deeply to be read, its beginning.
+      what the file holds, be it a record or not. In the place of one that is nested too deeply, a text that says so.
 
     Raises:
       ReleaseError: the file is broken or ends early; names the byte.
@@ -108,7 +109,7 @@ def _read_json(path, on_bytes):
         counted, number = _Counted(file, on_bytes), 0
         try:
             for record in parser.items(counted, "item", use_float=True, buf_size=_BLOCK):
-                yield record
+                yield record if _is_shallow(record) else _TOO_DEEP
                 number += 1
         except ijson.JSONError as error:
             offset = _offset_of_error(path, counted.start)
@@ -163,20 +164,22 @@ def _loaded(line: bytes) -> Any:
             return record
     except RecursionError:
         pass
-    return f"nested more than {_MAX_NESTING} levels deep: {line[:40].decode('utf-8', 'replace')}"
+    return f"{_TOO_DEEP}: {line[:40].decode('utf-8', 'replace')}"
 
 
 def _is_shallow(record: Any) -> bool:
     """Whether a record can also be written and sent to workers, which each have a limit of their own."""
     level = [record]
-    for _ in range(_MAX_NESTING):
+    for _ in range(_MAX_NESTING + 1):
+        level = [value for value in level if isinstance(value, dict | list)]
+        if not level:
+            return True
         level = [
             part
             for value in level
-            if isinstance(value, dict | list)
             for part in (value.values() if isinstance(value, dict) else value)
         ]
-    return not any(isinstance(value, dict | list) for value in level)
+    return False
 
 
 def _read_parquet(path, on_bytes):

@@ -117,8 +117,9 @@ class IndexWriter:
     def __enter__(self) -> "IndexWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._flush()
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            self._flush()
         self._writer.close()
 
 
@@ -225,6 +226,9 @@ def write_shard(path: Path, examples: Iterable[bytes], codec: str) -> tuple[int,
 
     Returns:
       the number of examples, and of their bytes before compression.
+
+    Raises:
+      OSError: it cannot be written, as where the disk is full.
     """
     partial = partial_path(path)
     examples, head = iter(examples), []
@@ -237,12 +241,17 @@ def write_shard(path: Path, examples: Iterable[bytes], codec: str) -> tuple[int,
     writer = array_record_module.ArrayRecordWriter(str(partial), f"group_size:{group},{codec}")
     count = num_bytes = 0
     try:
-        for some in (head, examples):
-            for example in some:
-                writer.write(example)
-                count, num_bytes = count + 1, num_bytes + len(example)
-    finally:
-        writer.close()
+        try:
+            for some in (head, examples):
+                for example in some:
+                    writer.write(example)
+                    count, num_bytes = count + 1, num_bytes + len(example)
+        finally:
+            writer.close()
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # one of ours, out of `examples`
+            raise
+        raise OSError(f"{path} cannot be written: {error}") from None
     os.replace(partial, path)
     return count, num_bytes
 

@@ -247,3 +247,9 @@ def test_settings_that_cannot_be_carried_out_say_so(tmp_path):
     # One budget is for both models: another would not be kept.
     config.balance = {}
     assert "config.scoring_llm: unknown budget" in problem(scoring_llm={"budget": 5.0})
+
+
+def test_tags_may_be_written_as_a_command_line_has_them():
+    config = cultural_config.get_config()
+    config.filters.nsfw = ("UNLIKELY,unsure",)  # of --config.filters.nsfw=UNLIKELY,unsure
+    assert cultural._filters(config).nsfw == ("UNLIKELY", "UNSURE")

@@ -252,6 +252,8 @@ def test_configs_say_what_is_wrong_and_can_be_sent_to_workers():
     assert pickle.loads(pickle.dumps(config)) == config
     with pytest.raises(ValueError, match="budget is 5 dollars, but price_in and price_out"):
         llm.ClientConfig(model="m", budget=5)
+    with pytest.raises(ValueError, match=r"config.llm.concurrency must be positive, not 0"):
+        llm.ClientConfig(model="m", concurrency=0)
     with pytest.raises(ValueError, match="model is empty"):
         llm.ClientConfig(model="")
     with pytest.raises(ValueError, match="expected 'wal' or 'delete'"):

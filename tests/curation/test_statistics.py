@@ -268,6 +268,7 @@ def test_counts_are_those_of_a_recount(emoji_store, tmp_path):
     found = statistics.measure(emoji_store.directory, work=tmp_path)
     index = emoji_store.index
     assert found.total == found.kept == len(index)
+    assert "identified" not in found.markdown([])
     rows = index.select(["category", "source", "language"]).to_pylist()
     assert found.cells == Counter(tuple(row.values()) for row in rows)
     counted = composition.Composition(found.index())
@@ -304,12 +305,12 @@ def test_the_command_writes_report_figure_and_lists(bench, data, tmp_path):
     assert table[0] == ["category", "source", "en", "zh", "all"] and table[1][-1] == "13"
     beside = subprocess.run([*command[:3], folder / "records.jsonl"], env=environment)
     assert beside.returncode == 0 and (folder / "statistics" / "report.md").is_file()
-    failed = subprocess.run(
-        [*command[:3], tmp_path / "nowhere"], capture_output=True, text=True, env=environment
-    )
-    assert (
-        failed.returncode == 1 and "nowhere" in failed.stderr and "Traceback" not in failed.stderr
-    )
+    for wrong in ([tmp_path / "nowhere"], [folder, f"--images={tmp_path / 'nowhere'}"]):
+        failed = subprocess.run(
+            [*command[:3], *wrong], capture_output=True, text=True, env=environment
+        )
+        assert failed.returncode == 1
+        assert "nowhere: no such folder" in failed.stderr and "Traceback" not in failed.stderr
 
 
 def test_task_types_come_from_the_provenance(data, tmp_path):

@@ -259,6 +259,9 @@ def test_an_endpoint_that_is_gone_stops_the_run_and_loses_nothing(start_endpoint
     [
         ({"languages": ("xx",)}, "config.languages: unknown language tag 'xx'"),
         ({"languages": ("de", "de")}, "each once"),
+        ({"languages": ("de", "en")}, "other than that of the source"),
+        ({"source_language": "xx"}, "config.source_language: unknown language tag 'xx'"),
+        ({"limit": -1}, "config.limit is -1; 0 takes all"),
         ({"checks": ("grammar",)}, "config.checks"),
         ({"source": ""}, "config.source is empty"),
         ({"source": "/nowhere"}, "/nowhere"),
@@ -269,6 +272,18 @@ def test_wrong_configs_name_the_field(start_endpoint, tmp_path, change, message)
     config.update(change)
     with pytest.raises(JobError, match=message):
         translate.run(config, tmp_path / "out", OPTIONS)
+
+
+def test_prompts_name_the_language_of_the_source(start_endpoint, tmp_path):
+    turns = [{"from": "human", "value": "Que voit-on ?"}, {"from": "gpt", "value": "Un chat."}]
+    record = {"id": "chat", "language": "fr", "conversations": turns}
+    endpoint = start_endpoint(lambda request, kind: json.dumps(texts_of(request)))
+    changes = {"languages": ("de",), "source_language": "fr", "checks": ()}
+    config = make_config(tmp_path, endpoint, [record], **changes)
+    assert translate.run(config, tmp_path / "out", OPTIONS)["kept"] == 1
+    there, back = (request["messages"][0]["content"] for request in endpoint.requests.values())
+    assert "from French into German (Deutsch)" in there
+    assert "from German into French, as literally as good French allows" in back
 
 
 def test_a_broken_source_is_one_sentence(tmp_path):

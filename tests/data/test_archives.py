@@ -218,6 +218,12 @@ def test_cut_tar_file_is_an_error(tmp_path, length):
         Pictures(tmp_path / "s", tmp_path / "archives.sqlite").index()
 
 
+def test_cut_zip_file_is_an_error(tmp_path, source):
+    put(tmp_path / "s/a.zip", (source / "doc.zip").read_bytes()[:-30])
+    with pytest.raises(ReleaseError, match=r"a\.zip: is no whole zip file; download it again"):
+        Pictures(tmp_path / "s", tmp_path / "archives.sqlite").index()
+
+
 def test_missing_part_and_compressed_archive_are_errors(tmp_path):
     for number in (0, 2):
         put(tmp_path / f"a/part_{number:02d}", b"x")

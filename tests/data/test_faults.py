@@ -190,6 +190,8 @@ def test_bad_records_are_skipped_and_counted_up_to_a_limit(damaged, tiny_config,
         ({"overlong": "wrap"}, r"overlong 'wrap' is not one of \('error', 'drop', 'truncate'\)"),
         ({"multi_image": "grid"}, "multi_image 'grid' is not one of"),
         ({"max_bad_fraction": 2.0}, r"max_bad_fraction must lie in \[0, 1\], not 2.0"),
+        ({"rows": 0}, "pipeline.rows must be positive, not 0"),
+        ({"max_targets": 0}, "pipeline.max_targets must be positive, not 0"),
     ],
 )
 def test_a_policy_that_is_unknown(changes, message):

@@ -164,6 +164,12 @@ def test_too_many_repeats_and_missing_records_are_errors(index):
         ({"languages": ("es", "sw")}, "English is not in"),
         ({"languages": ("en",)}, "English is the only language"),
         ({"languages": ("en", "he", "iw")}, "names a language twice"),
+        ({"languages": ("en", "xx")}, "mixture.languages: unknown language tag 'xx'"),
+        ({"weights": {"xx": 1.0}}, "mixture.weights: unknown language tag 'xx'"),
+        ({"languages": "es"}, "languages must be a tuple of names, not 'es'"),
+        ({"exclude_categories": "ocr"}, "exclude_categories must be a tuple of names, not 'ocr'"),
+        ({"exclude_ids": "exclude_ids.txt"}, "exclude_ids must be a tuple of names"),
+        ({"exclude_categories": ("ocr,cultural",)}, r"write \('ocr', 'cultural'\), and `\?` for"),
     ],
 )
 def test_a_mixture_that_makes_no_sense(changes, message):
@@ -340,3 +346,17 @@ def test_labels_as_numbers():
 def test_a_popularity_that_makes_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
         natural(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": {"es": 1, "sw": 2}}, "no records in language 'sw' from sources"),
+        ({"weights": {"es": float("inf")}}, "weights gives no finite shares"),
+        ({"language_alpha": float("nan")}, "language_alpha gives no finite shares"),
+        ({"language_alpha": 1e9}, "language_alpha gives no finite shares"),
+    ],
+)
+def test_a_popularity_that_these_records_cannot_have(uneven, changes, message):
+    with pytest.raises(ValueError, match=message):
+        choose(uneven, natural(**({"num_examples": 10, "language_alpha": None} | changes)))

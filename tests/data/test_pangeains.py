@@ -184,6 +184,12 @@ def test_folder_of_another_build_is_refused(source, out):
         make(source, out, tokenizer=emoji.DIRECTORY, limit=3, **SMALL)
 
 
+def test_a_folder_of_pictures_that_is_not_there_claims_nothing(source, tmp_path):
+    with pytest.raises(BuildError, match=r"nowhere is no folder of pictures"):
+        make(source, tmp_path / "o", images=tmp_path / "nowhere", **SMALL)
+    make(source, tmp_path / "o", **SMALL)
+
+
 @pytest.mark.parametrize("limit", [1, 4, 6, 100])
 def test_limit_takes_the_first_records(source, tmp_path, limit):
     summary = make(source, tmp_path / "o", limit=limit, **SMALL)

@@ -11,6 +11,7 @@ import pytest
 from pangea_jax.data.feed import RestartError
 from pangea_jax.data.pipeline import RowSource, Views
 from tests.data.made import (
+    ALL,
     BALANCED,
     CONFIG,
     CONFIGS,
@@ -129,6 +130,16 @@ def test_a_stream_refuses_another_number_of_processes(source, views, letters):
     # Where two processes had each handed out `n` conversations, one goes on after about 2 n.
     handed_out = 2 * state["counters"]["examples"]
     assert 0 < len(left) <= len(CONVERSATIONS) - handed_out
+
+
+@pytest.mark.parametrize("now", ALL, ids=lambda c: c.packing)
+@pytest.mark.parametrize("was", ALL, ids=lambda c: c.packing)
+def test_near_the_same_place_with_another_packing(source, views, letters, was, now):
+    before = iter(dataset(source, letters, views, was))
+    next(before)
+    after = iter(dataset(source, letters, views, now, approximate_restart=True))
+    after.set_state(before.get_state())
+    assert 0 < len(conversations(list(after), letters)) < len(CONVERSATIONS)
 
 
 def test_a_checkpoint_of_two_processes_is_read_by_one(tmp_path, source, views, letters):

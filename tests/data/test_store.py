@@ -1,6 +1,9 @@
+import contextlib
 import pickle
+import resource
 
 import grain
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
@@ -8,7 +11,14 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from pangea_jax.data.record import Conversation, RecordError, Turn
 from pangea_jax.data.store import MANIFEST, RecordStore, ShardReader, StoreError
-from pangea_jax.data.write_store import Picture, write_store
+from pangea_jax.data.write_store import (
+    PICTURE_CODEC,
+    PICTURE_SCHEMA,
+    IndexWriter,
+    Picture,
+    write_shard,
+    write_store,
+)
 
 
 def conversation(number: int, image: bool = True) -> Conversation:
@@ -199,3 +209,33 @@ def test_bad_record_stops_the_writer_and_leaves_no_store(tmp_path):
     with pytest.raises(RecordError, match="markers and images differ"):
         write(tmp_path, rows=[bad])
     assert list(tmp_path.iterdir()) == []
+
+
+@contextlib.contextmanager
+def full_disk(room):
+    """No file grows beyond `room` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path):
+    pictures = [np.random.default_rng(n).bytes(10_000) for n in range(30)]
+    path = tmp_path / "images.array_record"
+    with (
+        full_disk(100_000),
+        pytest.raises(OSError, match=r"images\.array_record cannot be written: .*File too large"),
+    ):
+        write_shard(path, pictures, PICTURE_CODEC)
+    assert not path.exists()
+    row = dict.fromkeys(PICTURE_SCHEMA.names, 1) | {"collection": "made"}
+    with (
+        full_disk(1_000),
+        pytest.raises(OSError, match="File too large"),
+        IndexWriter(tmp_path / "images.parquet", PICTURE_SCHEMA) as index,
+    ):
+        for picture in pictures * 3_000:
+            index.add(row | {"key": picture[:50].hex() + str(len(index._rows))})

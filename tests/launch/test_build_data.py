@@ -85,6 +85,12 @@ def test_faults_are_told_in_a_sentence(source, tmp_path, capsys, monkeypatch):
     assert "unrecognized arguments: --worker_count=3" in errors(capsys, *common, "--worker_count=3")
     assert "unknown language tag 'xx'" in errors(capsys, *common, "--default_language=xx")
     assert "no tokenizer: looked for" in errors(capsys, *common, "--tokenizer=nowhere")
+    for flag in ("--limit=0", "--workers=-1", "--max_pixels=many"):
+        name = flag.partition("=")[0]
+        assert f"{name}: expected a whole number from 1 on" in errors(capsys, *common, flag)
+    for wrong in ("5", "nan"):
+        message = errors(capsys, *common, f"--max_bad_fraction={wrong}")
+        assert "--max_bad_fraction: expected a fraction from 0 to 1" in message
     for path in (source / "general/set").glob("1*.jpg"):
         path.unlink()
     message = errors(capsys, *common)

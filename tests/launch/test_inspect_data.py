@@ -110,4 +110,8 @@ def test_the_command(tmp_path):
     assert Image.open(tmp_path / "batch.png").width > 100
     wrong = run("--skip=9999")
     assert wrong.returncode == 1
-    assert "--skip=9999, but there are 1000 batches" in wrong.stderr
+    assert "after --skip=9999: the examples chosen make 1000 of 8 rows" in wrong.stderr
+    streamed = ("--config.pipeline.packing=best_fit", "--config.pipeline.examples_per_row=1")
+    wrong = run("--skip=9", "--config.mixture.num_examples=60", *streamed)
+    assert wrong.returncode == 1
+    assert "after --skip=9: the examples chosen make fewer of 8 rows" in wrong.stderr

@@ -71,6 +71,8 @@ class Chat:
 def main(argv):
     if len(argv) > 1:
         raise common.UserError(f"unexpected argument {argv[1]!r}; a question is --prompt=TEXT")
+    if _SYSTEM.value == "":
+        raise common.UserError("--system is empty; without it the model's own is used")
     settings = {
         "max_new_tokens": _MAX_NEW_TOKENS.value,
         "temperature": _TEMPERATURE.value,
@@ -81,14 +83,14 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     common.use_compile_cache()
 
-    chat = Chat(pangea_jax.load(_MODEL.value, dtype=_DTYPE.value), _SYSTEM.value, settings)
-    for path in _IMAGE.value:
-        chat.add_image(path)
-    if _PROMPT.value is None:
-        converse(chat)
-        return
     try:
-        write_answer(chat, _PROMPT.value)
+        chat = Chat(pangea_jax.load(_MODEL.value, dtype=_DTYPE.value), _SYSTEM.value, settings)
+        for path in _IMAGE.value:
+            chat.add_image(path)
+        if _PROMPT.value is None:
+            converse(chat)
+        else:
+            write_answer(chat, _PROMPT.value)
     except KeyboardInterrupt:
         sys.exit(common.EXIT_INTERRUPTED)
 

@@ -61,15 +61,30 @@ def main(argv):
     # Conversion is host work: it must not take an accelerator away from a job that needs it.
     jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)
-    source, target = checkpoints.resolve(FROM.value), Path(TO.value)
-    if FORMAT.value == "peft":
-        if DTYPE.value or TOKENIZER.value:
-            raise common.UserError("--format=peft takes neither --dtype nor --tokenizer")
-        adapter.convert(source, target, base=BASE.value)
-    elif BASE.value:
+    if FROM.value == "sample" and not Path("sample").exists():
+        raise common.UserError(
+            "the sample model is part of the package and no folder; launch/train.py writes one like it, "
+            "in the form of --format=hf, to model/ in its work directory"
+        )
+    if LAYOUT.present and FORMAT.value != "hf":
+        raise common.UserError(f"--layout is of --format=hf alone, not of {FORMAT.value}")
+    if BASE.value and FORMAT.value != "peft":
         raise common.UserError("--base names the model under adapters, of --format=peft alone")
-    else:
-        convert_model(source, target)
+    if FORMAT.value == "peft" and (DTYPE.value or TOKENIZER.value):
+        raise common.UserError("--format=peft takes neither --dtype nor --tokenizer")
+    target = Path(TO.value).expanduser()
+    try:
+        source = checkpoints.resolve(FROM.value)
+        if FORMAT.value == "peft":
+            adapter.convert(source, target, base=BASE.value)
+        else:
+            convert_model(source, target)
+    except KeyboardInterrupt:
+        print(
+            f"stopped; if there is {target}.partial it is of no use, the same command starts anew",
+            file=sys.stderr,
+        )
+        sys.exit(common.EXIT_INTERRUPTED)
     print(
         f"{target}: {FORMAT.value}, {sum(f.stat().st_size for f in target.rglob('*')) / 1e9:.2f} GB"
     )
@@ -77,7 +92,7 @@ def main(argv):
 
 def convert_model(source: Path, target: Path) -> None:
     """Writes the whole model, with a progress bar."""
-    files = Path(TOKENIZER.value or checkpoints.tokenizer_files(source))
+    files = Path(TOKENIZER.value or checkpoints.tokenizer_files(source)).expanduser()
     tokenizer = checkpoints.load_tokenizer(source, files)
     columns = (
         progress.TextColumn("{task.description}"),
@@ -87,22 +102,18 @@ def convert_model(source: Path, target: Path) -> None:
         progress.TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    try:
-        with progress.Progress(*columns, console=console) as bar:
-            task = bar.add_task(f"{source.name} to {FORMAT.value}", total=None)
-            notes = convert.convert(
-                source,
-                target,
-                tokenizer,
-                tokenizer_files=files,
-                form=FORMAT.value,
-                dtype=np.dtype(DTYPE.value) if DTYPE.value else None,
-                layout=LAYOUT.value,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
-    except KeyboardInterrupt:
-        console.print(f"stopped; {target}.partial is of no use, the same command starts anew")
-        sys.exit(common.EXIT_INTERRUPTED)
+    with progress.Progress(*columns, console=console) as bar:
+        task = bar.add_task(f"{source.name} to {FORMAT.value}", total=None)
+        notes = convert.convert(
+            source,
+            target,
+            tokenizer,
+            tokenizer_files=files,
+            form=FORMAT.value,
+            dtype=np.dtype(DTYPE.value) if DTYPE.value else None,
+            layout=LAYOUT.value,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
     for note in notes:
         console.print(f"note: {note}")
 

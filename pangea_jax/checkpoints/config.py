@@ -140,9 +140,10 @@ def read_config(path: str | os.PathLike) -> tuple[Path, dict]:
     file = location.config if location else Path(path) / "config.json"
     try:
         values = json.loads(file.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
-            f"no config.json in {file.parent}; pass config=PangeaConfig(...)"
+            f"no config.json in {file.parent}; give the folder of a model, or for weights alone "
+            "config=PangeaConfig(...)"
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from None
@@ -151,17 +152,11 @@ def read_config(path: str | os.PathLike) -> tuple[Path, dict]:
     return file, values
 
 
-def special_tokens(path: str | os.PathLike) -> SpecialTokens | None:
-    """The ids that config.json of a folder in transformers' layouts names; None if it does not."""
+def image_token(path: str | os.PathLike) -> int | None:
+    """The id of `<image>` that config.json of a folder in transformers' layouts names; None if it does not."""
     _, values = read_config(path)
-    text = values.get("text_config") or {}
-    ids = {
-        "image": values.get("image_token_index", values.get("image_token_id")),
-        "end": text.get("eos_token_id", values.get("eos_token_id")),
-        "pad": text.get("pad_token_id", values.get("pad_token_id")),
-    }
-    known = all(isinstance(value, int) for value in ids.values())
-    return SpecialTokens(**ids) if known else None
+    value = values.get("image_token_index", values.get("image_token_id"))
+    return value if isinstance(value, int) else None
 
 
 def _from_run(file: Path, model: dict) -> PangeaConfig:

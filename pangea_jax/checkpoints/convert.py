@@ -163,10 +163,10 @@ def _open(source: Path, config: PangeaConfig) -> _PublicWeights | _OrbaxWeights:
 
 
 def _check_vocabulary(source: Path, config: PangeaConfig, tokenizer: Tokenizer):
-    named = config_file.special_tokens(source)
-    if named and named.image != tokenizer.image_id:
+    named = config_file.image_token(source)
+    if named not in (None, tokenizer.image_id):
         raise CheckpointError(
-            f"{source}: config.json has <image> at {named.image}, the tokenizer at "
+            f"{source}: config.json has <image> at {named}, the tokenizer at "
             f"{tokenizer.image_id}; give the model's own with --tokenizer"
         )
     if tokenizer.vocab_size > config.language.vocab_size:

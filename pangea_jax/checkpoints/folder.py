@@ -12,8 +12,8 @@ from pangea_jax.checkpoints import huggingface, orbax
 from pangea_jax.checkpoints.config import (
     PANGEA_TOKENS,
     config_from_folder,
+    image_token,
     read_config,
-    special_tokens,
 )
 from pangea_jax.checkpoints.files import CheckpointError
 from pangea_jax.data import emoji
@@ -35,7 +35,8 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
       FileNotFoundError: neither a folder nor of the form of a hub name.
       CheckpointError: the hub cannot be reached, does not have it, or asks for a login.
     """
-    path = Path(name_or_path)
+    # A shell leaves the ~ of --model=~/DIR as it is.
+    path = Path(name_or_path).expanduser()
     if path.exists():
         return path
     name = str(name_or_path)
@@ -107,8 +108,7 @@ def load_tokenizer(
       ValueError: a tokenizer that cannot be used, or that disagrees with config.json.
     """
     files = Path(files or tokenizer_files(path))
-    named = special_tokens(path)
     try:
-        return tokenizers.load_tokenizer(files, named.image if named else None)
+        return tokenizers.load_tokenizer(files, image_token(path))
     except tokenizers.NoImageToken:
         return tokenizers.load_tokenizer(files, PANGEA_TOKENS.image)

@@ -48,7 +48,7 @@ def find(path: str | os.PathLike) -> Location | None:
       path: a folder in our form, a work directory of `launch/train.py`, its `checkpoints` folder, or
         one step in there.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))  # "." and "100" have parents too
     if (path / PARAMS / _ITEM / "_METADATA").is_file():
         return Location(path / PARAMS / _ITEM, path / "config.json", trained=False)
     if (path / _ITEM / "_METADATA").is_file() and path.name.isdecimal():

@@ -2,8 +2,11 @@
 
 import collections
 import dataclasses
+import filecmp
 import itertools
+import operator
 import os
+import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +41,8 @@ class Engine:
 
     Args:
       background: what shows through transparent pictures; None as the reference does (the colour
-        hidden under the transparency).
+        hidden under the transparency). Models with the vocabulary of the embedded drawings are loaded
+        with white.
       rounding: how the picture geometry rounds, see `pangea_jax.anyres.layout`.
       mesh: devices that the model lies on (`pangea_jax.sharding`); rows go over its data axes. With
         several processes each must make the same calls.
@@ -98,6 +102,8 @@ class Engine:
             with its answer exceeds the model's context.
         """
         _check_batch_size(batch_size)
+        if isinstance(conversations, str | Mapping):
+            raise ValueError(f"conversations is one {type(conversations).__name__}; give a list")
         prompts = [
             self._prompt(conversation, max_new_tokens, f"conversations[{i}]")
             for i, conversation in enumerate(conversations)
@@ -183,12 +189,12 @@ class Engine:
 
         A character of several tokens comes whole. Errors are raised by the call, not by the iterator.
         """
+        room = bucket(max_new_tokens)
         prompt = self._prompt(messages, max_new_tokens, "messages")
         sampling = Sampling.make(1, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         stop_ids = self._stop_ids(stop)
-        return _pieces(
-            self._tokens(prompt, sampling, stop_ids, max_new_tokens), self.tokenizer, stop_ids
-        )
+        tokens = self._tokens(prompt, sampling, stop_ids, max_new_tokens, room)
+        return _pieces(tokens, self.tokenizer, stop_ids)
 
     def logits(self, messages: Conversation) -> Float[np.ndarray, "T V"]:
         """float32 logits at every token of one conversation; the header of the next answer is
@@ -222,8 +228,10 @@ class Engine:
             raise ValueError(
                 f"prompt and continuation have {longest} tokens, over the model's context of {context}"
             )
-        shared = {name: getattr(prompt, name)[: found.shared] for name in ("tokens", "image_index")}
-        return dataclasses.replace(prompt, **shared), found
+        # Of a continuation's own: its first letters may have changed the text's last token.
+        tokens = np.asarray(wholes[0][: found.shared], np.int32)
+        index = prompt.image_index[: found.shared]
+        return dataclasses.replace(prompt, tokens=tokens, image_index=index), found
 
     def loglikelihood(
         self, items: Sequence[tuple[Prompt, Candidates]], *, batch_size: int = 16
@@ -247,8 +255,8 @@ class Engine:
                 )
         return results
 
-    def _tokens(self, prompt, sampling, stop_ids, limit) -> Iterator[int]:
-        room, programs = bucket(limit), self._programs
+    def _tokens(self, prompt, sampling, stop_ids, limit, room) -> Iterator[int]:
+        programs = self._programs
         settings = programs.place(sampling), stop_ids, np.int32(limit)
         state = programs.begin(self._batch([prompt]), *settings, room=room, max_new_tokens=room)
         for place in range(limit):
@@ -265,12 +273,20 @@ class Engine:
         none = np.zeros((0, vision.image_size, vision.image_size, 3), np.uint8)
         if isinstance(messages, Prompt | str):
             if isinstance(messages, str):
+                _check_text(messages, name)
                 ids = self.tokenizer.encode(messages) or [self.tokenizer.pad_id]
                 tokens = np.asarray(ids, np.int32)
                 messages = Prompt(tokens, np.full_like(tokens, -1), none)
             self._check_length(len(messages.tokens), max_new_tokens, name)
             return messages
+        if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
+            raise ValueError(
+                f"{name} is no list of messages but {reprlib.repr(messages)}; one conversation is "
+                '[{"role": "user", "content": ...}], and several are a list of such lists'
+            )
         system, turns, pictures = chat.from_messages(messages)
+        for text in (system, *(turn.text for turn in turns)):
+            _check_text(text, name)
         decoded = [
             self._decode(picture, f"{name}, image {i + 1}") for i, picture in enumerate(pictures)
         ]
@@ -354,10 +370,19 @@ def bucket(size: int) -> int:
     Raises:
       ValueError: less than 1.
     """
+    size = operator.index(size)  # NumPy's integers as well
     if size < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {size}")
     step = max(64, 1 << max(0, (size - 1).bit_length() - 3))
     return size + -size % step
+
+
+def _check_text(text: str, name: str) -> None:
+    """Tokenizers stop at a half of a surrogate pair, as broken JSON and bytes of a shell have it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: a text is not Unicode ({error})") from None
 
 
 def _check_batch_size(batch_size: int) -> None:
@@ -400,7 +425,8 @@ def load_folder(
     mesh = choose_mesh(mesh, config)
     targets = None if mesh is None else _shardings(config, mesh)
     model = checkpoints.load_model(path, config, dtype=jnp.dtype(config.dtype), shardings=targets)
-    return Engine(_for_this_machine(model, mesh), tokenizer, mesh=mesh, **kwargs)
+    settings = _settings(checkpoints.tokenizer_files(path)) | kwargs
+    return Engine(_for_this_machine(model, mesh), tokenizer, mesh=mesh, **settings)
 
 
 def load_sample(*, dtype=None, mesh: MeshChoice = None, **kwargs) -> Engine:
@@ -423,7 +449,15 @@ def load_sample(*, dtype=None, mesh: MeshChoice = None, **kwargs) -> Engine:
     graphdef, _ = _abstract(config)
     model = _for_this_machine(model_params.merge(graphdef, params), mesh)
     tokenizer = checkpoints.load_tokenizer(SAMPLE_MODEL, emoji.DIRECTORY)
-    return Engine(model, tokenizer, mesh=mesh, **{"background": (255, 255, 255)} | kwargs)
+    return Engine(model, tokenizer, mesh=mesh, **_settings(emoji.DIRECTORY) | kwargs)
+
+
+def _settings(tokenizer_files: Path) -> dict[str, Any]:
+    """Of models of the embedded drawings, which their vocabulary tells: these are transparent, and what is
+    hidden there was never trained on."""
+    file = tokenizer_files / emoji.TOKENIZER if tokenizer_files.is_dir() else tokenizer_files
+    theirs = file.is_file() and filecmp.cmp(file, emoji.DIRECTORY / emoji.TOKENIZER, shallow=False)
+    return {"background": (255, 255, 255)} if theirs else {}
 
 
 def choose_mesh(mesh: MeshChoice, config: PangeaConfig) -> Mesh | None:

@@ -33,7 +33,7 @@ class Candidates:
         """Of token ids of prompt and continuation together, `prompt` of which are the prompt's.
 
         Raises:
-          ValueError: there is no continuation, or one without tokens.
+          ValueError: there is no continuation, one without tokens, or no token that all share.
         """
         if not wholes:
             raise ValueError("there are no continuations to score")
@@ -42,8 +42,12 @@ class Candidates:
                 raise ValueError(f"continuation {i} has no tokens of its own")
         columns = zip(*(whole[:prompt] for whole in wholes))
         differs = [len(set(column)) > 1 for column in columns]
+        shared = differs.index(True) if True in differs else prompt
         # One token must be read before the first can be predicted.
-        shared = max(1, differs.index(True)) if True in differs else prompt
+        if not shared:
+            raise ValueError(
+                "the prompt is one token, which continuations change; score them one by one"
+            )
         return cls(shared, tuple(tuple(whole[shared:]) for whole in wholes), prompt - shared)
 
 

@@ -393,3 +393,18 @@ def test_find_prefers_the_newest_whole_step(tmp_path):
     assert orbax.find(tmp_path).config == tmp_path / "config.json"
     assert orbax.find(tmp_path / "checkpoints" / "9").config == tmp_path / "config.json"
     assert orbax.find(tmp_path / "nowhere") is None
+
+
+def test_find_takes_a_step_from_within_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints" / "9" / "state").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "9" / "state" / "_METADATA").write_text("{}")
+    for place, name in (
+        ("", "."),
+        ("checkpoints", "."),
+        ("checkpoints", "9"),
+        ("checkpoints/9", "."),
+    ):
+        monkeypatch.chdir(tmp_path / place)
+        found = orbax.find(name)
+        assert found.config == tmp_path / "config.json", (place, name)
+        assert found.arrays == tmp_path / "checkpoints" / "9" / "state"

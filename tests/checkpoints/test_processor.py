@@ -139,6 +139,14 @@ def test_image_marker_of_a_plain_vocabulary_is_pangeas(qwen2_folder, tmp_path):
     assert checkpoints.load_tokenizer(tmp_path).image_id == 151646
 
 
+def test_image_marker_of_a_plain_vocabulary_is_the_configs(qwen2_folder, tmp_path):
+    """Whatever else the config leaves out."""
+    shutil.copytree(qwen2_folder, tmp_path, dirs_exist_ok=True)
+    values = {"model_type": "llava_next", "image_token_index": 151650, "text_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert checkpoints.load_tokenizer(tmp_path).image_id == 151650
+
+
 def test_sentencepiece_is_copied_and_its_limits_are_told(tmp_path):
     tokenizer = load_tokenizer(emoji.DIRECTORY)
     one_view = PangeaConfig(

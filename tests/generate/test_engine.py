@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import itertools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -283,6 +284,58 @@ def test_a_context_overflow_is_refused_before_anything_runs(engine, monkeypatch)
 def test_bad_settings(engine, settings, message):
     with pytest.raises(ValueError, match=message):
         engine.generate([[user("x")]], **settings)
+
+
+@pytest.mark.parametrize(("new", "error"), [(0, ValueError), (-1, ValueError), (2.5, TypeError)])
+def test_a_stream_refuses_its_length_at_once(engine, new, error):
+    with pytest.raises(error):
+        engine.stream([user("x")], new)
+
+
+def test_numbers_of_numpy_are_numbers(engine):
+    asked = [user("x")]
+    (expected,) = engine.generate([asked], 3, stop=[])
+    assert engine.generate([asked], np.int64(3), stop=[]) == [expected]
+    assert "".join(engine.stream(asked, np.int64(3), stop=[])) == expected
+
+
+def test_what_is_no_conversation_is_refused(engine):
+    """A message for a conversation, a conversation for several, and the reverse."""
+    message = user("What is this?")
+    for conversations in ([message], [None], [3]):
+        with pytest.raises(ValueError, match=r"conversations\[0\] is no list of messages but"):
+            engine.generate(conversations)
+    for conversations in (message, "What is this?"):
+        with pytest.raises(ValueError, match=r"conversations is one (dict|str); give a list"):
+            engine.generate(conversations)
+    for conversation in (message, [[message]]):
+        with pytest.raises(ValueError, match="messages is no list of messages but"):
+            engine.logits(conversation)
+        with pytest.raises(ValueError, match="messages is no list of messages but"):
+            engine.stream(conversation)
+
+
+def test_models_of_the_drawings_show_them_on_white(make_random_model, emoji_tokenizer, tmp_path):
+    """A run's own model as the sample's: what is hidden under transparency was never trained on."""
+    model, tokens = make_random_model(), emoji_tokenizer
+    ids = checkpoints.SpecialTokens(tokens.image_id, tokens.im_end_id, tokens.pad_id)
+    checkpoints.save(model, model.config, tmp_path, tokens=ids)
+    shutil.copy(emoji.DIRECTORY / emoji.TOKENIZER, tmp_path)
+    clear = [user(Image.new("RGBA", (64, 64)))]
+    for name in ("sample", tmp_path):
+        assert (pangea_jax.load(name).read(clear).tiles == 255).all()
+    assert (pangea_jax.load(tmp_path, background=None).read(clear).tiles == 0).all()
+    assert engine_module._settings(tmp_path.parent) == {}
+
+
+@pytest.mark.parametrize("text", ["caf\udce9", "\ud83d"])
+def test_broken_unicode_is_refused_by_place(sample, text):
+    message = {"role": "user", "content": text}
+    for conversation in (text, [message], [{"role": "system", "content": text}, user("x")]):
+        with pytest.raises(
+            ValueError, match=r"conversations\[1\]: a text is not Unicode .*position"
+        ):
+            sample.generate([[user("x")], conversation])
 
 
 def test_no_conversations(engine):

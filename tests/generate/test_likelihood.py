@@ -94,8 +94,35 @@ def test_tokens_across_the_border_belong_to_the_continuation(engine):
     assert score.tokens == 1
 
 
+@pytest.mark.parametrize("text", ["What is thi", "Que es un", "a"])
+def test_a_text_that_its_continuations_change_is_read_as_they_have_it(engine, text):
+    """Both begin with one letter, which makes one token with the end of the text: nothing tells them apart
+    until after it, and what is read before is not the text's own tokens."""
+    beginning = {"What is thi": "s", "Que es un": "wa", "a": "s"}[text]
+    continuations = [f"{beginning} butterfly", f"{beginning} no"]
+    wholes = [engine.tokenizer.encode(text + continuation) for continuation in continuations]
+    length = len(engine.tokenizer.encode(text))
+    assert {tuple(whole[:length]) for whole in wholes} != {tuple(engine.tokenizer.encode(text))}
+    for asked in (continuations, continuations[:1]):
+        (scores,) = engine.loglikelihood([engine.candidates(text, asked)])
+        for whole, score in zip(wholes, scores, strict=False):
+            before = dataclasses.replace(
+                engine.read(text),
+                tokens=np.asarray(whole[:length], np.int32),
+                image_index=np.full(length, -1, np.int32),
+            )
+            total, _ = _expected(engine, before, whole)
+            assert score.total == pytest.approx(total, abs=2e-4)
+            assert score.tokens == len(whole) - length
+
+
 @pytest.mark.parametrize(
-    ("wholes", "message"), [([], "no continuations"), ([[1, 2], [1]], "continuation 1 has no")]
+    ("wholes", "message"),
+    [
+        ([], "no continuations"),
+        ([[1, 2], [1]], "continuation 1 has no"),
+        ([[1, 2], [3, 4]], "one by one"),
+    ],
 )
 def test_what_cannot_be_scored(wholes, message):
     with pytest.raises(ValueError, match=message):

@@ -37,6 +37,22 @@ def start(workdir, *flags, steps=12, devices=1, command=TRAIN, log=None, **envir
     )
 
 
+def run_interrupted(script, function, flags):
+    """A script with Ctrl-C pressed where it calls a function; both as it is called, a dotted name."""
+    module, _, name = function.rpartition(".")
+    program = f"""
+import runpy, sys, {module}
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+{module}.{name} = interrupt
+sys.argv = {[script, *flags]!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True, timeout=300
+    )
+
+
 def finish(workdir, *flags, code=0, **kwargs):
     """Runs to the end; returns what it said."""
     process = start(workdir, *flags, **kwargs)

@@ -9,6 +9,7 @@ import pytest
 
 import pangea_jax
 from pangea_jax.data import emoji
+from tests.launch.conftest import run_interrupted
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,10 +25,11 @@ def chat(*flags, lines=()):
     return subprocess.run(
         [sys.executable, "launch/chat.py", *flags],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "LC_ALL": "C.UTF-8"},
         input="".join(f"{line}\n" for line in lines),
         capture_output=True,
         encoding="utf-8",
+        errors="surrogateescape",
         timeout=300,
     )
 
@@ -44,6 +46,7 @@ def test_a_conversation(butterfly):
         "What is this?",  # the picture is still part of what was said
         "/image nowhere.png",
         "/picture x",
+        "caf\udce9",  # a byte that is not UTF-8
         "/reset",
         "What is this?",
         "/quit",
@@ -58,6 +61,8 @@ def test_a_conversation(butterfly):
     assert done.stderr.splitlines() == [
         "error: there is no file nowhere.png",
         "error: /picture is no command: /image FILE, /reset, /quit",
+        "error: messages: a text is not Unicode ('utf-8' codec can't encode character '\\udce9' in "
+        "position 3: surrogates not allowed)",
     ]
 
 
@@ -72,6 +77,11 @@ def test_flags_reach_the_engine(butterfly):
     assert done.stdout == f"{expected}\n"
 
 
+def test_ctrl_c_while_the_model_loads_ends_quietly():
+    done = run_interrupted("launch/chat.py", "pangea_jax.load", ["--model=sample"])
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -82,6 +92,7 @@ def test_flags_reach_the_engine(butterfly):
         (["question"], "unexpected argument 'question'"),
         (["--tempreature=1"], "tempreature"),
         (["--dtype=int7"], "dtype int7"),
+        (["--prompt=x", "--system="], "--system is empty"),
     ],
 )
 def test_errors_are_one_sentence(flags, message):

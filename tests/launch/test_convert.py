@@ -18,6 +18,7 @@ from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.model import LoraConfig
 from pangea_jax.model.params import flatten
 from tests.checkpoints.tiny import random_state, with_language, write_run
+from tests.launch.conftest import run_interrupted
 
 ROOT = Path(__file__).parents[2]
 CONFIG = with_language(vocab_size=4500)
@@ -62,6 +63,26 @@ def test_there_and_back(public, tmp_path):
     assert load_tokenizer(back).encode("cat") == load_tokenizer(public).encode("cat")
 
 
+def test_a_home_folder_is_written_as_shells_leave_it(public, tmp_path, monkeypatch):
+    """`--to=~/x` reaches a program as it stands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "source").symlink_to(public)
+    code, _, err = convert("--from=~/source", "--to=~/out", "--format=hf")
+    assert code == 0, err
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not (ROOT / "~").exists()
+
+
+@pytest.mark.parametrize("form", ["hf", "peft"])
+def test_ctrl_c_speaks_of_the_conversion(public, tmp_path, form):
+    """And not of training, wherever it comes."""
+    flags = f"--from={public}", f"--to={tmp_path / 'out'}", f"--format={form}"
+    done = run_interrupted("launch/convert.py", "pangea_jax.checkpoints.resolve", flags)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "the same command starts anew" in done.stderr
+    assert "trained" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "base"), [((), None), (("--base=owner/name",), "owner/name")], ids=["none", "named"]
 )
@@ -80,6 +101,12 @@ def test_adapters_name_the_model_under_them(tmp_path, flags, base):
     [
         (("--to=x",), "expected --from=DIR|owner/name and --to=DIR"),
         (("--from=nowhere", "--to=x"), "there is no folder nowhere"),
+        (("--from=sample", "--to=x"), "launch/train.py writes one like it"),
+        (
+            ("--from={public}", "--to=x", "--layout=transformers-5"),
+            "--layout is of --format=hf alone",
+        ),
+        (("--from={public}/model.safetensors", "--to=x"), "no config.json in"),
         (("--from=owner/name", "--to=x"), "could not be fetched from the Hugging Face hub"),
         (("--from={public}", "--to={public}"), "is there already"),
         (("--from={empty}", "--to=x"), "no config.json"),

@@ -101,7 +101,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
             sys.exit(stop.code)
         except KeyboardInterrupt as error:
             print(
-                "stopped; nothing was trained since the last checkpoint, the same command goes on from it",
+                "stopped; the same command goes on from what was saved, or starts anew",
                 file=sys.stderr,
             )
             _exit(error, EXIT_INTERRUPTED)

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import itertools
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -140,6 +141,10 @@ def _parts(message: Mapping[str, Any], name: str) -> tuple[str, list[Any]]:
     """Text with marks, and pictures, of a message in parts."""
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
+    if not (isinstance(parts, Sequence) and all(isinstance(part, Mapping) for part in parts)):
+        raise ValueError(
+            f"{name}.content is neither a text nor a list of parts but {reprlib.repr(content)}"
+        )
     lines, pictures = [], []
     for j, part in enumerate(parts):
         if part.get("type") == "text" and isinstance(part.get("text"), str):
@@ -169,7 +174,7 @@ def _picture(part: Mapping[str, Any], name: str) -> Any:
     kind = part.get("type")
     if kind == "image_url" and part.get("image_url"):
         url = part["image_url"]
-        return _from_data_url(url["url"] if isinstance(url, Mapping) else url, name)
+        return _from_data_url(url.get("url") if isinstance(url, Mapping) else url, name)
     if kind == "image":
         if part.get("base64") is not None:
             return _from_base64(part["base64"], name)

@@ -171,6 +171,16 @@ def test_messages_of_other_libraries():
     [
         ([{"role": "tool", "content": "x"}], r"messages\[0\].role is 'tool', not system, user"),
         ([{"role": "user", "content": [{"type": "video"}]}], r"content\[0\] is neither"),
+        ([{"role": "user", "content": {"text": "x"}}], r"\[0\].content is neither .*'text': 'x'"),
+        (
+            [{"role": "user", "content": ["x"]}],
+            r"messages\[0\].content is neither a text nor a list",
+        ),
+        ([{"role": "user", "content": 3}], r"messages\[0\].content is neither a text nor a list"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"detail": "low"}}]}],
+            r"content\[0\]: a picture is given as data:image",
+        ),
         ([{"role": "user", "content": []}], r"messages\[0\].content is empty"),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "only the first"),
         ([{"role": "system", "content": "b"}], "no message of a user"),

@@ -5,6 +5,7 @@ import difflib
 import functools
 import inspect
 import json
+import operator
 import os
 import re
 import sys
@@ -216,10 +217,7 @@ KEYS = {
 }
 
 # Of these none is never, and not without end.
-_COUNTS = (
-    *(("", "steps"), ("", "log_every"), ("", "accumulation")),
-    *(("checkpoint", "every"), ("checkpoint", "keep"), ("pipeline", "rows")),
-)
+_COUNTS = ("steps", "log_every", "accumulation", "checkpoint.every", "checkpoint.keep")
 
 
 def check_keys(config: Config, *, evaluation: Callable) -> None:
@@ -238,10 +236,9 @@ def check_keys(config: Config, *, evaluation: Callable) -> None:
                 near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise UserError(f"config.{f'{part}.{key}'.lstrip('.')} is read by nothing{hint}")
-    for part, key in _COUNTS:
-        count = (config[part] if part else config)[key]
+    for name in _COUNTS:
+        count = functools.reduce(operator.getitem, name.split("."), config)
         if count is not None and count < 1:
-            name = f"{part}.{key}".lstrip(".")
             raise UserError(f"config.{name} is {count}; expected a number of 1 or more")
 
 

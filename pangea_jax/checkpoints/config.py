@@ -329,7 +329,7 @@ def to_transformers(config: PangeaConfig, dtype: str, tokens: SpecialTokens) -> 
     return {
         "architectures": [name],
         "model_type": "llava_next" if config.newline else "llava",
-        # The form that this is in; where none is named, transformers 5 warns of a wrong tokenizer.
+        # The form that this is in; where none is named, transformers 5.19 warns of a wrong tokenizer.
         "transformers_version": "4.45.0",
         **(pinpoints if config.newline else {}),
         "image_seq_length": config.vision.patches,

@@ -21,9 +21,14 @@ from jaxtyping import Bool, Int, Int32
 from pangea_jax import languages as language_table
 
 DESIGNS = ("fixed_total", "fixed_multilingual")
+# Fields that are tuples of names.
 _NAMES = (
-    *("languages", "sources", "categories"),
-    *("exclude_sources", "exclude_categories", "exclude_ids"),
+    "languages",
+    "sources",
+    "categories",
+    "exclude_sources",
+    "exclude_categories",
+    "exclude_ids",
 )
 
 

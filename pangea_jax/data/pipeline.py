@@ -40,9 +40,14 @@ __all__ = [
 PACKINGS = ("none", "balanced", "best_fit", "planned")
 OVERLONG = ("error", "drop", "truncate")
 MULTI_IMAGE = ("anyres", "padded")
+# Fields that are counts of something there must be.
 _POSITIVE = (
-    *("rows", "row_tokens", "max_targets"),
-    *("examples_per_row", "packing_bins", "packing_window"),
+    "rows",
+    "row_tokens",
+    "max_targets",
+    "examples_per_row",
+    "packing_bins",
+    "packing_window",
 )
 DOES_NOT_FIT = "does not fit a row"
 # Tokens by which moving its picture to the front may lengthen a message.

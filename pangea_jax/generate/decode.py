@@ -296,9 +296,8 @@ def follow(
     )
     kept = (jnp.arange(width) < shared) & (ids > 0)
 
-    def of_tokens(
-        x, axis
-    ):  # zeros elsewhere, for a NaN of the row's own would survive being masked
+    def of_tokens(x, axis):
+        # Zeros elsewhere, for a NaN of the row's own would survive being masked.
         x = jax.lax.slice_in_dim(of_row(x, x.ndim - 4), 0, width, axis=axis)
         return jnp.where(kept[:, None, None] if axis == -1 else kept[:, None, :, None], x, 0)
 

@@ -1,6 +1,6 @@
 """How fast image/alt-text pairs pass the filters, and what finding near-duplicates takes.
 
-    python benchmarks/curation.py [--only=filters|pictures|texts|overlap] [--rows=20000] [--hashes=1000000]
+    python -m benchmarks.curation [--only=filters|pictures|texts|overlap] [--rows=20000] [--hashes=1000000]
 
     filters    rows per second of one core through the rules of `curation.filters.Filters`, read from Parquet as
                LAION has it (addresses) and from a tar file as img2dataset writes it (JPEGs of 512 pixels); then the
@@ -33,9 +33,6 @@ import pyarrow.parquet as pq
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-
-# A clone runs without being installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pangea_jax.curation import contamination, image_text, near_duplicates
 from pangea_jax.curation.accounting import Passed

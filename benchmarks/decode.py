@@ -1,16 +1,11 @@
 """Decoding beside transformers' `generate`: same CPU, same weights, same prompt, in turn in one process.
 
-    python benchmarks/decode.py [--repetitions=7]
+    python -m benchmarks.decode [--repetitions=7]
 
 A 50M-parameter model in float32 (`benchmarks/peer.py`), a 640x480 picture and 32 words a row, 64 greedy tokens from a
 KV cache. The time is that of generating 64 tokens less that of generating one. Prints tokens a second, the ratio, and
 the bytes of weights read a second beside what one vector times a large matrix reads here.
 """
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import functools
 import re

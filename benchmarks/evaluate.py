@@ -1,27 +1,23 @@
 """Evaluating in batches beside a loop over documents with transformers: same CPU, same weights, same prompts.
 
-    python benchmarks/evaluate.py [--documents=72] [--questions=8] [--new_tokens=64] [--batch_size=auto]
+    python -m benchmarks.evaluate [--documents=72] [--questions=8] [--new_tokens=64] [--batch_size=auto]
 
 A 47M-parameter model in float32 with random weights (`benchmarks/peer.py`, the sample's vocabulary) answers a third of
 its documents with a photograph-sized picture (640x480) and two thirds without one, of 60 to 650 tokens. Eight
 questions are about one picture; in PangeaBench xGQA has 258 of them, XM100 36, CVQA 4 and others 1. Ours is
-`eval/checkpoint_model.py`, as `eval/run.py` runs it; the other side is `generate` of transformers' LLaVA-NeXT, one
-document at a time with a KV cache, on token ids and pixels that our reader made: its time is that of reading and
-generating, too. Nothing ends an answer early. Each side does all documents once: ours first with the time it takes to
-compile, then again without; prints documents a second, whether the answers are the same, and how long the arithmetic
-alone would take at the rate of a large matrix product. Five minutes on two cores.
+`eval/bench/checkpoint_model.py`, as `eval/run.py` runs it; the other side is `generate` of transformers'
+LLaVA-NeXT, one document at a time with a KV cache, on token ids and pixels that our reader made: its time is that of
+reading and generating, too. Nothing ends an answer early. Each side does all documents once: ours first with the time
+it takes to compile, then again without; prints documents a second, whether the answers are the same, and how long the
+arithmetic alone would take at the rate of a large matrix product. Five minutes on two cores.
 """
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import dataclasses
 import os
 import tempfile
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,17 +25,17 @@ from flax import nnx
 from PIL import Image
 
 from benchmarks import peer
-from eval.checkpoint_model import CheckpointModel
-from eval.models import Request
-from eval.runner import in_order
-from eval.task import Document, Generation, Prompt
-from eval.tasks import ALL_TASKS
+from eval.bench.checkpoint_model import CheckpointModel
+from eval.bench.models import Request
+from eval.bench.responses import in_order
+from eval.bench.task import Document, Generation, Prompt
+from eval.bench.tasks import ALL_TASKS
 from pangea_jax import checkpoints
-from pangea_jax.data import emoji
 from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.generate.engine import Engine
 from pangea_jax.model import Pangea
 from pangea_jax.model.vision import normalize
+from pangea_jax.sample import emoji
 
 WORDS = ("paka", "mbwa", "nyumba", "what", "river", "the", "over", "kalamu", "mountain", "chakula")
 

@@ -1,6 +1,6 @@
 """Prefill and train step beside transformers: same CPU, same weights, same inputs, in turn in one process.
 
-    python benchmarks/forward.py [--repetitions=9]
+    python -m benchmarks.forward [--repetitions=9]
 
 A 50M-parameter model in float32 (`benchmarks/peer.py`), a 640x480 picture in five tiles and 32 words a row. The
 prefill ends with the last token's logits and the KV cache; the train step is forward, backward, clipping and AdamW of
@@ -8,10 +8,6 @@ all parameters. Prints the ratio of time, the operations a second, and what a la
 """
 
 import dataclasses
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import numpy as np

@@ -1,8 +1,8 @@
 """Pangea-7B at full size on a small machine: write, convert, one forward pass.
 
-    python benchmarks/full_size.py write   --folder=/data/full      # 15.9 GB of random weights, -hf layout
-    python benchmarks/full_size.py convert --folder=/data/full      # to Orbax and back, beside a plain copy
-    python benchmarks/full_size.py forward --folder=/data/full      # a picture, a question, 8 new tokens
+    python -m benchmarks.full_size write   --folder=/data/full      # 15.9 GB of random weights, -hf layout
+    python -m benchmarks.full_size convert --folder=/data/full      # to Orbax and back, beside a plain copy
+    python -m benchmarks.full_size forward --folder=/data/full      # a picture, a question, 8 new tokens
 
 `convert` needs three times the checkpoint's size of free disk in all (two at a time beside the first) and less than
 6 GiB of memory, `forward` about 20 GiB and JAX 0.12 (earlier ones widen all weights to float32 on a CPU). `--layers`
@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import ml_dtypes
 import numpy as np
@@ -68,9 +67,9 @@ def write(folder: Path, layers: int):
     """A random checkpoint in the layout of neulab/Pangea-7B-hf."""
     from pangea_jax.checkpoints import SpecialTokens, files, huggingface, names
     from pangea_jax.checkpoints import config as config_file
-    from pangea_jax.data import emoji
-    from pangea_jax.data.atomic import write_json
     from pangea_jax.data.tokenizer import load_tokenizer
+    from pangea_jax.sample import emoji
+    from pangea_jax.work.atomic import write_json
 
     config = config_of(layers)
     layout = names.LAYOUTS["transformers-4"]

@@ -1,6 +1,6 @@
 """How fast records become batches, how full the rows are, and how much memory that takes.
 
-    python benchmarks/input_pipeline.py --store=DIR --tokenizer=DIR [--workers=1] [--seconds=60]
+    python -m benchmarks.input_pipeline --store=DIR --tokenizer=DIR [--workers=1] [--seconds=60]
 
 Three parts, or one of them with --only=speed|packing|memory:
 
@@ -24,7 +24,6 @@ import json
 import math
 import os
 import platform
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -35,17 +34,15 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-# A clone runs without being installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from configs import pangea_7b_finetune
-from pangea_jax.data import emoji, pipeline
+from pangea_jax.data import pipeline
+from pangea_jax.data.build.write_store import Picture, write_store
 from pangea_jax.data.packing import plan_rows
 from pangea_jax.data.record import Conversation, Turn
 from pangea_jax.data.store import RecordStore
 from pangea_jax.data.tokenizer import load_tokenizer
-from pangea_jax.data.write_store import Picture, write_store
 from pangea_jax.model import PINPOINTS
+from pangea_jax.sample import emoji
 
 TILE, GRID = 336, 24
 PEER_BATCH = 4
@@ -90,7 +87,7 @@ def generated_store(directory: Path) -> RecordStore:
             turns = (Turn("user", "<image>\nWhat do you see?"), Turn("assistant", answer))
             yield Conversation(f"r{i}", "made", "en", "", (f"made/{i}",), turns), {}
 
-    build = "python benchmarks/input_pipeline.py"
+    build = "python -m benchmarks.input_pipeline"
     records, images = {"train": records()}, {"made": pictures()}
     write_store(directory, name="generated", build=build, records=records, images=images)
     return RecordStore(directory)

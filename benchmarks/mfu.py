@@ -1,10 +1,10 @@
 """Real training steps of a config on the devices at hand: seconds, tokens a second, MFU, memory.
 
-    python benchmarks/mfu.py --config=configs/pangea_7b_finetune.py:lora=16 --config.pipeline.rows=2 \\
+    python -m benchmarks.mfu --config=configs/pangea_7b_finetune.py:lora=16 --config.pipeline.rows=2 \\
         --config.accumulation=1
-    python benchmarks/mfu.py --config=configs/pangea_7b_finetune.py --config.optimizer.name=adafactor \\
+    python -m benchmarks.mfu --config=configs/pangea_7b_finetune.py --config.optimizer.name=adafactor \\
         --config.pipeline.rows=2 --config.remat=products
-    python benchmarks/mfu.py --config=configs/ablate_en_ratio.py --steps=5        # a smoke test on a CPU
+    python -m benchmarks.mfu --config=configs/ablate_en_ratio.py --steps=5        # a smoke test on a CPU
 
 It is the step that launch/train.py runs, of the same model, optimiser, shardings and batch; weights are random and the
 one batch is made up: full rows of conversations as long as those of PangeaIns, each with its share of the tiles. Data
@@ -14,11 +14,8 @@ loading, checkpoints and logging are not in it. FLOPs are counted as pangea_jax/
 import collections
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import numpy as np

@@ -1,6 +1,6 @@
 """How long the main command takes on this machine, and where the time goes.
 
-    python benchmarks/sample_run.py [--config=configs/ablate_en_ratio.py] [--cold]
+    python -m benchmarks.sample_run [--config=configs/ablate_en_ratio.py] [--cold]
 
 Runs `launch/train.py` in a process of its own with a fresh work directory (with `--cold` also fresh caches of compiled
 programs and picture features) and prints the machine, wall time, time to the first log line, peak memory, examples a

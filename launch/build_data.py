@@ -12,7 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a clone
+    import _clone  # noqa: F401
 
 import pyarrow.parquet as pq
 from rich.console import Console
@@ -27,24 +28,18 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from eval import composition
 from pangea_jax import languages
-from pangea_jax.data import (
-    emoji,
-    emoji_licences,
-    emoji_sources,
-    image,
-    pangeains,
-    rejections,
-    runners,
-    vocabulary,
-)
-from pangea_jax.data.emoji import Concept
-from pangea_jax.data.emoji_sources import ARTISTS, Annotations, Artwork
-from pangea_jax.data.release import ReleaseError
-from pangea_jax.data.runners import RunnerError
+from pangea_jax.data import image
+from pangea_jax.data.build import pangeains, rejections
+from pangea_jax.data.build.release import ReleaseError
+from pangea_jax.data.build.write_store import Picture, write_store
 from pangea_jax.data.store import INDEX, RecordStore
-from pangea_jax.data.write_store import Picture, write_store
+from pangea_jax.figures import composition
+from pangea_jax.sample import emoji, licences, sources, vocabulary
+from pangea_jax.sample.emoji import Concept
+from pangea_jax.sample.sources import ARTISTS, Annotations, Artwork
+from pangea_jax.work import runners
+from pangea_jax.work.runners import RunnerError
 
 console = Console()
 
@@ -224,10 +219,10 @@ def build_emoji(arguments: argparse.Namespace) -> None:
         packages = arguments.packages or Path(scratch)
         if arguments.packages is None:
             with console.status("downloading six packages with npm pack"):
-                emoji_sources.fetch(packages)
+                sources.fetch(packages)
         artworks = {artist.id: Artwork(artist, packages) for artist in ARTISTS}
         annotations = Annotations(packages)
-        concepts = emoji_sources.select_concepts(annotations, artworks)
+        concepts = sources.select_concepts(annotations, artworks)
         pictures = draw(concepts, artworks)
 
     (out / emoji.CONCEPTS).write_text(emoji.dump_concepts(concepts), encoding="utf-8")
@@ -245,7 +240,7 @@ def build_emoji(arguments: argparse.Namespace) -> None:
             columns=emoji.INDEX_COLUMNS,
             extra_files=[out / emoji.CONCEPTS, out / emoji.TOKENIZER],
         )
-    emoji_licences.write(out, annotations.licence)
+    licences.write(out, annotations.licence)
     summarise(out, concepts)
 
 
@@ -259,7 +254,7 @@ def draw(concepts: list[Concept], artworks: dict[str, Artwork]) -> dict[str, lis
             name = artwork.icon(concept.codepoint, noto.name_of_codepoint[concept.codepoint])
             if name is None:
                 continue
-            encoded = emoji_sources.encode(emoji_sources.rasterise(artwork.svg(name)))
+            encoded = sources.encode(sources.rasterise(artwork.svg(name)))
             key = emoji.image_key(artist, concept.codepoint)
             pictures[artist].append(Picture(key, encoded, emoji.SIZE, emoji.SIZE))
     return pictures
@@ -295,7 +290,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("build_data.py: stopped; the same command goes on")
     except (
-        emoji_sources.SourceError,
+        sources.SourceError,
         pangeains.BuildError,
         ReleaseError,
         RunnerError,

@@ -10,9 +10,9 @@ answer.
 
 import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a clone
+    import _clone  # noqa: F401
 
 from absl import flags, logging
 

@@ -23,7 +23,6 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from launch import distributed
 from pangea_jax import checkpoints, sharding
 from pangea_jax.checkpoints import huggingface
-from pangea_jax.data import atomic, emoji
 from pangea_jax.data.feed import BadRecordsError, Feed, RestartError
 from pangea_jax.data.mixture import Mixture
 from pangea_jax.data.pipeline import PipelineConfig
@@ -40,9 +39,11 @@ from pangea_jax.model import (
     VisionTower,
 )
 from pangea_jax.model import params as model_params
+from pangea_jax.sample import emoji
 from pangea_jax.train.flops import train_flops
 from pangea_jax.train.guards import BadStepsError, GuardConfig
 from pangea_jax.train.optimizer import OptimizerConfig
+from pangea_jax.work import atomic
 
 Config = ConfigDict | FrozenConfigDict
 PRETRAINED = {

@@ -25,8 +25,8 @@ import sys
 import time
 from pathlib import Path
 
-# A clone runs without being installed: configs/ lies beside launch/, not in the package.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a clone
+    import _clone  # noqa: F401
 
 # Read when JAX and libtpu are first loaded. This is no TPU host: nobody to ask what kind of one it is, no
 # device to lock.

@@ -15,7 +15,8 @@ loads them over the model that the run started from, which `--base` names for it
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a clone
+    import _clone  # noqa: F401
 
 import jax
 import numpy as np

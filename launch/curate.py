@@ -18,7 +18,8 @@ import sqlite3
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a clone
+    import _clone  # noqa: F401
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -26,9 +27,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from pangea_jax.curation import pipeline, reply_store
-from pangea_jax.data.release import ReleaseError
-from pangea_jax.data.runners import RunnerError
+from pangea_jax.data.build.release import ReleaseError
 from pangea_jax.data.store import StoreError
+from pangea_jax.work.runners import RunnerError
 
 console = Console(soft_wrap=True)
 
@@ -62,9 +63,9 @@ def run_pipeline(command: str, arguments: list[str]) -> None:
 
 
 def run_statistics(arguments: list[str]) -> None:
-    from eval import composition
     from pangea_jax.curation import statistics
     from pangea_jax.curation.contamination import Benchmarks
+    from pangea_jax.figures import composition
 
     arguments = parse_statistics(arguments)
     data = arguments.folder

@@ -20,7 +20,7 @@ from jax.experimental.mosaic.dialects import tpu
 from jax.extend.mlir import ir
 
 from launch import common
-from pangea_jax.data import atomic
+from pangea_jax.work import atomic
 
 
 def save(

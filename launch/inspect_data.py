@@ -10,11 +10,10 @@ work directory. Pictures are shown as tiles also where training takes cached fea
 import dataclasses
 import itertools
 import json
-import sys
 from pathlib import Path
 
-# A clone runs without being installed: launch/ lies beside this file, not in the package.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a clone
+    import _clone  # noqa: F401
 
 from absl import flags, logging
 from rich.console import Console

@@ -3,10 +3,10 @@
 Config: configs/sample_stage1.py.
 """
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a clone
+    import _clone  # noqa: F401
 
 import jax
 import numpy as np
@@ -15,11 +15,12 @@ from absl import flags, logging
 from launch import common
 from pangea_jax import sharding
 from pangea_jax.checkpoints import SpecialTokens, huggingface
-from pangea_jax.data import emoji, mixture, pipeline
+from pangea_jax.data import mixture, pipeline
 from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.model import params as model_params
+from pangea_jax.sample import emoji
+from pangea_jax.sample.features import frozen_features
 from pangea_jax.train import optimizer as optim
-from pangea_jax.train.features import frozen_features
 from pangea_jax.train.state import init_state
 from pangea_jax.train.step import make_train_step
 from pangea_jax.train.telemetry import Speed, StepTimer, Telemetry, Window

@@ -5,10 +5,10 @@ Pangea starts from CLIP; the sample model starts from this. Configs: configs/sam
 
 import io
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a clone
+    import _clone  # noqa: F401
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,11 @@ from ml_collections import config_flags
 from PIL import Image
 
 from pangea_jax.checkpoints import huggingface
-from pangea_jax.data import augment, emoji
 from pangea_jax.model import PangeaConfig, VisionConfig, VisionTower
 from pangea_jax.model import params as model_params
 from pangea_jax.model.layers import LayerNorm, normal
 from pangea_jax.model.vision import normalize
+from pangea_jax.sample import augment, emoji
 from pangea_jax.train.telemetry import Telemetry
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/sample_tower.py", "The run.")

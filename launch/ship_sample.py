@@ -12,18 +12,18 @@ float16 on disk: at this size its 11 bits cost no accuracy (the tests score what
 
 import argparse
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a clone
+    import _clone  # noqa: F401
 
 import numpy as np
 
 from pangea_jax.checkpoints import SpecialTokens, config_from_folder, load, save
-from pangea_jax.data import emoji
 from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.generate.engine import SAMPLE_MODEL
+from pangea_jax.sample import emoji
 
 
 def ship_pretrained(run: Path, name: str) -> None:

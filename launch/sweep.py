@@ -31,7 +31,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a clone
+    import _clone  # noqa: F401
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -39,10 +40,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from eval import ablation, ablation_summary
-from eval.ablation import RESULTS_FILE, SWEEP_FILE
+from eval.ablation import intervals, summary
+from eval.ablation.intervals import RESULTS_FILE, SWEEP_FILE
 from launch import common, distributed
-from pangea_jax.data import atomic
+from pangea_jax.work import atomic
 
 CONFIG = common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string(
@@ -328,9 +329,9 @@ def _scores(job: Job) -> tuple[str, str]:
     splits = json.loads((job.workdir / RESULTS_FILE).read_text(encoding="utf-8"))["splits"]
     rows = list(splits.values())[-1] if splits else {}
     cells = []
-    for who in (ablation.ENGLISH, ablation.OTHERS):
+    for who in (intervals.ENGLISH, intervals.OTHERS):
         scored = next(
-            (rows[who][m] for m in ablation.METRICS if rows.get(who) and m in rows[who]), None
+            (rows[who][m] for m in intervals.METRICS if rows.get(who) and m in rows[who]), None
         )
         cells.append("" if scored is None else f"{100 * scored:.1f}")
     return cells[0], cells[1]
@@ -381,13 +382,13 @@ def report(directories: Sequence[str], page: str | None, console: Console) -> No
     """Figures and summary.md of every sweep, or one page of them all."""
     if not directories:
         raise common.UserError("report needs the --workdir of a sweep, or several")
-    sweeps = [ablation.load(Path(directory)) for directory in directories]
+    sweeps = [intervals.load(Path(directory)) for directory in directories]
     if page:
-        ablation_summary.write_document(sweeps, Path(page))
+        summary.write_document(sweeps, Path(page))
         console.print(f"written: {page}", soft_wrap=True)
         return
     for sweep in sweeps:
-        written = ablation_summary.write(sweep, sweep.directory)
+        written = summary.write(sweep, sweep.directory)
         console.print(f"written: {written}", soft_wrap=True)
 
 

@@ -11,32 +11,32 @@ it was.
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
-# A clone runs without being installed: configs/ and eval/ lie beside launch/, not in the package.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file of a clone
+    import _clone  # noqa: F401
 
 import jax
 import numpy as np
 from absl import flags, logging
 from rich.console import Console
 
-from eval import naming, report
 from launch import common, distributed, executable
 from pangea_jax import sharding
 from pangea_jax.checkpoints import SpecialTokens, huggingface, processor, tokenizer_files
-from pangea_jax.data import atomic, batch_view, emoji, mixture, pipeline
+from pangea_jax.data import batch_view, mixture, pipeline
 from pangea_jax.model import params as model_params
+from pangea_jax.sample import emoji, figures, naming
+from pangea_jax.sample.features import frozen_features
 from pangea_jax.train import optimizer as optim
-from pangea_jax.train.checkpoint import Checkpoints
-from pangea_jax.train.features import frozen_features
 from pangea_jax.train.flops import PEAK_FLOPS
 from pangea_jax.train.guards import Guard, GuardConfig, dump_batch
 from pangea_jax.train.loop import Loop
+from pangea_jax.train.resume import Checkpoints
 from pangea_jax.train.state import init_state
 from pangea_jax.train.step import make_train_step
 from pangea_jax.train.telemetry import Profiler, Speed, StepTimer, Telemetry, gather, record_start
+from pangea_jax.work import atomic
 
 CONFIG = common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string(
@@ -212,15 +212,15 @@ def write_processor(workdir, model, tokenizer):
 
 def write_report(run, results, answers, store):
     """The figures, and the tables on the console."""
-    report.plot_loss(run.workdir / "metrics.jsonl", run.workdir)
+    figures.plot_loss(run.workdir / "metrics.jsonl", run.workdir)
     if answers:
-        report.plot_languages(results, run.workdir, run.config.title)
+        figures.plot_languages(results, run.workdir, run.config.title)
         unseen = answers["unseen_artwork"]
         examples = naming.sheet_examples(unseen, store, count=24, seed=run.config.seed)
         title = f"{run.config.title}: drawings by an artist never trained on"
-        report.answer_sheet(examples, run.workdir / "sheet", title)
-        run.console.print(report.results_table(results))
-    run.console.print(report.timing_table(results["timing"]))
+        figures.answer_sheet(examples, run.workdir / "sheet", title)
+        run.console.print(figures.results_table(results))
+    run.console.print(figures.timing_table(results["timing"]))
     names = sorted(path.name for path in run.workdir.iterdir() if path.suffix != ".svg")
     run.console.print(f"Everything is in {run.workdir}/: {', '.join(names)}")
 

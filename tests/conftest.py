@@ -174,15 +174,15 @@ def tiny_model(tiny_config):
 
 @pytest.fixture(scope="session")
 def emoji_store():
-    from pangea_jax.data import emoji
+    from pangea_jax.sample import emoji
 
     return emoji.open_store()
 
 
 @pytest.fixture(scope="session")
 def emoji_tokenizer():
-    from pangea_jax.data import emoji
     from pangea_jax.data.tokenizer import load_tokenizer
+    from pangea_jax.sample import emoji
 
     return load_tokenizer(emoji.DIRECTORY)
 

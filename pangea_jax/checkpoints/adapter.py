@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 from pangea_jax.checkpoints import huggingface, names, orbax
 from pangea_jax.checkpoints.config import config_from_folder
 from pangea_jax.checkpoints.files import CheckpointError, require_new
-from pangea_jax.data.atomic import write_json
 from pangea_jax.model.lora import LoraConfig
 from pangea_jax.model.params import flatten
+from pangea_jax.work.atomic import write_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # The modules of transformers 4.52 and later; peft wraps them into two more.

@@ -19,9 +19,9 @@ from pangea_jax.checkpoints.files import (
     require_new,
     write,
 )
-from pangea_jax.data.atomic import write_json
 from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.model import PangeaConfig
+from pangea_jax.work.atomic import write_json
 
 FORMATS = ("orbax", "hf")
 # What transformers finds its way in, and in the first vLLM; the others of `names.LAYOUTS` are read only.

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pangea_jax.data.atomic import write_json
+from pangea_jax.work.atomic import write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

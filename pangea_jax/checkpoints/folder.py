@@ -16,10 +16,10 @@ from pangea_jax.checkpoints.config import (
     read_config,
 )
 from pangea_jax.checkpoints.files import CheckpointError
-from pangea_jax.data import emoji
 from pangea_jax.data import tokenizer as tokenizers
 from pangea_jax.model import Pangea, PangeaConfig
 from pangea_jax.model.params import flatten, unflatten
+from pangea_jax.sample import emoji
 
 # Weights as safetensors only: whatever needs unpickling is not even fetched.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]

@@ -22,9 +22,9 @@ from pangea_jax.checkpoints.files import (
     cast,
     write,
 )
-from pangea_jax.data.atomic import write_json
 from pangea_jax.model import Pangea, PangeaConfig, lora
 from pangea_jax.model.params import flatten, unflatten
+from pangea_jax.work.atomic import write_json
 
 MAX_SHARD_BYTES = 5_000_000_000
 

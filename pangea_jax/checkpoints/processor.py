@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-from pangea_jax.data.atomic import write_json
 from pangea_jax.data.tokenizer import (
     END_OF_TEXT,
     IM_END,
@@ -15,6 +14,7 @@ from pangea_jax.data.tokenizer import (
 )
 from pangea_jax.model import PangeaConfig
 from pangea_jax.model.vision import CLIP_MEAN, CLIP_STD
+from pangea_jax.work.atomic import write_json
 
 # ChatML as `pangea_jax.data.chat` renders it: a system message unless the first one is, and every
 # picture on a line of its own.

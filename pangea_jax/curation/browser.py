@@ -26,7 +26,7 @@ from PIL import Image
 from pangea_jax.curation import web
 from pangea_jax.curation.pipeline import JobError
 from pangea_jax.data import image
-from pangea_jax.data.atomic import write_bytes
+from pangea_jax.work.atomic import write_bytes
 
 INSTALL = (
     'install it with `pip install "playwright>=1.50,<2"` and either `apt-get install chromium` or '

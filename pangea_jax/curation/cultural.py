@@ -34,15 +34,16 @@ from pangea_jax.curation import image_text, llm, near_duplicates, pipeline
 from pangea_jax.curation.accounting import Dropped, Entered, Outcome, Passed
 from pangea_jax.curation.balance import Balance, balanced
 from pangea_jax.curation.filters import ClipScorer, Filters, Scorer, language_code
+from pangea_jax.curation.image_scores import ScoreAltTexts
 from pangea_jax.curation.image_text import Fault, Pair, Part, Place
 from pangea_jax.curation.instructions import CATEGORY, MakeInstructions
 from pangea_jax.curation.pipeline import Job
 from pangea_jax.curation.prompts import PROMPTS
-from pangea_jax.curation.scoring import ScoreAltTexts
 from pangea_jax.curation.web import Fetch, FetchError
-from pangea_jax.data import image, runners
-from pangea_jax.data.atomic import write_bytes
+from pangea_jax.data import image
 from pangea_jax.data.record import identify_language
+from pangea_jax.work import runners
+from pangea_jax.work.atomic import write_bytes
 
 STAGES = (
     *("read", "filters", "language", "pictures", "CLIP score", "near-duplicates"),

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pangea_jax.data import image
-from pangea_jax.data.archives import tar_members
-from pangea_jax.data.release import ReleaseError
+from pangea_jax.data.build.archives import tar_members
+from pangea_jax.data.build.release import ReleaseError
 
 MAX_PICTURE_BYTES, MAX_TEXT_BYTES, MAX_JSON_BYTES = 32 << 20, 4 << 20, 1 << 20
 

@@ -33,8 +33,8 @@ from pangea_jax.curation import pipeline
 from pangea_jax.curation.accounting import Added, Dropped, Kept, Outcome, Passed
 from pangea_jax.curation.browser import Browser, BrowserConfig, Device, OpenPage, PageError
 from pangea_jax.curation.ocr_pages import Page, nearest_language, page_files, read_pages
-from pangea_jax.data import runners
 from pangea_jax.data.record import IMAGE_MARKER, Conversation, Turn, identify_language
+from pangea_jax.work import runners
 
 RED = (255, 0, 0)
 SOURCE, CATEGORY = "ocr/webui", "ocr"

@@ -36,9 +36,10 @@ from pangea_jax.curation.accounting import (
     estimates,
     markdown,
 )
-from pangea_jax.data import release, runners
-from pangea_jax.data.atomic import differences, read_json, write_bytes, write_json
+from pangea_jax.data.build import release
 from pangea_jax.data.record import Conversation, RecordError, image_paths
+from pangea_jax.work import runners
+from pangea_jax.work.atomic import differences, read_json, write_bytes, write_json
 
 RECORDS = "records"
 """The part that makes the records."""

@@ -22,10 +22,11 @@ from pangea_jax import languages
 from pangea_jax.curation import near_duplicates
 from pangea_jax.curation.accounting import cell
 from pangea_jax.curation.contamination import Benchmarks, Findings, Overlap
-from pangea_jax.data import archives, image, release
+from pangea_jax.data import image
+from pangea_jax.data.build import archives, release
 from pangea_jax.data.record import Conversation, RecordError, identify_language
-from pangea_jax.data.runners import RunnerError
 from pangea_jax.data.store import MANIFEST, RecordStore
+from pangea_jax.work.runners import RunnerError
 
 _CHUNK = 512
 _PICTURES_REMEMBERED = 65_536
@@ -103,7 +104,7 @@ class Statistics:
         return pa.table(dict(zip(names, encoded, strict=True))).take(pa.array(rows))
 
     def markdown(self, composition: Sequence[str]) -> str:
-        """The report; `composition` are the lines of what eval/composition.py says."""
+        """The report; `composition` are the lines of what pangea_jax/figures/composition.py says."""
         usable = f"{self.kept:,} of {self.total:,} records can be used."
         if self.identified:  # a store does not say of which records it was
             usable += f" The language of {self.identified:,} was identified from their words."

@@ -38,8 +38,9 @@ from pangea_jax.curation.pipeline import (
     source_files,
     split_names,
 )
-from pangea_jax.data import release, runners
+from pangea_jax.data.build import release
 from pangea_jax.data.record import Conversation, RecordError, Turn, identify_language
+from pangea_jax.work import runners
 
 STAGES = ("read", "request", "check")
 PARTS = ("input", RECORDS)

@@ -1,6 +1,6 @@
 """The prepared on-disk form of a data set: conversations, pictures, and an index over both.
 
-A store is a directory written by `pangea_jax.data.write_store`:
+A store is a directory written by `pangea_jax.data.build.write_store`:
 
     manifest.json            what belongs to it, with size and SHA-256 of every file
     index.parquet            one row per conversation: select from it without reading any record
@@ -150,7 +150,7 @@ class RecordStore:
       directory: where it lies.
       index: one row per conversation (`split, position, id, source, language, category, kind,
         num_images, num_turns` and the columns a data set adds of its own; those of PangeaIns:
-        `pangea_jax.data.pangeains`).
+        `pangea_jax.data.build.pangeains`).
 
     Raises:
       StoreError: on construction if the directory holds no store of this version.

@@ -94,7 +94,7 @@ def _squared(picture):
 
 
 class CachedViews:
-    """Pictures as features of a frozen tower, computed before training (`pangea_jax.train.features`).
+    """Pictures as features of a frozen tower, computed before training (`pangea_jax.sample.features`).
 
     One of the `features[key]` views [views, P, E] is drawn at random; view 0 is the picture as it is.
     """

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from pangea_jax import anyres, checkpoints, sharding
-from pangea_jax.data import chat, emoji, image
+from pangea_jax.data import chat, image
 from pangea_jax.data.pipeline import pad_row
 from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.generate import batching, likelihood
@@ -29,6 +29,7 @@ from pangea_jax.generate.programs import Programs
 from pangea_jax.generate.prompt import Prompt
 from pangea_jax.model import Pangea, PangeaConfig
 from pangea_jax.model import params as model_params
+from pangea_jax.sample import emoji
 
 SAMPLE_MODEL = Path(__file__).parents[1] / "assets" / "sample_model"
 Conversation = Sequence[Mapping[str, Any]]

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array
 
 from pangea_jax import sharding
-from pangea_jax.train.checkpoint import Checkpoints
 from pangea_jax.train.guards import Guard
+from pangea_jax.train.resume import Checkpoints
 from pangea_jax.train.state import TrainState
 from pangea_jax.train.telemetry import Profiler, Speed, StepTimer, Telemetry, Window, gather
 

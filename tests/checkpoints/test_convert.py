@@ -17,10 +17,10 @@ from safetensors.numpy import load_file, save_file
 from pangea_jax import checkpoints
 from pangea_jax.checkpoints import CheckpointError, SpecialTokens, convert, names, orbax
 from pangea_jax.checkpoints.huggingface import abstract_state, shapes_of
-from pangea_jax.data import emoji
 from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.model.params import flatten
-from pangea_jax.train.checkpoint import Checkpoints
+from pangea_jax.sample import emoji
+from pangea_jax.train.resume import Checkpoints
 from pangea_jax.train.state import TrainState
 from tests.checkpoints.tiny import assert_same_state, random_state, tensors, with_language
 

@@ -8,10 +8,12 @@ import pytest
 
 from pangea_jax import anyres, checkpoints
 from pangea_jax.checkpoints import CheckpointError, config, processor
-from pangea_jax.data import atomic, chat, emoji, image
+from pangea_jax.data import chat, image
 from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig
 from pangea_jax.model.vision import CLIP_MEAN, CLIP_STD
+from pangea_jax.sample import emoji
+from pangea_jax.work import atomic
 
 CONFIG = PangeaConfig(language=LanguageConfig(width=8, layers=1, heads=2, kv_heads=1, head_width=4))
 SIZES = [

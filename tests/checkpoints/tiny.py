@@ -13,7 +13,7 @@ from pangea_jax.checkpoints import SpecialTokens
 from pangea_jax.checkpoints.huggingface import abstract_state
 from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig
 from pangea_jax.model.params import flatten
-from pangea_jax.train.checkpoint import Checkpoints
+from pangea_jax.train.resume import Checkpoints
 from pangea_jax.train.state import TrainState
 
 TOKENS = SpecialTokens(image=96, end=1, pad=0)

@@ -14,11 +14,11 @@ from flax import nnx
 from configs import pangea_7b_finetune, pangea_7b_pretrain, scales
 from launch import common
 from pangea_jax import languages
-from pangea_jax.data import emoji
 from pangea_jax.data.mixture import Mixture, choose
 from pangea_jax.data.pipeline import PipelineConfig
 from pangea_jax.model import Pangea
 from pangea_jax.model import params as model_params
+from pangea_jax.sample import emoji
 from pangea_jax.train.optimizer import OptimizerConfig, make_schedule
 
 ABLATIONS = (

@@ -24,8 +24,9 @@ from configs.curation import cultural as cultural_config
 from pangea_jax.curation import cultural, pipeline, reply_store
 from pangea_jax.curation.accounting import Dropped, Entered, Passed
 from pangea_jax.curation.filters import Filters
-from pangea_jax.data import archives, pangeains, runners
+from pangea_jax.data.build import archives, pangeains
 from pangea_jax.data.record import Conversation
+from pangea_jax.work import runners
 
 from .crawl import Crawl, Web, alt_texts, answers, make_crawl, prompt_of
 from .samples import ENGLISH, SENTENCES, picture

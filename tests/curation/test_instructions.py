@@ -8,7 +8,7 @@ import time
 import pytest
 from PIL import Image
 
-from pangea_jax.curation import instructions, prompts, scoring
+from pangea_jax.curation import image_scores, instructions, prompts
 from pangea_jax.curation.asking import Unusable
 
 from .samples import ENGLISH, SENTENCES, picture
@@ -120,7 +120,7 @@ def test_no_answer_takes_long_to_read(unit):
     began = time.process_time()
     for length in (1_999, 9_999, 27_999):
         answer = (unit * length)[:length]
-        for read in (scoring.read_score, lambda a: instructions.read_pairs(a, "es")):
+        for read in (image_scores.read_score, lambda a: instructions.read_pairs(a, "es")):
             with pytest.raises(Unusable):
                 read(answer)
     instructions.text_fault((unit * 9_999)[:9_999], "es", 1, 10_000)

@@ -11,8 +11,8 @@ pytest.importorskip("apache_beam", reason="apache-beam is in requirements-curati
 from pangea_jax.curation import pipeline, reply_store
 from pangea_jax.curation.accounting import AccountingError, Added, Dropped, Kept, Passed
 from pangea_jax.curation.pipeline import Job
-from pangea_jax.data import runners
 from pangea_jax.data.record import Conversation, Turn
+from pangea_jax.work import runners
 
 STAGES = ("size", "words", "make")
 OPTIONS = ["--runner=DirectRunner"]

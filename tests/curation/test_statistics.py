@@ -21,11 +21,11 @@ from PIL import Image
 
 pytest.importorskip("imagehash", reason="ImageHash is in requirements-curation.txt")
 
-from eval import composition
 from pangea_jax.curation import contamination, filters, near_duplicates, statistics
 from pangea_jax.curation.contamination import BenchmarkError, Benchmarks, Findings, Overlap
 from pangea_jax.data import mixture
-from pangea_jax.data.runners import RunnerError
+from pangea_jax.figures import composition
+from pangea_jax.work.runners import RunnerError
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT.parent / "shared" / "data" / "pangeains_sample"

@@ -14,9 +14,10 @@ pytest.importorskip("imagehash", reason="ImageHash is in requirements-curation.t
 
 from pangea_jax.curation import llm, markup, statistics, translate
 from pangea_jax.curation.pipeline import JobError
-from pangea_jax.data import pangeains, runners
+from pangea_jax.data.build import pangeains
 from pangea_jax.data.record import Conversation
 from pangea_jax.data.store import RecordStore
+from pangea_jax.work import runners
 
 from .samples import picture
 from .translator import (

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from pangea_jax.data.build.write_store import write_store
 from pangea_jax.data.pipeline import RowSource, Views, render_example
 from pangea_jax.data.store import RecordStore
-from pangea_jax.data.write_store import write_store
 from tests.data.made import CONFIG, CONVERSATIONS, SIZES, picture, text_of
 
 

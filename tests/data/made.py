@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pangea_jax.data.build.write_store import Picture
 from pangea_jax.data.pipeline import PipelineConfig, train_dataset
 from pangea_jax.data.record import Conversation, Turn
-from pangea_jax.data.write_store import Picture
 
 SIZES = [(16, 16), (40, 20), (12, 50), (30, 31), (9, 16)]
 CONFIG = PipelineConfig(rows=2, row_tokens=256, row_tiles=10)

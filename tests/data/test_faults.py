@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from pangea_jax.data import image
+from pangea_jax.data.build.write_store import write_store
 from pangea_jax.data.feed import BadRecordsError
 from pangea_jax.data.pipeline import PipelineConfig, RowSource, Views, measure, render_example
 from pangea_jax.data.record import Conversation, RecordError, Turn
 from pangea_jax.data.store import RecordStore
-from pangea_jax.data.write_store import write_store
 from tests.data.made import (
     BALANCED,
     CONFIG,

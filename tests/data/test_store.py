@@ -9,9 +9,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
-from pangea_jax.data.record import Conversation, RecordError, Turn
-from pangea_jax.data.store import MANIFEST, RecordStore, ShardReader, StoreError
-from pangea_jax.data.write_store import (
+from pangea_jax.data.build.write_store import (
     PICTURE_CODEC,
     PICTURE_SCHEMA,
     IndexWriter,
@@ -19,6 +17,8 @@ from pangea_jax.data.write_store import (
     write_shard,
     write_store,
 )
+from pangea_jax.data.record import Conversation, RecordError, Turn
+from pangea_jax.data.store import MANIFEST, RecordStore, ShardReader, StoreError
 
 
 def conversation(number: int, image: bool = True) -> Conversation:

@@ -6,7 +6,6 @@ import pytest
 import tokenizers
 
 from pangea_jax import languages
-from pangea_jax.data import emoji, emoji_questions, vocabulary
 from pangea_jax.data.tokenizer import (
     NoImageToken,
     SentencePieceTokenizer,
@@ -14,6 +13,7 @@ from pangea_jax.data.tokenizer import (
     TokenizerJson,
     load_tokenizer,
 )
+from pangea_jax.sample import emoji, questions, vocabulary
 
 QWEN3 = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizer_qwen3"
 MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
@@ -51,8 +51,8 @@ def tokenizer(request, tmp_path_factory) -> Tokenizer:
 
 
 def texts(language):
-    yield from emoji_questions.IMAGE[language]
-    yield from emoji_questions.TEXT[language]
+    yield from questions.IMAGE[language]
+    yield from questions.TEXT[language]
     yield from (concept.names[language] for concept in emoji.load_concepts()[::29])
 
 
@@ -183,7 +183,7 @@ def test_sample_vocabulary_is_economical():
     lengths = [len(tokenizer.encode(n)) for concept in concepts for n in concept.names.values()]
     assert sum(lengths) / len(lengths) <= 4.5
     phrases = ["You are a helpful assistant.", "system", "user", "assistant"]
-    phrases += [text for language in languages.EMOJI for text in emoji_questions.IMAGE[language]]
+    phrases += [text for language in languages.EMOJI for text in questions.IMAGE[language]]
     assert all(len(tokenizer.encode(phrase)) <= 2 for phrase in phrases)
 
 

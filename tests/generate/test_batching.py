@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import pangea_jax
-from pangea_jax.data import emoji
 from pangea_jax.generate import batching
 from pangea_jax.generate.batching import StopStrings, part_size
 from pangea_jax.generate.decode import Sampling
+from pangea_jax.sample import emoji
 
 NEW = 40
 QUESTIONS = (

@@ -14,11 +14,11 @@ from PIL import Image
 
 import pangea_jax
 from pangea_jax import anyres, checkpoints, sharding
-from pangea_jax.data import emoji
 from pangea_jax.data.image import ImageError
 from pangea_jax.generate import engine as engine_module
 from pangea_jax.generate.engine import Engine, bucket
 from pangea_jax.model.vision import normalize
+from pangea_jax.sample import emoji
 
 NEW, IMAGE_ID, VOCABULARY = 64, 96, 97
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from launch import build_data
-from pangea_jax.data import emoji
 from pangea_jax.data.store import RecordStore
+from pangea_jax.sample import emoji
 
 SCRIPT = Path(build_data.__file__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import pangea_jax
-from pangea_jax.data import emoji
+from pangea_jax.sample import emoji
 from tests.launch.conftest import run_interrupted
 
 ROOT = Path(__file__).parents[2]

@@ -13,10 +13,10 @@ from safetensors.numpy import load_file
 
 from pangea_jax import checkpoints
 from pangea_jax.checkpoints import SpecialTokens
-from pangea_jax.data import emoji
 from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.model import LoraConfig
 from pangea_jax.model.params import flatten
+from pangea_jax.sample import emoji
 from tests.checkpoints.tiny import random_state, with_language, write_run
 from tests.launch.conftest import run_interrupted
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 import pangea_jax
-from pangea_jax.data import chat, emoji, image
+from pangea_jax.data import chat, image
 from pangea_jax.data.record import Turn
+from pangea_jax.sample import emoji
 
 LANGUAGES = ("en", "es", "sw", "ar", "hi", "zh", "ko", "ru")
 

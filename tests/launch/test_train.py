@@ -15,9 +15,8 @@ from safetensors.numpy import load_file
 
 import pangea_jax
 from configs import sample
-from eval import naming
 from launch import common
-from pangea_jax.data import emoji
+from pangea_jax.sample import emoji, naming
 
 ROOT = Path(__file__).parents[2]
 # 12 steps of 16 examples, checkpoints every 4, a handful of questions.

@@ -1,4 +1,4 @@
-"""A little made-up data; and the public data beside the repository in the layout of eval/data.py, if it is there."""
+"""Made-up data; and the public data beside the repository, if it is there, as eval/bench/documents.py reads it."""
 
 import csv
 import gzip
@@ -139,8 +139,8 @@ def real_data(bench, xchat_data) -> Path:
 def checkpoint(make_random_model, tmp_path_factory) -> Path:
     """A small model with random weights, saved with the sample's vocabulary."""
     from pangea_jax import checkpoints
-    from pangea_jax.data import emoji
     from pangea_jax.generate.engine import SAMPLE_MODEL
+    from pangea_jax.sample import emoji
 
     folder = tmp_path_factory.mktemp("checkpoint")
     model = make_random_model()

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 import pangea_jax
-from eval import checkpoint_model, run, runner, tasks
-from eval.checkpoint_model import CheckpointModel
-from eval.models import Request
-from eval.task import Document, Failed, Generation, Prompt
+from eval import run
+from eval.bench import checkpoint_model, responses, tasks
+from eval.bench.checkpoint_model import CheckpointModel
+from eval.bench.models import Request
+from eval.bench.task import Document, Failed, Generation, Prompt
 
 NEW = 12
 
@@ -297,8 +298,8 @@ class Mortal:
 
 
 def _run(model, requests, output):
-    with runner.ResponseLog(output) as log:
-        return runner.run(model, requests, log, console=run.Console(quiet=True))
+    with responses.ResponseLog(output) as log:
+        return responses.run(model, requests, log, console=run.Console(quiet=True))
 
 
 def _responses(output):
@@ -316,7 +317,7 @@ def test_real_data_killed_twice_and_resumed(engine, real_data, tmp_path):
     """xChat with its photographs, MGSM and FLORES: the same responses as without interruption."""
     names = ["xchat_en", "xchat_ja", "mgsm_sw", "mgsm_zh", "flores_de-en"]
     chosen = tasks.select(names)
-    requests, failures = runner.make_requests(
+    requests, failures = responses.make_requests(
         chosen, real_data, profile="fixed", limit=3, overrides={"max_new_tokens": NEW}
     )
     assert len(requests) == 15 and not failures

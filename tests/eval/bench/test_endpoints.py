@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from eval import models, run
+from eval import run
+from eval.bench import models
 
 
 def _results(folder):

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from eval import data, fetch, tasks
-from eval.data import load
-from eval.task import Scored
+from eval.bench import documents, fetch, tasks
+from eval.bench.documents import load
+from eval.bench.task import Scored
 
 
 def _png(colour="red"):
@@ -222,7 +222,7 @@ def test_limit_and_files_that_are_there(tmp_path):
         asked.clear()
         fetch.fetch([task], tmp_path, console=Console(quiet=True), limit=limit, load=rows)
         assert (len(load(task, tmp_path)), bool(asked)) == (there, again)
-        assert data.rows_fetched(data.task_file(task, tmp_path)) == (
+        assert documents.rows_fetched(documents.task_file(task, tmp_path)) == (
             there if there < 5 else math.inf
         )
 
@@ -246,7 +246,7 @@ def test_files_with_all_rows_are_not_asked_for_again(tmp_path):
 
 @pytest.mark.parametrize("limit", [0.5, 2.5])
 def test_fetch_takes_a_number_of_rows(tmp_path, limit):
-    with pytest.raises(data.DataError, match=f"--limit={limit}: fetch takes a number of rows"):
+    with pytest.raises(documents.DataError, match=f"--limit={limit}: fetch takes a number of rows"):
         fetch.fetch(tasks.select(["mgsm_te"]), tmp_path, console=Console(quiet=True), limit=limit)
 
 

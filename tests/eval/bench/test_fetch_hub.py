@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval import tasks
-from eval.data import load
+from eval.bench import tasks
+from eval.bench.documents import load
 from tests.eval.bench import hub
 
 ROOT = Path(__file__).resolve().parents[3]

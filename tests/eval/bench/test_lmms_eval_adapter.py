@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import pangea_jax
-from eval import lmms_eval_adapter
-from eval.lmms_eval_adapter import Answerer
+from eval.bench import lmms_eval_adapter
+from eval.bench.lmms_eval_adapter import Answerer
 
 DOCUMENTS = [
     {"question": "Nini?", "picture": Image.new("RGB", (40, 20), "red"), "target": " paka"},

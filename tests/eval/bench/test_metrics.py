@@ -7,9 +7,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from eval.metrics import bootstrap, captions, choices, language_id, mmmu, numbers, ptb, squad
-from eval.task import Document
-from eval.tasks import flores, m3exam, marvl, maxm, mgsm, xgqa
+from eval.bench.metrics import bootstrap, captions, choices, language_id, mmmu, numbers, ptb, squad
+from eval.bench.task import Document
+from eval.bench.tasks import flores, m3exam, marvl, maxm, mgsm, xgqa
 
 FRUIT = ["Apple pie", "Banana", "Dark red", "Red"]
 

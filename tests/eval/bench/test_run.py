@@ -6,8 +6,9 @@ import types
 
 import pytest
 
-from eval import bench_report, run, runner, tasks
-from eval.data import DataError, limit_mark, load
+from eval import run
+from eval.bench import report, responses, tasks
+from eval.bench.documents import DataError, limit_mark, load
 
 NUMBERS = range(30)
 
@@ -138,10 +139,10 @@ class Counting:
 
 
 def _run_model(model, names, data_dir, output):
-    requests, _ = runner.make_requests(tasks.select(names), data_dir, profile="fixed")
+    requests, _ = responses.make_requests(tasks.select(names), data_dir, profile="fixed")
     console = run.Console(quiet=True)
-    with runner.ResponseLog(output) as log:
-        return runner.run(model, requests, log, console=console)
+    with responses.ResponseLog(output) as log:
+        return responses.run(model, requests, log, console=console)
 
 
 def test_a_killed_run_goes_on_where_it_was(data_dir, tmp_path):
@@ -163,7 +164,10 @@ def test_a_killed_run_goes_on_where_it_was(data_dir, tmp_path):
     _run_model(last, names, data_dir, tmp_path / "killed")
     asked += last.asked
     assert sorted(asked) == sorted(whole.asked)  # each once
-    with runner.ResponseLog(tmp_path / "whole") as a, runner.ResponseLog(tmp_path / "killed") as b:
+    with (
+        responses.ResponseLog(tmp_path / "whole") as a,
+        responses.ResponseLog(tmp_path / "killed") as b,
+    ):
         for name in names:
             first, second = (sorted(log.read(name), key=_doc_id) for log in (a, b))
             assert first == second
@@ -176,7 +180,7 @@ def _doc_id(record):
 def test_longest_prompts_come_first(data_dir, tmp_path):
     model = Counting()
     _run_model(model, ["mgsm_en"], data_dir, tmp_path)
-    with runner.ResponseLog(tmp_path) as log:
+    with responses.ResponseLog(tmp_path) as log:
         lengths = [len(r["doc"]["question"]) for r in log.read("mgsm_en")]
     assert lengths == sorted(lengths, reverse=True)
 
@@ -187,19 +191,19 @@ def test_questions_about_the_same_pictures_come_together():
         types.SimpleNamespace(prompt=types.SimpleNamespace(text=text), images=tuple(images))
         for text, images in asked
     ]
-    found = [(r.prompt.text, "".join(r.images)) for r in runner.in_order(requests)]
+    found = [(r.prompt.text, "".join(r.images)) for r in responses.in_order(requests)]
     two, p, q, words = asked[4:5], [asked[3], asked[0]], asked[2:3], [asked[5], asked[1]]
     assert found == two + p + q + words
 
 
 def test_changed_settings_are_asked_again(data_dir, tmp_path):
     for overrides, expected in (({}, 30), ({}, 0), ({"max_new_tokens": 8}, 30)):
-        requests, _ = runner.make_requests(
+        requests, _ = responses.make_requests(
             tasks.select(["mgsm_en"]), data_dir, profile="fixed", overrides=overrides
         )
         model = Counting()
-        with runner.ResponseLog(tmp_path) as log:
-            runner.run(model, requests, log, console=run.Console(quiet=True))
+        with responses.ResponseLog(tmp_path) as log:
+            responses.run(model, requests, log, console=run.Console(quiet=True))
         assert len(model.asked) == expected
 
 
@@ -412,7 +416,9 @@ def test_pictures_stay_in_their_folder(tmp_path, write_jsonl):
 
 def test_a_missing_picture_costs_its_document_only(data_dir, tmp_path, write_jsonl):
     (data_dir / "xgqa" / "images" / "1.png").unlink()
-    requests, failures = runner.make_requests(tasks.select(["xgqa_de"]), data_dir, profile="fixed")
+    requests, failures = responses.make_requests(
+        tasks.select(["xgqa_de"]), data_dir, profile="fixed"
+    )
     assert len(requests) == 6 and [f.doc_id for f in failures] == ["1", "4", "7"]
     assert "does not exist" in failures[0].reason
 
@@ -461,4 +467,4 @@ def test_log_has_the_field_names_of_lm_eval(data_dir, tmp_path):
 
 def test_report_of_a_folder_without_results(tmp_path):
     with pytest.raises(DataError, match="is no output folder"):
-        bench_report.read_results(tmp_path)
+        report.read_results(tmp_path)

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from eval import bench_report, scoring
-from eval.published import PUBLISHED
-from eval.task import Document, Failed
-from eval.tasks import ALL_TASKS, GROUPS
+from eval.bench import report, scoring
+from eval.bench.published import PUBLISHED
+from eval.bench.task import Document, Failed
+from eval.bench.tasks import ALL_TASKS, GROUPS
 
 NAMES = {"m_llavabench": "mllava", "flores": "flores_sub"}
 # Printed averages that are not the mean of the printed cells: (model, data set, column).
@@ -103,7 +103,7 @@ def test_averages_lack_a_data_set_by_column():
     del datasets["mgsm"]["fixed"]["mul"]
     run = {"model": "m", "profile": "fixed", "datasets": datasets}
     run["averages"] = {"fixed": {"text": {"en": 50.0, "mul": 50.0, "datasets": names}}}
-    _, _, rows, text = bench_report._dataset_section([run], "text", names)
+    _, _, rows, text = report._dataset_section([run], "text", names)
     assert rows[0][2:4] == ["50.0", "50.0*"]
     assert "not comparable" in text[0]
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from eval import tasks
-from eval.metrics import captions
-from eval.task import Document, Failed, Prompt
-from eval.tasks import m3exam, m_llavabench, maxm, mgsm, xchat
+from eval.bench import tasks
+from eval.bench.metrics import captions
+from eval.bench.task import Document, Failed, Prompt
+from eval.bench.tasks import m3exam, m_llavabench, maxm, mgsm, xchat
 from pangea_jax import languages
 
 

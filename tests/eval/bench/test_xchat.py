@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from eval import run
-from eval.metrics import language_id
-from eval.tasks import xchat
+from eval.bench.metrics import language_id
+from eval.bench.tasks import xchat
 
 RUN = Path(run.__file__)
 MODELS = (

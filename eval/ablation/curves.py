@@ -1,0 +1,278 @@
+"""The figures of a sweep, each as PNG and SVG: curves beside the paper's, languages, popularity."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from eval.ablation import intervals
+from eval.ablation import paper as published
+from eval.ablation.intervals import ENGLISH, FLOOR, OTHERS, Sweep
+from pangea_jax import languages
+from pangea_jax.figures import style as fig
+from pangea_jax.sample.figures import METRIC_TITLES, RANK_CHANCE
+
+COLOURS = {ENGLISH: fig.BLUE, OTHERS: fig.ORANGE}
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+PALETTE = (fig.BLUE, fig.ORANGE, fig.GREEN, fig.VERMILION, fig.SKY, fig.PURPLE, fig.MUTED, fig.INK)
+# Where the quantity varied is a number and not one of several ways.
+ORDERED = ("ablate_en_ratio", "ablate_language_popularity", "ablate_num_samples")
+COLUMNS = 3
+
+
+def draw(sweep: Sweep, out_dir: Path) -> dict[str, Path]:
+    """All figures that this sweep has: name -> PNG, the SVG beside it."""
+    figures = {"languages": plot_languages}
+    if sweep.design != "rotate":
+        figures = {"curve": plot_curve} | figures
+    if sweep.ablation == "ablate_language_popularity":
+        if natural_point(sweep):
+            figures["popularity"] = plot_popularity
+        if sweep.design == "rotate" and can_rank(sweep):
+            figures["examples"] = plot_examples
+    return {name: plot(sweep, out_dir)[0] for name, plot in figures.items()}
+
+
+def plot_curve(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
+    """`curve`: English and the mean of the others at every point, and the paper's on its own axis.
+
+    Bands are 95 % intervals (`eval.ablation.intervals`), dots the seeds, dotted lines the image-blind floors.
+    """
+    theirs = published.curves(sweep.ablation)
+    panels = [("ours", split) for split in sweep.splits] + [("paper", name) for name in theirs]
+    rows = -(-len(panels) // COLUMNS)
+    with fig.style():
+        figure = Figure(figsize=(10.2, 0.5 + 3.1 * rows), layout="constrained")
+        axes = figure.subplots(rows, min(COLUMNS, len(panels)), squeeze=False).ravel()
+        for panel in axes[len(panels) :]:
+            panel.set_visible(False)
+        for panel, (kind, name) in zip(axes, panels, strict=False):
+            if kind == "ours":
+                _draw_points(panel, sweep, name)
+            else:
+                _draw_published(panel, theirs[name], sweep.ablation, name)
+        handles = [
+            Line2D([], [], color=COLOURS[ENGLISH], marker="o", ms=4, label="English"),
+            Line2D([], [], color=COLOURS[OTHERS], marker="s", ms=4, label="mean of the others"),
+            Patch(color=fig.FAINT, label=f"95 % interval, {_seeds(sweep)}"),
+            Line2D([], [], color=fig.MUTED, ls=":", label="image-blind floor"),
+        ]
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+        return fig.save(figure, out_dir / "curve")
+
+
+def _draw_points(axes: Axes, sweep: Sweep, split: str) -> None:
+    metric, points = sweep.metric(split), sweep.finished
+    ordered = sweep.ablation in ORDERED
+    places = [sweep.points[p] for p in points] if ordered else list(range(len(points)))
+    for who, mark in ((ENGLISH, "o"), (OTHERS, "s")):
+        rows = [
+            (x, intervals.headline(sweep, point, split, who), point)
+            for x, point in zip(places, points, strict=True)
+            if intervals.scores(sweep, point, split, who, metric)
+        ]
+        if rows:
+            # Side by side where two intervals would hide each other.
+            aside = 0 if ordered else 0.06 if who == OTHERS else -0.06
+            x = np.array([place + aside for place, *_ in rows])
+            _draw_estimates(axes, x, [one for _, one, _ in rows], COLOURS[who], mark, ordered)
+        if rows and sweep.has(split, FLOOR + metric):
+            blind = [intervals.scores(sweep, p, split, who, FLOOR + metric) for *_, p in rows]
+            floor = 100 * np.array([np.mean(values) for values in blind])
+            axes.plot(x, floor, color=COLOURS[who], ls=":", linewidth=1.2)
+    axes.set_ylim(0, 101)
+    axes.set_xlabel(sweep.axis)
+    axes.set_ylabel("percent")
+    axes.set_title(_split_title(split, metric))
+    if not ordered:
+        axes.set_xticks(places, [point.replace("_", " ") for point in points])
+        axes.set_xlim(-0.5, len(points) - 0.5)
+
+
+def _draw_estimates(axes, x, estimates, colour, mark, ordered) -> None:
+    bounds = 100 * np.array([(one.low, one.high) for one in estimates])
+    low, high = np.clip(bounds, 0, 100).T
+    if ordered:
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    else:
+        axes.vlines(x, low, high, color=colour, linewidth=1.4)
+    mean = 100 * np.array([one.mean for one in estimates])
+    axes.plot(x, mean, color=colour, marker=mark, ms=4.5, linewidth=1.6 if ordered else 0)
+    for place, one in zip(x, estimates, strict=True):
+        if len(one.values) > 1:
+            dots = 100 * np.array(one.values)
+            axes.plot([place] * len(dots), dots, ".", color=colour, ms=4, alpha=0.55)
+
+
+def _draw_published(axes: Axes, rows: Mapping[float, tuple[float, float]], stem, name) -> None:
+    x = list(rows)
+    for place, (who, mark) in enumerate(((ENGLISH, "o"), (OTHERS, "s"))):
+        y = [pair[place] for pair in rows.values()]
+        axes.plot(x, y, color=COLOURS[who], marker=mark, ms=4.5, linewidth=1.6, mfc="white")
+    values = [score for pair in rows.values() for score in pair]
+    axes.set_ylim(min(values) - 2, max(values) + 2)
+    axes.set_xlabel(published.AXES[stem])
+    axes.set_ylabel("percent (own axis)")
+    axes.set_title(f"{published.SOURCES[stem]}: {name}", size=8.5)
+    axes.set_facecolor("#F7F7F7")
+
+
+def plot_languages(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
+    """`languages`: every language's score at every point, and below it how many examples it had."""
+    points, codes = sweep.finished, sweep.languages
+    roomy = len(codes) <= 12
+    with fig.style():
+        height = 1.3 + (0.42 if roomy else 0.24) * len(codes)
+        width = 1.9 + 0.78 * max(4, len(points)) * len(sweep.splits)
+        figure = Figure(figsize=(min(width, 16), height), layout="constrained")
+        panels = figure.subplots(1, len(sweep.splits), sharey=True, squeeze=False)[0]
+        for panel, split in zip(panels, sweep.splits, strict=True):
+            image = _draw_heat(panel, sweep, split, roomy)
+        panels[0].set_yticks(range(len(codes)), [languages.get(c).english_name for c in codes])
+        bar = figure.colorbar(image, ax=panels, shrink=0.8, pad=0.01)
+        bar.set_label("percent")
+        bar.outline.set_visible(False)
+        return fig.save(figure, out_dir / "languages")
+
+
+def _draw_heat(axes: Axes, sweep: Sweep, split: str, roomy: bool):
+    points, codes, metric = sweep.finished, sweep.languages, sweep.metric(split)
+    table = np.full((len(codes), len(points)), np.nan)
+    for j, point in enumerate(points):
+        for i, code in enumerate(codes):
+            values = intervals.scores(sweep, point, split, code, metric)
+            table[i, j] = 100 * np.mean(values) if values else np.nan
+    image = axes.imshow(table, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for i, code in enumerate(codes):
+        for j, point in enumerate(points):
+            if np.isnan(table[i, j]):
+                continue
+            ink = "white" if table[i, j] < 55 else fig.INK
+            up = -0.16 if roomy else 0
+            axes.text(
+                j, i + up, f"{table[i, j]:.0f}", ha="center", va="center", color=ink, size=8.5
+            )
+            if roomy:
+                count = f"{sweep.at(point)[0].examples.get(code, 0):,}"
+                axes.text(j, i + 0.24, count, ha="center", va="center", color=ink, size=6)
+    labels = [
+        f"{sweep.points[p]:g}" if sweep.ablation in ORDERED else p.replace("_", "\n")
+        for p in points
+    ]
+    axes.set_xticks(range(len(points)), labels)
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(sweep.axis)
+    small = "; small: examples" if roomy else ""
+    axes.set_title(f"{_split_title(split, metric)}{small}")
+    return image
+
+
+def natural_point(sweep: Sweep) -> str | None:
+    """The point at which every language has its own share of PangeaIns."""
+    if sweep.design != "alpha":
+        return None
+    return next((point for point in sweep.finished if sweep.points[point] == 1), None)
+
+
+def can_rank(sweep: Sweep) -> bool:
+    """Whether every language has been trained at three numbers of examples or more."""
+    table = intervals.by_examples(sweep, sweep.splits[-1])
+    return all(len({x for x, _ in rows}) >= 3 for rows in table.values())
+
+
+def plot_popularity(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
+    """`popularity`: share against score, both relative to English, as the paper's Figure 7, which
+    stands beside it."""
+    point = natural_point(sweep)
+    with fig.style():
+        figure = Figure(figsize=(10.2, 3.9), layout="constrained")
+        panels = figure.subplots(1, len(sweep.splits) + 1)
+        for panel, split in zip(panels, sweep.splits, strict=False):
+            pairs = intervals.relative(sweep, point, split)
+            _draw_pairs(panel, {"": pairs})
+            panel.set_title(_split_title(split, sweep.metric(split)))
+            if len(pairs) >= 4:
+                _draw_fit(panel, pairs)
+        panels[-1].set_facecolor("#F7F7F7")
+        _draw_pairs(panels[-1], published.POPULARITY)
+        panels[-1].set_title(published.SOURCES[sweep.ablation])
+        panels[-1].legend(loc="lower right", handletextpad=0.2)
+        panels[0].set_ylabel("score (% of English)")
+        return fig.save(figure, out_dir / "popularity")
+
+
+def _draw_pairs(axes: Axes, groups: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
+    for (name, pairs), colour, mark in zip(groups.items(), PALETTE, MARKS, strict=False):
+        x, y = zip(*pairs.values(), strict=True)
+        axes.plot(x, y, mark, color=colour, ms=5, label=name)
+        for code, place in pairs.items():
+            axes.annotate(code, place, (4, 3), textcoords="offset points", size=7, color=colour)
+    axes.set_xlim(left=0)
+    axes.margins(x=0.1, y=0.1)
+    axes.set_xlabel("examples (% of English)")
+
+
+def _draw_fit(axes: Axes, pairs: Mapping[str, tuple[float, float]]) -> None:
+    x, y = zip(*pairs.values(), strict=True)
+    found = intervals.fit(x, y)
+    ends = np.array([0, max(x)])
+    axes.plot(ends, found.intercept + found.slope.mean * ends, color=fig.MUTED, linewidth=1.2)
+    text = f"Spearman's ρ {found.rho.mean:.2f} [{found.rho.low:.2f}, {found.rho.high:.2f}]"
+    axes.text(0.03, 0.97, text, transform=axes.transAxes, va="top", size=8)
+
+
+def plot_examples(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
+    """`examples`: each language's score against its own number of examples, a line a language."""
+    with fig.style():
+        figure = Figure(figsize=(10.2, 3.9), layout="constrained")
+        panels = figure.subplots(1, len(sweep.splits), sharey=True, squeeze=False)[0]
+        for panel, split in zip(panels, sweep.splits, strict=True):
+            table = intervals.by_examples(sweep, split)
+            for i, (code, rows) in enumerate(table.items()):
+                x, y = zip(*rows, strict=True)
+                panel.plot(
+                    x,
+                    100 * np.array(y),
+                    marker=MARKS[i % len(MARKS)],
+                    ms=4,
+                    linewidth=1.1,
+                    color=PALETTE[i % len(PALETTE)],
+                    label=languages.get(code).english_name,
+                )
+            rho = intervals.within_rho(table)
+            text = f"ρ within a language {rho.mean:.2f} [{rho.low:.2f}, {rho.high:.2f}]"
+            panel.text(0.03, 0.97, text, transform=panel.transAxes, va="top", size=8)
+            if sweep.metric(split) == "rank_accuracy":
+                panel.axhline(100 * RANK_CHANCE, color=fig.INK, linewidth=0.8, ls=(0, (4, 3)))
+            panel.set_xscale("log")
+            panel.set_ylim(0, 101)
+            panel.set_xlabel("examples in the language")
+            panel.set_title(_split_title(split, sweep.metric(split)))
+        panels[0].set_ylabel("percent")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+        return fig.save(figure, out_dir / "examples")
+
+
+def _split_title(split: str, metric: str) -> str:
+    name = split.replace("_", " ")
+    return f"{name}: rank accuracy" if metric in METRIC_TITLES else name
+
+
+def _seeds(sweep: Sweep) -> str:
+    count = len(sweep.seeds)
+    return "one seed (Wilson)" if count == 1 else f"{count} seeds (Student's t)"
+
+
+__all__: Sequence[str] = (
+    "draw",
+    "plot_curve",
+    "plot_examples",
+    "plot_languages",
+    "plot_popularity",
+)

@@ -1,0 +1,385 @@
+"""What a sweep shows and what it does not: intervals, comparisons, correlations. No file is written.
+
+Intervals are of 95 %. With one seed they are Wilson's, over the questions as independent trials; the mean over
+languages, which are asked about the same pictures, counts its pictures and not the questions. With several seeds
+they are Student's t over the seeds: examples drawn and initial weights vary there, the questions do not. Differences
+between points are paired by seed.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from pangea_jax.sample.figures import wilson_interval
+
+SWEEP_FILE, RESULTS_FILE = "sweep.json", "results.json"
+BENCH_FOLDER = "pangeabench"  # where eval/run.py writes for a run that does not evaluate itself
+ENGLISH, OTHERS = "english", "multilingual"
+METRICS = ("rank_accuracy", "score")
+FLOOR = "image_blind_"
+DRAWS = 2000
+
+
+class SweepError(ValueError):
+    """A sweep that cannot be reported; names the file and what was expected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One trained point: its results.json, with `splits` from PangeaBench where it has none itself."""
+
+    point: str
+    x: float
+    seed: int
+    results: Mapping[str, Any]
+
+    def row(self, split: str, who: str) -> Mapping[str, float] | None:
+        """Scores of ENGLISH, of OTHERS or of a language."""
+        scores = self.results["splits"][split]
+        return scores[who] if who in (ENGLISH, OTHERS) else scores["languages"].get(who)
+
+    @property
+    def examples(self) -> dict[str, int]:
+        return self.results["mixture"]["examples_per_language"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The runs of one ablation under one design.
+
+    Attributes:
+      ablation: stem of the config, such as "ablate_en_ratio".
+      points: name -> quantity varied, in order.
+      missing: names of the runs that are not finished.
+    """
+
+    directory: Path
+    ablation: str
+    command: str
+    design: str
+    question: str
+    axis: str
+    points: dict[str, float]
+    runs: tuple[Run, ...]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(sorted({run.seed for run in self.runs}))
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.runs[0].results["splits"])
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """All languages scored anywhere, English first."""
+        codes = {
+            c for r in self.runs for s in self.splits for c in r.results["splits"][s]["languages"]
+        }
+        return tuple(sorted(codes, key=lambda code: (code != "en", code)))
+
+    @property
+    def finished(self) -> tuple[str, ...]:
+        """The points that have a run, in order."""
+        done = {run.point for run in self.runs}
+        return tuple(point for point in self.points if point in done)
+
+    def at(self, point: str) -> tuple[Run, ...]:
+        return tuple(run for run in self.runs if run.point == point)
+
+    def has(self, split: str, metric: str) -> bool:
+        return metric in next(iter(self.runs[0].results["splits"][split]["languages"].values()))
+
+    def metric(self, split: str) -> str:
+        """The headline of a split."""
+        return next(metric for metric in METRICS if self.has(split, metric))
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval, and the value of each seed."""
+
+    mean: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval lies on one side of 0, else 0."""
+        return (self.low > 0) - (self.high < 0)
+
+
+def load(directory: Path) -> Sweep:
+    """Reads what launch/sweep.py has left.
+
+    Raises:
+      SweepError: no sweep, no finished run, or runs that do not belong together.
+    """
+    path = directory / SWEEP_FILE
+    if not path.exists():
+        raise SweepError(f"no {path}: expected the --workdir of launch/sweep.py")
+    plan = _json(path)
+    runs, missing = [], []
+    for run in plan["runs"]:
+        results = _results(directory / run["name"])
+        if results is None:
+            missing.append(run["name"])
+        else:
+            x = plan["points"][run["point"]]
+            runs.append(Run(run["point"], x, run["seed"], results))
+    if not runs:
+        raise SweepError(
+            f"no run of {directory} is finished and scored; {plan['command']} goes on with it. Runs that do "
+            f"not evaluate themselves are scored by eval/run.py --output_path=RUN/{BENCH_FOLDER}"
+        )
+    fields = {k: plan[k] for k in ("ablation", "command", "design", "question", "axis", "points")}
+    sweep = Sweep(directory, **fields, runs=tuple(runs), missing=tuple(missing))
+    check(sweep)
+    return sweep
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise SweepError(
+            f"{path} is not JSON ({error}); remove it and start its run again"
+        ) from None
+
+
+def _results(workdir: Path) -> dict | None:
+    """results.json of a run with scores in it; None if there are none yet."""
+    if not (workdir / RESULTS_FILE).exists():
+        return None
+    results = _json(workdir / RESULTS_FILE)
+    bench = workdir / BENCH_FOLDER / RESULTS_FILE
+    if not results["splits"] and bench.exists():
+        results["splits"] = bench_splits(_json(bench))
+    return results if results["splits"] else None
+
+
+def bench_splits(bench: Mapping[str, Any]) -> dict[str, dict]:
+    """PangeaBench's results.json, under its headline profile, in the form of a run's `splits`: one
+    split a data set, scores in [0, 1]."""
+    profile, splits = bench["profile"], {}
+    for name, dataset in bench["datasets"].items():
+        rows: dict[str, list] = {}
+        for task in bench["tasks"].values():
+            if task["dataset"] == name and task[profile]["score"] is not None:
+                rows.setdefault(task["language"], []).append(task[profile])
+        languages = {
+            code: {
+                "score": float(np.mean([task["score"] for task in tasks])) / 100,
+                "n": sum(task["n"] for task in tasks),
+            }
+            for code, tasks in rows.items()
+        }
+        means = {who: dataset[profile].get(key) for who, key in ((ENGLISH, "en"), (OTHERS, "mul"))}
+        count = {
+            ENGLISH: languages.get("en", {}).get("n", 0),
+            OTHERS: sum(row["n"] for code, row in languages.items() if code != "en"),
+        }
+        splits[name] = {"languages": languages} | {
+            who: None if mean is None else {"score": mean["score"] / 100, "n": count[who]}
+            for who, mean in means.items()
+        }
+    return splits
+
+
+def check(sweep: Sweep) -> None:
+    """That points differ in what is varied and in nothing else: equal examples and steps.
+
+    Raises:
+      SweepError: they are not what the design asks for; names the run.
+    """
+    largest = max(sweep.runs, key=lambda run: run.x)
+    for run in sweep.runs:
+        for quantity, value, expected in _fixed(sweep, run, largest):
+            if value != expected:
+                raise SweepError(
+                    f"{sweep.directory}: {run.point} with seed {run.seed} has {quantity} {value}, "
+                    f"expected {expected} as {largest.point} has it: not runs of one sweep"
+                )
+
+
+def _fixed(sweep: Sweep, run: Run, largest: Run):
+    """(what, its value, what it must be) for everything the design keeps fixed."""
+    total, most = sum(run.examples.values()), sum(largest.examples.values())
+    steps, longest = run.results["steps"], largest.results["steps"]
+    if sweep.design == "fixed_multilingual":
+        others = lambda examples: {c: n for c, n in examples.items() if c != "en"}  # noqa: E731
+        yield "other languages' examples", others(run.examples), others(largest.examples)
+        yield "examples a step", round(total / steps), round(most / longest)
+    elif sweep.design == "separate":
+        yield "examples", total, round(run.x / largest.x * most)
+        yield "examples a step", round(total / steps), round(most / longest)
+    elif sweep.design == "one_run":
+        yield "examples", total, most
+        yield "steps", steps, round(run.x / largest.x * longest)
+    else:
+        yield "examples", total, most
+        yield "steps", steps, longest
+
+
+def scores(sweep: Sweep, point: str, split: str, who: str, metric: str) -> tuple[float, ...]:
+    """A score of every seed, in [0, 1]; nothing if `who` was not scored."""
+    rows = [run.row(split, who) for run in sweep.at(point)]
+    return tuple(row[metric] for row in rows if row)
+
+
+def trials(sweep: Sweep, split: str, who: str) -> int:
+    """Independent questions behind a score, see the head of this file."""
+    run = sweep.runs[0]
+    if who != OTHERS:
+        return int(run.row(split, who)["n"])
+    rows = run.results["splits"][split]["languages"]
+    others = [int(row["n"]) for code, row in rows.items() if code != "en"]
+    return round(sum(others) / len(others))
+
+
+def estimate(values: Sequence[float], n: int) -> Estimate:
+    """A score from its seeds; `n` questions are what one seed's interval is made of.
+
+    >>> [round(x, 4) for x in dataclasses.astuple(estimate([0.5], 100))[:3]]
+    [0.5, 0.4038, 0.5962]
+    """
+    if len(values) == 1:
+        low, high = wilson_interval(values[0], n)
+        return Estimate(values[0], low, high, tuple(values))
+    return _student(values)
+
+
+def headline(sweep: Sweep, point: str, split: str, who: str) -> Estimate:
+    """The split's main score at a point, over its seeds."""
+    values = scores(sweep, point, split, who, sweep.metric(split))
+    return estimate(values, trials(sweep, split, who))
+
+
+def difference(first: Sequence[float], second: Sequence[float], n: int) -> Estimate:
+    """`first` - `second`, seed by seed; with one seed see `newcombe`."""
+    if len(first) != len(second):
+        raise SweepError(f"{len(first)} and {len(second)} seeds cannot be paired")
+    gaps = [a - b for a, b in zip(first, second, strict=True)]
+    if len(gaps) > 1:
+        return _student(gaps)
+    low, high = newcombe(first[0], n, second[0], n)
+    return Estimate(gaps[0], low, high, tuple(gaps))
+
+
+def newcombe(first: float, n_first: int, second: float, n_second: int) -> tuple[float, float]:
+    """95 % interval of the difference of two shares, by method 10 of Newcombe (1998).
+
+    >>> [round(bound, 4) for bound in newcombe(56 / 70, 70, 48 / 80, 80)]
+    [0.0524, 0.3339]
+    """
+    low_1, high_1 = wilson_interval(first, n_first)
+    low_2, high_2 = wilson_interval(second, n_second)
+    below = math.hypot(first - low_1, high_2 - second)
+    above = math.hypot(high_1 - first, second - low_2)
+    return first - second - below, first - second + above
+
+
+def _student(values: Sequence[float]) -> Estimate:
+    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
+    return Estimate(mean, mean - half, mean + half, tuple(values))
+
+
+def compare(sweep: Sweep, first: str, second: str, split: str, who: str) -> Estimate:
+    """The headline score at one point minus that at another, over the seeds that both have."""
+    metric = sweep.metric(split)
+    rows = [{run.seed: run.row(split, who) for run in sweep.at(p)} for p in (first, second)]
+    seeds = sorted(s for s in rows[0] if rows[0][s] and rows[1].get(s))
+    if not seeds:
+        raise SweepError(f"{sweep.directory}: {first} and {second} have no seed in common")
+    values = [[side[seed][metric] for seed in seeds] for side in rows]
+    return difference(*values, trials(sweep, split, who))
+
+
+def above_floor(sweep: Sweep, point: str, split: str, who: str) -> Estimate:
+    """The headline score minus its image-blind floor."""
+    metric = sweep.metric(split)
+    seen = scores(sweep, point, split, who, metric)
+    blind = scores(sweep, point, split, who, FLOOR + metric)
+    return difference(seen, blind, trials(sweep, split, who))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A line by least squares with the interval of its slope, and Spearman's rho with its own."""
+
+    slope: Estimate
+    intercept: float
+    rho: Estimate
+
+
+def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
+    """At least four pairs. The interval of rho is Bonett and Wright's (2000)."""
+    if len(x) < 4:
+        raise SweepError(f"a correlation of {len(x)} pairs has no interval; at least 4 are needed")
+    line = stats.linregress(x, y)
+    half = float(stats.t.ppf(0.975, len(x) - 2)) * line.stderr
+    rho = float(stats.spearmanr(x, y).statistic)
+    # At +-1 the transformation is infinite, and the interval the point.
+    z = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, rho)))
+    width = 1.959964 * math.sqrt((1 + rho**2 / 2) / (len(x) - 3))
+    low, high = math.tanh(z - width), math.tanh(z + width)
+    slope = Estimate(line.slope, line.slope - half, line.slope + half, (line.slope,))
+    return Fit(slope, float(line.intercept), Estimate(rho, low, high, (rho,)))
+
+
+def relative(sweep: Sweep, point: str, split: str) -> dict[str, tuple[float, float]]:
+    """Language -> (examples, score), both in percent of English at the same point, the mean of the
+    seeds: the axes of the paper's Figure 7."""
+    metric, pairs = sweep.metric(split), {}
+    english = np.mean(scores(sweep, point, split, ENGLISH, metric))
+    examples = sweep.at(point)[0].examples
+    for code in sweep.languages:
+        mine = scores(sweep, point, split, code, metric)
+        if code != "en" and mine and english and examples.get("en"):
+            share = 100 * examples.get(code, 0) / examples["en"]
+            pairs[code] = (share, float(100 * np.mean(mine) / english))
+    return pairs
+
+
+def by_examples(sweep: Sweep, split: str) -> dict[str, list[tuple[int, float]]]:
+    """Language -> (its examples, its score) at every point, the mean of the seeds."""
+    metric, table = sweep.metric(split), {}
+    for code in sweep.languages:
+        rows = []
+        for point in sweep.finished:
+            mine = scores(sweep, point, split, code, metric)
+            if mine:
+                rows.append((sweep.at(point)[0].examples.get(code, 0), float(np.mean(mine))))
+        table[code] = sorted(rows)
+    return table
+
+
+def within_rho(table: Mapping[str, Sequence[tuple[float, float]]], *, seed: int = 0) -> Estimate:
+    """Mean over languages of Spearman's rho within each: what a language gains from more examples,
+    whichever it is. The interval is a bootstrap over the languages.
+
+    Args:
+      table: language -> (examples, score) pairs, at least 3 of different examples.
+    """
+    rhos = []
+    for code, rows in table.items():
+        x, y = zip(*rows, strict=True) if rows else ((), ())
+        if len(set(x)) < 3:
+            raise SweepError(
+                f"{code} has {len(set(x))} different numbers of examples; at least 3 are needed"
+            )
+        # A language whose score never moves has no rank order: no correlation.
+        rhos.append(float(stats.spearmanr(x, y).statistic) if len(set(y)) > 1 else 0.0)
+    rng = np.random.default_rng(seed)
+    means = np.mean(rng.choice(rhos, (DRAWS, len(rhos))), axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Estimate(float(np.mean(rhos)), float(low), float(high), tuple(rhos))

@@ -1,0 +1,339 @@
+"""A checkpoint of ours as a model to evaluate: batches of prompts of one shape, and log-likelihoods."""
+
+import collections
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+import pangea_jax
+from eval.bench.models import Request, Responses
+from eval.bench.task import IMAGE_MARK, Failed, Generation, Profile
+from pangea_jax import sharding
+from pangea_jax.generate import batching
+from pangea_jax.generate.decode import Sampling
+from pangea_jax.generate.engine import Conversation, Engine, bucket
+from pangea_jax.generate.prompt import Prompt
+from pangea_jax.model import PangeaConfig
+
+_MOST_ROWS = 64
+_READERS = 4
+_HOST_BYTES = 1 << 30
+# Of what a device has left, for the batch; programs, logits and copies need the rest.
+_SHARE = 0.4
+_TOO_LITTLE = "the device has too little memory for this one prompt"
+
+
+class CheckpointModel:
+    """Answers requests with `pangea_jax`; what cannot be read or does not fit fails alone.
+
+    Texts come from `Engine.serve`: a row whose answer has ended takes the next request, and of questions
+    about one picture the first reads it for all. Log-likelihoods are put together by their shape (tokens
+    and tiles, rounded up as the engine does), so that few programs are compiled and no row is padded to a
+    much longer one. What a batch is made of changes a response by rounding at most: a resumed run says
+    what an uninterrupted one says, unless rounding decides between two tokens.
+
+    Args:
+      name: what responses and reports call it.
+      batch_size: rows at a time, or None for as many as the devices have memory for.
+      profile: "paper" repeats Pangea's wrapper of lmms-eval: pictures without a mark in a text that has
+        marks are not shown. With "fixed" such a request fails. Elsewhere both do as that wrapper does:
+        the system prompt of Qwen, and marks in front, in a line of their own, where a text has none.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        name: str,
+        *,
+        batch_size: int | None = None,
+        profile: Profile = "fixed",
+    ):
+        self.name, self._engine, self._profile = name, engine, profile
+        self._batch_size = batch_size
+        mesh = engine.mesh
+        self._shards = sharding.row_shards(mesh)
+        self._tensor = 1 if mesh is None else mesh.shape["tensor"]
+        # Once, with nothing but the parameters there: the same shape always has the same rows.
+        self._memory = _memory()
+        self._fits = _MOST_ROWS * self._shards if batch_size is None else batch_size
+
+    def generate(self, requests: Sequence[Request]) -> Responses:
+        if not requests:
+            return
+        settings = requests[0].generation
+
+        def read(request: Request) -> Prompt | Failed:
+            try:
+                return self._engine.read(self._conversation(request), settings.max_new_tokens)
+            except (ValueError, OSError) as error:  # ImageError and FileNotFoundError among them
+                return Failed(str(error))
+
+        with _ReadAhead(requests, read, self._fits) as ahead:
+            while shapes := ahead.shapes(self._engine.shape):
+                yield from self._serve(ahead, shapes, settings)
+            yield from ahead.failures()
+
+    def _serve(self, ahead: "_ReadAhead", shapes: Sequence[tuple[int, int]], settings: Generation):
+        """Answers what comes next while it has no more tokens than the longest of `shapes`, and half of
+        them at least; what does not fit into memory comes again, to fewer rows."""
+        width, tiles = (max(sizes) for sizes in zip(*shapes, strict=True))
+        new = settings.max_new_tokens
+        # A row that nothing enters costs as much as one that answers.
+        alike = sum(width <= 2 * tokens for tokens, _ in shapes)
+        rows = min(self._rows_of_answers(width, tiles, bucket(new)), alike)
+        asked: dict[int, tuple[Request, Prompt]] = {}
+
+        def tokens(prompt: Prompt) -> int:
+            return self._engine.shape(prompt)[0]
+
+        def feed() -> Iterator[tuple[Prompt, Sampling]]:
+            for number, (request, prompt) in enumerate(ahead.take(tokens, width)):
+                asked[number] = request, prompt
+                seed = seed_of(request)
+                yield prompt, Sampling.make(1, temperature=settings.temperature, seed=seed)
+
+        options = {"rows": rows, "width": width, "stop_strings": settings.until}
+        try:
+            for number, text in self._engine.serve(feed(), new, **options):
+                yield asked.pop(number)[0], text
+                yield from ahead.failures()
+            return
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+        # Not while the error is handled: it holds what the batch has on the device.
+        ahead.put_back(asked.values())
+        if rows > self._shards:
+            self._fits = max(self._shards, rows // 2)
+        elif (rows, width) != (1, shapes[0][0]):
+            # No device has more than one row: it may be another's length that does not fit.
+            yield from self._serve(ahead, shapes[:1], settings)
+        else:
+            request, _ = next(ahead.take(tokens, width))
+            yield request, Failed(_TOO_LITTLE)
+
+    def loglikelihood(self, requests: Sequence[Request]) -> Responses:
+        def read(request: Request):
+            item = self._engine.candidates(self._conversation(request), request.choices)
+            shape, tails = self._engine.shape(item[0]), item[1].tails
+            longest = max(map(len, tails))
+            return item, (*shape, len(tails), 1 << (longest - 1).bit_length())
+
+        def answer(batch: Sequence[tuple[Request, Any]]) -> list[list[float]]:
+            scores = self._engine.loglikelihood([item for _, item in batch], batch_size=len(batch))
+            return [[choice.total for choice in choices] for choices in scores]
+
+        yield from self._run(requests, read, answer)
+
+    def _conversation(self, request: Request) -> Conversation | str:
+        text, images = request.prompt.with_marks(), list(request.images)
+        if not request.generation.chat:
+            if images:
+                raise ValueError("a prompt of raw text cannot have pictures")
+            return text
+        if self._profile == "paper" and images:
+            images = images[: text.count(IMAGE_MARK)]
+        return [{"role": "user", "content": text, **({"images": images} if images else {})}]
+
+    def _run(self, requests: Iterable[Request], read: Callable, answer: Callable):
+        """Reads requests, gathers them by shape and answers whatever is full, in the end what is left."""
+        waiting = collections.defaultdict(list)
+        for request in requests:
+            try:
+                item, shape = read(request)
+            except (ValueError, OSError) as error:  # ImageError and FileNotFoundError among them
+                yield request, Failed(str(error))
+                continue
+            group = waiting[shape]
+            group.append((request, item))
+            if len(group) >= self._rows(shape):
+                yield from self._answer(waiting.pop(shape), answer)
+        for group in self._rest(waiting):
+            yield from self._answer(group, answer)
+
+    def _rest(self, waiting: Mapping[tuple[int, ...], list]) -> Iterator[list]:
+        """Batches of what has not filled any, of shapes that differ in little: up to half of the tokens,
+        or in the length of the choices. A row that is padded costs less than one more batch."""
+        rest = [(shape, request) for shape, group in waiting.items() for request in group]
+        rest.sort(key=lambda item: (item[0][1:3], item[0][0]), reverse=True)
+        batch, largest = [], ()
+        for shape, request in rest:
+            grown = (*largest[:3], *map(max, largest[3:], shape[3:]))
+            alike = batch and shape[1:3] == largest[1:3] and 2 * shape[0] >= largest[0]
+            if alike and len(batch) < self._rows(grown):
+                largest = grown
+            else:
+                if batch:
+                    yield batch
+                batch, largest = [], shape
+            batch.append(request)
+        if batch:
+            yield batch
+
+    def _answer(self, group: list[tuple[Request, Any]], answer: Callable) -> Iterator:
+        """The answers of a group, in halves where it does not fit into the device's memory."""
+        try:
+            responses = answer(group)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            if len(group) == 1:
+                yield group[0][0], Failed(_TOO_LITTLE)
+                return
+            half = len(group) // 2
+            self._fits = max(half, min(self._fits, self._shards))
+            for part in (group[:half], group[half:]):
+                yield from self._answer(part, answer)
+            return
+        for (request, _), response in zip(group, responses, strict=True):
+            yield request, response
+
+    def _rows(self, shape: tuple[int, ...]) -> int:
+        """Rows of log-likelihoods: tokens, tiles, choices and their length."""
+        return self._rows_within(self._memory, row_bytes(self._engine.config, *shape))
+
+    def _rows_of_answers(self, width: int, tiles: int, new: int) -> int:
+        """Rows of answers: what reading leaves of the memory, for the caches of all. One prompt is read
+        whole, or several after copies of what they have in common."""
+        config = self._engine.config
+        copies = batching.AT_ONCE * cache_bytes(config, width) / self._tensor
+        left = self._memory - max(row_bytes(config, width, tiles, 1, 0), copies)
+        each = cache_bytes(config, width + new) / self._tensor + 4 * config.language.vocab_size
+        return self._rows_within(left, each)
+
+    def _rows_within(self, memory: float, each: float) -> int:
+        """As many on every shard as its memory holds, rounded down to a power of two."""
+        if self._batch_size is not None:
+            return self._fits
+        rows = max(1, int(memory // each))
+        return min(self._fits, self._shards << (rows.bit_length() - 1))
+
+
+class _ReadAhead:
+    """Requests as prompts, in their order: threads read some way ahead, the pictures above all."""
+
+    def __init__(self, requests: Iterable[Request], read: Callable, depth: int):
+        self._requests, self._read, self._depth = iter(requests), read, depth
+        self._threads = futures.ThreadPoolExecutor(_READERS)
+        self._ready: collections.deque[tuple[Request, futures.Future]] = collections.deque()
+        self._failed: list[tuple[Request, Failed]] = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._threads.shutdown(cancel_futures=True)
+
+    def shapes(self, shape: Callable) -> list[tuple[int, int]]:
+        """Of what is read ahead and has between half and twice the tokens of the first."""
+        found = []
+        for place in range(self._depth):
+            if (prompt := self._at(place)) is None:
+                break
+            size = shape(prompt)
+            if not found or found[0][0] <= 2 * size[0] <= 4 * found[0][0]:
+                found.append(size)
+        return found
+
+    def take(self, tokens: Callable, width: int) -> Iterator[tuple[Request, Prompt]]:
+        """What comes next and has between a half of `width` tokens and all. The rest waits, until there
+        is no room to read further ahead."""
+        place = 0
+        while (prompt := self._at(place)) is not None:
+            if width <= 2 * tokens(prompt) <= 2 * width:
+                request, _ = self._ready[place]
+                del self._ready[place]
+                yield request, prompt
+            else:
+                place += 1
+
+    def put_back(self, items: Iterable[tuple[Request, Prompt]]) -> None:
+        done = [(request, futures.Future()) for request, _ in items]
+        for (_, future), (_, prompt) in zip(done, items, strict=True):
+            future.set_result(prompt)
+        self._ready.extendleft(reversed(done))
+
+    def failures(self) -> Iterator[tuple[Request, Failed]]:
+        """What could not be read, once each."""
+        while self._failed:
+            yield self._failed.pop()
+
+    def _at(self, place: int) -> Prompt | None:
+        """The prompt after so many others; None if there is none."""
+        while True:
+            # What was put back may be more than is ever read ahead.
+            missing = max(0, self._depth - len(self._ready))
+            for request in itertools.islice(self._requests, missing):
+                self._ready.append((request, self._threads.submit(self._read, request)))
+            if place >= len(self._ready):
+                return None
+            request, future = self._ready[place]
+            if not isinstance(prompt := future.result(), Failed):
+                return prompt
+            self._failed.append((request, prompt))
+            del self._ready[place]
+
+
+def seed_of(request: Request) -> int:
+    """A request's own, so that a sampled response does not depend on what else is asked, or when."""
+    return int(request.document.hash[:8], 16)
+
+
+def cache_bytes(config: PangeaConfig, slots: int) -> int:
+    """Keys and values of one row."""
+    language = config.language
+    width = language.layers * language.kv_heads * language.head_width
+    return 2 * slots * width * jnp.dtype(config.dtype).itemsize
+
+
+def row_bytes(config: PangeaConfig, tokens: int, tiles: int, choices: int, length: int) -> int:
+    """What a prompt and its choices take, roughly: the caches, and the widest arrays of one layer."""
+    vision, language = config.vision, config.language
+    size = jnp.dtype(config.dtype).itemsize
+    # Attention weights are float32; the decoder's are made for 512 queries at a time, in longer rows than 4,096
+    # tokens for twice as many at most.
+    decoder = tokens * (4 * size * language.mlp + 4 * language.heads * min(tokens, 512))
+    seen = vision.patches + 1
+    tower = tiles * seen * (4 * vision.heads * seen + 4 * size * vision.mlp)
+    logits = 4 * language.vocab_size * max(1, choices * length)
+    return choices * cache_bytes(config, tokens + length) + decoder + tower + logits
+
+
+def _memory() -> float:
+    """Bytes that a batch may take on the first device."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return _HOST_BYTES
+    return _SHARE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+
+
+def open_checkpoint(
+    name: str, *, batch_size: str | int, profile: Profile, mesh: str = "auto"
+) -> CheckpointModel:
+    """The model that `pangea_jax.load` has under this name.
+
+    Args:
+      batch_size: "auto" or a number.
+      mesh: "auto", or sizes of axes as in `data=2,tensor=4`.
+
+    Raises:
+      ValueError, OSError: one of the settings is wrong, or there is no such model.
+    """
+    if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
+        raise ValueError(f"--batch_size={batch_size}: expected auto or a positive number")
+    rows = None if batch_size == "auto" else int(batch_size)
+    engine = pangea_jax.load(name, mesh=_parse_mesh(mesh))
+    return CheckpointModel(engine, name, batch_size=rows, profile=profile)
+
+
+def _parse_mesh(text: str) -> dict[str, int] | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise ValueError(f"--mesh={text}: expected auto, or sizes as in data=2,tensor=4") from None

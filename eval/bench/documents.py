@@ -1,0 +1,152 @@
+"""Documents from a folder: `DATA_DIR/<data set>/<subset>.jsonl`, one row a line, pictures as files beside it.
+
+Every row has an `id`, unique in its file, and the fields of its data set (`Dataset.fields`); `images` is a list of
+paths relative to `DATA_DIR/<data set>/`. Pictures that several subsets show are stored once, and documents that are
+translations of one another have the same id: intervals are clustered by them.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from eval.bench.task import Dataset, Document, Task
+
+
+class DataError(ValueError):
+    """Evaluation data that is missing or malformed; names the file and the line."""
+
+
+def task_file(task: Task, data_dir: Path) -> Path:
+    return data_dir / task.dataset.name / f"{task.subset.name}.jsonl"
+
+
+def limit_mark(path: Path) -> Path:
+    """A file that is there if `path` has only the first rows of its source, by `fetch --limit`."""
+    return path.with_name(path.name + ".limited")
+
+
+def rows_fetched(path: Path) -> float:
+    """How many rows a task's file has of its source; infinite where it has all of them."""
+    return sum(1 for _ in read_lines(path)) if limit_mark(path).exists() else math.inf
+
+
+def load(task: Task, data_dir: Path, *, limit: float | None = None) -> list[Document]:
+    """The documents of a task, the first ones under a limit.
+
+    Args:
+      limit: a number of documents, or a share of them if below 1.
+
+    Raises:
+      DataError: no such file, or a row that is not as the layout says.
+    """
+    path = task_file(task, data_dir)
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file, needed by {task.name}. Make it on a machine with a network: "
+            f"python eval/run.py fetch --tasks={task.name} --data_dir=DIR"
+        )
+    documents, seen = [], set()
+    for number, row in read_lines(path):
+        where = f"{path}, line {number}"
+        document = parse_row(row, task.dataset, where)
+        if document.id in seen:
+            raise DataError(f"{where}: id {document.id!r} occurs twice; ids are unique in a file")
+        seen.add(document.id)
+        documents.append(document)
+    if not documents:
+        raise DataError(f"{path}: no documents; delete the file and fetch {task.name} again")
+    if limit is None:
+        return documents
+    return documents[: max(1, round(limit * len(documents))) if limit < 1 else int(limit)]
+
+
+def parse_row(row: Any, dataset: Dataset, where: str) -> Document:
+    """A checked document."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    if not isinstance(row.get("id"), str) or not row["id"]:
+        raise DataError(f"{where}: field 'id' is {row.get('id')!r}, expected a text")
+    for name, kind in dataset.fields.items():
+        if name not in row:
+            raise DataError(
+                f"{where}: no field {name!r}; {dataset.name} needs {', '.join(dataset.fields)}"
+            )
+        if not isinstance(row[name], kind) or (isinstance(row[name], bool) and kind is not bool):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            names = " or ".join(k.__name__ for k in kinds)
+            raise DataError(f"{where}: field {name!r} is {row[name]!r:.60}, expected {names}")
+        if kind is list and not all(isinstance(item, str) for item in row[name]):
+            raise DataError(
+                f"{where}: field {name!r} is {row[name]!r:.60}, expected a list of texts"
+            )
+        if name == dataset.gold and row[name] == []:
+            raise DataError(f"{where}: field {name!r} is empty, expected at least one text")
+    if problem := dataset.problem(row):
+        raise DataError(f"{where}: {problem}")
+    images = row.get("images", [])
+    if not (isinstance(images, list) and all(isinstance(path, str) for path in images)):
+        raise DataError(f"{where}: field 'images' is {images!r:.60}, expected a list of paths")
+    for path in images:
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise DataError(f"{where}: picture {path!r} is outside the folder of {dataset.name}")
+    return Document(row["id"], row)
+
+
+def read_answers(path: Path, field: str) -> dict[tuple[str, str], Any]:
+    """(task, document) -> `field`, of a JSONL file whose lines have `task`, `doc_id` and `field`.
+
+    Raises:
+      DataError: a line lacks one of them, or is the second about its document.
+    """
+    found: dict[tuple[str, str], Any] = {}
+    for number, row in read_lines(path):
+        where = f"{path}, line {number}"
+        for name in ("task", "doc_id", field):
+            if not isinstance(row, dict) or name not in row:
+                raise DataError(f"{where}: no field {name!r}; expected task, doc_id and {field}")
+        key = str(row["task"]), str(row["doc_id"])
+        if key in found:
+            raise DataError(f"{where}: a second {field} to {key[0]} {key[1]!r}")
+        found[key] = row[field]
+    return found
+
+
+def drop_cut_line(path: Path) -> None:
+    """Removes a last line that a kill cut short from a file that is appended to."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of the lines of a JSONL file that are not empty.
+
+    Raises:
+      DataError: a line that is not JSON or has half a character, or a file that is not UTF-8.
+    """
+    with path.open(encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    value = json.loads(line)
+                    if "\\ud" in line.lower():
+                        _check_surrogates(value, f"{path}, line {number}")
+                    yield number, value
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def _check_surrogates(value: Any, where: str) -> None:
+    """JSON can say half of a character in UTF-16, which no file can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: half a character ({error}); write it whole, or \\ufffd"
+        ) from None

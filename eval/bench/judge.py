@@ -1,0 +1,120 @@
+"""Judges of open answers: an endpoint, or replies stored in a file. Every reply is kept and asked for once."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from eval.bench import documents
+from eval.bench.endpoint import Endpoint
+from eval.bench.task import Failed, JudgeRequest, digest
+
+ATTEMPTS = 3  # at a readable reply; the paper's library tried ten times
+
+
+class Question(NamedTuple):
+    """What is put to a judge about one response."""
+
+    task: str
+    doc_id: str
+    request: JudgeRequest
+
+
+class Judge(Protocol):
+    """Grades responses.
+
+    `replies` returns, in order, the judge's text or why there is none. `readable` tells whether a text has a score.
+    """
+
+    name: str
+
+    def replies(
+        self, questions: Sequence[Question], readable: Callable[[str], bool]
+    ) -> list[str | Failed]: ...
+
+
+class ReplayJudge:
+    """Replies from a file: lines with `task`, `doc_id` and `reply`."""
+
+    def __init__(self, path: Path):
+        self.name, self._path = f"replay:{path.name}", path
+        self._replies: dict[tuple[str, str], str | None] = documents.read_answers(path, "reply")
+        for (task, doc_id), reply in self._replies.items():
+            if not isinstance(reply, str | None):
+                kind = type(reply).__name__
+                raise documents.DataError(
+                    f"{path}: the reply to {task} {doc_id!r} is {kind}, expected a text"
+                )
+
+    def replies(self, questions, readable):
+        missing = Failed(f"no reply in {self._path.name}")
+        return [self._replies.get((task, doc_id), missing) for task, doc_id, _ in questions]
+
+
+class EndpointJudge:
+    """A judge behind an OpenAI-compatible endpoint.
+
+    Args:
+      cache: JSONL file of its replies, appended to as they come; the same question is never paid for twice.
+    """
+
+    def __init__(self, endpoint: Endpoint, cache: Path):
+        self.name, self._endpoint, self._cache_path = endpoint.model, endpoint, cache
+        self._cache: dict[str, str] = {}
+        if cache.exists():
+            documents.drop_cut_line(cache)
+            self._cache = {row["key"]: row["reply"] for _, row in documents.read_lines(cache)}
+
+    def replies(self, questions, readable):
+        keys = [self._key(request) for *_, request in questions]
+        pending = {
+            key: question
+            for key, question in zip(keys, questions, strict=True)
+            if key not in self._cache
+        }
+        failures: dict[str, Failed] = {}
+        self._cache_path.parent.mkdir(parents=True, exist_ok=True)
+        with self._cache_path.open("a", encoding="utf-8") as file:
+            answers = self._endpoint.map(
+                list(pending), lambda key: self._ask(pending[key].request, readable)
+            )
+            for key, reply in answers:
+                if isinstance(reply, Failed):
+                    failures[key] = reply
+                    continue
+                task, doc_id, _ = pending[key]
+                self._cache[key] = reply
+                row = {
+                    "key": key,
+                    "task": task,
+                    "doc_id": doc_id,
+                    "judge": self.name,
+                    "reply": reply,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+        return [self._cache.get(key, failures.get(key)) for key in keys]
+
+    def _ask(self, request: JudgeRequest, readable) -> str | Failed:
+        messages = [
+            {"role": "system", "content": request.system},
+            {"role": "user", "content": request.user},
+        ]
+        for _ in range(ATTEMPTS):
+            reply = self._endpoint.chat(messages, **request.params)
+            if isinstance(reply, Failed) or readable(reply):
+                return reply
+        return reply  # kept as it is: the score counts it as a failure and shows it
+
+    def _key(self, request: JudgeRequest) -> str:
+        return digest([self.name, request.system, request.user, dict(request.params)])
+
+
+def open_judge(spec: str, base_url: str | None, cache: Path, **settings) -> Judge:
+    """The judge a command line names: `replay:FILE`, or `openai:MODEL` at `base_url`."""
+    kind, _, value = spec.partition(":")
+    if kind == "replay" and value:
+        return ReplayJudge(Path(value))
+    if kind == "openai" and value:
+        return EndpointJudge(Endpoint(value, base_url, **settings), cache)
+    raise ValueError(f"--judge={spec}: expected replay:FILE or openai:MODEL")

@@ -1,0 +1,204 @@
+"""Asks a model about the documents of tasks, writing every response down as it comes.
+
+`<output>/responses/<task>.jsonl` is appended to. A run that was killed goes on where it was: what is asked is known by
+the hashes of document, prompt and generation settings, and is not asked again. Responses out of a file are read anew.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from eval.bench import documents
+from eval.bench.models import Model, Request, ResponseFile
+from eval.bench.task import Failed, Profile, Task, digest
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A document without a score: in which task, at which stage, and why."""
+
+    task: str
+    doc_id: str
+    stage: str
+    reason: str
+
+
+def make_requests(
+    tasks: Sequence[Task],
+    data_dir: Path,
+    *,
+    profile: Profile,
+    limit: float | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> tuple[list[Request], list[Failure]]:
+    """The requests of all tasks, and the documents that none can be made of (a picture is missing, say)."""
+    requests, failures = [], []
+    for task in tasks:
+        folder = data_dir / task.dataset.name
+        generation = dataclasses.replace(task.generation, **(overrides or {}))
+        for document in documents.load(task, data_dir, limit=limit):
+            try:
+                prompt = task.dataset.prompt(document, task.subset, profile)
+                images = tuple(folder / name for name in prompt.images)
+                for path in images:
+                    if not path.is_file():
+                        raise ValueError(f"picture {path} does not exist")
+            except ValueError as error:
+                failures.append(Failure(task.name, document.id, "data", str(error)))
+                continue
+            choices = task.dataset.choices(document)
+            requests.append(Request(task, document, prompt, generation, images, choices))
+    return requests, failures
+
+
+class ResponseLog:
+    """The responses of a run on disk, one file a task, with the field names of lm-eval's sample logs."""
+
+    def __init__(self, output: Path):
+        self._folder = output / "responses"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._files = contextlib.ExitStack()
+        self._open: dict[str, Any] = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._files.close()
+
+    def path(self, task: str) -> Path:
+        return self._folder / f"{task}.jsonl"
+
+    def read(self, task: str) -> list[dict[str, Any]]:
+        """The records of a task."""
+        path = self.path(task)
+        if not path.exists():
+            return []
+        documents.drop_cut_line(path)
+        return [row for _, row in documents.read_lines(path)]
+
+    def append(self, request: Request, response: Any, model: str) -> None:
+        name = request.task.name
+        if name not in self._open:
+            self._open[name] = self._files.enter_context(
+                self.path(name).open("a", encoding="utf-8")
+            )
+        target = request.task.dataset.target(request.document)
+        settings = dataclasses.asdict(request.generation)
+        record = {
+            "task": name,
+            "task_version": request.task.dataset.version,
+            "model": model,
+            "doc_id": request.document.id,
+            "doc": dict(request.document.row),
+            "target": target,
+            "arguments": {
+                "gen_args_0": {
+                    "arg_0": request.prompt.with_marks(),
+                    "arg_1": list(request.choices) or settings,
+                }
+            },
+            "images": list(request.prompt.images),
+            "resps": [[response]],
+            "doc_hash": request.document.hash,
+            "prompt_hash": request.prompt_hash,
+            "target_hash": digest(target),
+            "generation_hash": request.generation_hash,
+        }
+        self._open[name].write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._open[name].flush()
+
+
+def record_key(record: dict[str, Any]) -> tuple[str, str, str]:
+    """`Request.key` of a stored response."""
+    return record["doc_hash"], record["prompt_hash"], record["generation_hash"]
+
+
+def run(
+    model: Model, requests: Sequence[Request], log: ResponseLog, *, console: Console
+) -> list[Failure]:
+    """Asks what the log does not hold yet, the longest prompts first; returns what could not be answered.
+
+    Raises:
+      DataError: the log holds responses of another model.
+    """
+    done = set()
+    tasks = {request.task.name for request in requests}
+    for task in tasks:
+        for record in log.read(task):
+            if record["model"] != model.name:
+                raise documents.DataError(
+                    f"{log.path(task)} has responses of {record['model']!r}, not of {model.name!r}; "
+                    "choose another --output_path"
+                )
+            done.add((task, record_key(record)))
+    if isinstance(model, ResponseFile):  # what the file says now counts
+        done.clear()
+        for task in tasks:
+            log.path(task).unlink(missing_ok=True)
+    pending = [r for r in requests if (r.task.name, r.key) not in done]
+    if skipped := len(requests) - len(pending):
+        console.print(f"{skipped} of {len(requests)} responses are there already")
+    failures = []
+    with _progress(console) as progress:
+        bar = progress.add_task("asking", total=len(pending))
+        for request, response in _ask(model, pending):
+            if isinstance(response, Failed):
+                name, doc_id = request.task.name, request.document.id
+                if name not in {failure.task for failure in failures}:
+                    console.print(f"no response: {name} {doc_id}: {response.reason}", markup=False)
+                failures.append(Failure(name, doc_id, "response", response.reason))
+            else:
+                log.append(request, response, model.name)
+            progress.update(bar, advance=1, description=request.task.name)
+    order = {(r.task.name, r.document.id): i for i, r in enumerate(requests)}
+    return sorted(failures, key=lambda failure: order[failure.task, failure.doc_id])
+
+
+def _ask(model: Model, requests: Iterable[Request]) -> Iterator[tuple[Request, Any]]:
+    groups = defaultdict(list)
+    for request in requests:
+        groups[request.generation].append(request)
+    for generation, group in groups.items():
+        ordered = in_order(group)
+        likelihood = generation.output_type == "loglikelihood"
+        yield from model.loglikelihood(ordered) if likelihood else model.generate(ordered)
+
+
+def in_order(requests: Iterable[Request]) -> list[Request]:
+    """The longest first, so that what does not fit into memory shows at once; questions about the same
+    pictures together, which a model may read once for all of them."""
+    families = defaultdict(list)
+    for request in sorted(requests, key=_length, reverse=True):
+        families[request.images].append(request)
+    return [request for family in families.values() for request in family]
+
+
+def _length(request: Request) -> tuple[int, int]:
+    return len(request.images), len(request.prompt.text.encode())
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -1,0 +1,106 @@
+"""CVQA: culturally diverse questions on pictures from 36 country-language pairs (afaji/cvqa).
+
+Each pair is asked in its own language (`cvqa_ind-id`, counted as multilingual) and with the English text on the same
+pictures (`cvqa_translated-ind-id`, the table's "en"). The paper's numbers came from the leaderboard and are no mean
+of its printed cells.
+"""
+
+from eval.bench.metrics import choices
+from eval.bench.task import (
+    Dataset,
+    Document,
+    Generation,
+    Prompt,
+    Subset,
+    answer_text,
+    mean_of,
+    schema,
+)
+
+# The paper's name of the pair (Tables 8 and 9): (language, `Subset` of the hub).
+PAIRS = {
+    "ar-es": ("es", "('Spanish', 'Argentina')"),
+    "br-pt": ("pt", "('Portuguese', 'Brazil')"),
+    "bu-bg": ("bg", "('Bulgarian', 'Bulgaria')"),
+    "ch-es": ("es", "('Spanish', 'Chile')"),
+    "ch-zh": ("zh", "('Chinese', 'China')"),
+    "co-es": ("es", "('Spanish', 'Colombia')"),
+    "ec-es": ("es", "('Spanish', 'Ecuador')"),
+    "eg-ar": ("ar", "('Egyptian_Arabic', 'Egypt')"),
+    "et-am": ("am", "('Amharic', 'Ethiopia')"),
+    "et-or": ("om", "('Oromo', 'Ethiopia')"),
+    "fr-br": ("br", "('Breton', 'France')"),
+    "in-bn": ("bn", "('Bengali', 'India')"),
+    "in-ta": ("ta", "('Tamil', 'India')"),
+    "in-te": ("te", "('Telugu', 'India')"),
+    "ind-id": ("id", "('Indonesian', 'Indonesia')"),
+    "ind-jv": ("jv", "('Javanese', 'Indonesia')"),
+    "ind-mi": ("min", "('Minangkabau', 'Indonesia')"),
+    "ind-sv": ("su", "('Sundanese', 'Indonesia')"),
+    "ir-ir": ("ga", "('Irish', 'Ireland')"),
+    "ja-jp": ("ja", "('Japanese', 'Japan')"),
+    "ke-sw": ("sw", "('Swahili', 'Kenya')"),
+    "ma-my": ("ms", "('Malay', 'Malaysia')"),
+    "me-es": ("es", "('Spanish', 'Mexico')"),
+    "mo-mg": ("mn", "('Mongolian', 'Mongolia')"),
+    "ni-ig": ("ig", "('Igbo', 'Nigeria')"),
+    "no-ng": ("no", "('Norwegian', 'Norway')"),
+    "pk-ur": ("ur", "('Urdu', 'Pakistan')"),
+    "ph-fi": ("fil", "('Filipino', 'Philippines')"),
+    "ro-ro": ("ro", "('Romanian', 'Romania')"),
+    "ru-ru": ("ru", "('Russian', 'Russia')"),
+    "rw-ki": ("rw", "('Kinyarwanda', 'Rwanda')"),
+    "sg-zh": ("zh", "('Chinese', 'Singapore')"),
+    "sk-ko": ("ko", "('Korean', 'South Korea')"),
+    "sp-es": ("es", "('Spanish', 'Spain')"),
+    "sr-si": ("si", "('Sinhala', 'Sri_Lanka')"),
+    "ur-es": ("es", "('Spanish', 'Uruguay')"),
+}
+
+
+class Cvqa(Dataset):
+    name, title, group = "cvqa", "CVQA", "multimodal"
+    hub = "afaji/cvqa"
+    about = 20_800
+    subsets = tuple(
+        subset
+        for pair, (language, _) in PAIRS.items()
+        for subset in (
+            Subset(pair, language, "mul"),
+            Subset(f"translated-{pair}", "en", "en"),
+        )
+    )
+    fields = schema(question=str, options=list, answer=str, images=list)
+    generation = Generation(max_new_tokens=16)
+
+    def problem(self, row):
+        return choices.wrong_letter(row["answer"], row["options"])
+
+    def prompt(self, document, subset, profile):
+        row = document.row
+        options = "\n".join(f"{k}. {text}" for k, text in zip(choices.LETTERS, row["options"]))
+        return Prompt(
+            f"Question: {row['question']} \n\n Options: {options} \n\n "
+            "Answer with the option's letter from the given choices directly.",
+            document.images,
+        )
+
+    def score(self, document: Document, response: str, subset, profile, reply=None):
+        return score_letter(self.name, document, response, subset, profile)
+
+
+def score_letter(dataset, document, response, subset, profile, options=None, gold=None):
+    """Accuracy of the letter read from a response, shared with M3Exam."""
+    options = document.row["options"] if options is None else options
+    gold = document.row["answer"] if gold is None else gold
+    drawn = False
+    if profile == "paper":
+        seed = f"{dataset}_{subset.name}/{document.id}"
+        chosen, drawn = choices.paper_letter(response, options, seed=seed)
+    else:
+        chosen = choices.letter(answer_text(response), options)
+    metrics = {"acc": float(chosen == gold), "unreadable": float(drawn or chosen is None)}
+    return mean_of(metrics, "acc", chosen)
+
+
+DATASET = Cvqa()

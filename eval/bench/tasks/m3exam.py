@@ -1,0 +1,160 @@
+"""M3Exam: questions with pictures from school exams of seven countries (neulab/PangeaBench-m3exam)."""
+
+import re
+
+from eval.bench.metrics.choices import LETTERS
+from eval.bench.task import (
+    IMAGE_MARK,
+    Dataset,
+    Document,
+    Generation,
+    Prompt,
+    language_subsets,
+    schema,
+)
+from eval.bench.tasks.cvqa import score_letter
+
+_HINTS = {
+    "en": (
+        "The following is a multiple choice question about {subject}. Please only respond with the letter (A, B, C, or "
+        "D) corresponding to the correct answer, without any additional explanation."
+    ),
+    "zh": "以下是关于{subject}的单项选择题。 请仅给出正确选项对应的选项序号（A, B, C, 或 D） 而非其他细节。",
+    "th": (
+        "ต่อไปนี้เป็นคำถามแบบปรนัย วิชา{subject} โปรดตอบเพียงตัวอักษร (A, B, C หรือ D) "
+        "ที่ตรงกับคำตอบที่ถูกต้อง โดยไม่ต้องมีคำอธิบายเพิ่มเติม"
+    ),
+    "vi": (
+        "Sau đây là câu hỏi trắc nghiệm về {subject}. Vui lòng chỉ trả lời bằng chữ cái (A, B, C hoặc D) tương ứng với "
+        "câu trả lời đúng, không cần giải thích thêm."
+    ),
+    "it": (
+        "La seguente è una domanda a scelta multipla su {subject}. Si prega di rispondere solo con la lettera (A, B, C "
+        "o D) corrispondente alla risposta corretta, senza alcuna spiegazione aggiuntiva."
+    ),
+    "af": (
+        "Die volgende is 'n meervoudige keuse vraag oor {subject}. Antwoord asseblief slegs met die letter (A, B, C of "
+        "D) wat ooreenstem met die korrekte antwoord, sonder enige bykomende verduideliking."
+    ),
+    "pt": (
+        "A seguir está uma questão de múltipla escolha sobre {subject}. Por favor, responda apenas com a letra (A, B, "
+        "C ou D) correspondente à resposta correta, sem qualquer explicação adicional."
+    ),
+}
+_ANSWER_CUES = {
+    "en": "Answer:",
+    "zh": "答案：",
+    "vi": "Câu trả lời:",
+    "th": "คำตอบ:",
+    "it": "La risposta:",
+    "af": "Antwoord:",
+    "pt": "Responder:",
+}
+_SUBJECTS = {
+    "en": ("English", "Math", "Social Science", "Natural Science"),
+    "zh": ("语文", "数学", "社会科学", "自然科学"),
+    "th": ("ภาษาไทย", "คณิตศาสตร์", "สังคมศึกษา", "วิทยาศาสตร์"),
+    "vi": ("Tiếng Việt", "Toán", "Khoa học xã hội", "Khoa học tự nhiên"),
+    "it": ("Italiano", "Matematica", "Scienze sociali", "Scienze naturali"),
+    "af": ("Afrikaans Huistaal", "Wiskunde", "Sosiale Wetenskappe", "Natuurwetenskap"),
+    "pt": ("Linguagens", "Matemática", "Ciências Humanas", "Ciências da Natureza"),
+}
+_SUBJECT_KEYS = ("language", "math", "social-science", "natural-science")
+HUB_SPLITS = {
+    "en": "english",
+    "zh": "chinese",
+    "af": "afrikaans",
+    "it": "italian",
+    "pt": "portuguese",
+    "th": "thai",
+    "vi": "vietnamese",
+}
+_SIZES = {"en": 793, "zh": 433, "af": 163, "it": 397, "pt": 450, "th": 401, "vi": 116}
+_MARK = re.compile(r"<image (\d+)>")
+_LABEL = re.compile(r"^\s*[(（]?([A-Ja-j]|10|\d)\s*[)）.．、:：]\s*")
+
+
+class M3Exam(Dataset):
+    name, title, group = "m3exam", "M3Exam", "multimodal"
+    hub = "neulab/PangeaBench-m3exam"
+    version = 2
+    subsets = language_subsets(_SIZES)
+    fields = schema(
+        question=str, options=list, answer=str, subject=str, background=list, images=list
+    )
+    generation = Generation(max_new_tokens=16)
+
+    def prompt(self, document, subset, profile):
+        language, row = subset.language, document.row
+        if row["subject"] not in _SUBJECT_KEYS:
+            raise ValueError(
+                f"m3exam {document.id}: subject is {row['subject']!r}, expected one of {_SUBJECT_KEYS}"
+            )
+        subject = _SUBJECTS[language][_SUBJECT_KEYS.index(row["subject"])]
+        background = "\n" + "\n".join(row["background"]) if row["background"] else ""
+        question, options = row["question"], _options(row["options"])
+        if profile == "paper":
+            # Of the question's marks the first stands for all pictures and the others are deleted; those of the
+            # background stay as the exam writes them, which no wrapper knows; options with a picture are left out.
+            question = _MARK.sub("", _MARK.sub(IMAGE_MARK, question, count=1))
+            background = _MARK.sub(r"(image)[\1]", background)
+            pictured = any(_MARK.search(text) for text in row["options"])
+            options = [] if pictured else paper_options(row["options"])
+        hint = _HINTS[language].format(subject=subject)
+        lines = (f"{hint}\n", background, question, "\n".join(options), _ANSWER_CUES[language])
+        text = "\n".join(lines)
+        return Prompt(text, document.images) if profile == "paper" else place_images(text, document)
+
+    def score(self, document: Document, response: str, subset, profile, reply=None):
+        row = document.row
+        if profile == "paper":
+            options, gold = paper_options(row["options"]), paper_answer(row["answer"])
+        else:
+            options = [text.partition(" ")[2] for text in _options(row["options"])]
+            gold = _gold(row["answer"])
+        return score_letter(self.name, document, response, subset, profile, options, gold)
+
+
+def place_images(text: str, document: Document) -> Prompt:
+    """`<image 2>` becomes `<image>`, with the pictures in the order they are named; all, where none is named."""
+    named = [int(number) for number in _MARK.findall(text)]
+    if unknown := [number for number in named if not 1 <= number <= len(document.images)]:
+        raise ValueError(
+            f"{document.id}: the text names <image {unknown[0]}>, but the row has {len(document.images)} pictures"
+        )
+    images = [document.images[number - 1] for number in named]
+    return Prompt(_MARK.sub(IMAGE_MARK, text), tuple(images) or document.images)
+
+
+def paper_options(options: list[str]) -> list[str]:
+    """Relabelled options as the paper's harness makes them (neulab/Pangea, m3exam/utils.py).
+
+    What looks like a label is cut off without looking at the whole: "2 apples" and "3 apples" both become "apples".
+    """
+    bare = [re.sub(r"^[\(（]?[A-Da-d\d][\)）\.\s]+", "", text).strip() for text in options]
+    return [f"({key}) {text}" for key, text in zip(LETTERS, bare)]
+
+
+def paper_answer(answer: str) -> str:
+    """The gold letter as the paper's harness makes it: what begins with a digit, also in brackets, is the letter of
+    that digit; all else stays."""
+    match = re.match(r"\(?(\d)", answer)
+    return chr(ord("A") + int(match.group(1)) - 1) if match else answer
+
+
+def _options(options: list[str]) -> list[str]:
+    """Options with the labels A, B, ...; a label is cut off only if all options have one, in order."""
+    labels = [_LABEL.match(text) for text in options]
+    found = [match.group(1).upper() if match else "" for match in labels]
+    size = len(options)
+    if found in ([*LETTERS[:size]], [str(i + 1) for i in range(size)]):
+        options = [text[match.end() :] for text, match in zip(options, labels)]
+    return [f"({key}) {text}" for key, text in zip(LETTERS, options)]
+
+
+def _gold(answer: str) -> str:
+    bare = answer.strip().strip("()（）.．").upper()
+    return LETTERS[int(bare) - 1] if bare.isdecimal() and 0 < int(bare) <= len(LETTERS) else bare
+
+
+DATASET = M3Exam()

@@ -1,0 +1,113 @@
+"""MGSM: 250 grade-school problems in 11 languages, answered step by step (juletxara/mgsm)."""
+
+import functools
+import re
+import string
+from types import MappingProxyType
+
+from eval.bench.metrics import numbers
+from eval.bench.task import (
+    Dataset,
+    Generation,
+    Prompt,
+    answer_text,
+    language_subsets,
+    mean_of,
+    schema,
+)
+
+# language: (question label, label of the step-by-step answer, strict pattern), as in lm-eval mgsm_native_cot. The
+# strict pattern of Bengali is the English one there, so that the paper's Bengali score is 0.0 for every model.
+_NUMBER = r"(\-?[0-9\.\,]+)"
+_WORDS = {
+    "bn": ("প্রশ্ন:", "ধাপে ধাপে উত্তর:", f"The answer is {_NUMBER}"),
+    "de": ("Frage:", "Schritt-für-Schritt-Antwort:", f"Die Antwort lautet {_NUMBER}"),
+    "en": ("Question:", "Step-by-Step Answer:", f"The answer is {_NUMBER}"),
+    "es": ("Pregunta:", "Respuesta paso a paso:", f"La respuesta es {_NUMBER}"),
+    "fr": ("Question :", "Réponse étape par étape :", f"La réponse est {_NUMBER}"),
+    "ja": ("問題：", "ステップごとの答え:", f"答えは{_NUMBER}です。"),
+    "ru": ("Задача:", "Пошаговоерешение:", f"Ответ — {_NUMBER}"),
+    "sw": ("Swali:", "Jibu la Hatua kwa Hatua:", f"Jibu ni {_NUMBER}"),
+    "te": ("ప్రశ్న:", "దశలవారీగా సమాధానం:", f"సమాధానం {_NUMBER}"),
+    "th": ("โจทย์:", "คำตอบทีละขั้นตอน:", f"คำตอบคือ {_NUMBER}"),
+    "zh": ("问题：", "逐步解答:", f"答案是 {_NUMBER}。"),
+}
+_ANSWER_WORDS = {
+    "bn": "উত্তর",
+    "de": "Antwort",
+    "en": "answer",
+    "es": "respuesta",
+    "fr": "réponse",
+    "ja": "答え",
+    "ru": "ответ",
+    "sw": "jibu",
+    "te": "సమాధానం",
+    "th": "คำตอบ",
+    "zh": "答案",
+}
+_SPACE_GROUPS = frozenset({"de", "es", "fr", "ru"})
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？।\n]")
+
+
+class Mgsm(Dataset):
+    name, title, group = "mgsm", "MGSM", "text"
+    hub = "juletxara/mgsm"
+    metric = "exact_match"
+    subsets = language_subsets(dict.fromkeys(_WORDS, 250))
+    fields = schema(question=str, answer=(str, int))
+    structural_zeros = MappingProxyType(
+        {
+            "bn": "the paper's strict pattern for Bengali is the English 'The answer is', which no Bengali answer "
+            "holds"
+        }
+    )
+
+    def problem(self, row):
+        try:
+            numbers.parse(str(row["answer"]))
+        except ValueError as error:
+            return f"answer: {error}"
+        return None
+
+    def prompt(self, document, subset, profile):
+        question_label, answer_label, _ = _WORDS[subset.language]
+        return Prompt(f"{question_label} {document.row['question']}\n{answer_label}")
+
+    def generation_for(self, subset):
+        until = (_WORDS[subset.language][0], "</s>", "<|im_end|>")
+        return Generation(max_new_tokens=256, until=until, chat=False)
+
+    def score(self, document, response, subset, profile, reply=None):
+        gold = str(document.row["answer"])
+        if profile == "paper":
+            found = re.findall(_WORDS[subset.language][2], response)
+            filtered = found[0] if found else "[invalid]"
+            # lm-eval's exact_match removes punctuation from both sides: 18.00 becomes 1800, -5 becomes 5.
+            right = filtered.translate(_PUNCTUATION) == gold.translate(_PUNCTUATION)
+        else:
+            value = final_number(answer_text(response), subset.language)
+            filtered = None if value is None else str(value)
+            right = value == numbers.parse(gold)
+        metrics = {
+            "exact_match": float(right),
+            "unreadable": float(filtered in (None, "[invalid]")),
+        }
+        return mean_of(metrics, "exact_match", filtered)
+
+
+def final_number(text: str, language: str):
+    """The last number of the sentence after the last answer word of the language or of English, else of the text."""
+    find = functools.partial(numbers.find, space_groups=language in _SPACE_GROUPS)
+    words = {_ANSWER_WORDS[language], _ANSWER_WORDS["en"]}
+    cues = [match.end() for word in words for match in re.finditer(word, text, re.IGNORECASE)]
+    for place in sorted(cues, reverse=True):
+        end = _SENTENCE_END.search(text, place)
+        found = find(text[place : end.start() if end else None])
+        if found:
+            return found[-1]
+    found = find(text)
+    return found[-1] if found else None
+
+
+DATASET = Mgsm()

@@ -1,0 +1,53 @@
+"""MMMLU: the 14,042 questions of MMLU in 14 translations, and in English, by log-likelihood (openai/MMMLU)."""
+
+from eval.bench.metrics import continuations
+from eval.bench.metrics.choices import LETTERS, wrong_letter
+from eval.bench.task import Dataset, Generation, Prompt, language_subsets, schema
+from pangea_jax import languages
+
+LOCALES = {
+    "ar": "AR_XY",
+    "bn": "BN_BD",
+    "de": "DE_DE",
+    "es": "ES_LA",
+    "fr": "FR_FR",
+    "hi": "HI_IN",
+    "id": "ID_ID",
+    "it": "IT_IT",
+    "ja": "JA_JP",
+    "ko": "KO_KR",
+    "pt": "PT_BR",
+    "sw": "SW_KE",
+    "yo": "YO_NG",
+    "zh": "ZH_CN",
+}
+
+
+class Mmmlu(Dataset):
+    name, title, group = "mmmlu", "MMMLU", "text"
+    hub = "openai/MMMLU"
+    subsets = language_subsets(dict.fromkeys(("en", *LOCALES), 14042))
+    fields = schema(question=str, options=list, answer=str, subject=str)
+    generation = Generation(output_type="loglikelihood", chat=False)
+
+    def problem(self, row):
+        return wrong_letter(row["answer"], row["options"])
+
+    def prompt(self, document, subset, profile):
+        row = document.row
+        subject = row["subject"].replace("_", " ")
+        description = f"The following are multiple choice questions (with answers) about {subject}"
+        if subset.language != "en":
+            description += f" ({languages.get(subset.language).english_name})"
+        options = "\n".join(f"{k}. {text}" for k, text in zip(LETTERS, row["options"]))
+        return Prompt(f"{description}.\n\n{row['question']}\n{options}\nAnswer:")
+
+    def choices(self, document):
+        return tuple(f" {key}" for key in LETTERS[: len(document.row["options"])])
+
+    def score(self, document, response, subset, profile, reply=None):
+        gold = LETTERS.index(document.row["answer"])
+        return continuations.score(response, self.choices(document), gold)
+
+
+DATASET = Mmmlu()

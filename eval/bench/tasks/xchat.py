@@ -1,0 +1,144 @@
+"""xChatBench: 50 open questions on pictures in eight languages, graded 1 to 5 by a judge (neulab/PangeaBench-xchat).
+
+The judge (the paper's is gpt-4o-2024-08-06, in the absolute grading of prometheus-eval) sees the question, a reference
+answer and a rubric, but no picture. An answer in another language than the question's earns nothing. Kinyarwanda is
+not in the tables.
+"""
+
+import re
+from types import MappingProxyType
+
+from eval.bench.metrics import language_id
+from eval.bench.task import (
+    Dataset,
+    Document,
+    Failed,
+    Generation,
+    JudgeRequest,
+    Prompt,
+    Subset,
+    answer_text,
+    mean_of,
+    schema,
+)
+
+_JUDGE_SYSTEM = (
+    "You are a fair judge assistant tasked with providing clear, objective feedback based on specific criteria, "
+    "ensuring each assessment reflects the absolute standards set for performance."
+)
+_JUDGE_USER = """###Task Description:
+An instruction (might include an Input inside it), a response to evaluate, a reference answer that gets a score of 5, \
+and a score rubric representing a evaluation criteria are given.
+1. Write a detailed feedback that assess the quality of the response strictly based on the given score rubric, not \
+evaluating in general.
+2. After writing a feedback, write a score that is an integer between 1 and 5. You should refer to the score rubric.
+3. The output format should look as follows: "(write a feedback for criteria) [RESULT] (an integer number between 1 \
+and 5)"
+4. Please do not generate any other opening, closing, and explanations.
+
+###The instruction to evaluate:
+{instruction}
+
+###Response to evaluate:
+{response}
+
+###Reference Answer (Score 5):
+{reference}
+
+###Score Rubrics:
+{rubric}
+
+###Feedback: """
+_SCORE_AT_END = re.compile(
+    r"(?:\[(?:RESULT|SCORE)\]|\b(?:score|result)(?:\s+of)?)[\s:*]{0,9}[\[(]?\s{0,9}([1-5])\s{0,9}[\])]?"
+    r"(?:/\s{0,9}5|out\s{1,9}of\s{1,9}5)?[\s.*]*$",
+    re.IGNORECASE,
+)
+# The published scores were read by an older parser, which in all known cases took this phrase for the verdict.
+_PAPER_PHRASE = re.compile(r"\bscore (?:of )?([1-5])(?: \w+)? or (?:above|higher)", re.IGNORECASE)
+_RUBRIC_FIELDS = ("criteria", *(f"score{i}_description" for i in range(1, 6)))
+
+
+class XChat(Dataset):
+    name, title, group = "xchat", "xChatBench", "multimodal"
+    hub = "neulab/PangeaBench-xchat"
+    metric = "points"
+    judged = True
+    subsets = (
+        *(
+            Subset(code, code, "en" if code == "en" else "mul", 50)
+            for code in ("en", "es", "hi", "id", "ja", "ko", "zh")
+        ),
+        Subset("rw", "rw", "none", 50),
+    )
+    fields = schema(system_prompt=str, input=str, reference_answer=str, rubric=dict, images=list)
+    gold = "reference_answer"
+    generation = Generation(max_new_tokens=1024)
+    structural_zeros = MappingProxyType(
+        {
+            "rw": "langdetect has no Kinyarwanda, so the paper's rule takes every answer for another language"
+        }
+    )
+
+    def problem(self, row):
+        missing = [name for name in _RUBRIC_FIELDS if name not in row["rubric"]]
+        return f"the rubric has no {missing[0]!r}" if missing else None
+
+    def prompt(self, document, subset, profile):
+        # The system prompt is English in every language and part of the user's message.
+        return Prompt(
+            f"{document.row['system_prompt']}\n\n{document.row['input']}", document.images
+        )
+
+    def judge_request(self, document, response):
+        row = document.row
+        rubric = f"[{row['rubric']['criteria']}]"
+        for i in range(1, 6):
+            rubric += f"\nScore {i}: {row['rubric'][f'score{i}_description']}"
+        user = _JUDGE_USER.format(
+            instruction=row["input"],
+            response=response,
+            reference=row["reference_answer"],
+            rubric=rubric,
+        )
+        return JudgeRequest(
+            _JUDGE_SYSTEM, user, {"temperature": 1.0, "top_p": 0.9, "max_tokens": 1024}
+        )
+
+    def readable(self, reply):
+        return read_grade(reply) is not None
+
+    def score(self, document: Document, response: str, subset, profile, reply=None):
+        if reply is None:
+            return Failed("no judge's reply")
+        grade = paper_grade(reply) if profile == "paper" else read_grade(reply)
+        if grade is None:
+            return Failed(f"no score at the end of the judge's reply {reply[-60:]!r}")
+        in_language = (
+            language_id.is_langdetect_language(response, subset.language)
+            if profile == "paper"
+            else language_id.is_language(answer_text(response), subset.language)
+        )
+        metrics = {
+            "grade": float(grade),
+            "right_language": float(in_language),
+            "raw_points": (grade - 1) / 4,
+            "points": (grade - 1) / 4 if in_language else 0.0,
+        }
+        return mean_of(metrics, "points", grade)
+
+
+def read_grade(reply: str) -> int | None:
+    """The 1 to 5 that ends a judge's reply, after `[RESULT]`, `Score:`, `score of` and the like."""
+    match = _SCORE_AT_END.search(reply)
+    return int(match.group(1)) if match else None
+
+
+def paper_grade(reply: str) -> int | None:
+    """The grade recorded in the published judgements; where there is no feedback, that is 1."""
+    if match := _PAPER_PHRASE.search(reply):
+        return int(match.group(1))
+    return 1 if reply.strip() == "No Feedback" else read_grade(reply)
+
+
+DATASET = XChat()

@@ -1,0 +1,67 @@
+"""xMMMU: college questions with pictures, MMMU validation and 300 of it in six translations (neulab/PangeaBench-xmmmu).
+
+English is all 900 questions of MMMU validation, so that en and mul are not on the same items.
+"""
+
+from eval.bench.metrics import choices, mmmu
+from eval.bench.metrics.choices import LETTERS
+from eval.bench.task import (
+    Dataset,
+    Document,
+    Generation,
+    answer_text,
+    language_subsets,
+    mean_of,
+    schema,
+)
+from eval.bench.tasks.m3exam import place_images
+
+_SIZES = {"en": 900, "ar": 298, "fr": 298, "hi": 291, "id": 297, "ja": 269, "pt": 297}
+
+
+class Xmmmu(Dataset):
+    name, title, group = "xmmmu", "xMMMU", "multimodal"
+    hub = "neulab/PangeaBench-xmmmu"
+    version = 2
+    subsets = language_subsets(_SIZES)
+    fields = schema(question=str, options=list, answer=(str, list), question_type=str, images=list)
+    generation = Generation(max_new_tokens=16)
+
+    def problem(self, row):
+        if row["question_type"] == "multiple-choice" and not row["options"]:
+            return "a multiple-choice question without options"
+        return None
+
+    def prompt(self, document, subset, profile):
+        row = document.row
+        if row["question_type"] == "multiple-choice":
+            options = "\n".join(f"{k}. {text}" for k, text in zip(LETTERS, row["options"]))
+            # "option letter" is the paper's; MMMU itself says "option's letter".
+            task = f"{options}\nAnswer with the option letter from the given choices directly."
+        else:
+            task = "Answer the question using a single word or phrase."
+        return place_images(f"{row['question']}\n{task}", document)
+
+    def score(self, document: Document, response: str, subset, profile, reply=None):
+        row = document.row
+        if row["question_type"] != "multiple-choice":
+            text = response if profile == "paper" else answer_text(response)
+            candidates = mmmu.parse_open(text)
+            right = mmmu.open_is_correct(row["answer"], candidates)
+            return mean_of({"acc": float(right), "unreadable": 0.0}, "acc", candidates)
+        letters = LETTERS[: len(row["options"])]
+        named = dict(zip(letters, row["options"]))
+        if profile == "paper":
+            chosen = mmmu.parse_multiple_choice(response, letters, named, seed=None)
+            unreadable = chosen is None
+            if unreadable:
+                seed = f"{self.name}_{subset.name}/{document.id}"
+                chosen = mmmu.parse_multiple_choice(response, letters, named, seed=seed)
+        else:
+            chosen = choices.letter(answer_text(response), row["options"])
+            unreadable = chosen is None
+        metrics = {"acc": float(chosen == row["answer"]), "unreadable": float(unreadable)}
+        return mean_of(metrics, "acc", chosen)
+
+
+DATASET = Xmmmu()

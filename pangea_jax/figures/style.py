@@ -1,0 +1,55 @@
+"""The look that all figures of a report share, and how they are written."""
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from pangea_jax.figures.text_render import font_families
+
+# Okabe & Ito (2008): told apart with every common form of colour blindness and in grey.
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#007A5A", "#D55E00"
+SKY, PURPLE = "#56B4E9", "#CC79A7"
+SERIES = (BLUE, ORANGE, SKY, PURPLE)
+INK, MUTED, FAINT = "#1A1A1A", "#6B6B6B", "#D9D9D9"
+PNG_DPI = 160
+
+
+def style():
+    """Context manager under which a figure is made and saved."""
+    return matplotlib.rc_context(
+        {
+            "font.family": list(font_families()),
+            "font.size": 9,
+            "text.color": INK,
+            "axes.labelcolor": INK,
+            "axes.edgecolor": MUTED,
+            "axes.linewidth": 0.6,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 9.5,
+            "axes.titlelocation": "left",
+            "axes.axisbelow": True,
+            "axes.grid": True,
+            "grid.color": "#E8E8E8",
+            "grid.linewidth": 0.6,
+            "xtick.color": MUTED,
+            "ytick.color": MUTED,
+            "xtick.labelsize": 8,
+            "ytick.labelsize": 8,
+            "legend.frameon": False,
+            "legend.fontsize": 8,
+            "text.hinting": "no_hinting",  # lines are fitted by unhinted widths
+            "svg.fonttype": "path",  # the viewer need not have our fonts, nor shape text
+            "svg.hashsalt": "pangea_jax",
+        }
+    )
+
+
+def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
+    """Writes `stem`.png and `stem`.svg, the same bytes for the same figure, and returns them."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
+    figure.savefig(png, dpi=PNG_DPI, facecolor="white")
+    figure.savefig(svg, facecolor="white", metadata={"Date": None})
+    return png, svg

@@ -1,0 +1,176 @@
+"""A sheet of pictures with the question, the model's answer and the truth in their own scripts."""
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib.figure import Figure
+
+from pangea_jax import languages
+from pangea_jax.figures import style as fig
+from pangea_jax.figures.text_render import (
+    draw_text,
+    fit_text,
+    is_right_to_left,
+    require_glyphs,
+    text_width,
+    visible,
+)
+
+COLUMNS = 4
+CARD_WIDTH, CARD_HEIGHT = 226.0, 88.0  # points
+PICTURE = 68.0
+MARGIN, HEADER = 14.0, 42.0
+TEXT_LEFT = PICTURE + 9.0
+ANSWER_LEFT = TEXT_LEFT + 13.0
+
+
+@dataclass(frozen=True)
+class AnswerExample:
+    """One question about a picture and what the model said.
+
+    Attributes:
+      picture: uint8 [height, width, 3].
+      language: tag of the language of the three texts.
+      question: what was asked.
+      answer: what the model wrote; any text, even none.
+      truth: the right answer.
+      split: name of the split it comes from, `unseen_artwork`.
+    """
+
+    picture: UInt8[np.ndarray, "height width 3"]
+    language: str
+    question: str
+    answer: str
+    truth: str
+    split: str
+
+    @property
+    def is_right(self) -> bool:
+        """Whether answer and truth are the same text after NFC and without outer white space."""
+        return _normal(self.answer) == _normal(self.truth)
+
+
+def answer_sheet(
+    examples: Sequence[AnswerExample], out_path_stem: str | Path, title: str
+) -> tuple[Path, Path]:
+    """Draws `<stem>.png` and `<stem>.svg`, four cards to a row.
+
+    Args:
+      examples: what to show, in order; 24 make a sheet that fits a screen.
+      out_path_stem: path of the figures without their ending.
+      title: says what was asked of which model.
+
+    Raises:
+      ValueError: there are no examples, or a picture is not uint8 [height, width, 3].
+      MissingGlyphError: no font for a question or a truth. Undrawable characters of an answer are
+        shown as code points instead: a model may write anything.
+    """
+    _check(examples)
+    rows = math.ceil(len(examples) / COLUMNS)
+    columns = min(COLUMNS, len(examples))
+    width = max(2, columns) * CARD_WIDTH + 2 * MARGIN
+    height = rows * CARD_HEIGHT + HEADER + MARGIN
+    with fig.style():
+        figure = Figure(figsize=(width / 72, height / 72))
+        page = _Page(figure, width, height)
+        page.write(MARGIN, 19, title, size=12.5)
+        right = sum(example.is_right for example in examples)
+        note = f"{right} of {len(examples)} right     ✓ ✗ answer     = truth"
+        page.write(width - MARGIN, 19, note, ha="right", color=fig.MUTED)
+        splits = {example.split for example in examples}
+        for i, example in enumerate(examples):
+            left = MARGIN + i % COLUMNS * CARD_WIDTH
+            top = HEADER + i // COLUMNS * CARD_HEIGHT
+            _draw_card(page, left, top, example, show_split=len(splits) > 1)
+        return fig.save(figure, Path(out_path_stem))
+
+
+class _Page:
+    """Places things in points from the top left corner of a figure."""
+
+    def __init__(self, figure: Figure, width: float, height: float):
+        self._figure, self._width, self._height = figure, width, height
+
+    def picture(self, left: float, top: float, side: float, pixels: np.ndarray) -> None:
+        axes = self._figure.add_axes(
+            (
+                left / self._width,
+                1 - (top + side) / self._height,
+                side / self._width,
+                side / self._height,
+            )
+        )
+        axes.imshow(pixels, interpolation="lanczos")
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set(visible=True, color=fig.FAINT, linewidth=0.6)
+
+    def write(
+        self, x: float, y: float, text: str, *, language: str = "en", size: float = 9, **style
+    ) -> None:
+        """One line of text, its base line `y` points below the top edge."""
+        x, y = x / self._width, 1 - y / self._height
+        draw_text(self._figure, x, y, text, language=language, size=size, va="baseline", **style)
+
+    def write_lines(
+        self, x: float, y: float, text: str, width: float, *, size: float, lines: int, **style
+    ) -> float:
+        """Text fitted into `width` points; returns the base line below the last line."""
+        pitch = 1.32 * size
+        fitted, size = fit_text(text, width, size, min_size=size - 2.5, max_lines=lines)
+        if is_right_to_left(text):
+            style["ha"] = "right"
+            x += max(text_width(line, size) for line in fitted)
+        for line in fitted:
+            self.write(x, y, line, size=size, **style)
+            y += pitch
+        return y
+
+
+def _draw_card(
+    page: _Page, left: float, top: float, example: AnswerExample, *, show_split: bool
+) -> None:
+    language = languages.get(example.language)
+    page.picture(left, top, PICTURE, example.picture)
+    x, y = left + TEXT_LEFT, top + 7
+    name = language.english_name
+    if language.native_name.casefold() != name.casefold():
+        name += f" · {language.native_name}"
+    if show_split:
+        name += f" · {example.split.replace('_', ' ')}"
+    code = language.code
+    room = CARD_WIDTH - TEXT_LEFT - 10
+    page.write_lines(x, y, name, room, size=7, lines=1, language=code, color=fig.MUTED)
+    y = page.write_lines(x, y + 14, example.question, room, size=8.5, lines=2, language=code)
+    x = left + ANSWER_LEFT
+    room = CARD_WIDTH - ANSWER_LEFT - 10
+    sign, colour = ("✓", fig.GREEN) if example.is_right else ("✗", fig.VERMILION)
+    answer = visible(example.answer) or "(nothing)"
+    page.write(left + TEXT_LEFT, y + 3, sign, size=10, color=colour)
+    y = page.write_lines(x, y + 3, answer, room, size=10, lines=1, language=code, color=colour)
+    page.write(left + TEXT_LEFT + 1, y + 1, "=", size=9, color=fig.MUTED)
+    page.write_lines(x, y + 1, example.truth, room, size=9, lines=1, language=code)
+
+
+def _check(examples: Sequence[AnswerExample]) -> None:
+    if not examples:
+        raise ValueError("no examples to draw: give at least one AnswerExample")
+    for i, example in enumerate(examples):
+        shape, dtype = example.picture.shape, example.picture.dtype
+        if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3:
+            raise ValueError(
+                f"picture of example {i} is {dtype} {list(shape)}, expected "
+                "uint8 [height, width, 3]"
+            )
+        for part in ("question", "truth"):
+            text = getattr(example, part)
+            require_glyphs(text, f"the {part} of example {i} ({example.language})")
+
+
+def _normal(text: str) -> str:
+    return unicodedata.normalize("NFC", text).strip()

@@ -1,0 +1,130 @@
+"""Features of a frozen tower, computed once: many steps then share one pass of the tower.
+
+Worth it where pictures are few and seen often, as in the embedded sample; PangeaIns' 784 GB are not.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
+from PIL import Image
+
+from pangea_jax.data.pipeline import Views
+from pangea_jax.data.store import RecordStore
+from pangea_jax.model import VisionTower
+from pangea_jax.model import params as model_params
+from pangea_jax.model.vision import normalize
+from pangea_jax.sample import augment
+from pangea_jax.sharding import BATCH_SPEC
+from pangea_jax.work import atomic
+
+
+def frozen_features(
+    tower: VisionTower,
+    store: RecordStore,
+    keys: Sequence[str],
+    mesh: jax.sharding.Mesh,
+    *,
+    augmented: int,
+    seed: int = 0,
+    batch_size: int = 256,
+    cache: Path | None = None,
+) -> dict[str, Float[np.ndarray, "views P E"]]:
+    """float16 features of every picture: view 0 as it is, then `augmented` random views.
+
+    A random view depends on the seed, its number and the place of its key in `keys` only, so the
+    result is the same on every mesh and in every process.
+
+    Args:
+      cache: a folder that keeps the features for the next run with the same tower and pictures, and
+        gives them back as a memory map. Not used by a run of several processes, nor if it cannot be
+        written.
+    """
+    if cache is None or jax.process_count() > 1:
+        values = _compute(tower, store, keys, mesh, augmented, seed, batch_size)
+    else:
+        file = cache / f"{_digest(tower, store, keys, augmented, seed)}.npy"
+        if not file.exists():
+            values = _compute(tower, store, keys, mesh, augmented, seed, batch_size)
+            try:
+                _save(file, values)
+            except OSError as error:
+                logging.warning("the features of pictures are not kept in %s: %s", cache, error)
+                return dict(zip(keys, values, strict=True))
+        values = np.load(file, mmap_mode="r", allow_pickle=False)
+        logging.info("features of %d pictures, %d views each: %s", len(keys), len(values[0]), file)
+    return dict(zip(keys, values, strict=True))
+
+
+def _digest(tower, store, keys, augmented, seed) -> str:
+    """Names everything that features depend on."""
+    digest = hashlib.sha256(repr((tower.config, augmented, seed, jax.__version__)).encode())
+    for name, value in sorted(model_params.split(tower)[1].items()):
+        digest.update(name.encode())
+        digest.update(np.asarray(value).tobytes())
+    for key in keys:
+        digest.update(key.encode())
+        digest.update(hashlib.sha256(store.image(key)).digest())
+    return digest.hexdigest()[:24]
+
+
+def _save(file: Path, values: np.ndarray) -> None:
+    """Whole or not at all, also when two runs do it at once."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = atomic.partial_path(file)
+    try:
+        with partial.open("wb") as out:
+            np.save(out, values, allow_pickle=False)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _compute(
+    tower, store, keys, mesh, augmented, seed, batch_size
+) -> Float[np.ndarray, "pictures views P E"]:
+    size = tower.config.image_size
+    graphdef, params = model_params.split(tower)
+    rows, whole = NamedSharding(mesh, BATCH_SPEC), NamedSharding(mesh, P())
+    params = jax.device_put(params, whole)
+    batch_size += -batch_size % mesh.size
+
+    @jax.jit
+    def encode(params, tiles):
+        features = model_params.merge(graphdef, params)(normalize(tiles)).astype("float16")
+        return jax.lax.with_sharding_constraint(features, whole)
+
+    def run(make_tiles):
+        parts = []
+        for start in range(0, len(keys), batch_size):
+            # The last batch is filled up by going round, so that one shape is compiled, not two.
+            places = np.arange(start, start + batch_size) % len(keys)
+            parts.append(np.asarray(encode(params, jax.device_put(make_tiles(places), rows))))
+        return np.concatenate(parts)[: len(keys)]
+
+    clean = Views(store, (), size, tower.config.grid)
+    views = [run(lambda places: np.concatenate([clean(keys[i], None)[0] for i in places]))]
+    drawings = np.stack([_rgba(store.image(key)) for key in keys]) if augmented else None
+    for view in range(1, augmented + 1):
+        root = jax.random.fold_in(jax.random.key(seed), view)
+        random_keys = jax.random.split(root, len(keys))
+        views.append(
+            run(
+                lambda places, k=random_keys: augment.augment(
+                    drawings[places], k[places], size=size
+                )
+            )
+        )
+    return np.stack(views, axis=1)
+
+
+def _rgba(encoded: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGBA"))

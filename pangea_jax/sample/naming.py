@@ -1,0 +1,368 @@
+"""How well a model names what emoji artwork shows, per language: the sample's evaluation.
+
+Two scores, each beside its image-blind floor (the same scoring with the picture of something else):
+  exact match      greedy decoding gives the CLDR name, letter by letter;
+  rank accuracy    of ten names in the same language the true one has the highest log-likelihood
+                   (chance 10 %).
+A language model can lower its loss without looking; a score above its floor cannot be had that way.
+"""
+
+import dataclasses
+import functools
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from pangea_jax.data import chat, image
+from pangea_jax.data.pipeline import CachedViews, pad_row
+from pangea_jax.data.record import IMAGE_MARKER, Turn
+from pangea_jax.data.store import RecordStore
+from pangea_jax.data.tokenizer import Tokenizer
+from pangea_jax.generate.decode import complete, last_hidden, until
+from pangea_jax.model import params as model_params
+from pangea_jax.sample import emoji
+from pangea_jax.sample.features import frozen_features
+from pangea_jax.sample.figures import AnswerExample
+from pangea_jax.sharding import BATCH_SPEC
+
+SPLITS = ("seen_artwork", "unseen_artwork")
+CHOICES = 10
+METRICS = ("exact_match", "rank_accuracy", "image_blind_exact_match", "image_blind_rank_accuracy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One question: a picture in a language, ten names of which the first is true."""
+
+    split: str
+    language: str
+    question: tuple[Turn, ...]
+    image: str
+    other_image: str
+    names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the model said to an item, with the picture and with another one in its place."""
+
+    item: Item
+    text: str
+    right: bool
+    ranked_first: bool
+    blind_right: bool
+    blind_ranked_first: bool
+
+
+def make_items(
+    store: RecordStore,
+    split: str,
+    languages: Sequence[str],
+    artists: Sequence[str],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+) -> list[Item]:
+    """The questions of a split: every thing in every language, drawn by one of `artists` in turn.
+
+    The nine wrong names, and the thing shown in the image-blind run, are the same in all languages,
+    so that languages differ in nothing but themselves; the blind picture shows none of the ten.
+
+    Args:
+      limit: things asked for, a seeded choice of all.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is not one of {SPLITS}")
+    concepts = {concept.codepoint: concept for concept in emoji.load_concepts()}
+    columns = ("split", "position", "source", "language", "concept", "kind")
+    rows = zip(*(store.index[name].to_pylist() for name in columns), strict=True)
+    wanted = {f"emoji/{artist}" for artist in artists}
+    records: dict[tuple[str, str], list] = {}
+    for row_split, position, source, language, concept, kind in rows:
+        if kind == "image" and source in wanted and language in languages:
+            records.setdefault((concept, language), []).append((row_split, position))
+    shown = sorted({concept for concept, _ in records})
+    rng = np.random.default_rng(seed)
+    asked = sorted(rng.permutation(len(shown))[:limit])
+    items = []
+    for place in asked:
+        others = rng.permutation([i for i in range(len(shown)) if i != place])
+        for turn, language in enumerate(languages):
+            choices = records[shown[place], language]
+            row_split, position = choices[(place + turn) % len(choices)]
+            record = store.records(row_split)[position]
+            names = [record.turns[-1].text]
+            for other in others:
+                name = concepts[shown[other]].names[language]
+                if len(names) < CHOICES and name not in names:
+                    names.append(name)
+            artist = record.images[0].split("/")[0]
+            other_image = _blind_image(store, artist, shown, others, concepts, language, names)
+            items.append(
+                Item(
+                    split, language, record.turns[:-1], record.images[0], other_image, tuple(names)
+                )
+            )
+    return items
+
+
+def _blind_image(store, artist, shown, others, concepts, language, names):
+    """A drawing by the same artist of something that is not among the ten names."""
+    for other in reversed(others):
+        key = emoji.image_key(artist, shown[other])
+        if concepts[shown[other]].names[language] not in names and key in _image_keys(store):
+            return key
+    raise ValueError(f"artist {artist!r} has too few drawings for an image-blind run")
+
+
+@functools.cache
+def _image_keys(store: RecordStore) -> frozenset[str]:
+    return frozenset(store.image_index["key"].to_pylist())
+
+
+class Namer:
+    """Answers items with a model; one compiled function a shape, rows over the data axes of the mesh."""
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        tokenizer: Tokenizer,
+        mesh: jax.sharding.Mesh,
+        *,
+        prompt_tokens: int,
+        max_new_tokens: int = 16,
+        batch_size: int = 64,
+    ):
+        self._tokenizer, self._mesh = tokenizer, mesh
+        self._prompt_tokens, self._batch_size = prompt_tokens, batch_size + -batch_size % mesh.size
+        self._rows = NamedSharding(mesh, BATCH_SPEC)
+        score = functools.partial(
+            _score, graphdef, max_new_tokens=max_new_tokens, stop_id=tokenizer.im_end_id
+        )
+        self._score = jax.jit(score, out_shardings=NamedSharding(mesh, P()))
+
+    def __call__(
+        self, params: Mapping[str, Array], items: Sequence[Item], views: CachedViews
+    ) -> list[Answer]:
+        """Answers every item, with its picture and blind; `views` gives each picture's view 0."""
+        order = sorted(range(len(items)), key=lambda i: self._name_tokens(items[i]))
+        answers: list[Answer | None] = [None] * len(items)
+        for start in range(0, len(items), self._batch_size):
+            places = order[start : start + self._batch_size]
+            batch = [items[i] for i in places]
+            seen = self._run(params, batch, [item.image for item in batch], views)
+            blind = self._run(params, batch, [item.other_image for item in batch], views)
+            for place, item, a, b in zip(places, batch, seen, blind, strict=True):
+                answers[place] = Answer(
+                    item, a[0], _same(a[0], item), a[1], _same(b[0], item), b[1]
+                )
+        return answers
+
+    def _run(self, params, items, images, views) -> list[tuple[str, bool]]:
+        """(greedy text, true name ranked first) for each item under the given pictures."""
+        rows = [
+            self._prompt(item, views(key, None), views)
+            for item, key in zip(items, images, strict=True)
+        ]
+        names, mask = self._names(items)
+        filler = self._batch_size - len(items)
+        batch = {k: np.stack([row[k] for row in rows] + [rows[-1][k]] * filler) for k in rows[0]}
+        place = lambda x: jax.device_put(x, self._rows)  # noqa: E731
+        tokens, scores = jax.device_get(
+            self._score(params, jax.tree.map(place, batch), place(names), place(mask))
+        )
+        return [
+            (
+                self._tokenizer.decode(until(tokens[i].tolist(), [self._tokenizer.im_end_id])),
+                bool(scores[i].argmax() == 0),
+            )
+            for i in range(len(items))
+        ]
+
+    def _prompt(self, item, picture, views):
+        tiles, image_index = picture
+        rendered = chat.render(
+            item.question,
+            self._tokenizer,
+            [image_index],
+            tiles_per_image=[1],
+            patches=views.patches,
+            answer_next=True,
+        )
+        if len(rendered.tokens) > self._prompt_tokens:
+            raise ValueError(
+                f"a prompt of {len(rendered.tokens)} tokens; eval.prompt_tokens is {self._prompt_tokens}"
+            )
+        example = {
+            "tokens": rendered.tokens,
+            "image_index": rendered.image_index,
+            views.field: tiles,
+        }
+        unused = np.zeros_like(rendered.tokens)
+        row = pad_row(example | {"targets": unused, "weights": unused}, self._prompt_tokens, 1)
+        return {
+            k: row[k] for k in ("tokens", "image_index", "positions", "segment_ids", views.field)
+        }
+
+    @functools.cache  # noqa: B019 - lives as long as the run
+    def _encode(self, name: str) -> list[int]:
+        return [*self._tokenizer.encode(name), self._tokenizer.im_end_id]
+
+    def _name_tokens(self, item):
+        return max(len(self._encode(name)) for name in item.names)
+
+    def _names(self, items):
+        """Candidate tokens and mask [batch, 10, A]; A in few sizes, for few compilations."""
+        longest = max(map(self._name_tokens, items))
+        width = next(w for w in (8, 16, 32, 64, 128) if w >= longest)
+        tokens = np.zeros((self._batch_size, CHOICES, width), np.int32)
+        mask = np.zeros((self._batch_size, CHOICES, width), bool)
+        for i, item in enumerate(items):
+            for j, name in enumerate(item.names):
+                ids = self._encode(name)
+                tokens[i, j, : len(ids)], mask[i, j, : len(ids)] = ids, True
+        return tokens, mask
+
+
+def _score(
+    graphdef: nnx.GraphDef,
+    params: Mapping[str, Array],
+    batch: dict[str, Shaped[Array, "B ..."]],
+    names: Int[Array, "B J A"],
+    mask: Bool[Array, "B J A"],
+    *,
+    max_new_tokens: int,
+    stop_id: int,
+) -> tuple[Int[Array, "B M"], Float[Array, "B J"]]:
+    """Greedy tokens, and the log-likelihood of every candidate name with its end token.
+
+    The prompt is read once; the J candidates of a row start from copies of its cache.
+    """
+    model = model_params.merge(graphdef, params)
+    if jax.default_backend() == "cpu":
+        model.language.unstack()
+    B, J, A = names.shape
+    hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + max(max_new_tokens, A))
+    last, lengths = last_hidden(hidden, batch["segment_ids"])
+    settings = {"max_new_tokens": max_new_tokens, "stop_ids": jnp.array([stop_id])}
+    tokens = complete(model, last, lengths, cache, **settings)
+    flat = names.reshape(B * J, A)
+    positions = jnp.repeat(lengths, J)[:, None] + jnp.arange(A - 1)
+    x = model.language.embed(flat[:, :-1], last.dtype)
+    x, _ = model.language.extend(
+        x, positions, mask.reshape(B * J, A)[:, :-1].astype(jnp.int32), cache.repeat(J)
+    )
+    x = jnp.concatenate([jnp.repeat(last, J, axis=0)[:, None], x], axis=1)
+    logits = model.language.logits(x)
+    right = jnp.take_along_axis(logits, flat[..., None], axis=-1)[..., 0]
+    log_likelihoods = (right - jax.nn.logsumexp(logits, axis=-1)).reshape(B, J, A)
+    return tokens, jnp.sum(log_likelihoods * mask, axis=-1)
+
+
+def _same(text: str, item: Item) -> bool:
+    return unicodedata.normalize("NFC", text.strip()) == unicodedata.normalize("NFC", item.names[0])
+
+
+def evaluate(
+    graphdef: nnx.GraphDef,
+    params: Mapping[str, Array],
+    store: RecordStore,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh,
+    *,
+    languages: Sequence[str],
+    artists: Sequence[str],
+    limit: int | None,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    cache: Path | None = None,
+) -> tuple[dict[str, dict], dict[str, list[Answer]]]:
+    """Scores of every split, see `summarize`, and every answer.
+
+    Seen artwork is fresh augmentation of drawings by `artists`; the test artist's are as they are.
+
+    Args:
+      limit: things asked for in each split, None for all.
+      seed: of the augmentation; another than the training's.
+      cache: see `pangea_jax.sample.features.frozen_features`.
+    """
+    tower = model_params.merge(graphdef, params).vision
+    namer = Namer(
+        graphdef,
+        tokenizer,
+        mesh,
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    splits, answers = {}, {}
+    for split, shown_by in zip(SPLITS, (artists, (emoji.TEST_ARTIST,)), strict=True):
+        items = make_items(store, split, languages, shown_by, limit=limit)
+        fresh = int(split == "seen_artwork")
+        keys = emoji.picture_keys(store, shown_by)
+        features = frozen_features(
+            tower, store, keys, mesh, augmented=fresh, seed=seed, cache=cache
+        )
+        views = CachedViews({key: value[fresh:] for key, value in features.items()})
+        answers[split] = namer(params, items, views)
+        splits[split] = summarize(answers[split], languages)
+    return splits, answers
+
+
+def sheet_examples(
+    answers: Sequence[Answer], store: RecordStore, *, count: int, seed: int
+) -> list[AnswerExample]:
+    """A seeded choice of answers for the answer sheet: languages in turn, each of another thing."""
+    rng = np.random.default_rng(seed)
+    shuffled = [answers[i] for i in rng.permutation(len(answers))]
+    languages = sorted({answer.item.language for answer in answers})
+    chosen, shown = [], set()
+    while len(chosen) < min(count, len(shuffled)):
+        language = languages[len(chosen) % len(languages)]
+        fresh = (a for a in shuffled if a.item.language == language and a.item.image not in shown)
+        answer = next(fresh, None)
+        if answer is None:
+            break
+        shown.add(answer.item.image)
+        chosen.append(answer)
+    return [
+        AnswerExample(
+            picture=np.asarray(image.decode(store.image(a.item.image), background=(255, 255, 255))),
+            language=a.item.language,
+            question=a.item.question[-1].text.replace(IMAGE_MARKER, "").strip(),
+            answer=a.text,
+            truth=a.item.names[0],
+            split=a.item.split,
+        )
+        for a in chosen
+    ]
+
+
+def summarize(answers: Sequence[Answer], languages: Sequence[str]) -> dict:
+    """Scores in [0, 1] of one split: `english`, `multilingual` (mean over the other languages) and
+    every language; either of the first two is None where there is no such language."""
+    by_language = {}
+    for code in languages:
+        mine = [a for a in answers if a.item.language == code]
+        columns = [[a.right, a.ranked_first, a.blind_right, a.blind_ranked_first] for a in mine]
+        means = np.mean(columns, axis=0).tolist()
+        by_language[code] = dict(zip(METRICS, means, strict=True)) | {"n": len(mine)}
+    others = [scores for code, scores in by_language.items() if code != "en"]
+    mean = (
+        {m: float(np.mean([scores[m] for scores in others])) for m in METRICS} if others else None
+    )
+    return {
+        "english": by_language.get("en"),
+        "multilingual": mean and mean | {"n": sum(scores["n"] for scores in others)},
+        "languages": by_language,
+    }

@@ -1,0 +1,311 @@
+"""Where the embedded sample comes from: emoji names of Unicode CLDR and five sets of artwork.
+
+The npm packages are read from their archives without unpacking them. Every version is pinned, and
+the licence each package states is compared with the one the attribution in `NOTICE.md` rests on.
+"""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import tarfile
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pangea_jax import languages
+from pangea_jax.sample.emoji import SIZE, Concept
+
+CATEGORIES = {"Animals & Nature": "animals", "Food & Drink": "food"}
+"""Unicode emoji group -> category of the records."""
+
+
+class SourceError(RuntimeError):
+    """A package is missing, is not the expected one, or has another licence."""
+
+
+@dataclass(frozen=True)
+class Artist:
+    """A set of drawings.
+
+    Attributes:
+      id: collection of the image store.
+      package, version: pinned npm package.
+      title, author, url: for the attribution.
+      spdx: licence the package must state.
+    """
+
+    id: str
+    package: str
+    version: str
+    title: str
+    author: str
+    url: str
+    spdx: str
+
+
+ARTISTS = (
+    Artist(
+        "noto",
+        "@iconify-json/noto",
+        "1.2.9",
+        "Noto Emoji",
+        "Google Inc.",
+        "https://github.com/googlefonts/noto-emoji",
+        "Apache-2.0",
+    ),
+    Artist(
+        "fluent",
+        "@iconify-json/fluent-emoji-flat",
+        "1.2.6",
+        "Fluent Emoji (flat)",
+        "Microsoft Corporation",
+        "https://github.com/microsoft/fluentui-emoji",
+        "MIT",
+    ),
+    Artist(
+        "emojione",
+        "@iconify-json/emojione",
+        "1.2.3",
+        "EmojiOne 2.3",
+        "EmojiOne",
+        "https://github.com/EmojiTwo/emojitwo",
+        "CC-BY-4.0",
+    ),
+    Artist(
+        "openmoji",
+        "@iconify-json/openmoji",
+        "1.2.29",
+        "OpenMoji",
+        "HfG Schwäbisch Gmünd and the OpenMoji contributors",
+        "https://openmoji.org",
+        "CC-BY-SA-4.0",
+    ),
+    Artist(
+        "twemoji",
+        "@iconify-json/twemoji",
+        "1.2.5",
+        "Twemoji",
+        "Twitter, Inc. and other contributors",
+        "https://github.com/jdecked/twemoji",
+        "CC-BY-4.0",
+    ),
+)
+
+# Where icons are matched by name: EmojiOne's `cricket` is the game, not the insect.
+_HOMONYMS = frozenset({("emojione", "cricket")})
+
+CLDR_PACKAGE, CLDR_VERSION, CLDR_SPDX = "cldr-annotations-full", "48.2.0", "Unicode-3.0"
+
+
+class Package:
+    """An npm package archive, read in memory."""
+
+    def __init__(self, path: Path, package: str, version: str):
+        self.path = path
+        try:
+            with tarfile.open(path) as archive:
+                members = [
+                    m for m in archive if m.isfile() and m.name.endswith((".json", "LICENSE"))
+                ]
+                self._files = {m.name: archive.extractfile(m).read() for m in members}
+        except (OSError, tarfile.TarError) as error:
+            raise SourceError(f"{path} cannot be read as an npm package: {error}") from None
+        found = self.json("package.json")
+        if (found.get("name"), found.get("version")) != (package, version):
+            name = f"{found.get('name')} {found.get('version')}"
+            raise SourceError(f"{path} holds {name}, expected {package} {version}")
+
+    def text(self, name: str) -> str:
+        try:
+            return self._files[f"package/{name}"].decode()
+        except KeyError:
+            raise SourceError(f"{self.path} has no file {name}") from None
+
+    def json(self, name: str) -> Any:
+        return json.loads(self.text(name))
+
+
+def fetch(packages: Path) -> None:
+    """Downloads the archives that are not yet in `packages` with `npm pack`.
+
+    Raises:
+      SourceError: npm is not installed or fails.
+    """
+    wanted = [(CLDR_PACKAGE, CLDR_VERSION), *((a.package, a.version) for a in ARTISTS)]
+    missing = [f"{p}@{v}" for p, v in wanted if not (packages / archive_name(p, v)).is_file()]
+    if not missing:
+        return
+    if shutil.which("npm") is None:
+        names = ", ".join(missing)
+        raise SourceError(f"npm is not installed and {packages} lacks {names}; install Node.js")
+    options = ["--loglevel=error", "--fetch-retries=1", f"--pack-destination={packages}"]
+    command = ["npm", "pack", *options, *missing]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    except subprocess.TimeoutExpired:
+        raise SourceError("`npm pack` did not finish in 300 s; check the network") from None
+    if result.returncode:
+        raise SourceError(f"`{' '.join(command)}` failed: {result.stderr.strip()[-500:]}")
+
+
+def archive_name(package: str, version: str) -> str:
+    """The file name `npm pack` gives a package."""
+    return f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
+
+
+def _open(packages: Path, package: str, version: str) -> Package:
+    path = packages / archive_name(package, version)
+    if not path.is_file():
+        raise SourceError(f"{path} is missing; leave out --packages to download it")
+    return Package(path, package, version)
+
+
+class Artwork:
+    """The drawings of one artist."""
+
+    def __init__(self, artist: Artist, packages: Path):
+        self.artist = artist
+        self._package = _open(packages, artist.package, artist.version)
+        stated = self._package.json("info.json")["license"]["spdx"]
+        if stated != artist.spdx:
+            raise SourceError(f"{artist.package} states licence {stated}, expected {artist.spdx}")
+
+    @cached_property
+    def icons(self) -> dict[str, Any]:
+        return self._package.json("icons.json")
+
+    @cached_property
+    def name_of_codepoint(self) -> dict[str, str]:
+        """Hexadecimal code points (joined by `-`) -> icon name; empty for EmojiOne."""
+        return self._package.json("chars.json")
+
+    @cached_property
+    def groups(self) -> dict[str, list[str]]:
+        """Emoji group -> icon names."""
+        return self._package.json("metadata.json")["categories"]
+
+    def icon(self, codepoint: str, fallback_name: str) -> str | None:
+        """The icon name of a code point, or `fallback_name` where the set has no code points."""
+        name = self.name_of_codepoint.get(codepoint)
+        if name is None and not self.name_of_codepoint:
+            name = None if (self.artist.id, fallback_name) in _HOMONYMS else fallback_name
+        return name if name in self.icons["icons"] or name in self.icons["aliases"] else None
+
+    def svg(self, name: str) -> str:
+        """The drawing as an SVG document of `SIZE` x `SIZE` pixels."""
+        while alias := self.icons["aliases"].get(name):
+            if transforms := alias.keys() & {"hFlip", "vFlip", "rotate"}:
+                raise SourceError(f"{self.artist.id}: {name} needs {transforms}, not supported")
+            name = alias["parent"]
+        icon = self.icons["icons"][name]
+        left, top = icon.get("left", 0), icon.get("top", 0)
+        width = icon.get("width", self.icons.get("width", 16))
+        height = icon.get("height", self.icons.get("height", 16))
+        return (
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'width="{SIZE}" height="{SIZE}" viewBox="{left} {top} {width} {height}">'
+            f"{icon['body']}</svg>"
+        )
+
+
+def rasterise(svg: str) -> Image.Image:
+    """Renders an SVG document to RGBA, `SIZE` x `SIZE`."""
+    import resvg_py
+
+    # Without the fonts of the machine, the result depends on the drawing alone.
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True)
+    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+
+
+def encode(image: Image.Image) -> bytes:
+    """Lossless WebP, a third smaller than PNG on this artwork."""
+    buffer = io.BytesIO()
+    # For lossless WebP, quality is effort: 100 takes 25 times as long for 1 % less.
+    image.save(buffer, "WEBP", lossless=True, quality=80, method=6)
+    return buffer.getvalue()
+
+
+class Annotations:
+    """The emoji names of Unicode CLDR."""
+
+    def __init__(self, packages: Path):
+        self._package = _open(packages, CLDR_PACKAGE, CLDR_VERSION)
+        stated = self._package.json("package.json")["license"]
+        if stated != CLDR_SPDX:
+            raise SourceError(f"{CLDR_PACKAGE} states licence {stated}, expected {CLDR_SPDX}")
+        self.licence = self._package.text("LICENSE")
+
+    def short_names(self, language: str) -> dict[str, str]:
+        """Emoji -> short name (`tts`) as CLDR has it, without names inherited by a mark."""
+        annotations = self._package.json(f"annotations/{language}/annotations.json")
+        entries = annotations["annotations"]["annotations"]
+        names = {char: entry["tts"][0] for char, entry in entries.items() if "tts" in entry}
+        return {char: name for char, name in names.items() if "↑" not in name}
+
+
+# Hindi and Bengali list synonyms after a comma; elsewhere a comma belongs to a clause
+# (Ukrainian: "bowl, from which steam rises"), so the rule must not be applied to all.
+_SYNONYMS_AFTER_COMMA = ("hi", "bn")
+_ZERO_WIDTH = "\u200b\u200c\u200d\u200e\u200f\ufeff"
+_GLOSS = re.compile(r"\s*\([^)]*\)$")
+
+
+def clean_name(name: str, language: str) -> str:
+    """One plain name: NFC, single blanks, no list of synonyms, no final gloss in brackets.
+
+    Zero-width joiners inside a word are spelling (Persian, Sinhala, Telugu) and stay.
+    """
+    name = unicodedata.normalize("NFC", name)
+    if language in _SYNONYMS_AFTER_COMMA:
+        name = name.split(",")[0]
+    name = _GLOSS.sub("", name)
+    return " ".join(name.split()).strip(_ZERO_WIDTH + " ")
+
+
+def clean_names(names: dict[str, str], language: str) -> dict[str, str]:
+    """Cleans the names of one language; where that would make two equal, both stay uncut."""
+    cleaned = {char: clean_name(name, language) for char, name in names.items()}
+    count = Counter(cleaned.values())
+    return {
+        char: name if count[name] == 1 else unicodedata.normalize("NFC", names[char]).strip()
+        for char, name in cleaned.items()
+    }
+
+
+def select_concepts(annotations: Annotations, artworks: dict[str, Artwork]) -> list[Concept]:
+    """The emoji of `CATEGORIES` drawn by Noto and Twemoji and named in all 38 languages.
+
+    Base emoji only: a single code point, so no joined sequences, flags or skin tones.
+
+    Raises:
+      SourceError: two concepts have the same name in a language.
+    """
+    noto, twemoji = artworks["noto"], artworks["twemoji"]
+    category = {name: CATEGORIES[g] for g in CATEGORIES for name in noto.groups[g]}
+    drawn = {
+        codepoint: category[name]
+        for codepoint, name in noto.name_of_codepoint.items()
+        if name in category and "-" not in codepoint and twemoji.icon(codepoint, name)
+    }
+    names = {language: annotations.short_names(language) for language in languages.EMOJI}
+    chars = {codepoint: chr(int(codepoint, 16)) for codepoint in sorted(drawn)}
+    chars = {cp: char for cp, char in chars.items() if all(char in n for n in names.values())}
+    cleaned = {
+        language: clean_names({char: n[char] for char in chars.values()}, language)
+        for language, n in names.items()
+    }
+    for language, by_char in cleaned.items():
+        doubles = [name for name, n in Counter(by_char.values()).items() if n > 1]
+        if doubles:
+            raise SourceError(f"names used twice in {language}: {', '.join(doubles)}")
+    return [
+        Concept(cp, char, drawn[cp], {language: n[char] for language, n in cleaned.items()})
+        for cp, char in chars.items()
+    ]

@@ -1,0 +1,178 @@
+"""Reading the records of the release: JSON, JSONL and Parquet."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pangea_jax.data.record import Conversation, RecordError
+from pangea_jax.data.build.release import ReleaseError, read_records, record_files
+
+ROOT = Path(__file__).parents[3]
+RECORDS = [
+    {
+        "id": 2433684022797.0 if n % 3 == 0 else f"r{n}",
+        "image": f"general/{n}.jpg",
+        "conversations": [
+            {"from": "human", "value": f"<image>\n这 {n}?"},
+            {"from": "gpt", "value": "é"},
+        ],
+        "language": "zh_simplified",
+    }
+    for n in range(500)
+]
+
+
+def write_records(folder, suffix):
+    path = folder / f"records{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps(RECORDS, ensure_ascii=False, indent=1), encoding="utf-8")
+    elif suffix == ".jsonl":
+        lines = [json.dumps(record, ensure_ascii=False) for record in RECORDS]
+        path.write_text("\n\n".join(lines), encoding="utf-8")
+    else:
+        # A Parquet column has one type.
+        rows = [record | {"id": str(record["id"])} for record in RECORDS]
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_records_are_read_in_order(tmp_path, suffix):
+    read = []
+    path = write_records(tmp_path, suffix)
+    found = list(read_records(path, read.append))
+    assert [str(record["id"]) for record in found] == [str(record["id"]) for record in RECORDS]
+    same = ("image", "conversations", "language")
+    assert [[r[k] for k in same] for r in found] == [[r[k] for k in same] for r in RECORDS]
+    assert sum(read) == pytest.approx(path.stat().st_size, rel=0.01)
+
+
+# Looked at while reading: the system's own figure of the peak starts from that of the process that forked.
+_PEAK = """
+import sys
+from pathlib import Path
+import psutil
+from pangea_jax.data.build.release import read_records
+count, peak, process = 0, 0, psutil.Process()
+for count, _ in enumerate(read_records(Path(sys.argv[1])), start=1):
+    if count % 250 == 0:
+        peak = max(peak, process.memory_info().rss)
+print(count, peak >> 20)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
+    line = json.dumps({"id": "a", "conversations": [{"from": "human", "value": "x" * 2_000}]})
+    peaks = []
+    for records in (500, 30_000):  # 1 MB, 62 MB
+        path = tmp_path / f"{records}{suffix}"
+        begin, between, end = ("[", ",", "]") if suffix == ".json" else ("", "\n", "")
+        path.write_text(begin + between.join([line] * records) + end)
+        command = [sys.executable, "-c", _PEAK, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        count, peak = map(int, done.stdout.split())
+        assert count == records
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 20, f"peak memory in MiB: {peaks}"
+
+
+def test_parquet_has_no_null_fields(tmp_path):
+    rows = [{"id": "a", "image": None, "language": "en"}, {"id": "b", "image": "x.jpg"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet")
+    found = list(read_records(tmp_path / "r.parquet"))
+    assert found == [{"id": "a", "language": "en"}, {"id": "b", "image": "x.jpg"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "offset", "problem"),
+    [
+        (b'[{"id": 1}, {"id": nul}]', 22, "is no JSON .*after 1 records"),
+        (b'[{"id": 1}, {"id": "x', 21, "ends inside of the array, after 1 records"),
+        (b'[{"id": 1} {"id": 2}]', 11, "is no JSON"),
+        (b'[{"id": 1}', 10, "ends inside"),
+        (b'[{"id": "\xff"}]', 9, "is no JSON .*UTF8"),
+        (b'[{"id": 1}] x', 12, "is no JSON .*trailing garbage"),
+        (b'{"id": 1}', 0, "expected an array"),
+        (b"", 0, "expected an array"),
+    ],
+)
+def test_broken_json_names_the_byte(tmp_path, text, offset, problem):
+    (tmp_path / "r.json").write_bytes(text)
+    with pytest.raises(ReleaseError, match=rf"r\.json, byte {offset}: {problem}") as caught:
+        list(read_records(tmp_path / "r.json"))
+    assert caught.value.offset == offset
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize("where", [10, 262_143, 262_144, 262_145, 700_000])
+def test_byte_is_exact_wherever_the_blocks_of_the_reader_end(tmp_path, where):
+    record = json.dumps({"id": "a", "text": "x" * 50})
+    text = "[" + ",".join([record] * 12_000) + "]"
+    place = text.index(":", where)
+    (tmp_path / "r.json").write_text(text[:place] + "?" + text[place + 1 :])
+    with pytest.raises(ReleaseError) as caught:
+        list(read_records(tmp_path / "r.json"))
+    assert caught.value.offset == place
+    cut = (tmp_path / "cut.json", text[:place])
+    cut[0].write_text(cut[1])
+    with pytest.raises(ReleaseError, match=rf"byte {place:,}: ends inside"):
+        list(read_records(cut[0]))
+
+
+def test_broken_lines_name_the_byte(tmp_path):
+    path = tmp_path / "r.jsonl"
+    text = '{"id": "é"}\n{"id": "é", 3}\n'.encode()
+    path.write_bytes(text)
+    with pytest.raises(ReleaseError, match=rf"byte {text.index(b'3')}: line 2: "):
+        list(read_records(path))
+    path.write_bytes(b'{"id": 1}\n{"id": "\xff"}\n')
+    with pytest.raises(ReleaseError, match=r"byte 18: line 2: not UTF-8"):
+        list(read_records(path))
+
+
+@pytest.mark.parametrize("depth", [100, 5_000, 200_000])
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+def test_what_is_nested_too_deeply_is_a_record_of_the_wrong_type(tmp_path, depth, opening, closing):
+    deep = f'{{"id": "deep", "conversations": {opening * depth}0{closing * depth}}}'
+    text = {"id": "code", "conversations": "[" * 2_000 + "{" * 2_000}  # in a text they nest nothing
+    shallow = json.loads(f'{{"id": "shallow", "conversations": {"[" * 99}{"]" * 99}}}')
+    records = [deep, json.dumps(text), json.dumps(shallow)]
+    (tmp_path / "r.jsonl").write_text("\n".join(records))
+    (tmp_path / "r.json").write_text(f"[{', '.join(records)}]")
+    # ijson's memory grows with the square of the depth.
+    for name in ("r.jsonl", "r.json")[: 2 if depth <= 5_000 else 1]:
+        first, *others = read_records(tmp_path / name)
+        assert others == [text, shallow]
+        with pytest.raises(RecordError, match=r"wrong type.*nested more than 100 levels deep"):
+            Conversation.from_pangeains(first)
+
+
+def test_broken_parquet_is_named(tmp_path):
+    path = write_records(tmp_path, ".parquet")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ReleaseError, match=r"records\.parquet: is no whole Parquet file"):
+        list(read_records(path))
+
+
+def test_record_files_of_a_folder(tmp_path):
+    with pytest.raises(ReleaseError, match=r"holds no PangeaIns\.json"):
+        record_files(tmp_path)
+    parts = [tmp_path / f"{n}.parquet" for n in range(3)]
+    for path in reversed(parts):
+        path.touch()
+    assert record_files(tmp_path) == parts
+    (tmp_path / "more.jsonl").touch()
+    with pytest.raises(ReleaseError, match="several sets of records"):
+        record_files(tmp_path)
+    (tmp_path / "PangeaIns.json").touch()
+    assert record_files(tmp_path) == [tmp_path / "PangeaIns.json"]
+    assert record_files(parts[1]) == [parts[1]]
+    with pytest.raises(ReleaseError, match=r"is none of \.json"):
+        read_records(tmp_path / "x.csv")

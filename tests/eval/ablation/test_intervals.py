@@ -1,0 +1,326 @@
+"""Statistics against known answers, and a report that says no more than its intervals."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from eval.ablation import curves, intervals, paper, summary
+from eval.ablation.intervals import ENGLISH, OTHERS, SweepError
+
+CODES = ("en", "es", "sw", "ru", "ar", "hi", "zh", "ko")
+SHARES = {"en_000": 0.0, "en_040": 40.0, "en_100": 100.0}
+N = 140
+
+
+def rows(score, codes=CODES, blind=0.1):
+    """One split in which language c scores `score(c)`."""
+    languages = {
+        code: {
+            "exact_match": 0.5 * score(code),
+            "rank_accuracy": score(code),
+            "image_blind_exact_match": 0.0,
+            "image_blind_rank_accuracy": blind,
+            "n": N,
+        }
+        for code in codes
+    }
+    others = [row for code, row in languages.items() if code != "en"]
+    mean = {k: float(np.mean([row[k] for row in others])) for k in others[0]}
+    return {
+        "english": languages.get("en"),
+        "multilingual": mean | {"n": N * len(others)},
+        "languages": languages,
+    }
+
+
+def results(score, examples, steps=None):
+    return {
+        "splits": {"seen_artwork": rows(score), "unseen_artwork": rows(score)},
+        "mixture": {"examples_per_language": examples, "num_examples": sum(examples.values())},
+        "steps": sum(examples.values()) // 8 if steps is None else steps,
+    }
+
+
+def english_share(share, total=8000):
+    english = round(total * share / 100)
+    return {"en": english} | dict.fromkeys(CODES[1:], (total - english) // 7)
+
+
+def write_sweep(folder, points, runs, *, name="ablate_en_ratio", design="fixed_total"):
+    """runs: (point, seed) -> results.json, or None where there is none."""
+    plan = {
+        "ablation": name,
+        "command": f"python launch/sweep.py --config=configs/{name}.py --workdir=runs/x",
+        "design": design,
+        "question": "What is asked?",
+        "axis": "English among the examples (%)",
+        "points": points,
+        "runs": [{"name": f"{p}_seed{s}", "point": p, "seed": s} for p, s in runs],
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "sweep.json").write_text(json.dumps(plan))
+    for (point, seed), value in runs.items():
+        run = folder / f"{point}_seed{seed}"
+        run.mkdir(exist_ok=True)
+        if value is not None:
+            (run / "results.json").write_text(json.dumps(value))
+    return folder
+
+
+def en_sweep(folder, seeds=3):
+    """English rises from chance to 70 %; the others hold 40 %, and fall to chance at 100 % English."""
+    level = {"en_000": (0.10, 0.40), "en_040": (0.68, 0.41), "en_100": (0.70, 0.10)}
+    runs = {
+        (point, seed): results(
+            lambda code, pair=level[point], seed=seed: pair[code != "en"] + 0.01 * (seed - 1),
+            english_share(share, 7000),
+        )
+        for seed in range(seeds)
+        for point, share in SHARES.items()
+    }
+    return write_sweep(folder, SHARES, runs)
+
+
+def test_one_seed_has_wilsons_interval():
+    # Newcombe (1998), Statistics in Medicine 17:857, table I: 81 of 263.
+    one = intervals.estimate([81 / 263], 263)
+    assert (round(one.low, 4), round(one.high, 4)) == (0.2553, 0.3662)
+
+
+def test_several_seeds_have_students():
+    values = [0.30, 0.33, 0.36]
+    one = intervals.estimate(values, 10)
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert one.mean == pytest.approx(0.33)
+    assert (one.low, one.high) == pytest.approx((low, high))
+    paired = intervals.difference(values, [0.20, 0.24, 0.25], 10)
+    expected = stats.ttest_rel(values, [0.20, 0.24, 0.25]).confidence_interval(0.95)
+    assert (paired.low, paired.high) == pytest.approx((expected.low, expected.high))
+    assert paired.sign == 1
+    assert intervals.difference([0.2, 0.5], [0.3, 0.4], 10).sign == 0
+
+
+def test_difference_of_one_seed_is_newcombes():
+    # Newcombe (1998), Statistics in Medicine 17:873, table II, method 10, contrast (a).
+    low, high = intervals.newcombe(56 / 70, 70, 48 / 80, 80)
+    assert (round(low, 4), round(high, 4)) == (0.0524, 0.3339)
+    gap = intervals.difference([56 / 70], [42 / 70], 70)
+    assert (gap.low, gap.high) == intervals.newcombe(56 / 70, 70, 42 / 70, 70)
+    assert gap.sign == 1
+
+
+def test_fit_finds_a_line_and_its_rank_order():
+    x = np.arange(1.0, 9.0)
+    found = intervals.fit(x, 3 + 2 * x)
+    assert found.slope.mean == pytest.approx(2)
+    assert found.intercept == pytest.approx(3)
+    assert found.rho.mean == pytest.approx(1)
+    assert found.rho.sign == 1
+    noise = np.array([3, 1, 4, 1.5, 9, 2.6, 5, 3.5])
+    found = intervals.fit(x, noise)
+    assert found.rho.mean == pytest.approx(stats.spearmanr(x, noise).statistic)
+    assert found.rho.low < 0 < found.rho.high
+    # Bonett and Wright: tanh(atanh(r) +- 1.96 sqrt((1 + r^2 / 2) / (n - 3))).
+    r = found.rho.mean
+    half = 1.959964 * math.sqrt((1 + r * r / 2) / 5)
+    assert found.rho.high == pytest.approx(math.tanh(math.atanh(r) + half))
+    with pytest.raises(SweepError, match="at least 4"):
+        intervals.fit(x[:3], noise[:3])
+
+
+def test_rank_within_a_language_ignores_how_hard_it_is():
+    """Across languages share and score are opposed, within each they agree."""
+    shares = [1, 2, 4, 8]
+    table = {
+        code: [(100 * s, 0.9 - 0.1 * i + 0.01 * s) for s in shares] for i, code in enumerate(CODES)
+    }
+    rho = intervals.within_rho(table)
+    assert (rho.mean, rho.low, rho.high) == pytest.approx((1, 1, 1))
+    flat = {code: [(s, 0.1) for s in shares] for code in CODES}
+    assert intervals.within_rho(flat).sign == 0
+    mixed = dict(table, es=[(100 * s, -s) for s in shares], sw=[(100 * s, -s) for s in shares])
+    assert intervals.within_rho(mixed).mean == pytest.approx((6 - 2) / 8)
+    with pytest.raises(SweepError, match="en has 1 different"):
+        intervals.within_rho({"en": [(5, 0.1), (5, 0.2), (5, 0.3)]})
+
+
+def test_relative_to_english(tmp_path):
+    shares = {
+        "en": 4000,
+        "es": 200,
+        "sw": 400,
+        "ru": 600,
+        "ar": 800,
+        "hi": 500,
+        "zh": 1000,
+        "ko": 500,
+    }
+    score = {code: 0.8 * n / 4000 for code, n in shares.items()}
+    runs = {("alpha_100", 0): results(score.get, shares)}
+    name = "ablate_language_popularity"
+    folder = write_sweep(tmp_path / "s", {"alpha_100": 1.0}, runs, name=name, design="alpha")
+    sweep = intervals.load(folder)
+    pairs = intervals.relative(sweep, "alpha_100", "unseen_artwork")
+    assert "en" not in pairs
+    assert pairs["es"] == pytest.approx((5.0, 5.0))
+    assert pairs["zh"] == pytest.approx((25.0, 25.0))
+    page = summary.write(sweep, tmp_path / "out").read_text()
+    assert "Spearman's rho 1.00" in page
+    assert "More examples go with higher scores" in page
+    assert "popularity.png" in page
+
+
+def test_summary_says_what_the_intervals_allow(tmp_path):
+    sweep = intervals.load(en_sweep(tmp_path / "sweep"))
+    lines = summary.findings(sweep, "unseen_artwork")
+    text = "\n".join(lines)
+    assert "English is above the image-blind floor at 40 % and 100 %; not shown at 0 %." in text
+    assert "From 0 % to 100 % English rises: +60.0 points" in text
+    assert "From 0 % to 100 % the mean of the others falls: -30.0 points" in text
+    assert "Compared with 100 % it is higher at 0 % and 40 %." in text
+    page = summary.summary(sweep, {"curve": "curve.png"})
+    assert "3 of 3 points, 3 seeds." in page
+    assert "Student's t over 3 seeds" in page
+    assert "What is asked?" in page
+    assert "| 40 % | 875 | 7,000 | 2,800 | 600 |" in page
+    assert "68.0 [65.5, 70.5]" in page  # mean 0.68, sd 0.01, t(2) = 4.303
+
+
+def test_one_seed_claims_less(tmp_path):
+    """41 % against 40 % of 140 pictures is no difference."""
+    sweep = intervals.load(en_sweep(tmp_path / "sweep", seeds=1))
+    text = "\n".join(summary.findings(sweep, "unseen_artwork"))
+    assert "Its highest mean is at 40 % (40.0 %), not shown to differ from 0 %." in text
+    page = summary.summary(sweep, {})
+    assert "Wilson's over the questions of the one seed" in page
+    one = intervals.headline(sweep, "en_000", "unseen_artwork", OTHERS)
+    assert (one.low, one.high) == intervals.wilson_interval(0.39, N)
+
+
+def test_figures_are_drawn(tmp_path):
+    for seeds in (1, 3):
+        sweep = intervals.load(en_sweep(tmp_path / f"{seeds}", seeds))
+        drawn = curves.draw(sweep, tmp_path / f"out{seeds}")
+        assert set(drawn) == {"curve", "languages"}
+        for path in drawn.values():
+            assert path.read_bytes().startswith(b"\x89PNG")
+            assert "<svg" in path.with_suffix(".svg").read_text(encoding="utf-8")[:2000]
+
+
+def test_the_curve_shows_the_numbers(tmp_path, monkeypatch):
+    sweep = intervals.load(en_sweep(tmp_path / "s"))
+    kept = []
+    monkeypatch.setattr(
+        "pangea_jax.figures.style.save", lambda figure, stem: kept.append(figure) or (stem, stem)
+    )
+    curves.plot_curve(sweep, tmp_path)
+    seen, unseen, paper = (axes for axes in kept[0].axes if axes.get_visible())
+    lines = [line.get_ydata().tolist() for line in unseen.get_lines()]
+    assert any(np.allclose(line, [10, 68, 70]) for line in lines if len(line) == 3)
+    assert any(np.allclose(line, [40, 41, 10]) for line in lines if len(line) == 3)
+    assert [line.get_ydata().tolist() for line in paper.get_lines()][1] == [
+        35.2, 38.1, 38.7, 38.5, 38.5, 33.0
+    ]  # fmt: skip
+    assert "own axis" in paper.get_ylabel()
+    assert seen.get_xlabel() == sweep.axis
+
+
+def test_rotated_sweep(tmp_path):
+    """Every language at every share: its score follows its examples alone."""
+    shares = [10, 20, 40, 80, 160, 320, 640, 1280]
+    points = {f"rotate_{k:02d}": float(k) for k in range(8)}
+    runs = {}
+    for k, point in enumerate(points):
+        examples = {code: shares[(i + k) % 8] for i, code in enumerate(CODES)}
+        runs[point, 0] = results(
+            lambda code, own=examples: 0.1 + 0.2 * math.log10(own[code]), examples
+        )
+    name = "ablate_language_popularity"
+    sweep = intervals.load(write_sweep(tmp_path / "s", points, runs, name=name, design="rotate"))
+    table = intervals.by_examples(sweep, "unseen_artwork")
+    assert [n for n, _ in table["sw"]] == shares
+    drawn = curves.draw(sweep, tmp_path)
+    assert set(drawn) == {"languages", "examples"}
+    text = "\n".join(summary.findings(sweep, "unseen_artwork"))
+    assert "mean Spearman's rho 1.00 [1.00, 1.00] over 8 languages" in text
+    assert "From" not in text
+
+
+@pytest.mark.parametrize(
+    ("design", "examples", "steps", "says"),
+    [
+        ("fixed_total", english_share(40, 6000), None, "has examples 5998, expected 7000"),
+        ("fixed_total", english_share(40, 7000), 7, "has steps 7"),
+        ("fixed_multilingual", english_share(40, 7000), None, "has other languages' examples"),
+        ("separate", english_share(40, 7000), None, "has examples 7000, expected 2800"),
+        ("one_run", english_share(40, 7000), None, "has steps 875, expected 350"),
+    ],
+)
+def test_unequal_runs_are_refused(design, examples, steps, says, tmp_path):
+    runs = {
+        ("en_040", 0): results(lambda code: 0.3, examples, steps),
+        ("en_100", 0): results(lambda code: 0.3, english_share(100, 7000)),
+    }
+    with pytest.raises(SweepError, match="en_040 with seed 0 " + says):
+        intervals.load(write_sweep(tmp_path / "s", SHARES, runs, design=design))
+
+
+def test_incomplete_sweeps(tmp_path):
+    with pytest.raises(SweepError, match="expected the --workdir"):
+        intervals.load(tmp_path)
+    runs = {("en_040", 0): None}
+    with pytest.raises(SweepError, match=r"no run of .* is finished"):
+        intervals.load(write_sweep(tmp_path / "s", SHARES, runs))
+    runs = {("en_040", 0): results(lambda c: 0.3, english_share(40, 7000)), ("en_100", 0): None}
+    sweep = intervals.load(write_sweep(tmp_path / "t", SHARES, runs))
+    assert sweep.missing == ("en_100_seed0",)
+    assert "Not finished: en_100_seed0" in summary.summary(sweep, {})
+
+
+def test_scores_of_pangeabench(tmp_path):
+    """A run that does not evaluate itself is scored by eval/run.py into a folder of its own."""
+    task = lambda score, n: {"score": score, "interval": [0, 100], "n": n}  # noqa: E731
+    bench = {
+        "profile": "fixed",
+        "tasks": {
+            "xgqa_en": {"dataset": "xgqa", "language": "en", "fixed": task(60.0, 900)},
+            "xgqa_ko": {"dataset": "xgqa", "language": "ko", "fixed": task(40.0, 500)},
+            "xgqa_zh": {"dataset": "xgqa", "language": "zh", "fixed": task(50.0, 500)},
+        },
+        "datasets": {"xgqa": {"fixed": {"en": {"score": 60.0}, "mul": {"score": 45.0}}}},
+    }
+    run = results(lambda code: 0.3, english_share(40, 7000)) | {"splits": {}}
+    folder = write_sweep(tmp_path / "s", {"en_040": 40.0}, {("en_040", 0): run})
+    place = folder / "en_040_seed0" / "pangeabench"
+    place.mkdir()
+    (place / "results.json").write_text(json.dumps(bench))
+    sweep = intervals.load(folder)
+    assert sweep.splits == ("xgqa",)
+    assert intervals.headline(sweep, "en_040", "xgqa", OTHERS).mean == pytest.approx(0.45)
+    assert intervals.trials(sweep, "xgqa", ENGLISH) == 900
+    assert intervals.trials(sweep, "xgqa", OTHERS) == 500
+    page = summary.write(sweep, tmp_path / "out").read_text()
+    assert "45.0 [" in page
+    assert "blind" not in page.split("Examples per language")[0].split("Xgqa")[1]
+
+
+def test_a_page_of_several_sweeps(tmp_path):
+    sweep = intervals.load(en_sweep(tmp_path / "s"))
+    page = tmp_path / "docs" / "ablations.md"
+    summary.write_document([sweep, sweep], page)
+    text = page.read_text()
+    assert text.count("## En ratio, fixed total") == 2
+    assert (page.parent / "figures" / "en_ratio_fixed_total" / "curve.png").exists()
+    assert "(figures/en_ratio_fixed_total/curve.png)" in text
+
+
+def test_published_points():
+    curves = paper.curves("ablate_num_samples")
+    assert set(curves) == {"M3Exam", "xGQA", "xMMMU", "MaXM"}
+    assert curves["xGQA"][5.5] == (68.0, 62.5)
+    assert paper.curves("ablate_loss_mask") == {}
+    best = max(paper.EN_RATIO, key=lambda x: paper.EN_RATIO[x][1])
+    assert best == 40  # the share the paper keeps

@@ -1,0 +1,31 @@
+"""Files that are there whole, and where two of JSON differ."""
+
+import json
+
+import pytest
+
+from pangea_jax.work import atomic
+
+
+def test_a_file_is_there_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "a.json"
+    atomic.write_json(path, {"a": "é"}, ensure_ascii=False)
+    assert json.loads(path.read_bytes()) == atomic.read_json(path) == {"a": "é"}
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        atomic.write_json(path, {"a": object()})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_differences_are_named_by_their_keys():
+    theirs = {"same": [1], "llm": {"model": "a", "seed": 0}, "gone": 1, "kind": {"x": 1}}
+    ours = {"same": [1], "llm": {"model": "b", "seed": 0}, "new": 2, "kind": 3}
+    assert atomic.differences(theirs, ours) == {
+        "gone": (1, None),
+        "kind": ({"x": 1}, 3),
+        "llm.model": ("a", "b"),
+        "new": (None, 2),
+    }
+    assert atomic.differences(theirs, ours, "config")["config.llm.model"] == ("a", "b")
+    assert atomic.differences(ours, ours) == {}

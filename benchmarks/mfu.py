@@ -3,7 +3,7 @@
     python -m benchmarks.mfu --config=configs/pangea_7b_finetune.py:lora=16 --config.pipeline.rows=2 \\
         --config.accumulation=1
     python -m benchmarks.mfu --config=configs/pangea_7b_finetune.py --config.optimizer.name=adafactor \\
-        --config.pipeline.rows=2 --config.remat=products
+        --config.pipeline.rows=2 --config.keep=products
     python -m benchmarks.mfu --config=configs/ablate_en_ratio.py --steps=5        # a smoke test on a CPU
 
 It is the step that launch/train.py runs, of the same model, optimiser, shardings and batch; weights are random and the
@@ -132,7 +132,7 @@ def measure(config, steps: int, profile: str | None = None) -> dict:
         "row_tokens": T,
         "tiles": 0 if "features" in batch else rows * config.pipeline.row_tiles,
         "optimizer": config.optimizer.get("name", "adamw"),
-        "remat": config.remat,
+        "keep": config.keep,
         "compile_s": round(compile_s, 1),
         "step_s": step_s,
         "fastest_step_s": min(seconds[2:]),
@@ -165,7 +165,7 @@ def describe(found: dict) -> str:
         (
             f"device    {found['devices']} x {found['device']}, JAX {found['jax']}",
             f"model     {millions['trained']}, {millions['frozen']}; {found['optimizer']}, "
-            f"remat {found['remat']}",
+            f"keep {found['keep']}",
             f"batch     {found['rows']} rows of {found['row_tokens']} tokens, {found['tiles']} tiles",
             f"step      {found['step_s'] * 1e3:,.1f} ms (median), compiled in {found['compile_s']:.0f} s",
             f"rate      {found['tokens_per_s']:,.0f} tokens/s, {found['tflops_per_device']:,.1f} TFLOP/s a device",

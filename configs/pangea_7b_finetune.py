@@ -16,7 +16,7 @@ everything else is frozen in bfloat16. With your own data in `config.data.store`
 
 Set up for one GPU of 80 GB: 16 rows a step, two at a time (`accumulation=8`; on n GPUs 8 / n). In 24 GB a row of 2,048
 tokens fits: `--config.pipeline.row_tokens=2048 --config.pipeline.row_tiles=5 --config.accumulation=16
---config.remat=nothing`.
+--config.keep=none`.
 
 `batch` is 64, 128 or 512, since the sources disagree: the text of section 4.1 says 512, Table 1 says 128, and the
 released script makes 64 on 8 GPUs. A row of 8,192 tokens holds 3.7 conversations on average (2,222 tokens each in the
@@ -87,7 +87,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         clip_norm=1.0,
     )
     config.attention = dict(name="auto")
-    config.remat = "nothing"
+    config.keep = "none"
     config.accumulation = 1
     config.mesh = dict(data=1, fsdp=-1, tensor=1)
     # The released script saves every 5 % of the steps: 2,600 at a batch of 128.
@@ -96,6 +96,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.model.language.lora.update(rank=args["lora"], alpha=2.0 * args["lora"])
         config.pretrained, config.frozen = ("neulab/Pangea-7B-hf",), lora.FROZEN
         config.optimizer.update(learning_rate=2e-4, lr_scale=())
-        config.pipeline.rows, config.accumulation, config.remat = 16, 8, "products"
+        config.pipeline.rows, config.accumulation, config.keep = 16, 8, "products"
     config.eval = dict()
     return config

@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.pretrained = ()
     # The longest answers of the released sample take 1,495 tokens; the head computes no more places a row.
     config.pipeline.update(rows=8, max_targets=1536, threads=2)
-    config.remat = "everything"
+    config.keep = "all"
     # Records are drawn again and again, should there be fewer than the steps take.
     config.mixture.update(num_examples=64 * args["steps"], max_repeat=1e9)
     config.optimizer.learning_rate = 1e-2

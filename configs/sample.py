@@ -68,7 +68,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.augmented_views = 12
     config.optimizer = dict(learning_rate=1e-3, b2=0.98, weight_decay=0.01)
     config.attention = dict(name="auto")
-    config.remat = "everything"
+    config.keep = "all"
     config.accumulation = 1
     config.mesh = dict(data=1, fsdp=-1, tensor=1)
     add_run_keys(config, log_every=10, checkpoint_every=250, keep=2)

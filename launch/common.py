@@ -203,7 +203,7 @@ def _fields(kind: type) -> tuple[str, ...]:
 KEYS = {
     "": (
         *("title", "seed", "data", "mixture", "augmented_views", "pipeline", "steps"),
-        *("model", "pretrained", "frozen", "optimizer", "attention", "remat", "accumulation"),
+        *("model", "pretrained", "frozen", "optimizer", "attention", "keep", "accumulation"),
         *("mesh", "log_every", "checkpoint", "guards", "wandb", "eval"),
     ),
     "data": ("store", "tokenizer", "image_id", "verify"),
@@ -326,7 +326,7 @@ def step_options(config: Config) -> dict[str, Any]:
     """Arguments of `make_train_step` that the config sets."""
     return {
         "max_targets": config.pipeline.get("max_targets"),
-        "remat": config.remat,
+        "keep": config.keep,
         "impl": AttentionImpl(**config.attention),
         "accumulation": config.accumulation,
     }
@@ -424,7 +424,7 @@ def default_workdir(holder: flags.FlagHolder) -> str:
 # What a run may go on with otherwise: it changes no step, or by rounding alone.
 _FREE = re.compile(
     r"(mesh|checkpoint|guards|attention|pipeline\.(threads|workers|max_bad_fraction))\b.*"
-    r"|remat|accumulation|log_every|wandb|data\.verify"
+    r"|keep|accumulation|log_every|wandb|data\.verify"
 )
 
 

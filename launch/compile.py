@@ -3,7 +3,7 @@
     pip install -r requirements-tpu-aot.txt
     python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5p:4x4x4
     python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5e:4x4 --json \\
-        --config.pipeline.rows=16 --config.remat=attention
+        --config.pipeline.rows=16 --config.keep=attention
     python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5e:8x8 --search
     python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5e:4x4 --slices=2 --config.mesh.data=2
     python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5e:4x4 --steps=N --output=step.zip
@@ -13,7 +13,7 @@ of the TPU (libtpu) from shapes alone: nothing is initialised, about 3 GiB of me
 does not fit here. Topologies are those of `jax.experimental.topologies`: v5e:2x4, v5p:2x2x2, v6e:4x4, ...; of
 `--slices` such only `data` goes over the data centre network. cpu:8 is 8 devices made of this machine's processor.
 
-`--search` finds the most rows a chip that fit, and for these the remat policy that computes least again.
+`--search` finds the most rows a chip that fit, and for these the value of `keep` that recomputes least.
 `--output` keeps the program for `launch/train.py --executable`.
 """
 
@@ -51,7 +51,7 @@ CONFIG = common.define_config("configs/pangea_7b_finetune.py")
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "What to compile for, GENERATION:SHAPE.")
 SLICES = flags.DEFINE_integer("slices", 1, "How many of them, joined by the data centre network.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
-SEARCH = flags.DEFINE_bool("search", False, "Find the most rows a chip, and the cheapest remat.")
+SEARCH = flags.DEFINE_bool("search", False, "Find the most rows a chip, and the cheapest keep.")
 
 OUTPUT = flags.DEFINE_string("output", None, "Write the program here, for launch/train.py.")
 STEPS = flags.DEFINE_integer(
@@ -140,7 +140,7 @@ def measure(config, topology: str, slices: int = 1, output: str | None = None, s
         "mesh": dict(mesh.shape),
         "row_tokens": config.pipeline.row_tokens,
         "rows_per_shard": math.ceil(config.pipeline.rows / shards),
-        "remat": config.remat,
+        "keep": config.keep,
         "accumulation": config.accumulation,
         "hbm_gib": hbm,
     }
@@ -196,37 +196,37 @@ def search(config, topology: str, slices: int = 1) -> dict:
     config = config.copy_and_resolve_references()
     config.accumulation = 1
 
-    def attempt(rows, remat):
-        config.pipeline.rows, config.remat = rows * shards, remat
+    def attempt(rows, keep):
+        config.pipeline.rows, config.keep = rows * shards, keep
         found = measure(config, topology, slices)
         print(one_line(found), file=sys.stderr)
         return found
 
-    best = attempt(1, "nothing")
+    best = attempt(1, "none")
     if not best["fits"]:
         raise common.UserError(
             f"not even one row of {config.pipeline.row_tokens} tokens a shard fits {topology}: "
-            f'{best["peak_hbm_gib"]:.1f} of {best["hbm_gib"]:.2f} GiB with remat "nothing"; '
+            f'{best["peak_hbm_gib"]:.1f} of {best["hbm_gib"]:.2f} GiB with keep "none"; '
             "choose more chips"
         )
     too_many = None
     while too_many != (fit := best["rows_per_shard"]) + 1:
-        found = attempt((fit + too_many) // 2 if too_many else 2 * fit, "nothing")
+        found = attempt((fit + too_many) // 2 if too_many else 2 * fit, "none")
         if found["fits"]:
             best = found
         else:
             too_many = found["rows_per_shard"]
-    return _cheapest(best, lambda remat: attempt(best["rows_per_shard"], remat))
+    return _cheapest(best, lambda keep: attempt(best["rows_per_shard"], keep))
 
 
 def _cheapest(best, attempt) -> dict:
-    """Of the policies that fit the one that computes least again; `best` is of "nothing"."""
-    for remat in KEEPING_MORE:
-        found = attempt(remat)
+    """Of the policies that fit the one that computes least again; `best` is of "none"."""
+    for keep in KEEPING_MORE:
+        found = attempt(keep)
         if not found["fits"]:
             break
         best = found
-    if best["remat"] in ("nothing", "attention"):
+    if best["keep"] in ("none", "attention"):
         found = attempt("offload")
         best = found if found["fits"] else best
     return best
@@ -235,7 +235,7 @@ def _cheapest(best, attempt) -> dict:
 def one_line(found: dict) -> str:
     return (
         f"{found['topology']}, {found['rows_per_shard']} rows of {found['row_tokens']} tokens a shard, "
-        f"remat {found['remat']}: {found['peak_hbm_gib']:.2f} of {found['hbm_gib']:.2f} GiB, "
+        f"keep {found['keep']}: {found['peak_hbm_gib']:.2f} of {found['hbm_gib']:.2f} GiB, "
         f"{'fits' if found['fits'] else 'DOES NOT FIT'} ({found['compile_s']:.0f} s)"
     )
 
@@ -280,7 +280,7 @@ def main(argv):
     if OUTPUT.value and not found["fits"]:
         raise common.UserError(
             f"the program does not fit {TOPOLOGY.value}, and {OUTPUT.value} was not written; choose more "
-            "chips, fewer rows, or a remat policy that keeps less"
+            "chips, fewer rows, or a value of config.keep that keeps less"
         )
 
 

@@ -244,12 +244,12 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         *,
-        remat: str = "everything",
+        keep: str = "all",
         impl: AttentionImpl | str = "auto",
     ) -> Float[Array, "B T D"]:
         """Hidden states after the final norm; training and scoring (no cache).
 
-        `remat` is what a block keeps for the backward pass, a policy of `layers.REMAT`."""
+        `keep` is what a block keeps for the backward pass, a policy of `layers.KEEP`."""
         cos, sin = rope_angles(positions, self.config.head_width, self.config.rope_theta)
 
         def body(x, block, _layer):
@@ -265,7 +265,7 @@ class Decoder(nnx.Module):
             )
             return block.finish(x, mixed)
 
-        x = run_blocks(checkpoint(body, remat), x, self.blocks, unroll=self.config.scan_unroll)
+        x = run_blocks(checkpoint(body, keep), x, self.blocks, unroll=self.config.scan_unroll)
         return constrain(self.final_norm(x), BATCH_SPEC)
 
     def empty_cache(self, batch: int, slots: int, dtype) -> KVCache:

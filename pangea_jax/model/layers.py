@@ -9,17 +9,16 @@ from jaxtyping import Array, Float
 
 from pangea_jax.model.lora import Lora
 
-# What the forward pass of a block keeps for the backward pass, by the name of the policy: values marked
-# with `checkpoint_name`. Whatever is not kept is computed again; under "products" that is no matrix product
-# any more, and under "everything" nothing. From least memory to most, but for "offload", which keeps what
-# "qkv" does in the host's memory.
-REMAT = {
-    "nothing": (),
+# What a block's forward pass keeps for the backward pass, by the name that `keep=` takes: values marked with
+# `checkpoint_name`, or every value (None). The rest is computed again; under "products" that includes no matrix
+# product. Memory grows from top to bottom, except that "offload" keeps the values of "qkv" in the host's memory.
+KEEP = {
+    "none": (),
     "attention": ("attention",),
     "qkv": ("q", "k", "v", "attention"),
     "offload": ("q", "k", "v", "attention"),
     "products": ("q", "k", "v", "attention", "o", "gate", "up"),
-    "everything": None,
+    "all": None,
 }
 
 
@@ -75,18 +74,18 @@ def run_blocks(body, carry, blocks, *, unroll: int = 1):
     return jax.lax.scan(step, carry, (blocks, layers), unroll=unroll)[0]
 
 
-def checkpoint(body, remat: str):
-    """A block's `body`, which keeps for the backward pass what the policy `remat` of `REMAT` says.
+def checkpoint(body, keep: str):
+    """A block's `body`, which keeps for the backward pass what the policy `keep` of `KEEP` says.
 
     Raises:
       ValueError: there is no such policy.
     """
-    if remat not in REMAT:
-        raise ValueError(f"remat {remat!r} is not one of {', '.join(REMAT)}")
-    names = REMAT[remat]
+    if keep not in KEEP:
+        raise ValueError(f"keep {keep!r} is not one of {', '.join(KEEP)}")
+    names = KEEP[keep]
     if names is None:
         return body
-    if remat == "offload":
+    if keep == "offload":
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=(),
             names_which_can_be_offloaded=names,

@@ -63,12 +63,12 @@ class Pangea(nnx.Module):
         self.language = Decoder(config.language, rngs=rngs, dtype=dtype)
 
     def encode(
-        self, tiles: UInt8[Array, "B N H W 3"], *, remat: str = "everything"
+        self, tiles: UInt8[Array, "B N H W 3"], *, keep: str = "all"
     ) -> Float[Array, "B N P E"]:
         """Tower features of uint8 tiles."""
         B, N, *pixels = tiles.shape
         flat = normalize(tiles.reshape(B * N, *pixels), self.config.dtype)
-        features = self.vision(flat, remat=remat)
+        features = self.vision(flat, keep=keep)
         return features.reshape(B, N, *features.shape[1:])
 
     def embed(
@@ -94,19 +94,19 @@ class Pangea(nnx.Module):
         self,
         batch: dict[str, Array],
         *,
-        remat: str = "everything",
+        keep: str = "all",
         impl: AttentionImpl | str = "auto",
     ) -> Float[Array, "B T D"]:
         """Hidden states of a batch with `tokens`, `positions`, `segment_ids`, `image_index` [B, T] and
         either `tiles` (uint8) or, for a frozen tower whose features were computed before, `features`.
 
-        `remat` is what the blocks keep for the backward pass, a policy of `layers.REMAT`; `impl` is the
+        `keep` is what the blocks keep for the backward pass, a policy of `layers.KEEP`; `impl` is the
         decoder's attention."""
         features = batch.get("features")
         if features is None:
-            features = self.encode(batch["tiles"], remat=remat)
+            features = self.encode(batch["tiles"], keep=keep)
         x = self.embed(batch["tokens"], batch["image_index"], features)
-        return self.language(x, batch["positions"], batch["segment_ids"], remat=remat, impl=impl)
+        return self.language(x, batch["positions"], batch["segment_ids"], keep=keep, impl=impl)
 
     def __call__(self, batch: dict[str, Array], **kwargs) -> Float[Array, "B T V"]:
         """float32 logits at every position; for checking and scoring, not for training."""

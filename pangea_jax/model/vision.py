@@ -140,11 +140,11 @@ class VisionTower(nnx.Module):
         self.post_norm = LayerNorm(D, config.norm_eps, dtype)
 
     def __call__(
-        self, tiles: Float[Array, "N H W 3"], *, remat: str = "everything"
+        self, tiles: Float[Array, "N H W 3"], *, keep: str = "all"
     ) -> Float[Array, "N P D"]:
         """Features of normalised tiles, one per patch in row-major order.
 
-        `remat` is what a block keeps for the backward pass, a policy of `layers.REMAT`."""
+        `keep` is what a block keeps for the backward pass, a policy of `layers.KEEP`."""
         p = self.config.patch_size
         x = jax.lax.conv_general_dilated(
             tiles,
@@ -164,5 +164,5 @@ class VisionTower(nnx.Module):
         def body(x, block):
             return block(constrain(x, BATCH_SPEC)), None
 
-        x, _ = jax.lax.scan(checkpoint(body, remat), x, self.blocks, unroll=self.config.scan_unroll)
+        x, _ = jax.lax.scan(checkpoint(body, keep), x, self.blocks, unroll=self.config.scan_unroll)
         return constrain(x[:, 1:], BATCH_SPEC)

@@ -24,7 +24,7 @@ def make_train_step(
     mesh: jax.sharding.Mesh,
     *,
     max_targets: int | None = None,
-    remat: str = "everything",
+    keep: str = "all",
     impl: AttentionImpl | str = "auto",
     accumulation: int = 1,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
@@ -38,7 +38,7 @@ def make_train_step(
 
     Args:
       max_targets: see `cross_entropy`.
-      remat, impl: see `Pangea.hidden`.
+      keep, impl: see `Pangea.hidden`.
       accumulation: parts of the batch that are computed one after another. Every token weighs the
         same whichever part it is in, so the step is that of the whole batch; memory is a part's.
         Rows of a device must divide by it.
@@ -46,7 +46,7 @@ def make_train_step(
 
     def loss_fn(trainable, frozen, batch, total):
         model = model_params.merge(graphdef, trainable | frozen)
-        hidden = model.hidden(batch, remat=remat, impl=impl)
+        hidden = model.hidden(batch, keep=keep, impl=impl)
         loss, _, hits = cross_entropy(
             model.language, hidden, batch["targets"], batch["weights"], max_targets=max_targets
         )

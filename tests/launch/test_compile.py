@@ -22,7 +22,7 @@ SMALL = (
     "--config.model.language.head_width=128",
     "--config.augmented_views=0",
     "--config.pipeline.rows=8",
-    "--config.remat=nothing",
+    "--config.keep=none",
 )
 
 
@@ -123,14 +123,14 @@ from tests.launch import tiny
 def search(limit, kept):
     tried = []
     def measure(config, topology, slices):
-        tried.append((config.pipeline.rows // 8, config.remat))
-        rows, remat = tried[-1]
-        needed = rows * kept[remat]
-        return dict(topology=topology, rows_per_shard=rows, row_tokens=128, remat=remat,
+        tried.append((config.pipeline.rows // 8, config.keep))
+        rows, keep = tried[-1]
+        needed = rows * kept[keep]
+        return dict(topology=topology, rows_per_shard=rows, row_tokens=128, keep=keep,
                     peak_hbm_gib=needed, hbm_gib=limit, fits=needed <= limit, compile_s=1.0)
     compile.measure = measure
     found = compile.search(tiny.get_config(), "cpu:8")
-    return found["rows_per_shard"], found["remat"], tried
+    return found["rows_per_shard"], found["keep"], tried
 
 cases = json.loads(sys.argv[1])
 print(json.dumps([search(**case) for case in cases]))
@@ -138,7 +138,7 @@ print(json.dumps([search(**case) for case in cases]))
 
 
 def test_the_search_finds_most_rows_and_then_the_cheapest_policy():
-    kept = dict(nothing=1.0, offload=1.05, attention=1.2, qkv=1.4, products=1.8)
+    kept = dict(none=1.0, offload=1.05, attention=1.2, qkv=1.4, products=1.8)
     cases = [(1, 1.0), (1, 1.1), (1, 1.3), (1, 1.5), (1, 1.9), (2, 2.1), (5, 5.0), (13, 13.9)]
     done = subprocess.run(
         (sys.executable, "-c", SEARCH, json.dumps([dict(limit=x, kept=kept) for _, x in cases])),
@@ -148,9 +148,9 @@ def test_the_search_finds_most_rows_and_then_the_cheapest_policy():
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    policies = ("nothing", "offload", "offload", "qkv", "products", "offload", "nothing", "offload")
-    for (rows, limit), remat, found in zip(cases, policies, json.loads(done.stdout), strict=True):
-        assert found[:2] == [rows, remat], limit
+    policies = ("none", "offload", "offload", "qkv", "products", "offload", "none", "offload")
+    for (rows, limit), keep, found in zip(cases, policies, json.loads(done.stdout), strict=True):
+        assert found[:2] == [rows, keep], limit
         tried = [tuple(attempt) for attempt in found[2]]
         assert len(tried) == len(set(tried)) <= 10
 

@@ -76,7 +76,7 @@ def plan(mesh, factor=1.0, width=16):
     return step, (state, batch)
 
 
-CONFIG = ConfigDict({"title": "one", "remat": "nothing", "optimizer": {"learning_rate": 0.1}})
+CONFIG = ConfigDict({"title": "one", "keep": "none", "optimizer": {"learning_rate": 0.1}})
 
 
 @pytest.fixture
@@ -137,11 +137,9 @@ def refusal(file, mesh, config=CONFIG, steps=STEPS, **changed):
 
 def test_another_program_is_refused_by_what_made_it_so(file, mesh):
     config = ConfigDict(CONFIG)
-    config.remat = "qkv"
+    config.keep = "qkv"
     said = refusal(file, mesh, config, steps=7, factor=2.0)
-    assert (
-        "config.remat is 'nothing' there and 'qkv' here; config.steps is 4 there and 7 here" in said
-    )
+    assert "config.keep is 'none' there and 'qkv' here; config.steps is 4 there and 7 here" in said
     assert "compiled from other code" in refusal(file, mesh, factor=2.0)
     assert "compiled from other code" in refusal(file, mesh, width=32)
 

@@ -220,7 +220,7 @@ def test_a_run_may_go_on_with_what_changes_no_step(tmp_path):
     config = sample.get_config()
     common.claim_workdir(tmp_path, config)
     (tmp_path / "starts.jsonl").touch()
-    config.update(remat="nothing", accumulation=2, log_every=5)
+    config.update(keep="none", accumulation=2, log_every=5)
     config.mesh.tensor, config.pipeline.threads, config.checkpoint.every = 2, 3, 50
     common.claim_workdir(tmp_path, config)
     config.pipeline.rows = 4

@@ -112,8 +112,8 @@ def test_train_step_compiles(mesh, tiny_config):
     batch["weights"] = jax.ShapeDtypeStruct((rows, tokens), jnp.float32)
     batch["tiles"] = jax.ShapeDtypeStruct((rows, 2, 16, 16, 3), jnp.uint8)
     shardings = sharding.state_shardings(state, placed, mesh)
-    step = make_train_step(graphdef, optimizer, shardings, mesh, remat="nothing")
+    step = make_train_step(graphdef, optimizer, shardings, mesh, keep="none")
     text = step.lower(state, batch).compile().as_text()
-    # Forward, forward again (remat) and backward.
+    # Forward, forward again (recomputed) and backward.
     assert len(kernels_of(text)) == 3
     assert not [shape for shape in shapes_of(text) if shape.count(tokens) > 1]

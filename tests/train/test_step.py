@@ -66,9 +66,9 @@ def one_device(tiny_config, batches):
     [
         ((1, 8, 1), {}),
         ((8, 1, 1), {"max_targets": 7}),
-        ((2, 2, 2), {"remat": "nothing", "accumulation": 2}),
+        ((2, 2, 2), {"keep": "none", "accumulation": 2}),
     ],
-    ids=["fsdp", "data, max_targets", "all three, remat, accumulation"],
+    ids=["fsdp", "data, max_targets", "all three, keep, accumulation"],
 )
 def test_every_mesh_trains_as_one_device_does(tiny_config, batches, one_device, sizes, options):
     assert max(batch["weights"].sum(axis=1).max() for batch in batches) == 7

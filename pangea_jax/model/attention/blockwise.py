@@ -77,7 +77,7 @@ def _attention_fwd(q, k, v, starts):
         return None, ((mixed / total).astype(v.dtype), highest + jnp.log(total))
 
     kept = lax.scan(mix, None, (jnp.arange(len(q)), q, starts))[1]
-    # Named, so that a remat policy can keep them.
+    # Named, so that `keep` can choose them.
     mixed, log_total = (checkpoint_name(x, RESIDUALS) for x in kept)
     return mixed, (q, k, v, starts, mixed, log_total)
 

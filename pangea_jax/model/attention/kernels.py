@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pangea_jax.sharding import BATCH_SPEC, row_shards
 
-# The name under which a remat policy can keep what the backward pass needs of the forward one.
+# The name under which `keep` can choose what the backward pass needs of the forward one.
 RESIDUALS = "attention"
 
 

@@ -69,7 +69,7 @@ def _attention(q, k, v, starts, ends, blocks):
 
 
 def _attention_fwd(q, k, v, starts, ends, blocks):
-    # Named, so that a remat policy can keep them.
+    # Named, so that `keep` can choose them.
     mixed, highest = (checkpoint_name(x, RESIDUALS) for x in _forward(q, k, v, starts, blocks))
     return mixed, (q, k, v, starts, ends, mixed, highest)
 

@@ -7,7 +7,7 @@ import pytest
 
 from pangea_jax.model import AttentionImpl
 from pangea_jax.model import params as model_params
-from pangea_jax.model.layers import REMAT
+from pangea_jax.model.layers import KEEP
 
 B, T = 2, 24
 
@@ -28,13 +28,13 @@ def batch(tiny_config):
 
 @pytest.fixture(scope="module")
 def loss_of(tiny_model, batch):
-    """(parameters, remat -> a loss of them that no symmetry makes easy)."""
+    """(parameters, keep -> a loss of them that no symmetry makes easy)."""
     graphdef, params = model_params.split(tiny_model)
     impl = AttentionImpl("xla")
 
-    def make(remat):
+    def make(keep):
         def loss(params):
-            hidden = model_params.merge(graphdef, params).hidden(batch, remat=remat, impl=impl)
+            hidden = model_params.merge(graphdef, params).hidden(batch, keep=keep, impl=impl)
             return jnp.sin(hidden).sum()
 
         return loss
@@ -42,10 +42,10 @@ def loss_of(tiny_model, batch):
     return params, make
 
 
-@pytest.mark.parametrize("remat", [name for name in REMAT if name != "everything"])
-def test_gradients_are_those_of_keeping_everything(loss_of, remat):
+@pytest.mark.parametrize("keep", [name for name in KEEP if name != "all"])
+def test_gradients_are_those_of_keeping_everything(loss_of, keep):
     params, make = loss_of
-    expected, found = (jax.jit(jax.grad(make(name)))(params) for name in ("everything", remat))
+    expected, found = (jax.jit(jax.grad(make(name)))(params) for name in ("all", keep))
     for name, value in expected.items():
         # Of a bias that all keys share, the gradient is nothing but rounding.
         tolerance = 1e-5 * (1 + np.abs(value).max())
@@ -53,13 +53,13 @@ def test_gradients_are_those_of_keeping_everything(loss_of, remat):
 
 
 @pytest.mark.parametrize(
-    ("remat", "queries", "keys"),
-    [("nothing", 0, 0), ("attention", 1, 0), ("qkv", 2, 2), ("products", 2, 2)],
+    ("keep", "queries", "keys"),
+    [("none", 0, 0), ("attention", 1, 0), ("qkv", 2, 2), ("products", 2, 2)],
 )
-def test_a_policy_keeps_what_it_says(tiny_config, loss_of, remat, queries, keys):
+def test_a_policy_keeps_what_it_says(tiny_config, loss_of, keep, queries, keys):
     """Of each decoder layer: queries and mixed values [B, T, H, C], keys and values [B, T, K, C]."""
     params, make = loss_of
-    kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(make(remat), params)[1], params))
+    kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(make(keep), params)[1], params))
     shapes = [leaf.shape for leaf in kept]
     language = tiny_config.language
     for heads, expected in ((language.heads, queries), (language.kv_heads, keys)):
@@ -69,5 +69,5 @@ def test_a_policy_keeps_what_it_says(tiny_config, loss_of, remat, queries, keys)
 
 def test_an_unknown_policy_is_an_error(loss_of):
     params, make = loss_of
-    with pytest.raises(ValueError, match="remat 'nothin' is not one of nothing, attention"):
+    with pytest.raises(ValueError, match="keep 'nothin' is not one of none, attention"):
         jax.eval_shape(make("nothin"), params)

@@ -16,7 +16,8 @@ from pangea_jax.generate import decode, likelihood
 from pangea_jax.generate.decode import Decoding, Sampling
 from pangea_jax.model import KVCache, Pangea
 
-# [L, B, K, S, C]: rows over the data axes as in any batch, key heads as their kernels lie.
+# Of keys [L, B, K, C, S] and values [L, B, K, S, C]: rows over the data axes as in any batch, key heads over
+# "tensor" like their kernels.
 CACHE_SPEC = P(None, *sharding.BATCH_SPEC, "tensor", None, None)
 
 

@@ -6,9 +6,15 @@ from jaxtyping import Array, Float, Int
 
 from pangea_jax.model import Decoder
 
-# 832 places of Qwen2's 152,064 words: the head is read from memory once for so many, which takes a third of the
-# time of the products.
+# Most bytes that a row's float32 logits take at once. With Qwen2's 152,064 words these are 832 places: reading the
+# head from memory once per chunk then takes a third of the time of the products.
 LOGITS_BYTES = 512 << 20
+
+
+def chunk_places(vocab_size: int) -> int:
+    """Places of a row whose logits are computed at once, a multiple of 64."""
+    places = LOGITS_BYTES // (4 * vocab_size)
+    return max(64, places - places % 64)
 
 
 def cross_entropy(
@@ -18,7 +24,6 @@ def cross_entropy(
     weights: Float[Array, "B T"],
     *,
     max_targets: int | None = None,
-    chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """Sum of weighted losses, sum of weights, and weighted number of right first guesses.
 
@@ -26,8 +31,8 @@ def cross_entropy(
     the output head, the widest layer of the model, runs on at most that many places a row: exact
     as long as no row has more, which the data pipeline guarantees.
 
-    The head runs on `chunk` places of every row at a time and is recomputed in the backward pass, so
-    that no [B, T, V] array ever exists; by default a row's logits take at most `LOGITS_BYTES`.
+    The head runs on `chunk_places` of every row at a time and is recomputed in the backward pass, so that no
+    [B, T, V] array ever exists.
     """
     if max_targets is not None and max_targets < targets.shape[1]:
         order = jnp.argsort(weights == 0, axis=1, stable=True)[:, :max_targets]
@@ -35,10 +40,7 @@ def cross_entropy(
         targets = jnp.take_along_axis(targets, order, axis=1)
         weights = jnp.take_along_axis(weights, order, axis=1)
     B, T, _D = hidden.shape
-    if chunk is None:
-        places = LOGITS_BYTES // (4 * decoder.config.vocab_size)
-        chunk = max(64, places - places % 64)
-    chunk = min(chunk, T)
+    chunk = min(chunk_places(decoder.config.vocab_size), T)
     pad = -T % chunk
     hidden, targets, weights = (
         jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))

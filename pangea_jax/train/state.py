@@ -34,7 +34,6 @@ def init_state(
     *,
     seed: int,
     frozen: Sequence[str] = (),
-    frozen_dtype: str | None = None,
     pretrained: dict[str, Array] | None = None,
 ) -> tuple[nnx.GraphDef, TrainState, TrainState]:
     """Structure, state, and the state's shardings.
@@ -43,15 +42,14 @@ def init_state(
     holds more than its part. `pretrained` parameters replace the random ones.
 
     Args:
-      frozen: patterns of parameter names that are not trained.
-      frozen_dtype: what these are kept in; None: the type they are used in, `config.dtype`.
+      frozen: patterns of parameter names that are not trained; these are kept in `config.dtype`.
       pretrained: values by name, any subset.
 
     Raises:
       ValueError: a pattern or a pretrained name or shape fits no parameter.
     """
     pretrained = pretrained or {}
-    graphdef, create, shapes, shardings = _plan(config, optimizer, mesh, seed, frozen, frozen_dtype)
+    graphdef, create, shapes, shardings = _plan(config, optimizer, mesh, seed, frozen)
     _check_pretrained(pretrained, shapes.params)
     state = jax.jit(create, out_shardings=shardings)(pretrained)
     return graphdef, state, shardings
@@ -63,15 +61,14 @@ def abstract_state(
     mesh: jax.sharding.Mesh,
     *,
     frozen: Sequence[str] = (),
-    frozen_dtype: str | None = None,
 ) -> tuple[nnx.GraphDef, TrainState, TrainState]:
     """As `init_state`, but of shapes alone: nothing is computed or placed, so that `mesh` may be one
     of devices that are not there."""
-    graphdef, _, shapes, shardings = _plan(config, optimizer, mesh, 0, frozen, frozen_dtype)
+    graphdef, _, shapes, shardings = _plan(config, optimizer, mesh, 0, frozen)
     return graphdef, shapes, shardings
 
 
-def _plan(config, optimizer, mesh, seed, frozen, frozen_dtype):
+def _plan(config, optimizer, mesh, seed, frozen):
     """Structure, the function that makes the state of pretrained parameters, its shapes and shardings."""
 
     def make():
@@ -79,13 +76,12 @@ def _plan(config, optimizer, mesh, seed, frozen, frozen_dtype):
 
     graphdef, shapes = model_params.abstract(make)
     frozen_names = model_params.select(shapes, frozen)
-    frozen_dtype = frozen_dtype or config.dtype
 
     def create(pretrained):
         params = model_params.split(make())[1]
         params |= {name: value.astype(params[name].dtype) for name, value in pretrained.items()}
         trainable = {n: v for n, v in params.items() if n not in frozen_names}
-        kept = {n: v.astype(frozen_dtype) for n, v in params.items() if n in frozen_names}
+        kept = {n: v.astype(config.dtype) for n, v in params.items() if n in frozen_names}
         return TrainState(jnp.int32(0), trainable, kept, optimizer.init(trainable))
 
     placed = param_shardings(shapes, mesh)

@@ -15,7 +15,7 @@ from pangea_jax import sharding
 from pangea_jax.model import attention as attention_module
 from pangea_jax.model.attention import BACKENDS, AttentionImpl, attention, cached_attention
 from pangea_jax.model.attention import kernels as kernels
-from pangea_jax.model.attention.triton import ranges
+from pangea_jax.model.attention.segments import ranges
 
 C = 64
 

@@ -106,12 +106,10 @@ def test_only_adapters_learn_and_the_rest_is_bfloat16(tiny_config, tiny_batch):
     language = dataclasses.replace(
         tiny_config.language, lora=LoraConfig(rank=2, targets=("q", "down"))
     )
-    config = dataclasses.replace(tiny_config, language=language)
+    config = dataclasses.replace(tiny_config, language=language, dtype="bfloat16")
     optimizer = optim.make_optimizer(optim.OptimizerConfig(learning_rate=0.05), 20)
     mesh = sharding.make_mesh(fsdp=2, tensor=2, data=2)
-    graphdef, state, shardings = init_state(
-        config, optimizer, mesh, seed=0, frozen=lora.FROZEN, frozen_dtype="bfloat16"
-    )
+    graphdef, state, shardings = init_state(config, optimizer, mesh, seed=0, frozen=lora.FROZEN)
     assert len(state.trainable) == 4 and all("_lora." in name for name in state.trainable)
     assert {value.dtype.name for value in state.frozen.values()} == {"bfloat16"}
     before = {name: np.asarray(value) for name, value in state.params.items()}

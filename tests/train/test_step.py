@@ -179,9 +179,8 @@ def test_frozen_parameters_stay_and_have_no_optimiser_state(one_device):
 
 def test_frozen_parameters_are_kept_in_their_own_type(tiny_config):
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    _, state, _ = init_state(
-        tiny_config, OPTIMIZER, mesh, seed=0, frozen=(r"vision\..*",), frozen_dtype="bfloat16"
-    )
+    config = dataclasses.replace(tiny_config, dtype="bfloat16")
+    _, state, _ = init_state(config, OPTIMIZER, mesh, seed=0, frozen=(r"vision\..*",))
     assert {str(value.dtype) for value in state.frozen.values()} == {"bfloat16"}
     assert {str(value.dtype) for value in state.trainable.values()} == {"float32"}
     assert all(name.startswith("vision.") for name in state.frozen)

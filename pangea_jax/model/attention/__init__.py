@@ -9,13 +9,14 @@ from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pangea_jax.model.attention import kernels as kernels
+from pangea_jax.model.attention import kernels
+from pangea_jax.model.attention.segments import RESIDUALS
 
 BACKENDS = ("xla", *kernels.KERNELS)
-# Logits of more queries than this are never in memory at once: of 8192 keys and 28 heads, those of 1024
-# queries are 0.9 GB a row in float32, all 8192 would be 7.5 GB.
+# At most this many queries have their logits in memory at once. With 8192 keys and 28 heads, 1024 queries take
+# 0.9 GB a row in float32; all 8192 would take 7.5 GB.
 QUERY_CHUNK = 1024
-# Packed rows are cut finer, into at most so many pieces of a program unless memory asks for more.
+# Packed rows are cut into smaller chunks, but into at most MAX_UNROLLED of them unless memory asks for more.
 PACKED_CHUNK, MAX_UNROLLED = 128, 8
 
 
@@ -28,7 +29,7 @@ class AttentionImpl:
         kernel for TPU), `triton` (a Pallas kernel for NVIDIA GPUs), `blockwise` (loops for CPU), or `auto`:
         the kernel of the device where it can serve the call, else `xla`. What `auto` chose is logged once.
       block_q, block_kv: queries and keys a kernel works on at once, one of its `blocks`; None is its
-        default (`attention_kernels.KERNELS`). Rows are padded to a multiple of both, so on unusual row
+        default (`kernels.KERNELS`). Rows are padded to a multiple of both, so on unusual row
         lengths smaller blocks waste less.
       interpret: run a kernel's arithmetic without its accelerator, slowly. For tests.
     """
@@ -62,8 +63,8 @@ def attention(
     Args:
       q: queries; H = K * G heads, query head h reads key head h // G.
       k, v: keys and values of the same tokens.
-      segment_ids, positions: of all of them. Positions increase along the row within a segment; what
-        compares indices instead relies on it.
+      segment_ids, positions: of all tokens. Within a segment positions must increase along the row: the kernels
+        compare indices instead.
       impl: a backend, or its name alone.
 
     Returns:
@@ -84,7 +85,7 @@ def attention(
         mixed = _mix_packed(q, k, v, segment_ids, positions)
     else:
         mixed = _mix_all(q, k, v, segment_ids, positions, segment_ids, positions)
-    return checkpoint_name(mixed, kernels.RESIDUALS)
+    return checkpoint_name(mixed, RESIDUALS)
 
 
 def cached_attention(
@@ -97,8 +98,7 @@ def cached_attention(
     kv_segment_ids: Int[Array, "B S"],
     kv_positions: Int[Array, "B S"],
 ) -> Float[Array, "B T H C"]:
-    """`attention` of tokens to the slots of a KV cache, which has keys and values of each head together, in
-    plain JAX; the same rule, with ids and positions of the slots."""
+    """`attention` of T tokens to the S slots of a KV cache: the same rule, in plain JAX."""
     return _mix_all(q, k, v, segment_ids, positions, kv_segment_ids, kv_positions)
 
 
@@ -119,7 +119,7 @@ def _choose(impl: AttentionImpl, q: Array, k: Array, packed: bool) -> AttentionI
     chosen = dataclasses.replace(impl, name=name)
     obstacle = kernels.obstacle(chosen, q, k, packed) or kernels.unknown_placement()
     if q.shape[1] < kernels.KERNELS[name].shortest:
-        obstacle = obstacle or f"plain JAX is faster of rows of {q.shape[1]} tokens"
+        obstacle = obstacle or f"plain JAX is faster for rows of {q.shape[1]} tokens"
     if obstacle:
         _log_choice("xla", f"{name} does not serve it: {obstacle}")
         return dataclasses.replace(impl, name="xla")
@@ -133,8 +133,8 @@ def _log_choice(name: str, reason: str):
 
 
 def _mix_packed(q, k, v, segment_ids, positions):
-    """Of packed rows, where no query sees a later index: every chunk of queries reads the keys up to its end,
-    half of all pairs. On a CPU a chunk's logits stay in the cache as well."""
+    """For packed rows, in which no query sees a later index: a chunk of queries reads only the keys up to its
+    end, which is half of all pairs. On a CPU a chunk's logits also stay in the cache."""
     T = q.shape[1]
     chunks = max(-(-T // QUERY_CHUNK), min(-(-T // PACKED_CHUNK), MAX_UNROLLED))
     length = -(-T // chunks)
@@ -149,7 +149,7 @@ def _mix_packed(q, k, v, segment_ids, positions):
 
 
 def _mix_all(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
-    """Over all keys, a chunk of queries at a time if there are many."""
+    """For any mask: all keys, and a chunk of queries at a time if there are many."""
     B, T, H, C = q.shape
     if T <= QUERY_CHUNK:
         return _mix(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions)
@@ -172,12 +172,11 @@ def _mix_all(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
 
 
 def _mix(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
-    """Attention of all queries at once; keys are [B, K, C, S], values [B, K, S, C]: neither product turns one
-    around, for which XLA's CPU backend would take as long again."""
+    """Attention of all queries at once. Keys are [B, K, C, S] and values [B, K, S, C], so that neither product
+    transposes them: on XLA's CPU backend that would double its time."""
     B, T, H, C = q.shape
     K, S = v.shape[1:3]
-    # Laid out by hand for one product a key head: XLA's CPU backend would take twice as long for what it makes
-    # of the five axes.
+    # One product for each key head: XLA's CPU backend takes twice as long for an einsum over five axes.
     q = (q * C**-0.5).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
     # Sizes are spelled out, since of no rows at all (text alone has no tiles) -1 cannot be inferred.
     q = q.reshape(B, K, H // K * T, C)

@@ -1,8 +1,8 @@
 """Flash attention (Dao 2023) of packed rows for CPUs, in plain JAX: loops over blocks that stay in the cache.
 
-What a query sees is a range of keys: from the first token of its segment to itself. A block of queries walks through
-the blocks of keys from the first that any of them sees, so that a packed row costs what its conversations cost. How
-far back that is only the data say: on an accelerator such a loop would wait for the host at every step.
+A query sees a range of keys: from the first token of its segment to itself. A block of queries walks through the
+blocks of keys from the first that any of them sees, so a packed row costs what its conversations cost. Only the data
+say how many blocks that is: on an accelerator such a loop would wait for the host at every step.
 """
 
 import functools
@@ -13,10 +13,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pangea_jax.model.attention.kernels import RESIDUALS
+from pangea_jax.model.attention.segments import RESIDUALS, UNSEEN, ranges
 
-# Finite, so that a block in which a query sees nothing gives weights that the next one wipes out, not NaN.
-UNSEEN = -0.7 * float(jnp.finfo(jnp.float32).max)
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
@@ -32,14 +30,14 @@ def attention(
     """Scaled dot products of every token with itself and those before it in its segment.
 
     Args:
-      segment_ids: tokens of a segment are neighbours. Padding (0) sees itself alone.
+      segment_ids: tokens of a segment are neighbours. A padding token (0) sees itself alone: its result is
+        its own value.
       block_q, block_kv: tokens of a block; both divide T.
     """
     B, T, H, C = q.shape
     K = k.shape[2]
-    place = jnp.arange(T, dtype=jnp.int32)
-    first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)])
-    starts = lax.cummax(jnp.where(first | (segment_ids == 0), place, 0), axis=1)
+    # Padding would cost as much as a conversation of its length, and nobody reads its results.
+    starts = jnp.where(segment_ids == 0, jnp.arange(T, dtype=jnp.int32), ranges(segment_ids)[0])
     starts = starts.reshape(B, T // block_q, block_q).swapaxes(0, 1)
 
     def split(x, size):

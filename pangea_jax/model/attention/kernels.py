@@ -1,7 +1,7 @@
 """Flash attention (Dao 2023) of packed causal rows, a kernel for each kind of device, on our layout.
 
-All mask by segment and by index, hold no [T, T] array, and do not repeat the key heads for the query heads
-that share them. Under a mesh every device runs its own rows and heads.
+All mask by segment and by index. None holds a [T, T] array or repeats the key heads for the query heads that share
+them. Under a mesh every device runs its own rows and heads.
 """
 
 import dataclasses
@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from pangea_jax.model.attention import blockwise
+from pangea_jax.model.attention.segments import RESIDUALS
 from pangea_jax.sharding import BATCH_SPEC, row_shards
-
-# The name under which `keep` can choose what the backward pass needs of the forward one.
-RESIDUALS = "attention"
 
 
 def run(
@@ -29,8 +28,8 @@ def run(
 ) -> Float[Array, "B T H C"]:
     """Attention of every token to itself and those before it in its segment.
 
-    `impl` is an `AttentionImpl` that names one of `KERNELS` and has no `obstacle`. Padding (segment 0)
-    attends to padding, so its rows are finite.
+    `impl` is an `AttentionImpl` that names one of `KERNELS` and has no `obstacle`. Results of padding
+    (segment 0) are finite but meaningless: it sees itself, and in some kernels the padding before it.
     """
     T = q.shape[1]
     block_q, block_kv, length = _blocks(impl, T)
@@ -114,7 +113,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _splash(q, k, v, segment_ids, *, block_q, block_kv, interpret):
-    """TPU: splash attention, which skips the blocks above the diagonal."""
+    """TPU: JAX's splash attention, which skips the blocks above the diagonal."""
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as splash,
     )
@@ -144,10 +143,10 @@ def _splash(q, k, v, segment_ids, *, block_q, block_kv, interpret):
 def _triton(q, k, v, segment_ids, *, block_q, block_kv, interpret):
     """NVIDIA GPUs: our own kernel, which skips the blocks of other segments as well.
 
-    JAX's Pallas-Triton kernel masks them but computes them, and is to go; its cuDNN attention knows no
-    segments short of a [T, T] mask.
+    JAX's own Triton kernel computes these blocks and then masks them, and it is deprecated. Its cuDNN attention
+    needs a [T, T] mask for segments.
     """
-    from pangea_jax.model.attention import triton
+    from pangea_jax.model.attention import triton  # imports Pallas, which others do not need
 
     blocks = triton.Blocks(block_q, block_kv, interpret=interpret)
     return triton.attention(q, k, v, segment_ids, blocks)
@@ -155,9 +154,7 @@ def _triton(q, k, v, segment_ids, *, block_q, block_kv, interpret):
 
 def _blockwise(q, k, v, segment_ids, *, block_q, block_kv, interpret):
     """CPUs: plain JAX that skips the blocks of other segments."""
-    from pangea_jax.model.attention import blockwise
-
-    del interpret
+    del interpret  # it runs on every device
     return blockwise.attention(q, k, v, segment_ids, block_q=block_q, block_kv=block_kv)
 
 
@@ -166,9 +163,9 @@ class Kernel:
     """What a kernel runs on and takes, and its default block sizes.
 
     Attributes:
-      head_widths, dtypes: none are named where any will do.
-      blocks: sizes it can have. A default of None is the first of those that pad a row least.
-      shortest: of shorter rows plain JAX is faster.
+      head_widths, dtypes: what it takes; empty means any.
+      blocks: block sizes it takes. A default of None stands for the first of those that pad a row least.
+      shortest: plain JAX is faster for shorter rows.
     """
 
     call: Callable[..., Array]

@@ -1,9 +1,9 @@
 """Flash attention (Dao 2023) of packed rows for NVIDIA GPUs, a Pallas kernel compiled by Triton.
 
-A segment of a packed row is a run of neighbouring tokens, so that what a query sees is a range of keys: from the
-first token of its segment to itself. The kernels walk through that range only: a row of 8,192 tokens in four
-conversations costs a quarter of what a causal kernel that masks by segment id computes. Query heads that share a key
-head read it in place, and its gradient is summed over them in float32.
+A segment of a packed row is a run of neighbouring tokens, so a query sees a range of keys: from the first token of
+its segment to itself. The kernels walk through that range only: a row of 8,192 tokens in four conversations costs a
+quarter of a causal kernel that masks by segment id. Query heads that share a key head read it in place; its gradient
+is summed over them in float32.
 """
 
 import dataclasses
@@ -18,11 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from pangea_jax.model.attention.kernels import RESIDUALS
+from pangea_jax.model.attention.segments import RESIDUALS, UNSEEN, ranges
 
 LOG2_E = math.log2(math.e)
-# Finite, so that a block in which a query sees nothing gives weights that the next one wipes out, not NaN.
-UNSEEN = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,22 +43,12 @@ def attention(
     """Scaled dot products of every token with itself and those before it in its segment.
 
     Args:
-      segment_ids: tokens of a segment are neighbours. Padding (0) sees padding.
+      segment_ids: tokens of a segment are neighbours. A run of padding (0) is a segment too: its tokens see
+        one another, and their results are finite but meaningless.
       blocks: each divides T.
     """
     starts, ends = ranges(segment_ids)
     return _attention(q, k, v, starts, ends, blocks)
-
-
-def ranges(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """Index of the first and of the last token of every token's segment."""
-    place = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    change = segment_ids[:, 1:] != segment_ids[:, :-1]
-    edge = jnp.ones_like(change[:, :1])
-    first, last = jnp.concatenate([edge, change], 1), jnp.concatenate([change, edge], 1)
-    starts = lax.cummax(jnp.where(first, place, 0), axis=1)
-    ends = lax.cummin(jnp.where(last, place, segment_ids.shape[1]), axis=1, reverse=True)
-    return starts.astype(jnp.int32), ends.astype(jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

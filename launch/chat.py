@@ -4,7 +4,7 @@
     python launch/chat.py --model=DIR --image=cat.png --prompt="Apa ini?"       # one answer, to stdout
 
 The model is "sample", a folder with a checkpoint, or a name on the Hugging Face hub. In a conversation `/image FILE`
-adds a picture to the next question, `/reset` forgets what was said, and `/quit` (or Ctrl-D) ends it; Ctrl-C stops an
+adds a picture to the next question, `/reset` starts a new conversation, `/quit` or Ctrl-D leaves, and Ctrl-C stops an
 answer.
 """
 
@@ -27,13 +27,13 @@ _SYSTEM = flags.DEFINE_string("system", None, "System prompt; the model's own by
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest tokens.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens of this probability.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from so many likeliest tokens; 0 for all.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many likeliest tokens; 0 for all.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
 _DTYPE = flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16.")
 
 
 class Chat:
-    """What was said, and the pictures of the next question."""
+    """A conversation so far, and the pictures of the next question."""
 
     def __init__(self, engine, system: str | None, settings: dict):
         self._engine, self._settings = engine, settings
@@ -45,7 +45,7 @@ class Chat:
 
     def add_image(self, path: str) -> None:
         """Raises:
-        UserError, ImageError: not a picture; said now and not with the question."""
+        UserError, ImageError: not a picture."""
         path = os.path.expanduser(path)
         if not os.path.isfile(path):
             raise common.UserError(f"there is no file {path}")
@@ -53,8 +53,8 @@ class Chat:
         self._pictures.append({"type": "image", "image": path})
 
     def ask(self, text: str):
-        """Pieces of the answer. Question and answer, as far as it came, are then part of the
-        conversation; a question that could not be asked is not."""
+        """Yields pieces of the answer. The question and the pieces so far then join the conversation; a question
+        that the model refuses does not."""
         content = [*self._pictures, {"type": "text", "text": text}]
         asked = [*self._messages, {"role": "user", "content": content}]
         pieces = self._engine.stream(asked, **self._settings)
@@ -118,7 +118,7 @@ def converse(chat: Chat) -> None:
 
 
 def obey(chat: Chat, line: str) -> None:
-    """One line of a person's: a command or a question."""
+    """Handles one input line: a command or a question."""
     command, _, argument = line.partition(" ")
     if command == "/reset":
         chat.reset()

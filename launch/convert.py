@@ -7,9 +7,9 @@
 
 `--from` is a folder in any layout, the work directory of a training run (its newest step), or a name on the
 Hugging Face hub. The result holds weights, config, tokenizer and processor; `pangea_jax.load` takes either form,
-transformers and vLLM take `--format=hf`. The model is never in memory as a whole. Cut off, it leaves only
-`<to>.partial`, and the same command starts anew. `--format=peft` writes a run's adapters alone, as the peft library
-loads them over the model that the run started from, which `--base` names for it.
+transformers and vLLM take `--format=hf`. The whole model is never in memory. A conversion that is cut off leaves only
+`<to>.partial`; repeat the command. `--format=peft` writes only a run's adapters, for the peft library; `--base` names
+the model that the run started from.
 """
 
 import sys
@@ -33,9 +33,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 FROM = flags.DEFINE_string(
     "from", None, "A folder, a run's work directory, or owner/name on the hub."
 )
-TO = flags.DEFINE_string("to", None, "The folder to write; must not be there yet.")
+TO = flags.DEFINE_string("to", None, "The folder to write, new or empty.")
 FORMAT = flags.DEFINE_enum("format", "orbax", (*convert.FORMATS, "peft"), "What to write.")
-DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of the parameters; by default as they are.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, DTYPES, "Type of the parameters; by default that of the source."
+)
 LAYOUT = flags.DEFINE_enum(
     "layout",
     "transformers-4",
@@ -46,31 +48,32 @@ LAYOUT = flags.DEFINE_enum(
 TOKENIZER = flags.DEFINE_string(
     "tokenizer",
     None,
-    "A folder or file with the tokenizer, if it is not in --from nor named by the run's config.",
+    "A folder or file with the tokenizer, if neither --from nor the run's config has it.",
 )
 BASE = flags.DEFINE_string(
     "base",
     "",
-    "For --format=peft: folder or hub name of the model that the run started from, written as it is given "
-    "for those who ask peft for it; by default none.",
+    "For --format=peft: folder or hub name of the model that the run started from, written as given; by default none.",
 )
 
 
 def main(argv):
     if len(argv) > 1 or not FROM.value or not TO.value:
         raise common.UserError("expected --from=DIR|owner/name and --to=DIR, and nothing but flags")
-    # Conversion is host work: it must not take an accelerator away from a job that needs it.
+    # Conversion runs on the host: it must not take an accelerator from another job.
     jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)
     if FROM.value == "sample" and not Path("sample").exists():
         raise common.UserError(
-            "the sample model is part of the package and no folder; launch/train.py writes one like it, "
-            "in the form of --format=hf, to model/ in its work directory"
+            "the sample model is part of the package, not a folder; launch/train.py writes a model like it to "
+            "model/ in its work directory, as --format=hf does"
         )
     if LAYOUT.present and FORMAT.value != "hf":
-        raise common.UserError(f"--layout is of --format=hf alone, not of {FORMAT.value}")
+        raise common.UserError(f"--layout is only for --format=hf, not for {FORMAT.value}")
     if BASE.value and FORMAT.value != "peft":
-        raise common.UserError("--base names the model under adapters, of --format=peft alone")
+        raise common.UserError(
+            "--base is only for --format=peft: it names the model under the adapters"
+        )
     if FORMAT.value == "peft" and (DTYPE.value or TOKENIZER.value):
         raise common.UserError("--format=peft takes neither --dtype nor --tokenizer")
     target = Path(TO.value).expanduser()
@@ -82,7 +85,7 @@ def main(argv):
             convert_model(source, target)
     except KeyboardInterrupt:
         print(
-            f"stopped; if there is {target}.partial it is of no use, the same command starts anew",
+            f"stopped; to convert, repeat the command ({target}.partial is incomplete)",
             file=sys.stderr,
         )
         sys.exit(common.EXIT_INTERRUPTED)

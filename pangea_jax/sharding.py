@@ -1,4 +1,4 @@
-"""The mesh, and one table that says how every parameter lies on it."""
+"""The mesh, and one table: how every parameter is sharded over it."""
 
 import collections
 import math
@@ -41,7 +41,7 @@ MAX_REPLICATED = 0.02
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh of the axes `AXES`; one size may be -1, what is left of the devices.
+    """A mesh of the axes `AXES`; one size may be -1, which takes the remaining devices.
 
     Of several TPU slices each holds whole fsdp x tensor groups: only `data`, which sends every gradient
     once a step, goes over the data centre network between them. `tensor` stays within a process.
@@ -79,7 +79,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
 
 
 def _grid(sizes, devices):
-    """The devices of one slice, laid out as its network is; those of a row in one process, which reads it."""
+    """The devices of one slice in the order of its network; those of a row are of one process, which reads it."""
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     process_of = np.vectorize(lambda device: device.process_index, otypes=[int])(grid)
     if (process_of == process_of[..., :1]).all():
@@ -100,14 +100,14 @@ def _grid(sizes, devices):
 
 
 def num_slices(devices) -> int:
-    """TPU slices that the devices are of: what only the data centre network joins. Other devices are one."""
+    """Number of TPU slices, which only the data centre network connects; 1 for other devices."""
     if devices[0].platform != "tpu":
         return 1
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def row_shards(mesh: Mesh | None) -> int:
-    """Parts that the rows of a batch are split into; one without a mesh."""
+    """Number of parts that the rows of a batch are split into; 1 without a mesh."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
 
 
@@ -134,10 +134,10 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 def param_shardings(
     shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
 ) -> dict[str, NamedSharding]:
-    """Where every parameter lies.
+    """The sharding of every parameter.
 
     Raises:
-      ValueError: more than 2 % of the bytes would be whole on every device of a sharded mesh.
+      ValueError: more than 2 % of the bytes would be replicated on a sharded mesh.
     """
     shardings = {
         name: NamedSharding(mesh, spec(name, leaf.shape, mesh)) for name, leaf in shapes.items()
@@ -154,8 +154,8 @@ def param_shardings(
 
 
 def state_shardings(state_shapes, shardings: Mapping[str, NamedSharding], mesh: Mesh):
-    """Shardings of any pytree built around parameter dicts (a train state): a leaf under a
-    parameter's name lies as the parameter does if it has its rank, everything else on every device."""
+    """Shardings of a pytree that contains parameter dicts (a train state). A leaf under a parameter's name is sharded
+    like the parameter if it has its rank; everything else is replicated."""
     replicated = NamedSharding(mesh, P())
 
     def place(path, leaf):
@@ -169,7 +169,7 @@ def state_shardings(state_shapes, shardings: Mapping[str, NamedSharding], mesh: 
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:
-    """`x`, laid out over the mesh in context as `spec` says; as it is where there is none."""
+    """`x` with the sharding `spec` on the mesh in context; unchanged if there is none."""
     if jax.sharding.get_abstract_mesh().size <= 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
@@ -178,8 +178,8 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch as part of one global array a key, rows over the data axes.
 
-    Rows of padding (segment 0, weight 0) fill up what does not divide over the devices; the loss is
-    a sum over a count, so they change nothing.
+    Rows of padding (segment 0, weight 0) are added until the rows divide over the devices. The loss is a sum over a
+    count, so they do not change it.
     """
     sharding = NamedSharding(mesh, BATCH_SPEC)
     shards = max(1, row_shards(mesh) // jax.process_count())
@@ -195,7 +195,7 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 def table(
     shapes: Mapping[str, jax.ShapeDtypeStruct], shardings: Mapping[str, NamedSharding]
 ) -> str:
-    """What `launch/train.py` prints at the start: parameter, shape, spec, bytes per device."""
+    """The table that `launch/train.py` prints at the start: parameter, shape, spec, bytes per device."""
     lines = []
     total = per_device = 0
     for name, leaf in shapes.items():

@@ -1,4 +1,4 @@
-"""Adapters alone, as peft saves them, for whoever serves many of them beside one model."""
+"""Adapters alone, as peft saves them, to serve many of them with one model."""
 
 import dataclasses
 import os
@@ -32,7 +32,7 @@ def save(
     Args:
       params: parameters by name, those of adapters among them.
       path: a folder, made if need be.
-      base: folder or hub name of that model, for those who ask peft for it.
+      base: folder or hub name of that model, for `base_model_name_or_path`.
 
     Raises:
       ValueError: there are no adapters.
@@ -68,12 +68,17 @@ def convert(source: Path, target: Path, *, base: str = "") -> None:
     adapters = {name: x.shape for name, x in shapes.items() if "_lora." in name}
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save(orbax.load(location, adapters), config.language.lora, partial, base=base)
+    weights = orbax.OrbaxArrays(location, adapters)
+    found = {
+        name: weights.read(name, (slice(None),) * len(shape), weights.dtype(name))
+        for name, shape in adapters.items()
+    }
+    save(found, config.language.lora, partial, base=base)
     os.replace(partial, target)
 
 
 def _modules(kernel: str, layers: int) -> list[str]:
-    """What the keys of one of our kernels begin with, for each of its layers."""
+    """Prefixes of peft's keys for one of our kernels, layer by layer."""
     theirs = next(row[1] for row in names.TABLE if row[0].startswith(f"{kernel}_kernel_"))
     prefixes = dataclasses.asdict(_LAYOUT)
     stem = _WRAPPED + theirs.removesuffix("weight")

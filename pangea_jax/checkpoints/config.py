@@ -11,7 +11,7 @@ from pangea_jax.checkpoints import orbax
 from pangea_jax.checkpoints.files import CheckpointError, TensorFiles
 from pangea_jax.model import PINPOINTS, LanguageConfig, PangeaConfig, VisionConfig
 
-# What transformers assumes for a key that config.json leaves out: it writes differences only.
+# transformers leaves values out of config.json that equal these defaults.
 _VISION_DEFAULTS = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -49,6 +49,26 @@ _DECODER_DEFAULTS = {
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
     },
+}
+
+# Our sizes and the keys of config.json that hold them, read and written.
+_VISION_KEYS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp": "intermediate_size",
+    "norm_eps": "layer_norm_eps",
+}
+_DECODER_KEYS = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "max_positions": "max_position_embeddings",
 }
 
 # LLaVA's own layout names the tower and does not say its sizes.
@@ -105,13 +125,12 @@ class _Fields:
 def config_from_folder(path: str | os.PathLike) -> PangeaConfig:
     """Sizes from config.json of any of the public layouts, of our own form, or of a training run.
 
-    The vocabulary is that of the embedding tensor where the weights are there: config.json is known
-    to disagree. `dtype`, that of activations, stays at its default.
+    If the folder has weights, the vocabulary size is that of the embedding tensor, since config.json is known to
+    disagree. `dtype`, that of activations, stays at its default.
 
-    Canvases are read as the software that wrote the file means them: (width, height) in LLaVA's
-    layout, (height, width) in transformers'. neulab/Pangea-7B-hf took LLaVA's list over unchanged,
-    so that pictures smaller than 336 pixels, for which 336 x 672 and 672 x 336 are equally good,
-    get the other one than in training. To have them as in training, replace `pinpoints` by
+    LLaVA's layout writes canvases as (width, height), transformers' as (height, width). neulab/Pangea-7B-hf copied
+    LLaVA's list unchanged. Pictures smaller than 336 pixels fit 336 x 672 and 672 x 336 equally well, and there
+    get the other one than in training. For the canvases of training, replace `pinpoints` by
     `pangea_jax.model.PINPOINTS`.
 
     Raises:
@@ -176,17 +195,17 @@ def _with_vocabulary_of_tensor(config: PangeaConfig, path: Path) -> PangeaConfig
         files = TensorFiles(path)
     except FileNotFoundError:
         return config
-    for name in files.names:
+    for name, shape in files.shapes.items():
         if name.endswith("embed_tokens.weight"):
-            language = dataclasses.replace(config.language, vocab_size=files.shape(name)[0])
+            language = dataclasses.replace(config.language, vocab_size=shape[0])
             return dataclasses.replace(config, language=language)
     return config
 
 
 def _from_llava(fields: _Fields) -> PangeaConfig:
-    # model_type is "qwen2" in neulab/Pangea-7B, so it tells of the decoder and of nothing else.
-    kinds = [kind for kind in ("qwen", "mistral") if kind in fields.require("model_type")]
-    kind = {"qwen": "qwen2", "mistral": "mistral"}[kinds[0]] if kinds else "llama"
+    # neulab/Pangea-7B has model_type "qwen2": it names the decoder only.
+    model_type = fields.require("model_type")
+    kind = "qwen2" if "qwen" in model_type else "mistral" if "mistral" in model_type else "llama"
     fields.expect("mm_projector_type", "mlp2x_gelu")
     fields.expect("mm_vision_select_feature", "patch", default="patch")
     tower = fields.require("mm_vision_tower")
@@ -246,16 +265,8 @@ def _vision(fields: _Fields) -> VisionConfig:
     vision.expect("model_type", "clip_vision_model", default="clip_vision_model")
     vision.expect("hidden_act", "quick_gelu")
     vision.expect("num_channels", 3)
-    return VisionConfig(
-        image_size=vision.number("image_size"),
-        patch_size=vision.number("patch_size"),
-        width=vision.number("hidden_size"),
-        layers=vision.number("num_hidden_layers"),
-        heads=vision.number("num_attention_heads"),
-        mlp=vision.number("intermediate_size"),
-        feature_layer=_feature_layer(fields, vision.number("num_hidden_layers")),
-        norm_eps=vision.number("layer_norm_eps"),
-    )
+    sizes = {ours: vision.number(theirs) for ours, theirs in _VISION_KEYS.items()}
+    return VisionConfig(feature_layer=_feature_layer(fields, sizes["layers"]), **sizes)
 
 
 def _feature_layer(fields: _Fields, layers: int) -> int:
@@ -269,26 +280,19 @@ def _decoder(fields: _Fields, kind: str) -> LanguageConfig:
     fields.expect("hidden_act", "silu")
     fields.expect("attention_bias", False, default=False)
     fields.expect("mlp_bias", False, default=False)
-    max_positions = fields.number("max_position_embeddings")
+    sizes = {ours: fields.number(theirs) for ours, theirs in _DECODER_KEYS.items()}
     window = fields("sliding_window") if fields("use_sliding_window", kind == "mistral") else None
-    if window is not None and window < max_positions:
+    if window is not None and window < sizes["max_positions"]:
         raise fields.refuse(
             "sliding_window", window, "null, or no less than max_position_embeddings"
         )
-    heads = fields.number("num_attention_heads")
     return LanguageConfig(
-        vocab_size=fields.number("vocab_size"),
-        width=fields.number("hidden_size"),
-        layers=fields.number("num_hidden_layers"),
-        heads=heads,
-        kv_heads=fields("num_key_value_heads") or heads,
-        head_width=fields("head_dim") or fields.number("hidden_size") // heads,
-        mlp=fields.number("intermediate_size"),
+        **sizes,
+        kv_heads=fields("num_key_value_heads") or sizes["heads"],
+        head_width=fields("head_dim") or sizes["width"] // sizes["heads"],
         rope_theta=_rope_theta(fields),
-        norm_eps=fields.number("rms_norm_eps"),
         qkv_bias=kind == "qwen2",
         tied_head=bool(fields("tie_word_embeddings", False)),
-        max_positions=max_positions,
     )
 
 
@@ -349,14 +353,8 @@ def to_transformers(config: PangeaConfig, dtype: str, tokens: SpecialTokens) -> 
 def _vision_section(vision: VisionConfig, dtype: str) -> dict:
     return {
         "model_type": "clip_vision_model",
-        "hidden_size": vision.width,
-        "intermediate_size": vision.mlp,
-        "num_hidden_layers": vision.layers,
-        "num_attention_heads": vision.heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
+        **{theirs: getattr(vision, ours) for ours, theirs in _VISION_KEYS.items()},
         "hidden_act": "quick_gelu",
-        "layer_norm_eps": vision.norm_eps,
         "torch_dtype": dtype,
     }
 
@@ -366,15 +364,9 @@ def _text_section(language: LanguageConfig, dtype: str, tokens: SpecialTokens) -
     section = {
         "model_type": kind,
         "architectures": [{"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[kind]],
-        "vocab_size": language.vocab_size,
-        "hidden_size": language.width,
-        "intermediate_size": language.mlp,
-        "num_hidden_layers": language.layers,
-        "num_attention_heads": language.heads,
+        **{theirs: getattr(language, ours) for ours, theirs in _DECODER_KEYS.items()},
         "num_key_value_heads": language.kv_heads,
-        "max_position_embeddings": language.max_positions,
         "hidden_act": "silu",
-        "rms_norm_eps": language.norm_eps,
         # transformers 4 reads the first of these two, 5 either.
         "rope_theta": language.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},

@@ -1,4 +1,4 @@
-"""From one form of a checkpoint to another, part by part: the model is never in memory as a whole."""
+"""Converts a checkpoint from one form to another, part by part; the whole model is never in memory."""
 
 import os
 import shutil
@@ -13,21 +13,20 @@ from pangea_jax.checkpoints.config import config_from_folder
 from pangea_jax.checkpoints.files import (
     CheckpointError,
     Planned,
-    TensorFiles,
-    cast,
+    check_fit,
     in_order,
     require_new,
     write,
 )
+from pangea_jax.checkpoints.folder import open_weights
 from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.model import PangeaConfig
 from pangea_jax.work.atomic import write_json
 
 FORMATS = ("orbax", "hf")
-# What transformers finds its way in, and in the first vLLM; the others of `names.LAYOUTS` are read only.
+# transformers reads these, vLLM the first. The other layouts in `names.LAYOUTS` can only be read.
 LAYOUTS = ("transformers-4", "transformers-5")
 PART_BYTES = 2**26
-THREADS = 2
 
 
 def convert(
@@ -41,23 +40,22 @@ def convert(
     layout: str = "transformers-4",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Writes the model in `source` to `target`, weights, config, tokenizer and processor.
+    """Writes the model in `source` to `target`: weights, config, tokenizer and processor.
 
-    Everything is written beside `target`, to `<target>.partial`, which takes the name when it is
-    whole; what an earlier call has left of it is removed.
+    The files go to `<target>.partial`, which is renamed when it is complete. One left by an earlier call is removed.
 
     Args:
       source: a folder in any form that `pangea_jax.checkpoints.load` reads.
       target: a new or empty folder.
       tokenizer: of the model; its special tokens go into config.json.
-      tokenizer_files: the folder or file it came from.
+      tokenizer_files: the folder or file of the tokenizer.
       form: one of `FORMATS`.
       dtype: float32, bfloat16 or float16; by default as in the source.
-      layout: one of `LAYOUTS`, how tensors are named if `form` is "hf".
-      progress: told bytes written and bytes in all.
+      layout: one of `LAYOUTS`: the names of tensors if `form` is "hf".
+      progress: called with the bytes written so far and in all.
 
     Returns:
-      What the result cannot do, in sentences; empty if it is complete.
+      Sentences that say what the result cannot do; none if it is complete.
 
     Raises:
       CheckpointError, FileNotFoundError: `source` is damaged or incomplete; `target` is untouched.
@@ -68,17 +66,10 @@ def convert(
         if value not in allowed:
             raise ValueError(f"{value!r} is not one of {', '.join(allowed)}")
     require_new(target)
-    config = config_from_folder(source)
-    if config.language.lora.rank:
-        raise CheckpointError(
-            f"{source} trains adapters, which no public layout has; when it is done its folder model/ has "
-            "them merged. Before: checkpoints.save(checkpoints.load_model(DIR), config, OUT) in Python, or the "
-            "adapters alone with --format=peft"
-        )
-    weights = _open(source, config)
+    config, weights = _open(source)
     _check_vocabulary(source, config, tokenizer)
     tokens = config_file.SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
-    entries = names.entries(huggingface.shapes_of(config), config, names.LAYOUTS[layout])
+    entries = names.entries(weights.shapes, config, names.LAYOUTS[layout])
     dtypes = {entry.path: np.dtype(dtype or weights.dtype(entry.path)) for entry in entries}
     written_dtype = dtypes["language.embedding_vd"].name
     content = config_file.to_transformers(config, written_dtype, tokens)
@@ -87,7 +78,14 @@ def convert(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     total = sum(int(np.prod(e.shape)) * dtypes[e.path].itemsize for e in entries)
-    count = _Count(total, progress)
+    done = 0
+
+    def count(nbytes):
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    count(0)
     if form == "orbax":
         _write_orbax(partial, entries, dtypes, weights, count)
     else:
@@ -104,62 +102,20 @@ def convert(
     return notes
 
 
-class _Count:
-    """Adds up bytes for a progress display."""
-
-    def __init__(self, total: int, report: Callable[[int, int], None]):
-        self._done, self._total, self._report = 0, total, report
-        report(0, total)
-
-    def __call__(self, nbytes: int):
-        self._done += nbytes
-        self._report(self._done, self._total)
-
-
-class _PublicWeights:
-    """Parts of our parameters from safetensors."""
-
-    threads = THREADS
-
-    def __init__(self, source: Path, config: PangeaConfig):
-        self._files = TensorFiles(source)
-        found = huggingface.account(self._files, huggingface.shapes_of(config), config)
-        self._entries = {entry.path: entry for entry in found}
-
-    def dtype(self, path: str) -> np.dtype:
-        return self._files.dtype(self._entries[path].names)
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        entry = self._entries[path]
-        if not entry.stacked:
-            return names.read_part(
-                self._files.tensor(entry.names[0]), entry.axes, entry.shape, index
-            )
-        tensor = self._files.tensor(entry.names[index[0].start])
-        return names.read_part(tensor, entry.axes, entry.layer_shape, index[1:])[None]
-
-
-class _OrbaxWeights:
-    """Parts of our parameters from Orbax."""
-
-    def __init__(self, location: orbax.Location, config: PangeaConfig):
-        self._arrays = orbax.OrbaxArrays(location)
-        shapes = huggingface.shapes_of(config)
-        orbax.check(self._arrays, shapes)
-        unexpected = sorted(self._arrays.names - set(shapes))
-        if unexpected:
-            raise CheckpointError(
-                f"{self._arrays.path} does not fit the config; parameters unexpected "
-                f"{len(unexpected)}: {', '.join(unexpected[:8])}"
-            )
-        # One thread meets the parameters in their order, which lets `OrbaxArrays` keep one at a time.
-        self.threads = 1 if location.trained else THREADS
-        self.dtype, self.read = self._arrays.dtype, self._arrays.read
-
-
-def _open(source: Path, config: PangeaConfig) -> _PublicWeights | _OrbaxWeights:
-    location = orbax.find(source)
-    return _OrbaxWeights(location, config) if location else _PublicWeights(source, config)
+def _open(source: Path):
+    """The config and all weights of a model without adapters."""
+    config = config_from_folder(source)
+    if config.language.lora.rank:
+        raise CheckpointError(
+            f"{source} trains adapters, which no public layout has. When the run ends, its folder model/ has them "
+            "merged; before that, use checkpoints.save(checkpoints.load_model(DIR), config, OUT) in Python, or "
+            "--format=peft for the adapters alone"
+        )
+    weights = open_weights(source, config)
+    if isinstance(weights, orbax.OrbaxArrays):
+        unexpected = weights.names - set(weights.shapes)
+        check_fit(weights.path, "parameters", weights.shapes, weights.shapes, unexpected)
+    return config, weights
 
 
 def _check_vocabulary(source: Path, config: PangeaConfig, tokenizer: Tokenizer):
@@ -186,10 +142,10 @@ def _write_orbax(folder, entries, dtypes, weights, count):
 
     def parts() -> Iterator[orbax.Part]:
         for entry in entries:
-            for name, index in entry.blocks(dtypes[entry.path].itemsize, PART_BYTES):
+            for _, index in entry.blocks(dtypes[entry.path].itemsize, PART_BYTES):
 
-                def make(entry=entry, name=name, index=index):
-                    return cast(weights.read(entry.path, index), dtypes[entry.path], name)
+                def make(entry=entry, index=index):
+                    return weights.read(entry.path, index, dtypes[entry.path])
 
                 yield orbax.Part(entry.path, index, make)
 
@@ -204,8 +160,8 @@ def _plan(entries, dtypes, weights) -> Iterator[Planned]:
         parts = {name: [] for name in entry.names}
         for name, index in entry.blocks(dtype.itemsize, PART_BYTES):
 
-            def make(entry=entry, name=name, index=index, dtype=dtype):
-                part = cast(weights.read(entry.path, index), dtype, name)
+            def make(entry=entry, index=index, dtype=dtype):
+                part = weights.read(entry.path, index, dtype)
                 return names.to_theirs(part[0] if entry.stacked else part, entry.axes)
 
             parts[name].append(make)

@@ -4,7 +4,7 @@ import collections
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -31,21 +31,21 @@ class CheckpointError(ValueError):
 
 
 class Tensor:
-    """A tensor in a file. Slicing reads the rows asked for, with plain reads.
+    """A tensor in a file. Slicing reads only the rows asked for, with plain reads.
 
-    The library maps whole files into memory; what was touched of a map counts as this process's
-    memory until the file is closed, which adds up to the checkpoint.
+    safetensors maps whole files into memory. Pages that were read count as this process's memory until the file
+    is closed, which adds up to the whole checkpoint.
     """
 
     def __init__(self, file: Path, name: str, dtype: str, shape: tuple[int, ...], offset: int):
-        self.name, self.shape = name, shape
-        self._file, self._dtype, self._offset = file, dtype, offset
+        self.file, self.name, self.shape = file, name, shape
+        self._dtype, self._offset = dtype, offset
 
     @property
     def dtype(self) -> np.dtype:
         if self._dtype not in _DTYPES:
             raise CheckpointError(
-                f"{self._file}: tensor {self.name} is {self._dtype}, but only "
+                f"{self.file}: tensor {self.name} is {self._dtype}, but only "
                 f"{', '.join(_DTYPES)} are supported; quantised checkpoints are not"
             )
         return _DTYPES[self._dtype]
@@ -55,13 +55,13 @@ class Tensor:
         start, stop, _ = index[0].indices(self.shape[0])
         row = math.prod(self.shape[1:])
         found = np.fromfile(
-            self._file,
+            self.file,
             self.dtype,
             count=(stop - start) * row,
             offset=self._offset + start * row * self.dtype.itemsize,
         )
         if found.size != (stop - start) * row:
-            raise CheckpointError(f"{self._file} ends within tensor {self.name}; fetch it again")
+            raise CheckpointError(f"{self.file} ends within tensor {self.name}; fetch it again")
         return found.reshape(stop - start, *self.shape[1:])[(slice(None), *index[1:])]
 
 
@@ -77,28 +77,33 @@ class TensorFiles:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self._tensors: dict[str, Tensor] = {}
-        file_of: dict[str, Path] = {}
-        for file in _weight_files(self.path):
-            for tensor in _header(file):
-                self._tensors[tensor.name], file_of[tensor.name] = tensor, file
-        _check_index(self.path, file_of)
+        index = _weight_map(self.path) if (self.path / INDEX).is_file() else {}
+        found = [tensor for file in _weight_files(self.path, index) for tensor in _header(file)]
+        self._tensors = {tensor.name: tensor for tensor in found}
+        present = {(tensor.name, tensor.file.name) for tensor in found}
+        wrong = sorted(name for name, file in index.items() if (name, file) not in present)
+        if wrong:
+            raise CheckpointError(
+                f"{self.path / INDEX} does not match its files, which lack {len(wrong)} of its tensors "
+                f"({', '.join(wrong[:5])}); fetch the folder again"
+            )
 
     @property
     def names(self) -> set[str]:
         return set(self._tensors)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors[name].shape
-
     def dtype(self, names: Sequence[str]) -> np.dtype:
-        """What several tensors are that become one parameter.
+        """The dtype that these tensors, which become one parameter, share.
 
         Raises:
-          CheckpointError: not all the same.
+          CheckpointError: they have different ones.
         """
         found = {self._tensors[name].dtype.name: name for name in names}
         if len(found) > 1:
@@ -130,7 +135,7 @@ def _header(file: Path) -> list[Tensor]:
     ]
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _weight_files(path: Path, index: dict[str, str]) -> list[Path]:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path} is no .safetensors file; {_CONVERT}")
@@ -139,8 +144,8 @@ def _weight_files(path: Path) -> list[Path]:
         raise FileNotFoundError(
             f"no checkpoint at {path}: expected a folder or a .safetensors file"
         )
-    if (path / INDEX).is_file():
-        return [path / file for file in sorted(set(_weight_map(path).values()))]
+    if index:
+        return [path / file for file in sorted(set(index.values()))]
     if (path / SINGLE).is_file():
         return [path / SINGLE]
     pickled = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
@@ -169,19 +174,6 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(path: Path, file_of: dict[str, Path]):
-    if not (path / INDEX).is_file():
-        return
-    wrong = [
-        name for name, file in _weight_map(path).items() if file_of.get(name, Path()).name != file
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{path / INDEX} does not match its files, which lack {len(wrong)} of its tensors "
-            f"({', '.join(sorted(wrong)[:5])}); fetch the folder again"
-        )
-
-
 class Planned(NamedTuple):
     """A tensor to write: what `parts` return, one after the other, is the whole."""
 
@@ -196,7 +188,7 @@ class Planned(NamedTuple):
 
 
 def in_order(jobs: Iterable[Callable], threads: int) -> Iterator:
-    """What the jobs return, in their order; `threads` of them run ahead, by twice their number."""
+    """Results of the jobs, in order. `threads` threads run up to twice as many jobs ahead; 0 runs them here."""
     if not threads:
         yield from (job() for job in jobs)
         return
@@ -224,15 +216,21 @@ def write(
 ):
     """Writes tensors into one file or, beyond `max_shard_bytes`, several with an index.
 
-    A few parts are in memory at a time. Files appear under their names when all of them are
-    complete; weights of an earlier checkpoint in the folder go then.
+    A few parts are in memory at a time. Files get their names when all are complete; then weights of an earlier
+    checkpoint in the folder are removed.
 
     Args:
-      dry: make every part and write nothing, for the processes of a pod that only help to gather.
-      threads: that make parts ahead of the writing.
-      progress: told the bytes written since it was last called.
+      dry: make every part but write nothing, for processes of a pod that only help to gather.
+      threads: number of threads that make parts ahead of the writing.
+      progress: called with the bytes written since its last call.
     """
-    shards = _shards(list(tensors), max_shard_bytes)
+    shards, size = [[]], 0
+    for planned in tensors:
+        if shards[-1] and size + planned.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(planned)
+        size += planned.nbytes
     total = len(shards)
     names = (
         [SINGLE]
@@ -265,6 +263,36 @@ def cast(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return rounded
 
 
+def check_fit(
+    path: Path,
+    what: str,
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    unexpected: Collection[str] = (),
+) -> None:
+    """Compares the shapes in a checkpoint with those that its config asks for.
+
+    Raises:
+      CheckpointError: everything that is missing, unexpected or of another shape, in one message.
+    """
+    misshapen = [
+        f"{name} is {found[name]}, the config says {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    problems = [
+        f"{label} {len(names)}: {', '.join(sorted(names)[:8])}{', ...' if len(names) > 8 else ''}"
+        for label, names in (
+            ("missing", set(expected) - set(found)),
+            ("unexpected", unexpected),
+            ("of another shape", misshapen),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{path} does not fit the config; {what} " + "; ".join(problems))
+
+
 def require_new(target: Path) -> None:
     """
     Raises:
@@ -272,17 +300,6 @@ def require_new(target: Path) -> None:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is there already; remove it or give another --to")
-
-
-def _shards(tensors, max_shard_bytes):
-    shards, size = [[]], 0
-    for planned in tensors:
-        if shards[-1] and size + planned.nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(planned)
-        size += planned.nbytes
-    return shards
 
 
 def _write_file(file: Path, tensors: list[Planned], threads, progress):

@@ -1,11 +1,13 @@
-"""A model by folder or hub name, in whatever form it lies there."""
+"""Loads a model by folder or hub name, in any form."""
 
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pangea_jax.checkpoints import huggingface, orbax
@@ -21,12 +23,12 @@ from pangea_jax.model import Pangea, PangeaConfig
 from pangea_jax.model.params import flatten, unflatten
 from pangea_jax.sample import emoji
 
-# Weights as safetensors only: whatever needs unpickling is not even fetched.
+# Pickled weights are not fetched: unpickling runs code.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
 
 
 def resolve(name_or_path: str | os.PathLike) -> Path:
-    """The folder of a model: itself, or where a model of the Hugging Face hub was fetched to.
+    """The folder of a model; a model of the Hugging Face hub is fetched first.
 
     Args:
       name_or_path: a folder (or .safetensors file), or `owner/name` on the hub.
@@ -65,15 +67,54 @@ def load(
 ) -> nnx.State:
     """Reads parameters from a public layout, from our own form, or from the newest step of a run.
 
-    Arguments, result and errors as of `pangea_jax.checkpoints.huggingface.load`; every parameter
-    goes straight to its devices.
+    Each parameter goes straight to its devices. The host holds one at a time, and of a sharded one the part of one
+    device.
+
+    Args:
+      path: a folder, or a .safetensors file.
+      config: sizes; by default from the folder's config.json.
+      only: some of "vision", "projector", "newline", "language", to start from a tower or a decoder alone; the
+        checkpoint may hold other parts.
+      dtype: of the parameters; by default as in the checkpoint.
+      shardings: a state shaped like the result with a `jax.sharding.Sharding` for every parameter.
+
+    Returns:
+      The parameters (of `only`), for `nnx.update(model, state)` or `nnx.merge`.
+
+    Raises:
+      FileNotFoundError: nothing there.
+      CheckpointError: names the missing, unexpected or misshapen tensors, or the broken file.
     """
-    location = orbax.find(path)
+    weights = open_weights(path, config, only)
+    targets = flatten(shardings) if shardings is not None else {}
+    missing = [name for name in weights.shapes if targets and name not in targets]
+    if missing:
+        raise ValueError(f"shardings lack {', '.join(missing)}")
+    return unflatten(
+        {name: _place(weights, name, dtype, targets.get(name)) for name in weights.shapes}
+    )
+
+
+def open_weights(
+    path: str | os.PathLike, config: PangeaConfig | None, only: Sequence[str] | None = None
+) -> huggingface.PublicWeights | orbax.OrbaxArrays:
+    """The parameters of a model, of which any part can be read; arguments and errors as for `load`."""
+    location, config = orbax.find(path), config or config_from_folder(path)
     if location is None:
-        return huggingface.load(path, config, only=only, dtype=dtype, shardings=shardings)
-    shapes = huggingface.shapes_of(config or config_from_folder(path), only)
-    targets = None if shardings is None else flatten(shardings)
-    return unflatten(orbax.load(location, shapes, dtype=dtype, shardings=targets))
+        return huggingface.PublicWeights(path, config, only)
+    return orbax.OrbaxArrays(location, huggingface.shapes_of(config, only))
+
+
+def _place(weights, name, dtype, sharding) -> jax.Array:
+    """One parameter on its devices, each part read by itself."""
+    dtype, shape = np.dtype(dtype or weights.dtype(name)), weights.shapes[name]
+    if sharding is None:
+        # Nobody else knows the array, so a CPU may keep it instead of copying it.
+        whole = weights.read(name, (slice(None),) * len(shape), dtype)
+        return jax.device_put(whole, may_alias=True)
+    return jax.make_array_from_callback(
+        shape, sharding, lambda index: weights.read(name, index, dtype)
+    )
 
 
 def load_model(path: str | os.PathLike, config: PangeaConfig | None = None, **kwargs) -> Pangea:
@@ -85,7 +126,7 @@ def load_model(path: str | os.PathLike, config: PangeaConfig | None = None, **kw
 
 
 def tokenizer_files(path: str | os.PathLike) -> Path:
-    """The folder or file of a model's tokenizer: its own folder, or what a training run was told."""
+    """The folder or file of a model's tokenizer: its own folder, or what the config of its training run names."""
     data = read_config(path)[1].get("data")
     named = data.get("tokenizer") if isinstance(data, dict) else None
     if named is None:
@@ -99,8 +140,8 @@ def load_tokenizer(
     """The tokenizer of the model in a folder.
 
     Args:
-      path: the model's folder; its config.json says which id `<image>` has where the tokenizer's
-        files do not. Where neither does, as in LLaVA's own layout, it is Pangea's.
+      path: the model's folder. If the tokenizer's files do not give the id of `<image>`, its config.json does;
+        if neither does, as in LLaVA's own layout, it is Pangea's.
       files: the folder or file of the tokenizer; by default `tokenizer_files(path)`.
 
     Raises:

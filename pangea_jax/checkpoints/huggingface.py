@@ -1,4 +1,4 @@
-"""Load and save public checkpoints in safetensors, tensor by tensor."""
+"""Reads and writes public checkpoints in safetensors, tensor by tensor."""
 
 import dataclasses
 import math
@@ -14,61 +14,60 @@ from jax.experimental import multihost_utils
 
 from pangea_jax.checkpoints import config as config_file
 from pangea_jax.checkpoints import names
-from pangea_jax.checkpoints.config import PANGEA_TOKENS, SpecialTokens, config_from_folder
+from pangea_jax.checkpoints.config import PANGEA_TOKENS, SpecialTokens
 from pangea_jax.checkpoints.files import (
     CheckpointError,
     Planned,
     TensorFiles,
     cast,
+    check_fit,
     write,
 )
 from pangea_jax.model import Pangea, PangeaConfig, lora
-from pangea_jax.model.params import flatten, unflatten
+from pangea_jax.model.params import flatten
 from pangea_jax.work.atomic import write_json
 
 MAX_SHARD_BYTES = 5_000_000_000
 
 
-def load(
-    path: str | os.PathLike,
-    config: PangeaConfig | None = None,
-    *,
-    only: Sequence[str] | None = None,
-    dtype: jnp.dtype | None = None,
-    shardings: nnx.State | None = None,
-) -> nnx.State:
-    """Reads parameters from safetensors in any layout of `names.LAYOUTS`.
-
-    (`pangea_jax.checkpoints.load` reads these and our own form.) Each parameter goes straight to its
-    devices; the host holds one at a time, and of a sharded one the part of a device. Every tensor of
-    the file must be used and every parameter found.
+class PublicWeights:
+    """Our parameters in safetensors, in any layout of `names.LAYOUTS`.
 
     Args:
       path: a folder (one file or a sharded index) or a .safetensors file.
-      config: sizes; by default from the folder's config.json.
-      only: some of "vision", "projector", "newline", "language", to start from a tower or a decoder
-        alone; tensors of other parts are then left alone.
-      dtype: of the parameters; by default as in the file.
-      shardings: a state shaped like the result with a `jax.sharding.Sharding` for every parameter.
-
-    Returns:
-      State with the parameters (of `only`), for `nnx.update(model, state)` or `nnx.merge`.
+      config, only: as for `pangea_jax.checkpoints.load`.
 
     Raises:
       FileNotFoundError: nothing there.
       CheckpointError: names the missing, unexpected or misshapen tensors, or the broken file.
     """
-    files = TensorFiles(path)
-    config = config or config_from_folder(path)
-    shapes = shapes_of(without_adapters(config), only)
-    entries = account(files, shapes, config, only)
-    targets = flatten(shardings) if shardings is not None else {}
-    missing = [entry.path for entry in entries if targets and entry.path not in targets]
-    if missing:
-        raise ValueError(f"shardings lack {', '.join(missing)}")
-    return unflatten(
-        {entry.path: _read(files, entry, dtype, targets.get(entry.path)) for entry in entries}
-    )
+
+    threads = 2  # that `convert` reads with
+
+    def __init__(
+        self, path: str | os.PathLike, config: PangeaConfig, only: Sequence[str] | None = None
+    ):
+        self._files, self.shapes = TensorFiles(path), shapes_of(without_adapters(config), only)
+        self._entries = {e.path: e for e in account(self._files, self.shapes, config, only)}
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._files.dtype(self._entries[name].names)
+
+    def read(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """`array[index]` of one parameter in `dtype`; of the files only the slices it needs are read."""
+        entry = self._entries[name]
+        index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, entry.shape))
+        layers, rest = (0,), index
+        if entry.stacked:
+            layers, rest = range(index[0].start, index[0].stop), index[1:]
+        out = None
+        for i, layer in enumerate(layers):
+            theirs = entry.names[layer]
+            piece = names.read_part(self._files.tensor(theirs), entry.axes, entry.layer_shape, rest)
+            if out is None:
+                out = _empty((len(layers), *piece.shape), dtype)
+            out[i] = cast(piece, dtype, theirs)
+        return out if entry.stacked else out[0]
 
 
 def save(
@@ -211,49 +210,8 @@ def account(
         for name in files.names - set(expected) - ({head} if tied else set())
         if not names.BUFFERS.search(name) and (only is None or layout.part_of(name) in parts)
     }
-    missing = set(expected) - files.names
-    misshapen = [
-        f"{name} is {files.shape(name)}, the config says {shape}"
-        for name, shape in sorted(expected.items())
-        if name in files.names and files.shape(name) != shape
-    ]
-    problems = [
-        f"{label} {len(found)}: {', '.join(sorted(found)[:8])}{', ...' if len(found) > 8 else ''}"
-        for label, found in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", misshapen),
-        )
-        if found
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{files.path} does not fit the config; tensors " + "; ".join(problems)
-        )
+    check_fit(files.path, "tensors", files.shapes, expected, unexpected)
     return entries
-
-
-def _read(files: TensorFiles, entry: names.Entry, dtype, sharding) -> jax.Array:
-    """One of our parameters, each device's part put together from its slices of the file."""
-    dtype = np.dtype(dtype or files.dtype(entry.names))
-
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, entry.shape))
-        layers = range(index[0].start, index[0].stop) if entry.stacked else (0,)
-        rest = index[1:] if entry.stacked else index
-        out = None
-        for i, layer in enumerate(layers):
-            name = entry.names[layer]
-            piece = names.read_part(files.tensor(name), entry.axes, entry.layer_shape, rest)
-            if out is None:
-                out = _empty((len(layers), *piece.shape), dtype)
-            out[i] = cast(piece, dtype, name)
-        return out if entry.stacked else out[0]
-
-    if sharding is None:
-        # Nobody else knows the array, so that a CPU may keep it instead of copying.
-        return jax.device_put(part((slice(None),) * len(entry.shape)), may_alias=True)
-    return jax.make_array_from_callback(entry.shape, sharding, part)
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -29,14 +29,13 @@ class Layout:
 
     def part_of(self, name: str) -> str | None:
         """The part (a key of `PARTS`) of a tensor; None if its name has no known prefix."""
-        prefixes = [
-            (prefix, part) for part, fields in PARTS.items() for prefix in self._prefixes(fields)
+        matches = [
+            (len(prefix), part)
+            for part, fields in PARTS.items()
+            for prefix in (getattr(self, field) for field in fields)
+            if name.startswith(prefix)
         ]
-        matches = [(len(prefix), part) for prefix, part in prefixes if name.startswith(prefix)]
         return max(matches)[1] if matches else None
-
-    def _prefixes(self, fields):
-        return (getattr(self, field) for field in fields)
 
 
 _LLAVA = Layout(

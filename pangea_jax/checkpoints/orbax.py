@@ -1,4 +1,4 @@
-"""Parameters in Orbax checkpoints: our own form of a model, and what training leaves.
+"""Parameters in Orbax checkpoints: our own form of a model, and the checkpoints of training.
 
 Our form is a folder with `config.json`, the tokenizer's files and `params/`, an Orbax checkpoint of the flat
 dict of parameters that `orbax.checkpoint.v1.load` reads as any other. Its arrays are plain Zarr 3, one layer
@@ -12,17 +12,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from pangea_jax.checkpoints.files import CheckpointError, cast
+from pangea_jax.checkpoints.files import CheckpointError, cast, check_fit
 
 PARAMS = "params"
 _ITEM = "state"  # Orbax's name for the tree of a checkpoint that holds one
-# In a train state (`pangea_jax.train.state.TrainState`); everything else of it is the optimiser's.
+# Fields of `pangea_jax.train.state.TrainState` that hold parameters.
 _IN_TRAIN_STATE = ("trainable", "frozen")
 
 
@@ -63,13 +61,16 @@ def find(path: str | os.PathLike) -> Location | None:
 
 
 class OrbaxArrays:
-    """The parameters at a `Location`, by dotted name; `read` reads the chunks it needs.
+    """Parameters at a `Location`, by dotted name; `read` reads only the chunks it needs.
+
+    Args:
+      shapes: of the parameters wanted; the checkpoint may hold others.
 
     Raises:
-      CheckpointError: metadata or an array that cannot be read.
+      CheckpointError: metadata or an array cannot be read; parameters are missing or of another shape.
     """
 
-    def __init__(self, location: Location):
+    def __init__(self, location: Location, shapes: Mapping[str, tuple[int, ...]]):
         self.path = location.arrays
         try:
             metadata = json.loads((self.path / "_METADATA").read_text())
@@ -97,10 +98,14 @@ class OrbaxArrays:
             spec = {
                 "driver": "zarr3" if use_zarr3 else "zarr",
                 "kvstore": store,
-                # Otherwise a chunk that is not there would read as zeros.
+                # Otherwise a missing chunk would read as zeros.
                 "fill_missing_data_reads": False,
             }
             self._arrays[path[-1]] = self._open(path[-1], spec)
+        # With one thread `convert` reads the parameters in order, so that one at a time is kept.
+        self.shapes, self.threads = dict(shapes), 1 if location.trained else 2
+        found = {name: tuple(array.shape) for name, array in self._arrays.items()}
+        check_fit(self.path, "parameters", found, self.shapes)
 
     def _open(self, name, spec):
         try:
@@ -114,86 +119,37 @@ class OrbaxArrays:
     def names(self) -> set[str]:
         return set(self._arrays)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._arrays[name].shape)
-
     def dtype(self, name: str) -> np.dtype:
         return np.dtype(self._arrays[name].dtype.numpy_dtype)
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """`array[index]` of one parameter.
+    def read(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """`array[index]` of one parameter in `dtype`.
 
-        A training checkpoint may hold a parameter as one compressed chunk. It is then decoded once
-        and kept until another one is read.
+        A training checkpoint may hold a parameter as one compressed chunk. That is decoded once and kept until
+        another parameter is read.
         """
-        array = self._arrays[name]
         try:
-            if array.chunk_layout.read_chunk.shape != array.shape:
-                return array[index].read().result()
-            with self._lock:
-                if self._whole[0] != name:
-                    self._whole = (None, None)  # let go of the last one before reading the next
-                    self._whole = (name, array.read().result())
-                return self._whole[1][index]
+            part = self._read(name, self._arrays[name], index)
         except ValueError as error:
             raise CheckpointError(
                 f"{self.path}: {name} is damaged or incomplete ({_short(error)}); "
                 "copy or convert it again"
             ) from None
+        return cast(part, dtype, name)
+
+    def _read(self, name, array, index):
+        if array.chunk_layout.read_chunk.shape != array.shape:
+            return array[index].read().result()
+        with self._lock:
+            if self._whole[0] != name:
+                self._whole = (None, None)  # let go of the last one before reading the next
+                self._whole = (name, array.read().result())
+            return self._whole[1][index]
 
 
 def _short(error: Exception) -> str:
     """The first clause of TensorStore's message, without its list of source lines."""
     return str(error).split(" [")[0]
-
-
-def load(
-    location: Location,
-    shapes: Mapping[str, tuple[int, ...]],
-    *,
-    dtype: jnp.dtype | None = None,
-    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
-) -> dict[str, jax.Array]:
-    """Parameters by name, each straight to its devices.
-
-    Args:
-      shapes: of the parameters wanted; what else the checkpoint holds is left alone.
-      dtype, shardings: as of `pangea_jax.checkpoints.load`.
-
-    Raises:
-      CheckpointError: parameters that are missing or of another shape, all in one message.
-    """
-    arrays = OrbaxArrays(location)
-    check(arrays, shapes)
-
-    def one(name, shape):
-        def part(index):
-            return cast(arrays.read(name, index), np.dtype(dtype or arrays.dtype(name)), name)
-
-        if shardings is None:
-            return jax.device_put(part((slice(None),) * len(shape)), may_alias=True)
-        return jax.make_array_from_callback(shape, shardings[name], part)
-
-    return {name: one(name, shape) for name, shape in shapes.items()}
-
-
-def check(arrays: OrbaxArrays, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises one CheckpointError for all parameters that are missing or of another shape."""
-    missing = sorted(set(shapes) - arrays.names)
-    misshapen = [
-        f"{name} is {arrays.shape(name)}, the config says {tuple(shape)}"
-        for name, shape in sorted(shapes.items())
-        if name in arrays.names and arrays.shape(name) != tuple(shape)
-    ]
-    problems = [
-        f"{label} {len(found)}: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}"
-        for label, found in (("missing", missing), ("of another shape", misshapen))
-        if found
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{arrays.path} does not fit the config; parameters " + "; ".join(problems)
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,11 +173,10 @@ def write(
       parts: no chunk may be touched by two of them.
 
     Yields:
-      For each part a function that makes and writes it and returns its bytes; they are independent
-      and may run in threads. The checkpoint is whole when all have returned, and on disk when its files
-      have been synced.
+      For each part a function that makes it, writes it and returns its number of bytes. The functions may run in
+      threads. The checkpoint is complete when all have returned; the caller then syncs the files to disk.
     """
-    # Orbax writes its own metadata, for arrays of one element; the real ones then take their places.
+    # Orbax writes its metadata with arrays of one element, which the real arrays then replace.
     stand_ins = {
         name: np.zeros((1,) * len(shape), dtype) for name, (shape, _, dtype) in arrays.items()
     }
@@ -232,8 +187,7 @@ def write(
     target = (folder / PARAMS).absolute()
     with options:
         ocp.save(target, stand_ins)
-    # Without a sync a file, which would have the disk wait for the next part to be made; the caller
-    # does one at the end.
+    # A sync for each file would make the disk wait for the next part.
     context = ts.Context({"file_io_sync": False})
     opened = {
         name: _create(target / _ITEM / name, *described, context)

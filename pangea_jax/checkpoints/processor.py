@@ -1,4 +1,4 @@
-"""What lies beside the weights in a folder for transformers and vLLM: tokenizer, picture processor, chat template."""
+"""Writes the files that transformers and vLLM need beside the weights: tokenizer, picture processor, chat template."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = """\
 
 
 def write(folder: Path, config: PangeaConfig, tokenizer: Tokenizer, files: Path) -> list[str]:
-    """Writes them for a model; what transformers cannot have is returned in sentences.
+    """Writes the files for a model; returns sentences that say what transformers cannot do with them.
 
     Args:
       files: the folder or file that `tokenizer` came from.

@@ -1,8 +1,8 @@
 """Continuous batching (Yu et al. 2022): a row whose answer has ended takes the next prompt.
 
-A prompt is read alone or with a few of its shape, which keeps any machine busy; then its cache moves into a free row of
-the batch that decodes, a few steps at a time. What a row has read serves other prompts that begin likewise (a question
-about the same picture), also after its answer has ended, until the row is taken.
+A prompt is prefilled alone or with a few prompts of the same shape. Its cache then moves into a free row of the batch,
+which decodes a few steps at a time. Prompts that begin like that of a row (a question about the same picture) reuse
+the cache of the row until another prompt takes it, also after its answer has ended.
 """
 
 import itertools
@@ -18,27 +18,27 @@ from pangea_jax.generate.decode import Sampling, until
 from pangea_jax.generate.programs import Programs
 from pangea_jax.generate.prompt import Prompt
 
-# Steps before the host looks for answers that have ended. More leave rows idle for longer.
+# Steps between looks for answers that have ended. With more, rows stay idle for longer.
 STEPS = 16
-# Tokens whose prefill keeps a device's arithmetic busy; more at once take longer, not less a token.
+# A prefill of this many tokens keeps a device busy; with more, the time per token does not fall.
 _PREFILL_TOKENS = 512
-# Most prompts that are read at once on a shard: none is padded to less than 64 tokens.
+# Most prompts that a shard prefills at once: a prompt is padded to 64 tokens or more.
 AT_ONCE = _PREFILL_TOKENS // 64
-# Prompts share what is read if it is so many tokens at least, and half of the prompt.
+# A prompt reuses a prefix of at least this many tokens, and of at least half of the prompt.
 _LEAST_SHARED = 128
 
 
 class Batch:
-    """Rows that decode together; prompts enter and leave.
+    """Rows that decode together. Prompts enter free rows and leave when their answers end.
 
     Args:
-      rows: most answers under way; the device computes `Programs.row_bucket` of it.
-      width: tokens of the longest prompt to come, padded.
-      limit, max_new_tokens: most tokens of an answer, and the room for them.
+      rows: most answers at once; the device computes `Programs.row_bucket(rows)`.
+      width: padded tokens of the longest prompt.
+      limit, max_new_tokens: most tokens of an answer, and the slots for them.
       stop_ids, stop_strings: what ends an answer.
       decode: token ids -> text.
-      shape: prompt -> tokens and tiles that it is padded to alone.
-      lay: prompts -> a batch of them on the devices.
+      shape: prompt -> tokens and tiles that it is padded to on its own.
+      lay: prompts -> their batch on the devices.
 
     Raises:
       ValueError: `rows` is less than 1.
@@ -65,7 +65,7 @@ class Batch:
         self._ends = StopStrings(stop_strings) if stop_strings else None
         self._shape, self._lay = shape, lay
         self._names: list[Any] = [None] * rows
-        # What each row has read, and how much of it lies in its first slots.
+        # The prompt of each row, and how many of its tokens are in the first slots.
         self._read: list[tuple[Prompt, int] | None] = [None] * rows
         self._computed = programs.row_bucket(rows)
         self._sampling = jax.tree.map(np.array, Sampling.make(self._computed))
@@ -80,13 +80,13 @@ class Batch:
         return any(name is not None for name in self._names)
 
     def kinds(self, prompts: Iterable[Prompt]) -> Iterator[tuple]:
-        """What prompts to come have to be alike in to be read together: the tokens and tiles that are read,
-        padded, and the row they are read after with its part of the tokens."""
+        """A key for each of the next prompts; prompts of equal keys can be prefilled together. It holds the padded
+        tokens and tiles, and the row with the shared prefix and the length of that."""
         first = None
         for prompt in prompts:
             source = self._source(prompt)
             if source is None:
-                # One that can be read after the first waits for it.
+                # A prompt that can reuse the first one waits for it.
                 waits = first is not None and self._from(first, prompt, len(first.tokens)) > 0
                 yield (*self._shape(prompt), waits)
             else:
@@ -94,10 +94,10 @@ class Batch:
             first = first or prompt
 
     def enter(self, names: Sequence[Any], prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        """Reads prompts of one kind into free rows, under names that their answers will have.
+        """Prefills prompts of one kind into free rows; `names` come back with the answers.
 
         Raises:
-          ValueError: they are wider than the batch.
+          ValueError: the prompts are wider than the batch.
         """
         source = self._source(prompts[0])
         shared = 0 if source is None else source[1]
@@ -126,7 +126,7 @@ class Batch:
         self._state = self._programs.insert(self._state, begun, rows)
 
     def _source(self, prompt: Prompt) -> tuple[int, int] | None:
-        """The row that has read most of the prompt, and how many tokens of it."""
+        """The row with the longest prefix of the prompt, and the length of that in tokens."""
         found = [
             (self._from(read[0], prompt, read[1]), -row)
             for row, read in enumerate(self._read)
@@ -136,12 +136,12 @@ class Batch:
         return (-row, shared) if shared else None
 
     def _from(self, read: Prompt, prompt: Prompt, most: int) -> int:
-        """How many tokens of `prompt`, of the first `most`, need not be read after `read`; 0 if too few are alike."""
+        """How many of the first `most` tokens `prompt` can reuse from `read`; 0 if they are too few."""
         length = len(prompt.tokens)
         shared, pictures = min(read.shared(prompt), most, length - 1), prompt.pictures_end
         if shared < max(pictures, _LEAST_SHARED) or self._shape(prompt)[0] > self._width:
             return 0
-        # Prompts that are read together part at one place: after the pictures, or at a round number.
+        # Rounded, so that more prompts share one length and can be prefilled together.
         shared = max(shared - shared % 64, pictures)
         # The last slots of the width are for the rest.
         shared = min(shared, self._width - self._shape(prompt.rest(shared))[0])
@@ -161,9 +161,9 @@ class Batch:
         )
 
     def leave(self) -> Iterator[tuple[Any, str]]:
-        """(name, answer) of the rows that have ended, which are free from then on."""
+        """Yields (name, answer) of the rows that have ended and frees these rows."""
         now = self._state
-        # Copies: the next step takes the arrays over.
+        # Copies: the next step donates the arrays.
         tokens, chosen, done = (np.array(x) for x in (now.tokens, now.chosen, now.done))
         for row, name in enumerate(self._names):
             if name is None or not (done[row] or self._ends):
@@ -178,7 +178,7 @@ class Batch:
 
 
 class StopStrings:
-    """Texts that end an answer and are no part of it."""
+    """Texts that end an answer; the answer does not include them."""
 
     def __init__(self, texts: Collection[str]):
         if isinstance(texts, str) or not all(isinstance(t, str) and t for t in texts):
@@ -191,9 +191,9 @@ class StopStrings:
         return self._pattern.split(text, maxsplit=1)[0]
 
     def surely_in(self, text: str) -> bool:
-        """Whether `cut` is the same for everything that begins with `text`: no other one that starts
-        before the first can still come to its end."""
-        text = text.rstrip("\ufffd")  # a character that lacks bytes
+        """Whether more text cannot change `cut`: no stop string that begins before the first complete one can still
+        become complete."""
+        text = text.rstrip("\ufffd")  # an incomplete character
         found = self._pattern.search(text)
         return found is not None and not any(
             stop.startswith(text[start:])
@@ -203,10 +203,10 @@ class StopStrings:
 
 
 def part_size(kinds: Iterable[tuple], free: int, shards: int) -> int:
-    """How many of the prompts to read at once, by what they have to be alike in: padded tokens and more.
+    """How many of the next prompts to prefill at once, given their keys (`Batch.kinds`).
 
-    As many alike as keep every shard busy; else one, or one for each shard, so that a shape is compiled
-    for two sizes at most.
+    As many equal ones as keep every shard busy, otherwise one for each shard at most: a shape is then compiled for
+    two sizes at most.
     """
     kinds = iter(kinds)
     first = next(kinds)

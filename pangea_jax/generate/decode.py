@@ -1,4 +1,4 @@
-"""Decoding in one `lax.while_loop`: static shapes, greedy or sampled, until every row has ended."""
+"""Decoding in one `lax.while_loop` with static shapes, greedy or sampled, until every row has ended."""
 
 import itertools
 from collections.abc import Collection, Sequence
@@ -14,15 +14,15 @@ from pangea_jax.model import KVCache, Pangea
 
 @struct.dataclass
 class Sampling:
-    """How each row chooses its next token. All are values, so no setting compiles anything anew.
+    """How each row chooses its next token. All settings are arrays, so a new value does not recompile.
 
     Attributes:
       temperature: 0 takes the likeliest token; above, logits are divided by it.
-      top_k: only the k likeliest tokens and those equal to the k-th; 0 for all.
+      top_k: only the k likeliest tokens, and others as likely as the k-th; 0 for all.
       top_p: only the likeliest tokens that together have this probability (Holtzman et al. 2020),
         after `top_k`.
-      seed: decides what is drawn. A row draws the same whatever else is in the batch, so equal
-        prompts need different seeds to be answered differently.
+      seed: of the random draws. They do not depend on the rest of the batch, so equal prompts need different
+        seeds for different answers.
     """
 
     temperature: Float[Array, "B"]
@@ -72,15 +72,15 @@ def _column(name, value, rows, dtype, low, high, range_in_words) -> np.ndarray:
 
 @struct.dataclass
 class Decoding:
-    """Where the decoding of a batch stands. Rows need not have begun together.
+    """State of a batch that is being decoded. Rows may have begun at different times.
 
     Attributes:
-      tokens: of the answers, M a row at most; the first stop id where none is chosen yet.
-      chosen: how many a row has, at least one; the last of them is not in the cache yet.
+      tokens: of the answers, at most M a row; the first stop id fills the rest.
+      chosen: number of tokens of each row, at least one; the last is not in the cache yet.
       done: rows that have ended.
       lengths: of the prompts.
-      cache: the prompts, and in its last M slots the answers. A step writes one slot of all rows, and
-        the first of the M comes after the last: no row chooses more than M, so none meets its own.
+      cache: the prompts, and the answers in its last M slots. A step writes the same slot of every row; after the
+        last slot it returns to the first of the M. No row chooses more than M tokens, so none overwrites its own.
     """
 
     tokens: Int[Array, "B M"]
@@ -104,7 +104,7 @@ def keep_likely(
 ) -> Float[Array, "B V"]:
     """-inf for all but the likeliest tokens, first by number, then by joint probability.
 
-    The likeliest token always stays, and so do tokens as likely as the last one kept.
+    The likeliest token is always kept, and so are tokens as likely as the last one kept.
     """
     V = logits.shape[-1]
     sorted_ = jnp.sort(logits, axis=-1, descending=True)
@@ -114,7 +114,7 @@ def keep_likely(
     probabilities = jax.nn.softmax(sorted_, axis=-1)
     likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
     top_p = top_p[:, None]
-    # The sum of all may come out a little under or over 1, which must not cut anything off.
+    # Rounding may take the sum of all a little off 1, which must not cut any token.
     kept = (likelier < top_p) | (top_p >= 1) | (jnp.arange(V) == 0)
     least = jnp.min(jnp.where(kept, sorted_, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= jnp.maximum(least, kth), logits, -jnp.inf)
@@ -132,7 +132,7 @@ def choose(
 
     def draw():
         scaled = logits / jnp.where(sampled, sampling.temperature, 1.0)[:, None]
-        # Sorting a vocabulary takes longer than all the rest.
+        # Sorting the vocabulary takes longer than the rest of the step.
         kept = jax.lax.cond(
             jnp.any(filtered),
             lambda: keep_likely(scaled, sampling.top_k, sampling.top_p),
@@ -163,9 +163,9 @@ def begin(
 
     Args:
       hidden, lengths: from `last_hidden`.
-      cache: from `Pangea.prefill`; to go on, it needs a free slot for every token but the last.
-      max_new_tokens: M, the room for an answer.
-      limit: most tokens to choose, where that changes more often than the shape may.
+      cache: from `Pangea.prefill`; `advance` needs a free slot for every token but the last.
+      max_new_tokens: M, the most tokens of an answer.
+      limit: a smaller number of them, which may change without compiling again.
       stop_ids: a row ends with the first of these.
     """
     token = choose(model.language.logits(hidden), sampling, 0)
@@ -196,7 +196,7 @@ def advance(
     def body(carry):
         step, now = carry
         last = jnp.take_along_axis(now.tokens, now.chosen[:, None] - 1, axis=1)
-        # A row that has ended goes on with a stop id, which need not be the id of any token.
+        # A row that has ended continues with a stop id, which may lie outside the vocabulary.
         last = jnp.clip(last, 0, model.config.language.vocab_size - 1)
         positions = (now.lengths + now.chosen - 1)[:, None]
         x = decoder.embed(last, dtype)
@@ -213,7 +213,7 @@ def advance(
 
 
 def idle(cache: KVCache, max_new_tokens: int, stop_id: int) -> Decoding:
-    """A batch of ended rows, for `insert` to fill.
+    """A batch of ended rows, which `insert` fills.
 
     Args:
       cache: empty, with room for the widest prompt and the new tokens.
@@ -230,11 +230,11 @@ def idle(cache: KVCache, max_new_tokens: int, stop_id: int) -> Decoding:
 
 
 def insert(decoding: Decoding, begun: Decoding, rows: Int[Array, "A"]) -> Decoding:
-    """The batch with A rows replaced by rows that have begun elsewhere.
+    """The batch with A of its rows replaced by new ones.
 
     Args:
       begun: from `begin`, after a prefill without free slots; prompts no wider than the batch's.
-      rows: which are replaced; numbers beyond the batch drop a row of `begun`.
+      rows: indices of the rows to replace; an index beyond the batch drops that row of `begun`.
     """
     old, new = decoding.cache, begun.cache
     slots, width = old.segment_ids.shape[1], new.segment_ids.shape[1]
@@ -251,7 +251,7 @@ def insert(decoding: Decoding, begun: Decoding, rows: Int[Array, "A"]) -> Decodi
             index[axis] = slots
             return tuple(index)
 
-        # Masked slots have weight 0, which a former occupant's NaN or infinity would survive.
+        # A NaN or infinity left by an earlier prompt would survive the masked slots' weight of 0.
         into = into.at[places(slice(width, None))].set(0, mode="drop")
         return into.at[places(slice(width))].set(values, mode="drop")
 
@@ -276,11 +276,11 @@ def follow(
     *,
     width: int,
 ) -> tuple[Float[Array, "A D"], Int[Array, "A"], KVCache]:
-    """Reads prompts that begin as that of a row does, after what the row has read.
+    """Prefills prompts that share a prefix with the prompt of a row, from the cache of that row.
 
     Args:
-      row: its prompt's first `shared` tokens are in its first slots, whether or not it has ended.
-      tokens, segment_ids: how the A prompts go on, right-padded text.
+      row: its first slots hold the first `shared` tokens of its prompt, also after it has ended.
+      tokens, segment_ids: the rest of the A prompts, right-padded text.
       width: slots of a prompt in the batch; the last T of them are for these tokens.
 
     Returns:
@@ -297,7 +297,7 @@ def follow(
     kept = (jnp.arange(width) < shared) & (ids > 0)
 
     def of_tokens(x, axis):
-        # Zeros elsewhere, for a NaN of the row's own would survive being masked.
+        # Zeros elsewhere: a NaN of the row would survive the mask.
         x = jax.lax.slice_in_dim(of_row(x, x.ndim - 4), 0, width, axis=axis)
         return jnp.where(kept[:, None, None] if axis == -1 else kept[:, None, :, None], x, 0)
 
@@ -321,10 +321,9 @@ def complete(
     sampling: Sampling | None = None,
     limit: Int[Array, ""] | int | None = None,
 ) -> Int[Array, "B {max_new_tokens}"]:
-    """All tokens of an answer, the likeliest without `sampling`: up to and including a stop id, then
-    `stop_ids[0]` over and over.
+    """All tokens of the answers up to and including a stop id, then `stop_ids[0]`; greedy without `sampling`.
 
-    Args: as of `begin`.
+    Args: as for `begin`.
     """
     limit = max_new_tokens if limit is None else limit
     settings = {"limit": limit, "stop_ids": stop_ids, "sampling": sampling}

@@ -1,4 +1,4 @@
-"""The compiled programs of a model: prefill, steps of decoding, log-likelihoods, on one device or a mesh."""
+"""The compiled programs of a model (prefill, decoding, log-likelihoods) on one device or a mesh."""
 
 import contextlib
 import functools
@@ -22,15 +22,15 @@ CACHE_SPEC = P(None, *sharding.BATCH_SPEC, "tensor", None, None)
 
 
 class Programs:
-    """A model's parameters and what is run on them. A shape is compiled once.
+    """A model's parameters and the programs on them. Each shape is compiled once.
 
     Args:
       mesh: devices that the parameters lie on (`pangea_jax.sharding`); None for one device.
 
     Attributes:
       forward: batch -> float32 logits [B, T, V].
-      begin, advance: as of `decode`; `advance` takes its first argument over.
-      follow: `begin` of prompts that go on from what a row has read, see `decode.follow`.
+      begin, advance: see `decode`; `advance` donates its first argument.
+      follow: `begin` for prompts that reuse the cache of a row, see `decode.follow`.
       idle: (rows, width, max_new_tokens, stop_id) -> a batch that `insert` fills, see `decode.idle`.
       score: `likelihood.score`.
     """
@@ -41,7 +41,7 @@ class Programs:
 
         def program(function, outputs, **kwargs):
             def call(params, *args, **named):
-                # What `sharding.constrain` and the attention kernels ask for the devices.
+                # `sharding.constrain` and the attention kernels read the mesh from here.
                 context = contextlib.nullcontext()
                 if mesh is not None:
                     context = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
@@ -63,17 +63,17 @@ class Programs:
 
     @property
     def shards(self) -> int:
-        """Parts that the rows of a batch are split into."""
+        """Number of parts that the rows of a batch are split into."""
         return sharding.row_shards(self.mesh)
 
     def insert(self, decoding: Decoding, begun: Decoding, rows: Int[np.ndarray, "A"]) -> Decoding:
-        """`decode.insert`; takes `decoding` over. Rows of `begun` beyond A are dropped."""
+        """`decode.insert`, which donates `decoding`. Rows of `begun` beyond A are dropped."""
         beyond = len(decoding.done)
         missing = len(begun.done) - len(rows)
         return self._insert(decoding, begun, np.pad(rows, (0, missing), constant_values=beyond))
 
     def place(self, tree):
-        """Arrays with a leading row axis, filled up with zeros to `row_bucket` and laid over the mesh."""
+        """Arrays with a leading row axis, padded with zeros to `row_bucket` rows and placed on the mesh."""
 
         def place(x):
             x = np.pad(x, [(0, self.row_bucket(len(x)) - len(x))] + [(0, 0)] * (x.ndim - 1))
@@ -85,14 +85,14 @@ class Programs:
         return jax.tree.map(place, tree)
 
     def row_bucket(self, rows: int) -> int:
-        """1, 2, 4 or a multiple of 8 on every shard."""
+        """The rows padded so that every shard has 1, 2, 4 or a multiple of 8."""
         each = -(-rows // self.shards)
         each = 1 << (each - 1).bit_length() if each <= 8 else each + -each % 8
         return each * self.shards
 
 
 def _output_shardings(mesh: Mesh | None):
-    """Whole in every process, as the host reads it; and a `Decoding` with the cache over the mesh."""
+    """Replicated, since every host reads it; and a `Decoding` with the cache split over the mesh."""
     if mesh is None:
         return None, None
     whole, cache = NamedSharding(mesh, P()), NamedSharding(mesh, CACHE_SPEC)
@@ -118,7 +118,7 @@ def _begin(
     room: int,
     max_new_tokens: int,
 ) -> Decoding:
-    """Prefill and first tokens; the cache has `room` for that many more."""
+    """Prefill and first tokens; the cache has `room` free slots."""
     hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + room)
     last, lengths = decode.last_hidden(hidden, jnp.asarray(batch["segment_ids"]))
     settings = {"max_new_tokens": max_new_tokens, "limit": limit, "stop_ids": stop_ids}
@@ -154,7 +154,7 @@ def _advance(
     *,
     steps: int,
 ) -> Decoding:
-    """`decode.advance`; rows that are not `live` have ended, whatever the device knows."""
+    """`decode.advance`; rows that are not `live` have ended for the host, perhaps not for the device."""
     decoding = decoding.replace(done=decoding.done | ~live)
     settings = {"steps": steps, "limit": limit, "stop_ids": stop_ids}
     return decode.advance(model, decoding, sampling=sampling, **settings)

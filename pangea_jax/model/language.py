@@ -33,8 +33,8 @@ from pangea_jax.sharding import BATCH_SPEC, constrain
 class LanguageConfig:
     """Sizes of the decoder; the defaults are Qwen/Qwen2-7B-Instruct.
 
-    `final_norm_scale` is what the final norm's scale starts from. A narrow model with a tied head
-    begins with logits too flat to learn from quickly; 4 there, 1 everywhere else.
+    `final_norm_scale` is the initial scale of the final norm. The first logits of a narrow model with a tied head are
+    too flat to learn from quickly: 4 there, 1 everywhere else.
     """
 
     vocab_size: int = 152064
@@ -51,9 +51,7 @@ class LanguageConfig:
     max_positions: int = 32768
     final_norm_scale: float = 1.0
     lora: LoraConfig = LoraConfig()
-    scan_unroll: int = (
-        1  # > 1 is faster on CPU, where a loop copies what it saves for the backward pass
-    )
+    scan_unroll: int = 1  # more is faster on a CPU, where a loop copies residuals
 
     def __post_init__(self):
         if isinstance(self.lora, Mapping):  # of a config file
@@ -70,12 +68,11 @@ class LanguageConfig:
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of everything read so far, one slot a token: all layers stacked, or a tuple of one
-    array a layer, as the decoder's blocks are. Rows are axis -4 of both; slots are the last axis of keys, the
-    last but one of values, as `attention._mix` multiplies them.
+    """Keys and values of all tokens so far, one slot a token. The layers are stacked, or a tuple of one array a layer,
+    like the decoder's blocks. Rows are axis -4 of both; slots are the last axis of keys and the last but one of
+    values, as `attention._mix` multiplies them.
 
-    Slots are filled at the same index in every row; `segment_ids` 0 marks slots that hold nothing
-    (or the padding of a shorter prompt) and `positions` orders the rest.
+    All rows fill the same slots. `segment_ids` 0 marks empty slots and padding; `positions` orders the rest.
     """
 
     k: Float[Array, "L B K C S"] | tuple[Float[Array, "B K C S"], ...]
@@ -85,22 +82,22 @@ class KVCache:
     length: Int[Array, ""]  # slots in use
 
     def map(self, function, *others: "KVCache"):
-        """New keys and values: `function(x, *others, axis)` of each array, those of other caches, and the axis of
-        its slots."""
+        """New keys and values: `function(x, *others, axis)` for each array, the same array of other caches, and the
+        axis of the slots."""
         caches = (self, *others)
         k = jax.tree.map(lambda *x: function(*x, -1), *(cache.k for cache in caches))
         v = jax.tree.map(lambda *x: function(*x, -2), *(cache.v for cache in caches))
         return k, v
 
     def repeat(self, copies: int) -> "KVCache":
-        """Every row so many times, one after another."""
+        """Every row `copies` times in succession."""
         k, v = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=-4), (self.k, self.v))
         ids, positions = (jnp.repeat(x, copies, axis=0) for x in (self.segment_ids, self.positions))
         return KVCache(k, v, ids, positions, self.length)
 
 
 def _written(cache, new, layer, at):
-    """A cache's keys or values with those of new tokens, laid out as there, `at` an index of four axes."""
+    """A cache's keys or values with `new` ones of the same layout written at `at`, an index of four axes."""
     if isinstance(cache, tuple):
         here = jax.lax.dynamic_update_slice(cache[layer], new.astype(cache[layer].dtype), at)
         return (*cache[:layer], here, *cache[layer + 1 :])
@@ -120,8 +117,8 @@ def rope_angles(
     inverse_frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
     angles = positions[..., None].astype(jnp.float32) * inverse_frequency
     angles = jnp.cos(angles), jnp.sin(angles)
-    # Otherwise XLA's CPU backend computes them again for every head of every unrolled layer. Of a single token that
-    # is less than to keep the passes apart.
+    # Without the barrier XLA's CPU backend computes the angles again for every head of every unrolled layer. For a
+    # single token that is cheaper than the barrier.
     return angles if positions.shape[1] == 1 else jax.lax.optimization_barrier(angles)
 
 
@@ -197,8 +194,8 @@ def _scores_fwd(hidden, head, axes):
 
 
 def _scores_bwd(axes, kept, cotangent):
-    """In the type of the hidden states: products with a float32 cotangent would be float32 ones, which take an
-    accelerator several times as long."""
+    """In the type of the hidden states: with a float32 cotangent the products would be in float32, several times
+    slower on an accelerator."""
     _, pull = jax.vjp(lambda *both: jnp.einsum(f"...D,{axes}->...V", *both), *kept)
     return pull(cotangent.astype(kept[0].dtype))
 
@@ -219,14 +216,14 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
         words = jnp.take(self.embedding_vd[...], tokens, axis=0).astype(dtype)
-        # Every device looks up its columns of all words, which then go where the rows are. XLA by itself
-        # would gather the table on every device, and its gradient: 2 GiB each.
+        # Every device looks up its columns of all words, which then move to the rows' devices. By itself XLA gathers
+        # the table and its gradient on every device: 2 GiB each.
         words = constrain(words, P(BATCH_SPEC[0][0], None, BATCH_SPEC[0][1]))
         return constrain(words, BATCH_SPEC)
 
     def head(self, dtype) -> Float[Array, "..."]:
-        """The output head in `dtype`, [D, V], or [V, D] if it is the embedding; no part of it is left on
-        other devices, but for what lies over `tensor`."""
+        """The output head in `dtype`, gathered over all axes but `tensor`: [D, V], or [V, D] if it is the
+        embedding."""
         if self.head_kernel_dv is None:
             return constrain(self.embedding_vd[...].astype(dtype), P("tensor", None))
         return constrain(self.head_kernel_dv[...].astype(dtype), P(None, "tensor"))
@@ -234,7 +231,7 @@ class Decoder(nnx.Module):
     def logits(
         self, hidden: Float[Array, "... D"], head: Float[Array, "..."] | None = None
     ) -> Float[Array, "... V"]:
-        """float32 scores of the next token; `head`, if it was made before, is that of `hidden`'s type."""
+        """float32 scores of the next token; `head` is `self.head(hidden.dtype)` if that exists already."""
         head = self.head(hidden.dtype) if head is None else head
         return _scores(hidden, head, "VD" if self.head_kernel_dv is None else "DV")
 
@@ -249,7 +246,7 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Hidden states after the final norm; training and scoring (no cache).
 
-        `keep` is what a block keeps for the backward pass, a policy of `layers.KEEP`."""
+        `keep`: what a block keeps for the backward pass, a key of `layers.KEEP`."""
         cos, sin = rope_angles(positions, self.config.head_width, self.config.rope_theta)
 
         def body(x, block, _layer):
@@ -290,11 +287,11 @@ class Decoder(nnx.Module):
         first: bool = False,
         impl: AttentionImpl | str = "auto",
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Reads T more tokens after those in the cache: the prefill (T = prompt) and every step (T = 1).
+        """Reads T tokens after those in the cache: the prefill (T = prompt) and every step (T = 1).
 
         Args:
-          first: the cache is empty, so that the tokens see each other alone and any `impl` serves;
-            later ones, which also see the cache, are mixed in plain JAX.
+          first: the cache is empty, so the tokens see only one another and any `impl` works. Otherwise they also see
+            the cache, and plain JAX mixes the values.
         """
         cos, sin = rope_angles(positions, self.config.head_width, self.config.rope_theta)
         start = (0, cache.length)
@@ -303,7 +300,7 @@ class Decoder(nnx.Module):
         queries = {"segment_ids": segment_ids, "positions": positions}
         slots = {"kv_segment_ids": kv_segment_ids, "kv_positions": kv_positions}
 
-        # The caches are carried, not scanned over: so XLA writes a step's slots in place.
+        # The caches are carried, not scanned over, so that XLA writes new slots in place.
         def body(carry, block, layer):
             x, keys, values = carry
             q, k, v = block.qkv(x)
@@ -322,6 +319,6 @@ class Decoder(nnx.Module):
         return self.final_norm(x), cache
 
     def unstack(self) -> None:
-        """Gives every layer arrays of its own, for decoding on a CPU: there a loop over stacked layers
-        copies a layer's weights, and its part of the cache, before using them."""
+        """Gives every layer its own arrays, for decoding on a CPU: there a loop over stacked layers copies the weights
+        and the cache of a layer before it uses them."""
         self.blocks = unstack_blocks(self.blocks)

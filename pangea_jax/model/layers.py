@@ -38,15 +38,14 @@ def ones(shape: tuple[int, ...], dtype) -> nnx.Param:
 def stack_blocks(block, num_layers: int, rngs: nnx.Rngs):
     """`num_layers` independently initialised copies of `block(rngs)`, every parameter with a leading L.
 
-    One stacked module instead of a list keeps the compiled program, and the time to compile it,
-    independent of depth: the layers run as one `jax.lax.scan`.
+    The layers run as one `jax.lax.scan`, so program size and compile time do not depend on the depth.
     """
     make = nnx.vmap(block, in_axes=(0,), transform_metadata={nnx.PARTITION_NAME: None})
     return make(rngs.split(num_layers))
 
 
 def unstack_blocks(blocks) -> nnx.List:
-    """Stacked blocks as a list of them; the stacked parameters are freed one by one on the way."""
+    """Stacked blocks as a list; each stacked parameter is freed as soon as it is split."""
     graphdef, state = nnx.split(blocks)
     state = nnx.to_flat_state(state)
     layers: list[list] = [[] for _ in range(len(state[0][1].get_value()))]
@@ -75,10 +74,10 @@ def run_blocks(body, carry, blocks, *, unroll: int = 1):
 
 
 def checkpoint(body, keep: str):
-    """A block's `body`, which keeps for the backward pass what the policy `keep` of `KEEP` says.
+    """`body`, the code of a block, with recomputation: `keep`, a key of `KEEP`, names what is not recomputed.
 
     Raises:
-      ValueError: there is no such policy.
+      ValueError: an unknown `keep`.
     """
     if keep not in KEEP:
         raise ValueError(f"keep {keep!r} is not one of {', '.join(KEEP)}")
@@ -94,15 +93,15 @@ def checkpoint(body, keep: str):
         )
     else:
         policy = jax.checkpoint_policies.save_only_these_names(*names)
-    # Forward and backward are two loops, across which XLA merges nothing; its guard would cost time.
+    # Forward and backward pass are two loops, and XLA does not merge across loops: no guard is needed.
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
 def _in_turn(x: Array, kernel: Array) -> tuple[Array, Array]:
     """Both unchanged; on a CPU the kernel cannot be used before x is there.
 
-    XLA's CPU backend multiplies bfloat16 in float32. Left alone, it widens the kernels of all layers
-    before the first product, which takes twice the model's size in memory.
+    XLA's CPU backend multiplies bfloat16 in float32. Without the barrier it widens the kernels of all layers before
+    the first product, which takes twice the model's size in memory.
     """
     if x.dtype == jnp.float32:
         return x, kernel
@@ -129,7 +128,7 @@ def linear(
     contracted, features = kernel.shape[:inputs], kernel.shape[inputs:]
     width = math.prod(contracted)
     rows = x.shape[: x.ndim - inputs]
-    # Sizes are spelled out, since of no rows at all (text alone has no tiles) -1 cannot be inferred.
+    # No -1: it cannot be inferred for an array without rows (text without tiles).
     x = x.reshape(math.prod(rows), width)
     y = x @ kernel.reshape(width, math.prod(features))
     if lora is not None:
@@ -139,8 +138,7 @@ def linear(
 
 
 def _rows(x: Array) -> Array:
-    """[..., D] to float32 [rows, D]: of one row of tokens XLA's CPU backend sums a product of [1, T, D] ten times
-    slower."""
+    """[..., D] to float32 [rows, D]: XLA's CPU backend is ten times slower on sums over [1, T, D]."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(jnp.float32)
 
 

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021): beside a frozen kernel W, the product of two thin ones learns.
+"""Low-rank adapters (LoRA, Hu et al. 2021): the product of two thin matrices trains beside a frozen kernel W.
 
-A layer computes x W + (alpha / rank) (x A) B. A is random and B zero at first, so that training starts from the
-model as it was; at the end both can be merged into W, and the checkpoint is one like any other.
+A layer computes x W + (alpha / rank) (x A) B. A starts random and B zero, so training starts from
+the pretrained model. At the end both can be merged into W, which gives an ordinary checkpoint.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-# What does not train when adapters do, for `config.frozen`.
+# For `config.frozen`: everything but the adapters.
 FROZEN = (r"(vision|projector)\..*", r"newline_d", r"language\.(?!.*_lora\.).*")
 _A, _B = "_lora.a_ir", "_lora.b_ro"
 
@@ -24,9 +24,8 @@ class LoraConfig:
 
     Attributes:
       rank: inner width R of every adapter; 0: none.
-      alpha: the adapters' product is scaled by alpha / rank, so that the rank can change without the
-        learning rate.
-      targets: the kernels that get one, of `TARGETS`.
+      alpha: the product is scaled by alpha / rank, so the same learning rate suits other ranks.
+      targets: kernels with an adapter, of `TARGETS`.
     """
 
     rank: int = 0
@@ -67,7 +66,7 @@ def adapter(
 
 
 def merge(params: Mapping[str, Array], config: LoraConfig) -> dict[str, Array]:
-    """Parameters by name with every adapter added to its kernel, in the kernel's type, and gone."""
+    """Parameters by name without adapters; each adapter is added to its kernel, in the kernel's type."""
     merged = {name: value for name, value in params.items() if "_lora." not in name}
     for name in params:
         if not name.endswith(_A):
@@ -81,7 +80,7 @@ def merge(params: Mapping[str, Array], config: LoraConfig) -> dict[str, Array]:
 
 @jax.jit
 def _add(kernel, a, b, scale):
-    """Of stacked layers; float32 until the sum is rounded."""
+    """The merged kernel of stacked layers; the sum is computed in float32, then rounded."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(kernel.shape)
     return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)

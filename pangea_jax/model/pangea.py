@@ -22,7 +22,7 @@ class PangeaConfig:
 
     `pinpoints` are the any-resolution canvases as (width, height); with none, every picture is one view.
     `newline` is off for LLaVA-1.5, which has no such vector (and no pinpoints).
-    `dtype` is that of activations; parameters have their own (the optimiser's affair).
+    `dtype` is that of activations and frozen parameters; parameters that train have their own.
     """
 
     vision: VisionConfig = VisionConfig()
@@ -100,8 +100,7 @@ class Pangea(nnx.Module):
         """Hidden states of a batch with `tokens`, `positions`, `segment_ids`, `image_index` [B, T] and
         either `tiles` (uint8) or, for a frozen tower whose features were computed before, `features`.
 
-        `keep` is what the blocks keep for the backward pass, a policy of `layers.KEEP`; `impl` is the
-        decoder's attention."""
+        `keep`: what a block keeps for the backward pass, a key of `layers.KEEP`; `impl`: the decoder's attention."""
         features = batch.get("features")
         if features is None:
             features = self.encode(batch["tiles"], keep=keep)

@@ -33,9 +33,7 @@ class VisionConfig:
     mlp: int = 4096
     feature_layer: int = -2
     norm_eps: float = 1e-5
-    scan_unroll: int = (
-        1  # > 1 is faster on CPU, where a loop copies what it saves for the backward pass
-    )
+    scan_unroll: int = 1  # more is faster on a CPU, where a loop copies residuals
 
     @property
     def grid(self) -> int:
@@ -106,8 +104,8 @@ class VisionBlock(nnx.Module):
         q = checkpoint_name(linear(y, self.q_kernel_dhc, self.q_bias_hc), "q")
         k = checkpoint_name(linear(y, self.k_kernel_dhc, self.k_bias_hc), "k")
         v = checkpoint_name(linear(y, self.v_kernel_dhc, self.v_bias_hc), "v")
-        # Nothing is masked, so a kernel would skip nothing, and it would pad 577 tokens to 640; the
-        # logits of one tile are small enough to hold. cuDNN's kernel takes no odd number of tokens.
+        # There is no mask, so a kernel would skip nothing, and it would pad 577 tokens to 640. The logits of one tile
+        # fit in memory. cuDNN's kernel needs an even number of tokens.
         mixed = attention(q, k, v, impl="xla")
         y = linear(mixed, self.o_kernel_hcd, self.o_bias_d, inputs=2)
         x = x + checkpoint_name(y, "o")
@@ -144,7 +142,7 @@ class VisionTower(nnx.Module):
     ) -> Float[Array, "N P D"]:
         """Features of normalised tiles, one per patch in row-major order.
 
-        `keep` is what a block keeps for the backward pass, a policy of `layers.KEEP`."""
+        `keep`: what a block keeps for the backward pass, a key of `layers.KEEP`."""
         p = self.config.patch_size
         x = jax.lax.conv_general_dilated(
             tiles,
@@ -160,7 +158,7 @@ class VisionTower(nnx.Module):
         x = jnp.concatenate([cls, x], axis=1) + self.position_embedding_sd[...].astype(x.dtype)
         x = self.pre_norm(constrain(x, BATCH_SPEC))
 
-        # Left to itself, XLA splits the channels, as the kernels are, and runs all tiles everywhere.
+        # By itself XLA splits the channels like the kernels and runs all tiles on every device.
         def body(x, block):
             return block(constrain(x, BATCH_SPEC)), None
 

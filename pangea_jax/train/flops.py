@@ -1,11 +1,11 @@
 """Model FLOPs of a training step, counted from the shapes of the parameters.
 
-The convention: a multiplication and an addition are two FLOPs. Every kernel costs 2 per entry and position
-it is applied to; norms, activations, softmax and embeddings nothing. The backward pass costs as much
-again for the gradient of a kernel, if it trains, and as much again for the gradient of its input, if
-anything before it trains: 3 times the forward pass where everything trains. What is computed again to
-save memory is not counted. Attention of the decoder is causal and counts half, as its kernels skip the rest;
-a packed row counts as one sequence. MFU is these FLOPs a second over the peak of the chips.
+The convention: a multiplication and an addition are two FLOPs. Every kernel costs 2 per entry and position that it
+is applied to; norms, activations, softmax and embeddings cost nothing. The backward pass costs the same again for the
+gradient of a kernel that trains, and the same again for the gradient of its input if anything before it trains: if
+everything trains, a step costs 3 forward passes. Recomputation to save memory is not counted. The decoder's attention
+is causal and counts half, since its kernels skip the rest; a packed row counts as one sequence. MFU is these FLOPs a
+second over the peak of the chips.
 """
 
 import math
@@ -28,8 +28,8 @@ PEAK_FLOPS = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
-# The order in which a step passes the parameters; those of one line are stacked layers, whose inputs
-# depend on one another's parameters. What fits no line is no kernel of a matrix product.
+# Kernels of matrix products in the order in which a step uses them. The layers of one line are stacked: the input of a
+# layer depends on the parameters of the others.
 _STAGES = (
     r"vision\.patch_kernel_hwcd",
     r"vision\.blocks\..*_kernel_\w+",
@@ -39,7 +39,7 @@ _STAGES = (
     r"language\.head_kernel_dv",
 )
 _TOWER, _DECODER, _HEAD = 1, 4, 5
-_FIRST_USE = (  # where parameters that are no kernels enter, by stage
+_FIRST_USE = (  # the stage at which other parameters enter
     (r"vision\.(class_embedding_d|position_embedding_sd|pre_norm\..*)", 0),
     (r"vision\.blocks\..*", _TOWER),
     (r"projector\.in_bias_d", 2),
@@ -58,7 +58,6 @@ def train_flops(
     tiles: int,
     targets: int | None = None,
     frozen: Sequence[str] = (),
-    causal: bool = True,
 ) -> dict[str, float]:
     """FLOPs of one step: `vision`, `projector`, `language`, `attention` (the decoder's), `head`, `total`.
 
@@ -68,7 +67,6 @@ def train_flops(
       tiles: pictures' views in the batch; 0 if the tower's features were computed before.
       targets: places in the batch on which the output head runs; None: every token.
       frozen: patterns of parameters that do not train.
-      causal: False counts what the decoder sees in full, as plain `xla` attention computes it.
     """
     vision, language = config.vision, config.language
     trains = set(shapes) - model_params.select(shapes, frozen)
@@ -98,8 +96,9 @@ def train_flops(
     seen = vision.patches + 1
     one_pass = 4 * positions[_TOWER] * seen * vision.width * vision.used_layers
     parts["vision"] += one_pass * (3 if first <= _TOWER else 1)
-    seen = row_tokens / 2 if causal else row_tokens
-    one_pass = 4 * tokens * seen * language.heads * language.head_width * language.layers
+    one_pass = (
+        4 * tokens * (row_tokens / 2) * language.heads * language.head_width * language.layers
+    )
     parts["attention"] = one_pass * (3 if first <= _DECODER else 1)
     return parts | {"total": sum(parts.values())}
 

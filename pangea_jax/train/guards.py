@@ -1,4 +1,4 @@
-"""What watches a run: steps that are not finite, and losses far above the others."""
+"""Watches a run for steps that are not finite and for spikes of the loss."""
 
 import collections
 import dataclasses
@@ -13,20 +13,20 @@ from absl import logging
 from pangea_jax.data import batch_view
 from pangea_jax.data.tokenizer import Tokenizer
 
-# The median of fewer losses says little.
+# With fewer losses the median means little.
 _FEWEST = 16
-# Of a normal distribution the median absolute deviation is this part of the standard deviation.
+# The median absolute deviation of a normal distribution, in standard deviations.
 _MAD = 0.6745
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """When a run is warned of, and when it ends.
+    """When to warn, and when to end the run.
 
     Attributes:
-      max_bad_steps: so many steps in a row whose loss or gradients are not finite end the run.
-      spike: a loss so many robust standard deviations above the median is noted in the log.
-      window: losses that the median is taken of.
+      max_bad_steps: number of consecutive steps with a loss or gradients that are not finite that end the run.
+      spike: a loss this many robust standard deviations above the median is logged.
+      window: number of recent losses for the median.
     """
 
     max_bad_steps: int = 5
@@ -35,14 +35,14 @@ class GuardConfig:
 
 
 class BadStepsError(RuntimeError):
-    """Too many steps in a row were not finite; says where the last one's batch lies."""
+    """Too many consecutive steps were not finite; names the file with the last batch."""
 
 
 class Guard:
-    """Looks at the metrics of every step, in order.
+    """Checks the metrics of every step, in order.
 
     Args:
-      dump: writes this process's rows of a step's batch and says where.
+      dump: writes this process's rows of a step's batch and returns the path.
     """
 
     def __init__(self, config: GuardConfig, dump: Callable[[int, Mapping[str, Any]], Path]):
@@ -73,7 +73,7 @@ class Guard:
                 f"the loss or the gradients were not finite in {self._bad} steps in a row, the last of "
                 f"them step {step} (loss {loss:g}, gradient norm {norm:g}); its batch is in {place}. "
                 "Look at it, lower optimizer.learning_rate or optimizer.clip_norm, and start again: the "
-                "run goes on from its last checkpoint"
+                "run continues from its last checkpoint"
             )
         return False
 
@@ -83,7 +83,7 @@ class Guard:
         if len(before) < _FEWEST:
             return False
         median = np.median(before)
-        # Losses that hardly differ are no reason to call the next one a spike.
+        # If all losses are nearly equal, a small difference is not a spike.
         spread = max(np.median(np.abs(before - median)) / _MAD, 1e-3 * abs(median))
         above = (loss - median) / spread if spread else 0.0
         if above > self._config.spike:

@@ -25,22 +25,22 @@ _CALLEE = re.compile(
 def collective_bytes(text: str) -> dict[str, int]:
     """Bytes of every kind of collective that one device takes part in, in one run of the program.
 
-    What comes out counts, such as the gathered array, and of a scatter what goes in. Loops count as
-    often as they run. What the compiler spreads over several instructions, to run beside others, keeps
-    one channel and counts once. Of several TPU slices these are the collectives within a slice.
+    The output counts (such as the gathered array), but for a reduce-scatter the input. A loop counts as often as it
+    runs. A collective that the compiler splits into several instructions has one channel and counts once. With
+    several TPU slices these are the collectives within a slice.
 
     Raises:
-      ValueError: a loop with collectives in it has no known number of turns.
+      ValueError: the number of iterations of a loop with collectives is unknown.
     """
     return _sums(text, _collective)
 
 
 def dcn_bytes(text: str) -> dict[str, int]:
-    """Bytes that one device sends other TPU slices over the data centre network, by the kind of collective
-    they are part of. Loops count as often as they run.
+    """Bytes that one device sends to other TPU slices over the data centre network, by kind of collective. A loop
+    counts as often as it runs.
 
     Raises:
-      ValueError: a loop that sends has no known number of turns.
+      ValueError: the number of iterations of a loop that sends is unknown.
     """
     return _sums(text, _dcn_send)
 
@@ -49,8 +49,8 @@ def _sums(text, read):
     """{kind: bytes} of what `read` finds in the program.
 
     Args:
-      read: ((kind, identity), bytes) or None of an instruction, given its name, opcode, the text that
-        follows, and the sizes of the arrays of what was defined so far, itself included.
+      read: (name, opcode, text that follows, sizes of the arrays defined so far) of an instruction ->
+        ((kind, identity), bytes) or None.
     """
     computations, entry = _computations(text)
 
@@ -121,8 +121,8 @@ def _computations(text):
 
 
 def _turns(rest: str, computations) -> int | None:
-    """How often a loop runs: as the compiler says, else by the counter that its condition compares and
-    its body raises. Counters start from 0, those of `jax.lax.scan` and those XLA makes of a product."""
+    """How often a loop runs: the compiler's trip count, or else the bound and step of its counter. Counters of
+    `jax.lax.scan`, and those of loops that XLA makes from a product, start from 0."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
     if known:
         return int(known[1])
@@ -149,7 +149,7 @@ def _turns(rest: str, computations) -> int | None:
 
 
 def _definitions(lines) -> dict[str, str]:
-    """Instructions by the name of what they define; the last one also as "ROOT"."""
+    """Instructions by the name that they define; the root also as "ROOT"."""
     found = {}
     for line in lines:
         name = re.match(r"^\s+(ROOT )?%?([\w.\-]+) = ", line)

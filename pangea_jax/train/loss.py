@@ -25,11 +25,11 @@ def cross_entropy(
     *,
     max_targets: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """Sum of weighted losses, sum of weights, and weighted number of right first guesses.
+    """Sum of weighted losses, sum of weights, and weighted number of correct top-1 predictions.
 
-    Most tokens of a multimodal row are picture features, which are never targets. With `max_targets`
-    the output head, the widest layer of the model, runs on at most that many places a row: exact
-    as long as no row has more, which the data pipeline guarantees.
+    Most tokens of a multimodal row are picture features, which are never targets. With `max_targets` the output head,
+    the widest layer of the model, runs on at most that many places a row. This is exact as long as no row has more
+    targets, which the data pipeline guarantees.
 
     The head runs on `chunk_places` of every row at a time and is recomputed in the backward pass, so that no
     [B, T, V] array ever exists.
@@ -47,7 +47,7 @@ def cross_entropy(
         for x in (hidden, targets, weights)
     )
 
-    # Gathered, and its gradient scattered, once and not for every chunk: together 2 GiB for Qwen2.
+    # The head is gathered once, and its gradient scattered once, not for every chunk: together 2 GiB for Qwen2.
     head = decoder.head(hidden.dtype)
 
     def body(sums, piece):

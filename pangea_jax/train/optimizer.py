@@ -14,17 +14,17 @@ class OptimizerConfig:
     """Hyper-parameters; the defaults are Pangea's fine-tuning stage (paper, Table 1 and section 4.1).
 
     Raises:
-      ValueError: there is no such optimiser, or a value that nothing can be trained with.
+      ValueError: an unknown optimiser, or a value out of range.
 
     Attributes:
-      name: `adamw`, or `adafactor` (Shazeer and Stern 2018), which keeps of the second moments of a kernel the
-        means of its rows and columns, and no first moments: 4 bytes a parameter beside Adam's 12.
-        Here without the paper's relative step, so that learning rates mean the same as Adam's.
+      name: `adamw`, or `adafactor` (Shazeer and Stern 2018), which keeps only the row and column means of a
+        kernel's second moments and no first moments: 4 bytes a parameter instead of Adam's 12. The paper's
+        relative step is off, so learning rates mean the same as Adam's.
       mu_dtype: of Adam's first moments; None: the parameters' own. bfloat16 saves 2 bytes a parameter.
       lr_scale: (pattern, factor) pairs: the factor on the learning rate of the parameters it fully matches; the
         first match counts. Pangea's tower learns at a tenth: (("vision\\..*", 0.1),).
-      schedule_steps: length of the schedule; None: the run's own. A run that stops before its schedule
-        ends as the checkpoint of a longer one does.
+      schedule_steps: length of the schedule; None: the steps of the run. With more, the run ends in the state
+        that a longer run has at that step.
       weight_decay: acts on kernels and embeddings, not on norms and biases.
       clip_norm: of all gradients together; inf: they are not clipped.
     """
@@ -47,7 +47,7 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.name {self.name!r} is not one of {', '.join(_SCALERS)}")
         if not self.clip_norm > 0:
             raise ValueError(
-                f"optimizer.clip_norm is {self.clip_norm}, with which nothing would be learned; inf clips nothing"
+                f"optimizer.clip_norm is {self.clip_norm}, but must be above 0; inf turns clipping off"
             )
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"optimizer.warmup_ratio must lie in [0, 1], not {self.warmup_ratio}")
@@ -106,7 +106,7 @@ def _scale_by_name(factors: Mapping[str, float]) -> optax.GradientTransformation
 
     def init(params):
         try:
-            model_params.select(params, factors)  # a pattern that fits nothing is a typing error
+            model_params.select(params, factors)  # a pattern that matches nothing is a typo
         except ValueError as error:
             raise ValueError(f"optimizer.lr_scale, among what trains: {error}") from None
         return optax.EmptyState()

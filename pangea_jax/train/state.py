@@ -1,4 +1,4 @@
-"""The train state: a pytree, sharded from its first moment on."""
+"""The train state: a pytree that is sharded from the start."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from pangea_jax.sharding import param_shardings, state_shardings
 
 @struct.dataclass
 class TrainState:
-    """What a checkpoint holds of the model. Frozen parameters carry no optimiser state."""
+    """The model's part of a checkpoint. Frozen parameters have no optimiser state."""
 
     step: Int[Array, ""]
     trainable: dict[str, Array]
@@ -62,14 +62,14 @@ def abstract_state(
     *,
     frozen: Sequence[str] = (),
 ) -> tuple[nnx.GraphDef, TrainState, TrainState]:
-    """As `init_state`, but of shapes alone: nothing is computed or placed, so that `mesh` may be one
-    of devices that are not there."""
+    """`init_state` with shapes in place of arrays. Nothing is computed or placed: the devices of `mesh` need not
+    exist."""
     graphdef, _, shapes, shardings = _plan(config, optimizer, mesh, 0, frozen)
     return graphdef, shapes, shardings
 
 
 def _plan(config, optimizer, mesh, seed, frozen):
-    """Structure, the function that makes the state of pretrained parameters, its shapes and shardings."""
+    """Structure, a function from pretrained parameters to the state, and the state's shapes and shardings."""
 
     def make():
         return Pangea(config, rngs=nnx.Rngs(seed))

@@ -1,4 +1,4 @@
-"""What a training run tells while it runs: metrics.jsonl, TensorBoard scalars, a live console line, W&B.
+"""Logs of a training run: metrics.jsonl, TensorBoard scalars, a live console line, W&B.
 
 Only the main process of a multi-host run writes or prints; on the others every call does nothing.
 """
@@ -36,7 +36,7 @@ METRICS_FILE = "metrics.jsonl"
 STARTS_FILE = "starts.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 PLAIN_LINES_PER_RUN = 10
-# What depends on the clock and the machine. All other metrics are the same in every run of a config.
+# Metrics that depend on the clock and the machine. All others are the same in every run of a config.
 CLOCKED = (
     "time",
     "seconds_per_step",
@@ -114,8 +114,7 @@ class StepTimer:
 class Window:
     """Metrics of the steps since the last log line.
 
-    Its state is part of a checkpoint: the first line after a restart tells of as many steps as it would
-    have without.
+    Its state is part of a checkpoint, so the first line after a restart covers the same steps as without one.
     """
 
     def __init__(self):
@@ -125,10 +124,10 @@ class Window:
         self._steps.append({name: float(value) for name, value in metrics.items()})
 
     def flush(self) -> dict[str, float]:
-        """What a log line says of the steps since the last call.
+        """The metrics of a log line, of the steps since the last call.
 
-        `loss` and `accuracy` per trained token, mean `grad_norm` of all and of each part, of the steps
-        that were not skipped (NaN if all were); the numbers of `skipped_steps` and `loss_spikes`.
+        `loss` and `accuracy` per trained token and the mean `grad_norm` of all and of each part, over steps that were
+        not skipped (NaN if all were); the numbers of `skipped_steps` and `loss_spikes`.
         """
         steps, self._steps = self._steps, []
         good = [step for step in steps if not step["skipped"]]
@@ -157,8 +156,7 @@ class Speed:
     """How fast the steps since the last log line were.
 
     Args:
-      timer: its phases "train step" and "data" are the time of a step; compiling, saving and evaluating
-        are not.
+      timer: its phases "train step" and "data" are the time of a step, without compiling, saving, evaluating.
       flops_per_step: model FLOPs of `pangea_jax.train.flops`; None: unknown.
       peak_flops: FLOPs a second of all devices together; None: unknown.
       started: when the run began, by `time.time()`, before any restart; None: unknown.
@@ -182,20 +180,20 @@ class Speed:
         return {"steps": 0.0, "tokens": 0.0, "examples": 0.0}
 
     def add(self, metrics: Mapping[str, float]) -> None:
-        """Counts a step that has ended. One that waited for the compiler does not belong here."""
+        """Counts a completed step. Leave out steps that waited for the compiler."""
         self._counts["steps"] += 1
         self._counts["tokens"] += float(metrics["tokens"])
         self._counts["examples"] += float(metrics["examples"])
 
     def flush(self) -> dict[str, float]:
-        """What a log line says of the steps since the last call.
+        """The metrics of a log line, of the steps since the last call; unknown ones are left out.
 
-        `seconds_per_step`, `tokens_per_second` (no padding), `examples_per_second`, `mfu` (see
-        `pangea_jax.train.flops`; padding is computed on, so it counts), `data_wait`, the share of the time
-        in which the host waited for a batch (an accelerator may still have been busy with the step
-        before), `goodput`, the time of all steps that count over the time since the run began, restarts,
-        pauses and work lost between included, and `device_memory_gib`, the most ever used of a
-        device's memory. What is not known is left out.
+        - `seconds_per_step`, `tokens_per_second` (without padding), `examples_per_second`
+        - `mfu`: see `pangea_jax.train.flops`; padding is computed, so it counts
+        - `data_wait`: share of the time in which the host waited for a batch (an accelerator may still have been
+          busy with the step before)
+        - `goodput`: time in steps over the time since the run began, including restarts, pauses and lost work
+        - `device_memory_gib`: peak memory of a device
         """
         now, counts = self._timer.seconds, self._counts
         spent = {
@@ -227,9 +225,9 @@ def _device_memory() -> dict[str, float]:
 
 
 def gather(metrics: Mapping[str, float], *, mean: Collection[str] = ()) -> dict[str, float]:
-    """Sums over all processes (means of the names in `mean`) of metrics that each has of its own rows.
+    """Sums the metrics of all processes; names in `mean` are averaged.
 
-    All processes have to call it; each may have other names.
+    All processes must call it; their names may differ.
     """
     if jax.process_count() == 1:
         return dict(metrics)
@@ -246,8 +244,8 @@ def gather(metrics: Mapping[str, float], *, mean: Collection[str] = ()) -> dict[
 
 
 def record_start(workdir: Path, step: int) -> float:
-    """Notes in starts.jsonl that the run starts, or goes on, at `step`; returns when it first began, by
-    `time.time()`."""
+    """Notes in starts.jsonl that the run starts or continues at `step`; returns the `time.time()` of its first
+    start."""
     path = workdir / STARTS_FILE
     line = {"time": time.time(), "step": step}
     line |= {"processes": jax.process_count(), "devices": jax.device_count()}
@@ -275,7 +273,7 @@ class Profiler:
         self._start, self._stop = map(int, match.groups()) if match else (None, None)
 
     def at(self, step: int, state: Any) -> None:
-        """Starts or stops before `step`, `state` being that of the steps before."""
+        """Starts or stops the trace before `step`; `state` is the state after the step before."""
         if step == self._start or (self._running and step == self._stop):
             jax.block_until_ready(state)
         if step == self._start:
@@ -302,8 +300,8 @@ class Telemetry:
     Args:
       workdir: the folder of the run; gets `metrics.jsonl` and `tensorboard/`.
       total_steps: optimiser steps of the whole run, those before a resume included.
-      start_step: the first step that this process will log. Lines and events of a killed run at
-        or after it are dropped, so that the records equal those of an uninterrupted run.
+      start_step: the first step that this process will log. Later lines and events of a killed run are dropped,
+        so the logs equal those of an uninterrupted run.
       is_main: False on all but one process of a multi-host run.
       console: where the progress goes; standard output by default.
       wandb: arguments of `wandb.init`, such as project and name, to log to Weights & Biases as well.
@@ -394,7 +392,7 @@ class Telemetry:
 
 
 def _start_wandb(workdir: Path, options: Mapping[str, Any]):
-    """The run of Weights & Biases that belongs to a work directory, made or gone on with."""
+    """The Weights & Biases run of a work directory, new or continued."""
     try:
         import wandb
     except ImportError:

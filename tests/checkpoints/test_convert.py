@@ -15,7 +15,14 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
 from pangea_jax import checkpoints
-from pangea_jax.checkpoints import CheckpointError, SpecialTokens, convert, names, orbax
+from pangea_jax.checkpoints import (
+    CheckpointError,
+    SpecialTokens,
+    convert,
+    huggingface,
+    names,
+    orbax,
+)
 from pangea_jax.checkpoints.huggingface import abstract_state, shapes_of
 from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.model.params import flatten
@@ -227,14 +234,14 @@ def test_cut_off_leaves_nothing_that_loads_and_starts_again(
 ):
     target, calls = tmp_path / "out", []
 
-    def full_disk(*args, real=convert.cast):
+    def full_disk(*args, real=huggingface.cast):
         calls.append(args)
         if len(calls) == 50:
             raise OSError("no space left on device")
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "cast", full_disk)
+        patch.setattr(huggingface, "cast", full_disk)
         with pytest.raises(OSError, match="no space"):
             run(public, target, form=form)
     assert not target.exists()

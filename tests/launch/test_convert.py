@@ -104,7 +104,7 @@ def test_adapters_name_the_model_under_them(tmp_path, flags, base):
         (("--from=sample", "--to=x"), "launch/train.py writes one like it"),
         (
             ("--from={public}", "--to=x", "--layout=transformers-5"),
-            "--layout is of --format=hf alone",
+            "--layout is only for --format=hf",
         ),
         (("--from={public}/model.safetensors", "--to=x"), "no config.json in"),
         (("--from=owner/name", "--to=x"), "could not be fetched from the Hugging Face hub"),
@@ -117,7 +117,7 @@ def test_adapters_name_the_model_under_them(tmp_path, flags, base):
             ("--from={public}", "--to=x", "--format=peft", "--dtype=float32"),
             "takes neither --dtype",
         ),
-        (("--from={public}", "--to=x", "--base=owner/name"), "of --format=peft alone"),
+        (("--from={public}", "--to=x", "--base=owner/name"), "--base is only for --format=peft"),
     ],
 )
 def test_mistakes_are_one_sentence(public, tmp_path, flags, message):

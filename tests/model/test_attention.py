@@ -245,7 +245,7 @@ def test_auto_takes_the_kernel_of_the_device(chosen):
     ("platform", "arguments", "reason"),
     [
         ("rocm", {}, "there is no kernel for rocm"),
-        ("cpu", {"T": 128}, "plain JAX is faster of rows of 128 tokens"),
+        ("cpu", {"T": 128}, "plain JAX is faster for rows of 128 tokens"),
         ("tpu", {"segment_ids": None, "positions": None}, "it takes segment_ids"),
         ("tpu", {"C": 8}, "head width 8"),
         ("tpu", {"devices": 4}, "no mesh in context"),

@@ -80,10 +80,10 @@ def test_agrees_with_xla(config, frozen, tied):
         row_tokens=TOKENS,
         tiles=ROWS * TILES,
         frozen=frozen,
-        causal=False,
     )
-    # XLA counts what is no matrix product as well: 2 % here.
-    assert 1 < xla_flops(config, frozen) / counted["total"] < 1.04
+    # Plain attention computes all pairs, not the causal half. XLA counts other work than matrix products too: 2 %.
+    total = counted["total"] + counted["attention"]
+    assert 1 < xla_flops(config, frozen) / total < 1.04
 
 
 def test_pangea_7b_on_paper():

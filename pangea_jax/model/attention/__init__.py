@@ -178,7 +178,7 @@ def _mix(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
     K, S = v.shape[1:3]
     # One product for each key head: XLA's CPU backend takes twice as long for an einsum over five axes.
     q = (q * C**-0.5).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
-    # Sizes are spelled out, since of no rows at all (text alone has no tiles) -1 cannot be inferred.
+    # No -1: it cannot be inferred for an array without rows (text without tiles).
     q = q.reshape(B, K, H // K * T, C)
     logits = jnp.einsum("BKQC,BKCS->BKQS", q, k, preferred_element_type=jnp.float32)
     logits = logits.reshape(B, K, H // K, T, S)

@@ -43,8 +43,8 @@ MAX_REPLICATED = 0.02
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh of the axes `AXES`; one size may be -1, which takes the remaining devices.
 
-    Of several TPU slices each holds whole fsdp x tensor groups: only `data`, which sends every gradient
-    once a step, goes over the data centre network between them. `tensor` stays within a process.
+    Each of several TPU slices holds whole fsdp x tensor groups. Only `data`, which sends every gradient once a step,
+    uses the data centre network between slices. `tensor` stays within a process.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices, `data` does not to the slices, or

@@ -320,7 +320,7 @@ def to_transformers(config: PangeaConfig, dtype: str, tokens: SpecialTokens) -> 
     for name, value in dataclasses.asdict(tokens).items():
         if not 0 <= value < config.language.vocab_size:
             raise ValueError(
-                f"special token {name}={value} lies outside of the vocabulary of "
+                f"special token {name}={value} is outside of the vocabulary of "
                 f"{config.language.vocab_size}; pass tokens=SpecialTokens(...) with the ids of the "
                 "tokenizer"
             )

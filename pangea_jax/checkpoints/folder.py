@@ -43,7 +43,7 @@ def resolve(name_or_path: str | os.PathLike) -> Path:
         return path
     name = str(name_or_path)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise FileNotFoundError(f"there is no folder {name}, and it is no hub name (owner/name)")
+        raise FileNotFoundError(f"there is no folder {name}, and that is no hub name (owner/name)")
     import huggingface_hub
 
     try:
@@ -109,7 +109,7 @@ def _place(weights, name, dtype, sharding) -> jax.Array:
     """One parameter on its devices, each part read by itself."""
     dtype, shape = np.dtype(dtype or weights.dtype(name)), weights.shapes[name]
     if sharding is None:
-        # Nobody else knows the array, so a CPU may keep it instead of copying it.
+        # Nothing else holds the array, so a CPU may use it without a copy.
         whole = weights.read(name, (slice(None),) * len(shape), dtype)
         return jax.device_put(whole, may_alias=True)
     return jax.make_array_from_callback(

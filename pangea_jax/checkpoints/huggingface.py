@@ -128,7 +128,7 @@ def save(
 
 
 def without_adapters(config: PangeaConfig) -> PangeaConfig:
-    """The model that a checkpoint holds, which has no adapters."""
+    """The config without adapters: checkpoints of whole models have none."""
     language = dataclasses.replace(config.language, lora=lora.LoraConfig())
     return dataclasses.replace(config, language=language)
 
@@ -157,7 +157,7 @@ def checked_parts(only: Sequence[str] | None) -> tuple[str, ...]:
     """The parts that `only` names, all by default.
 
     Raises:
-      ValueError: one that there is not.
+      ValueError: an unknown part.
     """
     unknown = set(only or ()) - set(names.PARTS)
     if unknown or isinstance(only, str):
@@ -166,7 +166,7 @@ def checked_parts(only: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _best_layout(files: TensorFiles, shapes, config):
-    """The layout that explains most of the tensors."""
+    """The layout with most of the tensors, and its entries."""
 
     def found(candidate):
         return sum(name in files.names for entry in candidate[1] for name in entry.names)
@@ -190,10 +190,10 @@ def account(
     config: PangeaConfig,
     only: Sequence[str] | None = None,
 ) -> list[names.Entry]:
-    """Where in the files each of our parameters is.
+    """Finds each of our parameters in the files.
 
     Raises:
-      CheckpointError: all that is missing, left over or of another shape, in one message.
+      CheckpointError: everything missing, unexpected or of another shape, in one message.
     """
     layout, entries = _best_layout(files, shapes, config)
     parts = checked_parts(only)
@@ -215,7 +215,7 @@ def account(
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that JAX on a CPU takes over as it is; it copies what does not lie on 64 bytes."""
+    """An array aligned to 64 bytes, which JAX on a CPU uses without a copy."""
     memory = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + memory.size - 64].view(dtype).reshape(shape)

@@ -187,7 +187,7 @@ class Entry:
 
     @property
     def major_axis(self) -> int:
-        """The axis of ours along which a run of whole rows of one of their tensors lies."""
+        """Our axis that corresponds to the rows of one of their tensors."""
         groups, ours = _parse(self.axes)
         return ours.index(groups[0][0]) + self.stacked
 

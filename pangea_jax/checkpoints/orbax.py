@@ -26,7 +26,7 @@ _IN_TRAIN_STATE = ("trainable", "frozen")
 
 @dataclasses.dataclass(frozen=True)
 class Location:
-    """Where the parameters of a folder lie.
+    """The paths of the parameters of a folder.
 
     Attributes:
       arrays: the folder with Orbax's `_METADATA`.

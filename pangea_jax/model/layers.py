@@ -98,7 +98,7 @@ def checkpoint(body, keep: str):
 
 
 def _in_turn(x: Array, kernel: Array) -> tuple[Array, Array]:
-    """Both unchanged; on a CPU the kernel cannot be used before x is there.
+    """Returns both unchanged; on a CPU the kernel is not used before x is computed.
 
     XLA's CPU backend multiplies bfloat16 in float32. Without the barrier it widens the kernels of all layers before
     the first product, which takes twice the model's size in memory.

@@ -52,7 +52,7 @@ class Lora(nnx.Module):
         self.scale = config.alpha / config.rank
 
     def __call__(self, x: Float[Array, "N I"]) -> Float[Array, "N O"]:
-        """What is added to the product of `x` with the kernel."""
+        """The term that is added to the product of `x` with the kernel."""
         return self.scale * ((x @ self.a_ir[...].astype(x.dtype)) @ self.b_ro[...].astype(x.dtype))
 
 

@@ -51,7 +51,7 @@ class Guard:
         self._losses = collections.deque(maxlen=config.window)
 
     def check(self, step: int, metrics: Mapping[str, float], rows: Mapping[str, Any]) -> bool:
-        """Whether the loss of this step is a spike.
+        """Returns whether the loss of this step is a spike.
 
         Args:
           metrics: of `pangea_jax.train.step`, on the host.

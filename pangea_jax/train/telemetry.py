@@ -153,7 +153,7 @@ class Window:
 
 
 class Speed:
-    """How fast the steps since the last log line were.
+    """Speed of the steps since the last log line.
 
     Args:
       timer: its phases "train step" and "data" are the time of a step, without compiling, saving, evaluating.

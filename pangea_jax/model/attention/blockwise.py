@@ -53,7 +53,7 @@ def attention(
 
 @jax.custom_vjp
 def _attention(q, k, v, starts):
-    """Of blocks; queries are scaled, and `starts` [blocks, B, block_q] the index of the first key each sees."""
+    """Attention of split arrays. Queries are scaled; `starts` [blocks, B, block_q] is the first key that each sees."""
     return _attention_fwd(q, k, v, starts)[0]
 
 
@@ -85,7 +85,7 @@ def _attention_bwd(kept, cotangent):
 
     def pull(grads, block):
         i, q, starts, mixed, log_total, cotangent = block
-        # What each weight's gradient is less than its value's: see section 2.3.2 of the paper.
+        # Subtracted from the gradient of every weight in the softmax: "D" in the paper.
         shared = _dot("BKQC,BKQC->BKQ", mixed, cotangent)[..., None]
 
         def body(j, grads):
@@ -117,7 +117,7 @@ def _key_blocks(starts, i, k):
 
 
 def _logits(q, k, starts, i, j):
-    """Of queries [B, K, G * block_q, C] of block i and keys [B, K, block_kv, C] of block j."""
+    """Logits of queries [B, K, G * block_q, C] of block i and keys [B, K, block_kv, C] of block j."""
     (B, size), block_kv = starts.shape, k.shape[2]
     queries, keys = i * size + jnp.arange(size), j * block_kv + jnp.arange(block_kv)
     seen = (keys <= queries[:, None]) & (keys >= starts[:, :, None])

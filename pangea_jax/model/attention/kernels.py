@@ -85,8 +85,8 @@ def obstacle(impl, q: Array, k: Array, packed: bool) -> str | None:
 
 
 def platform() -> str:
-    """Where the code being traced will run: that of the mesh in context, which may be one to compile
-    for ahead of time, else JAX's default."""
+    """The platform that the traced code will run on: that of the mesh in context, which may be for ahead-of-time
+    compilation, else JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
@@ -160,7 +160,7 @@ def _blockwise(q, k, v, segment_ids, *, block_q, block_kv, interpret):
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What a kernel runs on and takes, and its default block sizes.
+    """The platform, limits and default block sizes of a kernel.
 
     Attributes:
       head_widths, dtypes: what it takes; empty means any.

@@ -1,4 +1,4 @@
-"""What the kernels of attention share: which keys a token sees in a packed row, and the names of results."""
+"""Constants and the ranges of segments that the attention kernels share."""
 
 import jax.numpy as jnp
 from jax import lax

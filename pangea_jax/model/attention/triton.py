@@ -64,7 +64,7 @@ def _attention_fwd(q, k, v, starts, ends, blocks):
 
 def _attention_bwd(blocks, kept, cotangent):
     q, k, v, starts, ends, mixed, highest = kept
-    # What each weight's gradient is less than its value's: see section 2.3.2 of the paper.
+    # Subtracted from the gradient of every weight in the softmax: "D" in the paper.
     shared = jnp.einsum("BTHC,BTHC->BHT", mixed, cotangent, preferred_element_type=jnp.float32)
     dq = _backward_q(q, k, v, starts, cotangent, highest, shared, blocks)
     dk, dv = _backward_kv(q, k, v, ends, cotangent, highest, shared, blocks)
@@ -154,7 +154,7 @@ def _call(kernel, name, inputs, outputs, *, grid, interpret, num_warps=4):
 
 
 def _places(size):
-    """Where in the row the program's tokens stand."""
+    """Indices of the program's tokens in the row."""
     return pl.program_id(2) * size + jnp.arange(size)
 
 

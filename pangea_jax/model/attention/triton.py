@@ -127,8 +127,8 @@ def _backward_kv(q, k, v, ends, cotangent, highest, shared, blocks):
 
 
 def _specs(rows, keys, size):
-    """What the program (b, h, i) sees of arrays in heads: of head h of `rows` [B, T, H, C] the tokens of
-    block i, all tokens of the head of `keys` that it shares, its numbers [B, H, T] and edges [B, T]."""
+    """The blocks that program (b, h, i) reads: the tokens of block i of head h of `rows` [B, T, H, C], all tokens of
+    its key head in `keys`, and the numbers [B, H, T] and edges [B, T] of block i."""
     _, T, H, C = rows.shape
     G = H // keys.shape[2]
     return (

@@ -79,7 +79,7 @@ def test_ctrl_c_speaks_of_the_conversion(public, tmp_path, form):
     flags = f"--from={public}", f"--to={tmp_path / 'out'}", f"--format={form}"
     done = run_interrupted("launch/convert.py", "pangea_jax.checkpoints.resolve", flags)
     assert (done.returncode, done.stdout) == (130, "")
-    assert "the same command starts anew" in done.stderr
+    assert "repeat the command" in done.stderr
     assert "trained" not in done.stderr
 
 
@@ -101,7 +101,7 @@ def test_adapters_name_the_model_under_them(tmp_path, flags, base):
     [
         (("--to=x",), "expected --from=DIR|owner/name and --to=DIR"),
         (("--from=nowhere", "--to=x"), "there is no folder nowhere"),
-        (("--from=sample", "--to=x"), "launch/train.py writes one like it"),
+        (("--from=sample", "--to=x"), "launch/train.py writes a model like it"),
         (
             ("--from={public}", "--to=x", "--layout=transformers-5"),
             "--layout is only for --format=hf",

@@ -34,7 +34,6 @@ CLIMBING = {
     ("pangea_jax.generate.engine", "pangea_jax.sample.emoji"),
     ("pangea_jax.checkpoints.folder", "pangea_jax.sample.emoji"),
     # Counts of a data set, which the figure draws.
-    ("pangea_jax.figures.composition", "pangea_jax.curation.statistics"),
     ("pangea_jax.figures.composition", "pangea_jax.curation.accounting"),
 }
 # (importing module, imported module) without which there is no circle, each to be removed.

@@ -25,13 +25,14 @@ part() { # name, most seconds, module and its flags
   fi
 }
 
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 finetune=configs/pangea_7b_finetune.py
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv | tee "$out/device.txt"
 part attention 60 benchmarks.attention
 part decode 120 benchmarks.decode --alone --repetitions=3
 part lora 130 benchmarks.mfu --config=$finetune:lora=16 --steps=5 --config.pipeline.rows=2 --config.accumulation=1
 part finetune 150 benchmarks.mfu --config=$finetune --steps=5 --config.optimizer.name=adafactor \
-  --config.pipeline.rows=2 --config.remat=products
+  --config.pipeline.rows=1 --config.remat=products
 part pretrain 130 benchmarks.mfu --config=configs/pangea_7b_pretrain.py --steps=5 --config.pipeline.rows=4 \
   --config.remat=products
 exit "$failed"

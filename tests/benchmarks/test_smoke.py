@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import attention, curation, decode, full_size, input_pipeline, peer, sample_run
+from configs import pangea_7b_finetune
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,7 +125,7 @@ def test_sample_run(run):
 
 
 def test_the_script_for_a_gpu_is_right():
-    """Each command line in it parses; the script itself needs a GPU."""
+    """The script itself needs a GPU; here its syntax, time limits and config keys are checked."""
     script = ROOT / "benchmarks/on_gpu.sh"
     subprocess.run(["bash", "-n", script], check=True)
     shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent)
@@ -134,6 +136,10 @@ def test_the_script_for_a_gpu_is_right():
         assert f" benchmarks.{module}" in text
     seconds = [int(line.split()[2]) for line in text.splitlines() if line.startswith("part ")]
     assert len(seconds) == 5 and sum(seconds) <= 600
+    config = pangea_7b_finetune.get_config()
+    for key in re.findall(r"--config\.([\w.]+)=", text):
+        part, _, leaf = key.rpartition(".")
+        assert leaf in (config[part] if part else config), key
 
 
 def test_every_benchmark_is_called_here_and_in_the_documentation():

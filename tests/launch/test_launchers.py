@@ -50,9 +50,11 @@ sed -i 1d "$answers"
 [[ $line != fail* ]] || { echo "ERROR: ${line#fail }" >&2 && exit 1; }
 echo "$line"
 """
-# Ends with the next code in `exits`, or waits for SIGTERM where that is "wait".
+# Ends with the next code in `exits`, or waits for a signal where that is "wait", and then takes a moment to save.
 FAKE_TRAIN = f"""#!/bin/bash
-trap 'kill $!; exit {common.EXIT_PREEMPTED}' TERM
+save() {{ kill $!; sleep 0.2; touch "$HOME/saved"; exit "$1"; }}
+trap 'save {common.EXIT_PREEMPTED}' TERM
+trap 'save {common.EXIT_INTERRUPTED}' INT
 echo "$@" >>"$HOME/starts"
 code=$(head -1 "$HOME/exits")
 sed -i 1d "$HOME/exits"
@@ -349,51 +351,35 @@ def test_slurm_starts_one_process_a_gpu():
     assert options["signal"].startswith("TERM@") and "requeue" in options
 
 
+@pytest.fixture
+def node_environment(tmp_path):
+    write_program(tmp_path / "venv/bin/python", FAKE_TRAIN)
+    return os.environ | {"VENV": str(tmp_path / "venv"), "HOME": str(tmp_path)}
+
+
 @pytest.mark.parametrize(
     ("codes", "ends", "starts"),
     [("139 134 0", 0, 3), ("1 0", 1, 1), ("130 0", 130, 1), ("139 139 139 0", 139, 3)],
 )
-def test_a_node_starts_again_after_a_crash_only(codes, ends, starts, tmp_path):
-    (tmp_path / "codes").write_text("\n".join(codes.split()))
-    write_program(
-        tmp_path / "venv" / "bin" / "python",
-        f'#!/bin/bash\necho "$@" >>{tmp_path}/calls\ncode=$(head -1 {tmp_path}/codes)\n'
-        f"sed -i 1d {tmp_path}/codes\nexit $code\n",
-    )
-    run = subprocess.run(
-        [NODE, "--restarts=2", "--config=configs/sample.py"],
-        env=os.environ | {"VENV": str(tmp_path / "venv")},
-        capture_output=True,
-        text=True,
-    )
+def test_a_node_starts_again_only_after_a_crash(codes, ends, starts, node_environment, tmp_path):
+    (tmp_path / "exits").write_text("\n".join(codes.split()))
+    run = subprocess.run([NODE, "--restarts=2", *FLAGS], env=node_environment, capture_output=True)
     assert run.returncode == ends
-    called = (tmp_path / "calls").read_text().splitlines()
-    assert called == ["launch/train.py --config=configs/sample.py"] * starts
+    called = (tmp_path / "starts").read_text().splitlines()
+    assert called == [f"launch/train.py {' '.join(FLAGS)}"] * starts
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_training_on_a_node_is_told_to_stop_and_waited_for(sent, code, tmp_path):
-    write_program(
-        tmp_path / "venv" / "bin" / "python",
-        f"#!{sys.executable}\nimport pathlib, signal, sys, time\n"
-        f"def save(number, frame):\n    time.sleep(0.5)\n    pathlib.Path('{tmp_path}/saved').touch()\n"
-        "    sys.exit(128 + {signal.SIGTERM: 15, signal.SIGINT: 2}[number])\n"
-        "for one in (signal.SIGTERM, signal.SIGINT):\n    signal.signal(one, save)\n"
-        f"pathlib.Path('{tmp_path}/begun').touch()\ntime.sleep(60)\n",
-    )
-    environment = os.environ | {"VENV": str(tmp_path / "venv")}
+def test_a_node_passes_signals_on_and_waits(sent, code, node_environment, tmp_path):
+    (tmp_path / "exits").write_text("wait\n")
 
-    def as_in_a_terminal():  # a shell's background jobs ignore it, and so would the script
+    def as_in_a_terminal():  # a shell's background jobs ignore SIGINT, and so would the script
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    with subprocess.Popen(
-        [NODE, *FLAGS],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        preexec_fn=as_in_a_terminal,
-    ) as node:
+    command = [NODE, *FLAGS]
+    with subprocess.Popen(command, env=node_environment, preexec_fn=as_in_a_terminal) as node:
         deadline = time.monotonic() + 30
-        while not (tmp_path / "begun").exists():
+        while not (tmp_path / "starts").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         node.send_signal(sent)  # to the script alone, as `kill` and `docker stop` do

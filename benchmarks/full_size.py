@@ -17,12 +17,14 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
+import psutil
 from PIL import Image
 
 import pangea_jax
@@ -173,8 +175,18 @@ class Numbers:
         return "".join(f"{id} " for id in ids)
 
 
-def answer(folder: Path):
+def end_above_limit():
+    """Ends this process when it takes more than `MAX_GIB`, before the machine runs out of memory."""
+    me = psutil.Process()
+    while me.memory_info().rss < MAX_GIB * 2**30:
+        time.sleep(0.1)
+    print(f"ended: more than {MAX_GIB} GiB of memory", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def forward(folder: Path):
     """Loads the model and answers a short question about a picture, twice; the second time compiled."""
+    threading.Thread(target=end_above_limit, daemon=True).start()
     clock = time.perf_counter()
     pangea = pangea_jax.load(folder)
     jax.block_until_ready(jax.live_arrays())
@@ -200,26 +212,9 @@ def answer(folder: Path):
         )
 
 
-def forward(folder: Path):
-    """`answer` in a process that is ended before it takes more than `MAX_GIB`."""
-    command = [sys.executable, "-m", "benchmarks.full_size", "answer", f"--folder={folder}"]
-    process = subprocess.Popen(command, cwd=peer.ROOT)
-    pages = Path(f"/proc/{process.pid}/statm")
-    while process.poll() is None:
-        resident = int((pages.read_text().split() or [0, 0])[1]) * os.sysconf("SC_PAGE_SIZE")
-        if resident > MAX_GIB * 2**30:
-            process.kill()
-            sys.exit(f"ended: more than {MAX_GIB} GiB of memory")
-        time.sleep(0.1)
-    sys.exit(process.returncode)
-
-
 def main():
     parser = peer.parser(__doc__)
-    phases = {"convert": convert, "forward": forward, "answer": answer}
-    parser.add_argument(
-        "phase", choices=("write", *phases), help="`answer` is `forward` without its limit"
-    )
+    parser.add_argument("phase", choices=("write", "convert", "forward"))
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint lies")
     parser.add_argument("--layers", type=int, default=28, help="of the decoder (write)")
     args = parser.parse_args()
@@ -228,8 +223,10 @@ def main():
     if args.phase == "write":
         language = dataclasses.replace(config.language, layers=args.layers)
         write(folder, dataclasses.replace(config, language=language))
+    elif args.phase == "convert":
+        convert(folder)
     else:
-        phases[args.phase](folder)
+        forward(folder)
 
 
 if __name__ == "__main__":

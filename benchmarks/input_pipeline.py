@@ -19,6 +19,7 @@ The peer needs --tokenizer.
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -161,39 +162,34 @@ class Collate:
     """Texts and pictures to the inputs of LlavaNextForConditionalGeneration."""
 
     def __init__(self, tokenizer_folder: str):
-        self._folder, self._processor = tokenizer_folder, None
+        self._folder = tokenizer_folder
+
+    @functools.cached_property
+    def _processor(self):
+        """Made in the worker. As saved with Pangea-7B-hf: canvases as (height, width), crops of 336."""
+        import torch
+        import transformers
+
+        torch.set_num_threads(1)
+        transformers.logging.set_verbosity_error()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        pictures = transformers.LlavaNextImageProcessor(
+            image_grid_pinpoints=[[height, width] for width, height in PINPOINTS],
+            size={"shortest_edge": TILE},
+            crop_size={"height": TILE, "width": TILE},
+        )
+        settings = dict(patch_size=14, vision_feature_select_strategy="default")
+        return transformers.LlavaNextProcessor(
+            pictures, tokenizer, num_additional_image_tokens=1, **settings
+        )
 
     def __call__(self, items):
-        if self._processor is None:
-            self._processor = peer_processor(self._folder)
         texts, pictures = zip(*items, strict=True)
         flat = [picture for some in pictures for picture in some]
         return self._processor(
             text=list(texts), images=flat or None, padding=True, return_tensors="pt"
         )
-
-
-def peer_processor(folder: str):
-    import torch
-    import transformers
-
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    # As saved with Pangea-7B-hf: canvases as (height, width), crops of 336.
-    images = transformers.LlavaNextImageProcessor(
-        image_grid_pinpoints=[[height, width] for width, height in PINPOINTS],
-        size={"shortest_edge": TILE},
-        crop_size={"height": TILE, "width": TILE},
-    )
-    return transformers.LlavaNextProcessor(
-        images,
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
 
 
 def peer_feed(data: Data, tokenizer_folder: str, workers: int):

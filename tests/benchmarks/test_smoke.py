@@ -113,10 +113,8 @@ def test_full_size(tiny_config, emoji_tokenizer, tmp_path, capfd):
     full_size.write(folder, dataclasses.replace(tiny_config, language=language))
     full_size.convert(folder)
     assert "every tensor byte-equal" in capfd.readouterr().out
-    with pytest.raises(SystemExit) as ended:
-        full_size.forward(folder)
-    said = capfd.readouterr().out
-    assert ended.value.code == 0 and "compiled: first token after" in said
+    full_size.forward(folder)
+    assert "compiled: first token after" in capfd.readouterr().out
 
 
 def test_sample_run(run):

@@ -57,11 +57,6 @@ def alone(runs, tmp_path_factory):
     return workdir
 
 
-def test_three_kills(runs, alone, tmp_path):
-    kill_and_go_on(runs, tmp_path / "run", kills=3, steps=100, seed=0)
-    assert_equal(runs, tmp_path / "run", alone, 100)
-
-
 @pytest.mark.slow
 def test_ten_kills(runs, tmp_path):
     runs.finish(tmp_path / "alone", steps=200)

@@ -14,11 +14,9 @@ Every part runs in a process of its own; memory is that process's peak, with wha
 per second of processor time, so that a busy machine does not change them.
 """
 
-import argparse
 import io
 import json
 import multiprocessing
-import platform
 import random
 import resource
 import sys
@@ -157,7 +155,7 @@ def texts(count: int) -> list[tuple[str, ...]]:
 
 
 def rensa(count: int) -> list[tuple[str, ...]]:
-    from rensa import RMinHashDeduplicator
+    from rensa import RMinHashDeduplicator  # optional, as datasketch below
 
     with Clock() as clock:
         index = RMinHashDeduplicator(near_duplicates.MIN_TEXT_SIMILARITY, 128, True)
@@ -223,9 +221,9 @@ def line(name: str, count: int, unit: str, clock: Clock, note: str) -> tuple[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from benchmarks import peer  # brings JAX, whose memory would be in that of every part
+
+    parser = peer.parser(__doc__)
     parts = {"filters": filters, "pictures": pictures, "texts": texts, "overlap": overlap}
     parser.add_argument("--only", choices=parts, help="one part alone")
     parser.add_argument("--rows", type=int, default=20_000, help="rows for the filters")
@@ -233,7 +231,7 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="the libraries' own indexes, too")
     arguments = parser.parse_args()
     console = Console(width=max(140, Console().width), soft_wrap=True)
-    console.print(f"{platform.machine()}, {_processor()}, Python {platform.python_version()}")
+    console.print(peer.machine())
     table = Table("part", "of", "per processor second", "wall", "peak memory", "")
     # Not forked: the peak of a child would begin at its parent's.
     context = multiprocessing.get_context("spawn")
@@ -246,12 +244,6 @@ def main() -> None:
             for row in pool.apply(part, (count,)):
                 table.add_row(*row)
     console.print(table)
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Decoding beside transformers' `generate`: same CPU, same weights, same prompt, in turn in one process.
 
     python -m benchmarks.decode [--repetitions=7]
+    python -m benchmarks.decode --alone              # the 7B on a GPU or TPU, without transformers
 
 A 50M-parameter model in float32 (`benchmarks/peer.py`), a 640x480 picture and 32 words a row, 64 greedy tokens from a
 KV cache. The time is that of generating 64 tokens less that of generating one. Prints tokens a second, the ratio, and
-the bytes of weights read a second beside what one vector times a large matrix reads here.
+the bytes of weights read a second beside what one vector times a large matrix reads here. `--alone` decodes with
+random weights of the full size in bfloat16, for 1, 8 and 32 rows.
 """
 
 import functools
@@ -17,17 +19,15 @@ from flax import nnx
 
 from benchmarks import peer
 from pangea_jax.generate.decode import complete, last_hidden
+from pangea_jax.model import Pangea, PangeaConfig
 
 WORDS, NEW = 32, 64
 NO_STOP = -1
 DECODER = re.compile(r"language_model|lm_head")
 
 
-def generate_pair(ours, theirs, rows: int):
-    """Functions of the number of new tokens; both return the tokens."""
-    import torch
-
-    batch, inputs = peer.make_inputs(rows, WORDS)
+def make_generate(ours):
+    """A function of a batch and the number of new tokens; it returns the tokens."""
     graphdef, state = nnx.split(ours)
 
     @functools.partial(jax.jit, static_argnums=2)
@@ -38,6 +38,16 @@ def generate_pair(ours, theirs, rows: int):
         stop_ids = jnp.array([NO_STOP])
         return complete(model, last, lengths, cache, max_new_tokens=new, stop_ids=stop_ids)
 
+    return functools.partial(generate, state)
+
+
+def generate_pair(ours, theirs, rows: int):
+    """Functions of the number of new tokens; both return the tokens."""
+    import torch
+
+    batch, inputs = peer.make_inputs(rows, WORDS)
+    generate = make_generate(ours)
+
     @torch.no_grad()
     def reference(new):
         out = theirs.generate(
@@ -45,7 +55,7 @@ def generate_pair(ours, theirs, rows: int):
         )
         return out[:, -new:].numpy()
 
-    return lambda new: generate(state, batch, new), reference
+    return lambda new: generate(batch, new), reference
 
 
 def measure(generate, reference, repetitions: int) -> peer.Times:
@@ -59,12 +69,55 @@ def measure(generate, reference, repetitions: int) -> peer.Times:
     )
 
 
+def alone(config: PangeaConfig, repetitions: int, rows=(1, 8, 32), words: int = 512) -> None:
+    """Decodes after prompts of random words with random weights, and prints a line for each number of rows."""
+
+    @nnx.jit
+    def make():
+        model = Pangea(config, rngs=nnx.Rngs(0))
+        nnx.update(model, jax.tree.map(lambda x: x.astype(config.dtype), nnx.state(model)))
+        return model
+
+    model = make()
+    decoder = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model.language)))
+    embedding = (
+        config.language.vocab_size * config.language.width * jnp.dtype(config.dtype).itemsize
+    )
+    read = decoder if config.language.tied_head else decoder - embedding
+    generate = make_generate(model)
+    print(f"{jax.devices()[0].device_kind}, {read / 1e9:.2f} GB of weights, {words} words a row")
+    for count in rows:
+        shape, image = (count, words), config.vision.image_size
+        batch = {
+            "tokens": np.random.default_rng(0).integers(
+                0, config.language.vocab_size, shape, np.int32
+            ),
+            "image_index": np.full(shape, -1, np.int32),
+            "positions": np.tile(np.arange(words, dtype=np.int32), (count, 1)),
+            "segment_ids": np.ones(shape, np.int32),
+            "tiles": np.zeros((count, 0, image, image, 3), np.uint8),
+        }
+        calls = {new: functools.partial(generate, batch, new) for new in (1, NEW)}
+        times = peer.alternate(calls, repetitions)
+        first, whole = (np.median(times[new][:, 0]) for new in (1, NEW))
+        token = (whole - first) / (NEW - 1)
+        print(
+            f"{count:3} rows: {1e3 * token:.2f} ms a token, {count / token:,.0f} tokens/s, "
+            f"weights read at {read / token / 1e9:,.0f} GB/s",
+            flush=True,
+        )
+
+
 def main():
-    args = peer.arguments(__doc__, repetitions=7)
+    parser = peer.parser(__doc__, repetitions=7)
+    parser.add_argument("--alone", action="store_true", help="the 7B, without transformers")
+    args = parser.parse_args()
+    if args.alone:
+        return alone(PangeaConfig(dtype="bfloat16"), args.repetitions)
     ours, theirs = peer.make_pair()
     # As `pangea_jax.load` does on a CPU.
     ours.language.unstack()
-    print(peer.machine())
+    print(peer.machine("torch", "transformers"))
     reached = {}
     for rows in (1, 8):
         times = measure(*generate_pair(ours, theirs, rows), args.repetitions)

@@ -12,16 +12,12 @@ it takes to compile, then again without; prints documents a second, whether the 
 arithmetic alone would take at the rate of a large matrix product. Five minutes on two cores.
 """
 
-import argparse
 import dataclasses
-import os
 import tempfile
 import time
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from PIL import Image
 
 from benchmarks import peer
@@ -30,11 +26,9 @@ from eval.bench.models import Request
 from eval.bench.responses import in_order
 from eval.bench.task import Document, Generation, Prompt
 from eval.bench.tasks import ALL_TASKS
-from pangea_jax import checkpoints
+from pangea_jax.checkpoints import SpecialTokens
 from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.generate.engine import Engine
-from pangea_jax.model import Pangea
-from pangea_jax.model.vision import normalize
 from pangea_jax.sample import emoji
 
 WORDS = ("paka", "mbwa", "nyumba", "what", "river", "the", "over", "kalamu", "mountain", "chakula")
@@ -42,29 +36,17 @@ WORDS = ("paka", "mbwa", "nyumba", "what", "river", "the", "over", "kalamu", "mo
 
 def make_pair():
     """Our engine, and transformers' model with the weights that ours saved."""
-    import torch
-    import transformers
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     tokenizer = load_tokenizer(emoji.DIRECTORY)
     language = dataclasses.replace(peer.CONFIG.language, vocab_size=tokenizer.vocab_size)
     config = dataclasses.replace(peer.CONFIG, language=language)
-    model = nnx.jit(lambda: Pangea(config, rngs=nnx.Rngs(0)))()
-    with tempfile.TemporaryDirectory() as folder:
-        pad = tokenizer.pad_id
-        tokens = checkpoints.SpecialTokens(image=tokenizer.image_id, end=pad, pad=pad)
-        checkpoints.save(model, config, folder, tokens=tokens)
-        theirs = transformers.LlavaNextForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32
-        )
+    pad = tokenizer.pad_id
+    model, theirs = peer.make_pair(config, SpecialTokens(tokenizer.image_id, end=pad, pad=pad))
     model.language.unstack()  # as `pangea_jax.load` does on a CPU
-    return Engine(model, tokenizer, rounding="transformers"), theirs.eval()
+    return Engine(model, tokenizer, rounding="transformers"), theirs
 
 
 class Endless:
-    """An engine whose answers are not ended by a token, so that both sides do the same work."""
+    """An engine in which no token ends an answer, so that both sides do the same work."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
@@ -97,7 +79,7 @@ def make_requests(documents: int, questions: int, new_tokens: int, folder: Path)
 
 
 def one_by_one(engine: Engine, theirs, requests: list[Request], new_tokens: int) -> dict[str, str]:
-    """The plain loop."""
+    """Answers by document id, of transformers' `generate`, one document after the other."""
     import torch
 
     answers = {}
@@ -106,8 +88,7 @@ def one_by_one(engine: Engine, theirs, requests: list[Request], new_tokens: int)
         ids = torch.tensor(prompt.tokens[None], dtype=torch.long)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if request.images:
-            pixels = np.asarray(normalize(jnp.asarray(prompt.tiles))).transpose(0, 3, 1, 2)
-            inputs["pixel_values"] = torch.tensor(pixels[None])
+            inputs["pixel_values"] = peer.their_pixels(prompt.tiles[None])
             inputs["image_sizes"] = torch.tensor([Image.open(request.images[0]).size[::-1]])
         with torch.no_grad():
             out = theirs.generate(
@@ -122,9 +103,9 @@ def one_by_one(engine: Engine, theirs, requests: list[Request], new_tokens: int)
 
 
 def least_seconds(engine: Engine, requests: list[Request], new_tokens: int) -> tuple[float, float]:
-    """What reading every prompt whole, and what choosing the tokens, takes at the rate of a large product.
+    """Seconds to read every prompt whole and to choose the new tokens, at the rate of a large product.
 
-    No row is padded, and no token waits for weights or caches to be read.
+    Nothing is padded, and no token waits until weights or caches are read.
     """
     language = engine.config.language
     reading = choosing = 0.0
@@ -132,7 +113,7 @@ def least_seconds(engine: Engine, requests: list[Request], new_tokens: int) -> t
         prompt = _read(engine, request, new_tokens)
         T, N = len(prompt.tokens), len(prompt.tiles)
         reading += peer.forward_flops(engine.config, 1, T, N, 1)
-        # A token more: the decoder on one token, whose queries see all before it.
+        # One more token: the decoder on that token, whose queries see all tokens before it.
         one = peer.forward_flops(engine.config, 1, 1, 0, 1)
         seen = T + new_tokens / 2
         attention = 4 * language.layers * language.heads * language.head_width * seen
@@ -148,16 +129,14 @@ def _read(engine: Engine, request: Request, new_tokens: int):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = peer.parser(__doc__)
     parser.add_argument("--documents", type=int, default=72)
     parser.add_argument("--questions", type=int, default=8, help="about one picture")
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--batch_size", default="auto")
     args = parser.parse_args()
     engine, theirs = make_pair()
-    print(peer.machine())
+    print(peer.machine("torch", "transformers"))
     rows = None if args.batch_size == "auto" else int(args.batch_size)
     model = CheckpointModel(Endless(engine), "ours", batch_size=rows)
     with tempfile.TemporaryDirectory() as folder:

@@ -7,23 +7,14 @@ prefill ends with the last token's logits and the KV cache; the train step is fo
 all parameters. Prints the ratio of time, the operations a second, and what a large matrix product reaches here.
 """
 
-import dataclasses
-
 import jax
 import numpy as np
-import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from benchmarks import peer
 from pangea_jax.generate.decode import last_hidden
 from pangea_jax.model import params as model_params
-from pangea_jax.sharding import make_mesh
-from pangea_jax.train.state import TrainState
-from pangea_jax.train.step import make_train_step
 
 WORDS, TRAINED, TRAIN_ROWS = 32, 16, 4
-LEARNING_RATE = 1e-5
 
 
 def prefill_pair(ours, theirs):
@@ -47,7 +38,7 @@ def prefill_pair(ours, theirs):
 
 
 def train_pair(ours, theirs):
-    """Functions that take one optimiser step; both return the loss before it."""
+    """Functions that take one optimiser step and return the loss before it, and the tokens of a row."""
     import torch
 
     batch, inputs = peer.make_inputs(TRAIN_ROWS, WORDS)
@@ -55,58 +46,27 @@ def train_pair(ours, theirs):
     batch["targets"] = np.roll(tokens, -1, axis=1)
     batch["weights"] = np.zeros(tokens.shape, np.float32)
     batch["weights"][:, -1 - TRAINED : -1] = 1
-    # A loop over layers copies what it keeps for the backward pass; on a CPU it is better unrolled.
-    ours.config = unrolled = dataclasses.replace(
-        ours.config,
-        vision=dataclasses.replace(ours.config.vision, scan_unroll=ours.config.vision.used_layers),
-        language=dataclasses.replace(ours.config.language, scan_unroll=ours.config.language.layers),
-    )
-    ours.vision.config, ours.language.config = unrolled.vision, unrolled.language
-    graphdef, params = model_params.split(ours)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE))
-    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    copied = jax.tree.map(jax.numpy.copy, params)
-    state = TrainState(jax.numpy.int32(0), copied, {}, optimizer.init(copied))
-    everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), state)
-    step = make_train_step(graphdef, optimizer, everywhere, mesh, max_targets=TRAINED)
-    states = [jax.device_put(state, everywhere)]
-
-    def train():
-        states[0], metrics = step(states[0], batch)
-        return jax.block_until_ready((metrics["loss"], states[0]))[0]
-
-    labels = torch.full(inputs["input_ids"].shape, -100)
-    labels[:, -TRAINED:] = inputs["input_ids"][:, -TRAINED:]
-    theirs.train()
-    their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
-
-    def reference():
-        their_optimizer.zero_grad(set_to_none=True)
-        loss = theirs(**inputs, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        their_optimizer.step()
-        return loss.item()
-
-    return train, reference, len(tokens[0])
+    inputs["labels"] = torch.full(inputs["input_ids"].shape, -100)
+    inputs["labels"][:, -TRAINED:] = inputs["input_ids"][:, -TRAINED:]
+    return peer.our_steps(ours, [batch]), peer.their_steps(theirs, [inputs]), len(tokens[0])
 
 
 def main():
-    args = peer.arguments(__doc__, repetitions=9)
+    repetitions = peer.parser(__doc__, repetitions=9).parse_args().repetitions
     ours, theirs = peer.make_pair()
     total = sum(parameter.numel() for parameter in theirs.parameters())
-    print(peer.machine())
+    print(peer.machine("torch", "transformers"))
     print(f"{total / 1e6:.1f}M parameters, float32, picture {peer.PICTURE}, {WORDS} words a row")
 
     prefill, reference = prefill_pair(ours, theirs)
     difference = np.abs(np.asarray(prefill()) - reference()).max()
     print(f"largest difference of a logit {difference:.1e}")
-    prefill_times = peer.in_turn(prefill, reference, args.repetitions)
+    prefill_times = peer.in_turn(prefill, reference, repetitions)
     print(prefill_times.report("prefill, 1 row"))
 
     train, reference, tokens = train_pair(ours, theirs)
     print(f"loss {float(train()):.6f}, transformers {reference():.6f}")
-    train_times = peer.in_turn(train, reference, args.repetitions)
+    train_times = peer.in_turn(train, reference, repetitions)
     print(train_times.report(f"train step, {TRAIN_ROWS} rows"))
 
     peak = peer.matmul_flops()

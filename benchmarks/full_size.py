@@ -5,39 +5,41 @@
     python -m benchmarks.full_size forward --folder=/data/full      # a picture, a question, 8 new tokens
 
 `convert` needs three times the checkpoint's size of free disk in all (two at a time beside the first) and less than
-6 GiB of memory, `forward` about 20 GiB and JAX 0.12 (earlier ones widen all weights to float32 on a CPU). `--layers`
-makes a smaller model to try the script on.
+6 GiB of memory. `forward` needs about 20 GiB and JAX 0.12 (earlier versions widen all weights to float32 on a CPU).
+`--layers` makes a smaller model to try the script on.
 """
 
-import argparse
 import dataclasses
 import json
 import math
 import os
-import platform
 import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-
+import jax
 import ml_dtypes
 import numpy as np
+import psutil
+from PIL import Image
+
+import pangea_jax
+from benchmarks import peer
+from pangea_jax.checkpoints import SpecialTokens, files, huggingface, names
+from pangea_jax.checkpoints import config as config_file
+from pangea_jax.data.tokenizer import load_tokenizer
+from pangea_jax.model import PangeaConfig
+from pangea_jax.sample import emoji
+from pangea_jax.work.atomic import write_json
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 BLOCK = 2**25
 IMAGE, NEW_TOKENS = (640, 480), 8
 MAX_GIB = 22
-
-
-def config_of(layers: int):
-    from pangea_jax.model import PangeaConfig
-
-    config = PangeaConfig()
-    return dataclasses.replace(config, language=dataclasses.replace(config.language, layers=layers))
 
 
 def random_block(random: np.random.Generator, size: int, exponent: int) -> np.ndarray:
@@ -49,8 +51,6 @@ def random_block(random: np.random.Generator, size: int, exponent: int) -> np.nd
 
 def planned(name: str, shape: tuple[int, ...], random):
     """Weights at the scale of their fan-in, norms at one, everything else small."""
-    from pangea_jax.checkpoints.files import Planned
-
     size = math.prod(shape)
     if "norm" in name and name.endswith("weight"):
         parts = (lambda: np.ones(size, BFLOAT16),)
@@ -60,18 +60,11 @@ def planned(name: str, shape: tuple[int, ...], random):
         exponent = 2 * (math.floor(math.log2(fan_in**-0.5)) // 2) - 1
         sizes = [min(BLOCK, size - start) for start in range(0, size, BLOCK)]
         parts = tuple(lambda n=n: random_block(random, n, exponent) for n in sizes)
-    return Planned(name, shape, BFLOAT16, parts)
+    return files.Planned(name, shape, BFLOAT16, parts)
 
 
-def write(folder: Path, layers: int):
+def write(folder: Path, config: PangeaConfig):
     """A random checkpoint in the layout of neulab/Pangea-7B-hf."""
-    from pangea_jax.checkpoints import SpecialTokens, files, huggingface, names
-    from pangea_jax.checkpoints import config as config_file
-    from pangea_jax.data.tokenizer import load_tokenizer
-    from pangea_jax.sample import emoji
-    from pangea_jax.work.atomic import write_json
-
-    config = config_of(layers)
     layout = names.LAYOUTS["transformers-4"]
     entries = names.entries(huggingface.shapes_of(config), config, layout)
     random = np.random.Generator(np.random.SFC64(0))
@@ -104,7 +97,7 @@ def forget(folder: Path):
 
 
 def copy(source: Path, target: Path):
-    """What the conversions are compared with: the same files, read and written, on disk at the end."""
+    """Reads and writes the same files and waits for the disk; the conversions are compared with it."""
     target.mkdir(parents=True)
     for file in source.iterdir():
         with open(file, "rb") as reader, open(target / file.name, "wb") as writer:
@@ -121,7 +114,7 @@ def timed(name: str, source: Path, target: Path, command: list[str] | None) -> d
     if command is None:
         copy(source, target)
     else:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+        process = subprocess.Popen([sys.executable, *command], cwd=peer.ROOT)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit(f"{' '.join(command)} failed")
@@ -135,9 +128,7 @@ def timed(name: str, source: Path, target: Path, command: list[str] | None) -> d
 
 def differing(first: Path, second: Path) -> list[str]:
     """Names of tensors that are not byte-equal, read block by block."""
-    from pangea_jax.checkpoints.files import TensorFiles
-
-    one, two = TensorFiles(first), TensorFiles(second)
+    one, two = files.TensorFiles(first), files.TensorFiles(second)
     wrong = sorted(one.names ^ two.names)
     for name in sorted(one.names & two.names):
         a, b = one.tensor(name), two.tensor(name)
@@ -172,7 +163,7 @@ def convert(folder: Path):
 
 
 class Numbers:
-    """A tokenizer that decodes to numbers: most ids that random weights choose are no words."""
+    """A tokenizer that decodes ids to numbers, since random weights choose ids that are no words."""
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
@@ -184,16 +175,21 @@ class Numbers:
         return "".join(f"{id} " for id in ids)
 
 
-def answer(folder: Path):
+def end_above_limit():
+    """Ends this process when it takes more than `MAX_GIB`, before the machine runs out of memory."""
+    me = psutil.Process()
+    while me.memory_info().rss < MAX_GIB * 2**30:
+        time.sleep(0.1)
+    print(f"ended: more than {MAX_GIB} GiB of memory", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def forward(folder: Path):
     """Loads the model and answers a short question about a picture, twice; the second time compiled."""
-    import jax
-    from PIL import Image
-
-    import pangea_jax
-
+    threading.Thread(target=end_above_limit, daemon=True).start()
     clock = time.perf_counter()
     pangea = pangea_jax.load(folder)
-    jax.block_until_ready(pangea._params)
+    jax.block_until_ready(jax.live_arrays())
     pangea.tokenizer = Numbers(pangea.tokenizer)
     print(f"jax {jax.__version__}: loaded in {time.perf_counter() - clock:.0f} s", flush=True)
     pixels = np.random.default_rng(0).integers(0, 256, (*IMAGE[::-1], 3), np.uint8)
@@ -216,31 +212,21 @@ def answer(folder: Path):
         )
 
 
-def forward(folder: Path):
-    """`answer` in a process that is ended before it takes more than `MAX_GIB`."""
-    process = subprocess.Popen([sys.executable, __file__, "answer", f"--folder={folder}"])
-    pages = Path(f"/proc/{process.pid}/statm")
-    while process.poll() is None:
-        resident = int((pages.read_text().split() or [0, 0])[1]) * os.sysconf("SC_PAGE_SIZE")
-        if resident > MAX_GIB * 2**30:
-            process.kill()
-            sys.exit(f"ended: more than {MAX_GIB} GiB of memory")
-        time.sleep(0.1)
-    sys.exit(process.returncode)
-
-
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    phases = {"write": write, "convert": convert, "forward": forward, "answer": answer}
-    parser.add_argument("phase", choices=phases, help="`answer` is `forward` without its limit")
+    parser = peer.parser(__doc__)
+    parser.add_argument("phase", choices=("write", "convert", "forward"))
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint lies")
     parser.add_argument("--layers", type=int, default=28, help="of the decoder (write)")
     args = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    more = {"layers": args.layers} if args.phase == "write" else {}
-    phases[args.phase](args.folder.absolute(), **more)
+    print(peer.machine())
+    folder, config = args.folder.absolute(), PangeaConfig()
+    if args.phase == "write":
+        language = dataclasses.replace(config.language, layers=args.layers)
+        write(folder, dataclasses.replace(config, language=language))
+    elif args.phase == "convert":
+        convert(folder)
+    else:
+        forward(folder)
 
 
 if __name__ == "__main__":

@@ -12,20 +12,20 @@ Three parts, or one of them with --only=speed|packing|memory:
               length-grouped padding (the sampler of LLaVA-NeXT, which groups by number of words).
     memory    resident memory of this process and its workers over 10,000 examples.
 
---store is a store as `launch/build_data.py pangeains` makes it, repeated as often as the time allows. Without it
-pictures and texts are generated: JPEG photographs of smooth noise between 300 and 1,200 pixels a side.
+--store is a store that `launch/build_data.py pangeains` made. Its records are repeated as often as the time allows.
+Without it pictures and texts are generated: JPEG photographs of smooth noise between 300 and 1,200 pixels a side.
+The peer needs --tokenizer.
 """
 
-import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
-import os
-import platform
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,38 +34,60 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import peer
 from configs import pangea_7b_finetune
-from pangea_jax.data import pipeline
+from pangea_jax import anyres
+from pangea_jax.data import image, pipeline
 from pangea_jax.data.build.write_store import Picture, write_store
 from pangea_jax.data.packing import plan_rows
 from pangea_jax.data.record import Conversation, Turn
 from pangea_jax.data.store import RecordStore
-from pangea_jax.data.tokenizer import load_tokenizer
+from pangea_jax.data.tokenizer import Tokenizer, load_tokenizer
 from pangea_jax.model import PINPOINTS
 from pangea_jax.sample import emoji
 
 TILE, GRID = 336, 24
-PEER_BATCH = 4
-_TURNS = 4
+PEER_BATCH, TURNS, MANY = 4, 4, 500_000
 # As Pangea is fine-tuned, in batches that a laptop holds.
 FEED = pipeline.PipelineConfig(
     **{**pangea_7b_finetune.get_config().pipeline, "rows": 2, "row_tiles": 20, "threads": 1}
 )
 
 
-class Repeated:
-    """Some records again and again, up to `length`."""
+class Data:
+    """The records that every part reads, and what the pipeline needs to render them.
 
-    def __init__(self, source, length: int):
-        self._source, self._length = source, length
+    The one place that calls the data pipeline.
+    """
 
-    def __len__(self) -> int:
-        return self._length
+    def __init__(self, store: RecordStore, tokenizer: Tokenizer):
+        self.store, self.tokenizer = store, tokenizer
+        self.source = self.repeated(len(store.index))
+        self.views = pipeline.Views(store, PINPOINTS, TILE, GRID, background=None)
+        self.sizes = self.measure(self.source)
 
-    def __getitem__(self, i: int) -> Conversation:
-        if not 0 <= i < self._length:
-            raise IndexError(i)
-        return self._source[i % len(self._source)]
+    def measure(self, records: Sequence[Conversation], config=FEED) -> np.ndarray:
+        """Tokens, tiles and targets of each record [n, 3]."""
+        return pipeline.measure(records, self.tokenizer, self.views, config)
+
+    def repeated(self, length: int) -> pipeline.RowSource:
+        """The records again and again, up to `length`."""
+        return pipeline.RowSource(self.store, np.arange(length) % len(self.store.index))
+
+    def feed(self, length: int, workers: int):
+        """Batches of `length` examples."""
+        return pipeline.train_dataset(
+            self.repeated(length),
+            self.tokenizer,
+            self.views,
+            dataclasses.replace(FEED, workers=workers),
+            seed=0,
+            sizes=np.resize(self.sizes, (length, 3)),
+        )
+
+
+def examples_in(batch) -> int:
+    return int(batch["segment_ids"].max(axis=1).sum())
 
 
 def generated_store(directory: Path) -> RecordStore:
@@ -93,21 +115,6 @@ def generated_store(directory: Path) -> RecordStore:
     return RecordStore(directory)
 
 
-def repeated_sizes(sizes: np.ndarray, length: int) -> np.ndarray:
-    return np.resize(sizes, (length, 3))
-
-
-def make_feed(source, views, tokenizer, sizes, length, config):
-    return pipeline.train_dataset(
-        Repeated(source, length),
-        tokenizer,
-        views,
-        config,
-        seed=0,
-        sizes=repeated_sizes(sizes, length),
-    )
-
-
 class Meter:
     """Examples/s and CPU time of an iterator, over several turns."""
 
@@ -129,17 +136,15 @@ class Meter:
         return self.examples / self.seconds
 
     def __str__(self) -> str:
-        return (
-            f"{self.rate:.1f} examples/s, {1e3 * self.cpu / self.examples:.0f} ms of CPU each in this "
-            "process"
-        )
+        cpu = 1e3 * self.cpu / self.examples
+        return f"{self.rate:.1f} examples/s, {cpu:.0f} ms of CPU each in this process"
 
 
 class PeerData:
-    """Records as torch's DataLoader wants them: read in the worker, in the order of ours."""
+    """Records as torch's DataLoader takes them: the worker reads them, in the order of our pipeline."""
 
-    def __init__(self, source, store, length):
-        self._source, self._store = Repeated(source, length), store
+    def __init__(self, data: Data):
+        self._source, self._store = data.repeated(MANY), data.store
 
     def __len__(self):
         return len(self._source)
@@ -154,17 +159,32 @@ class PeerData:
 
 
 class Collate:
-    """Texts and pictures to what LlavaNextForConditionalGeneration takes."""
+    """Texts and pictures to the inputs of LlavaNextForConditionalGeneration."""
 
     def __init__(self, tokenizer_folder: str):
-        self._folder, self._processor = tokenizer_folder, None
+        self._folder = tokenizer_folder
+
+    @functools.cached_property
+    def _processor(self):
+        """Made in the worker. As saved with Pangea-7B-hf: canvases as (height, width), crops of 336."""
+        import torch
+        import transformers
+
+        torch.set_num_threads(1)
+        transformers.logging.set_verbosity_error()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        pictures = transformers.LlavaNextImageProcessor(
+            image_grid_pinpoints=[[height, width] for width, height in PINPOINTS],
+            size={"shortest_edge": TILE},
+            crop_size={"height": TILE, "width": TILE},
+        )
+        settings = dict(patch_size=14, vision_feature_select_strategy="default")
+        return transformers.LlavaNextProcessor(
+            pictures, tokenizer, num_additional_image_tokens=1, **settings
+        )
 
     def __call__(self, items):
-        if self._processor is None:
-            import torch
-
-            torch.set_num_threads(1)
-            self._processor = peer_processor(self._folder)
         texts, pictures = zip(*items, strict=True)
         flat = [picture for some in pictures for picture in some]
         return self._processor(
@@ -172,87 +192,63 @@ class Collate:
         )
 
 
-def peer_processor(folder: str):
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    # As saved with Pangea-7B-hf: canvases as (height, width), crops of 336.
-    images = transformers.LlavaNextImageProcessor(
-        image_grid_pinpoints=[[height, width] for width, height in PINPOINTS],
-        size={"shortest_edge": TILE},
-        crop_size={"height": TILE, "width": TILE},
-    )
-    return transformers.LlavaNextProcessor(
-        images,
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-
-
-def speed(source, store, views, tokenizer, sizes, args, console) -> None:
-    """Both in turns, so that what else the machine does falls on both alike."""
-    config = dataclasses.replace(FEED, workers=args.workers)
-    feed = make_feed(source, views, tokenizer, sizes, 500_000, config)
-    with contextlib.closing(iter(feed)) as data:
-        mine = Meter(data, lambda batch: int(batch["segment_ids"].max(axis=1).sum()))
-        theirs = args.tokenizer and Meter(iter(peer(source, store, args)), lambda _: PEER_BATCH)
-        for _ in range(_TURNS):
-            mine.turn(args.seconds / _TURNS)
-            if theirs:
-                theirs.turn(args.seconds / _TURNS)
-    console.print(f"pangea_jax, {args.workers} workers: {mine}")
-    if theirs:
-        console.print(f"DataLoader + LlavaNextProcessor, {args.workers} workers: {theirs}")
-        console.print(f"ratio {mine.rate / theirs.rate:.2f}")
-
-
-def peer(source, store, args):
+def peer_feed(data: Data, tokenizer_folder: str, workers: int):
     """torch's DataLoader over the same records."""
     import torch
 
     return torch.utils.data.DataLoader(
-        PeerData(source, store, 500_000),
+        PeerData(data),
         batch_size=PEER_BATCH,
-        num_workers=args.workers,
-        collate_fn=Collate(args.tokenizer),
-        multiprocessing_context="spawn" if args.workers else None,
+        num_workers=workers,
+        collate_fn=Collate(tokenizer_folder),
+        multiprocessing_context="spawn" if workers else None,
     )
 
 
-def stages(source, store, views, tokenizer) -> dict[str, float]:
-    """Milliseconds an example of what reading consists of, one after the other."""
-    from pangea_jax import anyres
-    from pangea_jax.data import image
+def speed(data: Data, args, console) -> None:
+    """Both in turns, so that a busy machine slows both alike."""
+    with contextlib.closing(iter(data.feed(MANY, args.workers))) as batches:
+        meters = {"pangea_jax": Meter(batches, examples_in)}
+        if args.tokenizer:
+            theirs = iter(peer_feed(data, args.tokenizer, args.workers))
+            meters["DataLoader + LlavaNextProcessor"] = Meter(theirs, lambda _: PEER_BATCH)
+        for _ in range(TURNS):
+            for meter in meters.values():
+                meter.turn(args.seconds / TURNS)
+    for name, meter in meters.items():
+        console.print(f"{name}, {args.workers} workers: {meter}")
+    if args.tokenizer:
+        ours, theirs = meters.values()
+        console.print(f"ratio {ours.rate / theirs.rate:.2f}")
 
-    count = min(len(source), 135)
+
+def stages(data: Data) -> dict[str, float]:
+    """Milliseconds an example takes in each stage of reading, one after the other."""
+    count = min(len(data.source), 135)
     spent = dict.fromkeys(("read record", "read picture", "decode", "tiles", "words"), 0.0)
 
-    def timed(name, function):
+    def timed(name, function, *arguments):
         start = time.perf_counter()
-        result = function()
+        result = function(*arguments)
         spent[name] += (time.perf_counter() - start) / count * 1e3
         return result
 
     for i in range(count):
-        record = timed("read record", lambda i=i: source[i])
+        record = timed("read record", data.source.__getitem__, i)
         for key in record.images:
-            encoded = timed("read picture", lambda key=key: store.image(key))
-            picture = timed("decode", lambda e=encoded: image.decode(e))
-            timed("tiles", lambda p=picture: image.views(p, PINPOINTS, TILE))
+            encoded = timed("read picture", data.store.image, key)
+            picture = timed("decode", image.decode, encoded)
+            timed("tiles", image.views, picture, PINPOINTS, TILE)
             anyres.layout(picture.size, PINPOINTS, TILE, GRID)
-        timed("words", lambda r=record: pipeline.measure([r], tokenizer, views, FEED))
+        timed("words", data.measure, [record])
     return spent
 
 
 def grouped_padding(sizes, words, has_picture, per_device: int = 2, world: int = 64) -> float:
     """Share of slots in use when batches of similar length are padded to their longest.
 
-    Batches are made as LLaVA-NeXT's sampler does: pictured and text-only apart, shuffled, cut into
-    megabatches of per_device * world, each sorted by number of words.
+    The batches are those of LLaVA-NeXT's sampler: examples with and without pictures are separate, shuffled, and cut
+    into megabatches of per_device * world, each sorted by number of words.
     """
     rng = np.random.default_rng(0)
     used = slots = 0
@@ -296,60 +292,49 @@ def best_possible(tokens, row_tokens: int) -> float:
     return tokens.sum() / (rows * row_tokens)
 
 
-def packing(source, views, tokenizer, console) -> None:
-    count = len(source)
+def packing(data: Data, console) -> None:
+    """A table of the share of token slots in use, by row length and way to fill rows."""
+    count = len(data.source)
     words = np.array(
-        [sum(len(turn.text.split()) for turn in source[i].turns) for i in range(count)]
+        [sum(len(turn.text.split()) for turn in record.turns) for record in data.source]
     )
-    has_picture = np.array([bool(source[i].images) for i in range(count)])
-    table = Table(title="share of token slots in use")
-    for name in (
-        "T",
-        "planned",
-        "best_fit, 64 bins",
-        "length-grouped padding",
-        "no packing can beat",
-    ):
-        table.add_column(name, justify="right")
+    has_picture = np.array([bool(record.images) for record in data.source])
+    ways = ("planned", "best_fit, 64 bins", "length-grouped padding", "no packing can beat")
+    table = Table("T", *ways, title="share of token slots in use")
     for row_tokens in (8192, 4096):
         config = dataclasses.replace(FEED, row_tokens=row_tokens, row_tiles=row_tokens // 400)
-        sizes = pipeline.measure(source, tokenizer, views, config)
-        many = repeated_sizes(sizes, max(20_000, count))
+        sizes = data.measure(data.source, config)
+        many = np.resize(sizes, (max(20_000, count), 3))
         plan = plan_rows(many, config.capacity, seed=0, window=config.packing_window)
         repeat = np.resize(np.arange(count), len(many))
-        table.add_row(
-            str(row_tokens),
-            f"{many[:, 0].sum() / (len(plan) * row_tokens):.2%}",
-            f"{streamed_fill(many, config.capacity, 64):.2%}",
-            f"{grouped_padding(many, words[repeat], has_picture[repeat]):.2%}",
-            f"{best_possible(many[:, 0], row_tokens):.2%}",
+        shares = (
+            many[:, 0].sum() / (len(plan) * row_tokens),
+            streamed_fill(many, config.capacity, 64),
+            grouped_padding(many, words[repeat], has_picture[repeat]),
+            best_possible(many[:, 0], row_tokens),
         )
+        table.add_row(str(row_tokens), *(f"{share:.2%}" for share in shares))
     console.print(table)
 
 
-def memory(source, views, tokenizer, sizes, workers, console, examples: int) -> None:
-    """Resident memory while `examples` go by."""
-    config = dataclasses.replace(FEED, workers=workers)
-    feed = make_feed(source, views, tokenizer, sizes, 4 * examples, config)
-    table = Table(title=f"resident memory, MiB, {workers} workers")
-    for name in ("examples", "this process", "each worker"):
-        table.add_column(name, justify="right")
+def memory(data: Data, args, console) -> None:
+    """A table of resident memory while `args.examples` go by."""
+    title = f"resident memory, MiB, {args.workers} workers"
+    table = Table("examples", "this process", "each worker", title=title)
     me, done, shown = psutil.Process(), 0, 0
-    with contextlib.closing(iter(feed)) as data:
-        while done < examples:
-            done += int(next(data)["segment_ids"].max(axis=1).sum())
+    with contextlib.closing(iter(data.feed(4 * args.examples, args.workers))) as batches:
+        while done < args.examples:
+            done += examples_in(next(batches))
             if done >= shown:
                 readers = [p for p in me.children() if "spawn_main" in " ".join(p.cmdline())]
                 mib = [p.memory_info().rss // 2**20 for p in (me, *readers)]
                 table.add_row(str(done), str(mib[0]), " ".join(map(str, mib[1:])) or "-")
-                shown += examples // 10
+                shown += args.examples // 10
     console.print(table)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = peer.parser(__doc__)
     parser.add_argument("--store", type=Path, help="folder of a prepared store")
     parser.add_argument("--tokenizer", help="folder with a tokenizer.json of the Qwen family")
     parser.add_argument("--image_id", type=int, help="id of <image> where the file has none")
@@ -359,30 +344,21 @@ def main():
     parser.add_argument("--only", choices=("speed", "packing", "memory"))
     args = parser.parse_args()
     console = Console()
-    console.print(
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    )
+    console.print(peer.machine())
     with tempfile.TemporaryDirectory() as folder:
         store = RecordStore(args.store) if args.store else generated_store(Path(folder))
-        tokenizer = load_tokenizer(args.tokenizer or emoji.DIRECTORY, args.image_id)
-        source = pipeline.RowSource(store, np.arange(len(store.index)))
-        views = pipeline.Views(store, PINPOINTS, TILE, GRID, background=None)
-        sizes = pipeline.measure(source, tokenizer, views, FEED)
+        data = Data(store, load_tokenizer(args.tokenizer or emoji.DIRECTORY, args.image_id))
         console.print(
-            f"{len(source)} records {'of ' + str(args.store.name) if args.store else 'generated'}: "
-            f"{sizes[:, 0].mean():.0f} tokens and {sizes[:, 1].mean():.2f} tiles on average"
+            f"{len(data.source)} records {f'of {args.store.name}' if args.store else 'generated'}: "
+            f"{data.sizes[:, 0].mean():.0f} tokens and {data.sizes[:, 1].mean():.2f} tiles on average"
         )
         if args.only in (None, "packing"):
-            packing(source, views, tokenizer, console)
+            packing(data, console)
         if args.only in (None, "speed"):
-            console.print(
-                json.dumps(
-                    {k: round(v, 2) for k, v in stages(source, store, views, tokenizer).items()}
-                )
-            )
-            speed(source, store, views, tokenizer, sizes, args, console)
+            console.print(json.dumps({k: round(v, 2) for k, v in stages(data).items()}))
+            speed(data, args, console)
         if args.only in (None, "memory"):
-            memory(source, views, tokenizer, sizes, args.workers, console, args.examples)
+            memory(data, args, console)
 
 
 if __name__ == "__main__":

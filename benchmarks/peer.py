@@ -1,4 +1,4 @@
-"""The same random model here and in transformers, the same inputs, and both timed in turn."""
+"""What the benchmarks share: the same random model here and in transformers, and clocks for both."""
 
 import argparse
 import dataclasses
@@ -6,22 +6,33 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from pangea_jax import anyres, checkpoints
 from pangea_jax.checkpoints import SpecialTokens
 from pangea_jax.model import LanguageConfig, Pangea, PangeaConfig, VisionConfig
+from pangea_jax.model import params as model_params
 from pangea_jax.model.vision import normalize
+from pangea_jax.sharding import make_mesh
+from pangea_jax.train.flops import train_flops
+from pangea_jax.train.state import TrainState
+from pangea_jax.train.step import make_train_step
 
+ROOT = Path(__file__).resolve().parents[1]
 IMAGE_ID, PAD_ID = 8190, 8191
+TOKENS = SpecialTokens(image=IMAGE_ID, end=PAD_ID, pad=PAD_ID)
+LEARNING_RATE, CLIP = 1e-5, 1.0
 PICTURE = (640, 480)
 # Pangea in small: 50 million parameters, a third of the decoder's width over that of the tower as there.
 CONFIG = PangeaConfig(
@@ -41,19 +52,16 @@ CONFIG = PangeaConfig(
 )
 
 
-def parser(description: str, repetitions: int) -> argparse.ArgumentParser:
+def parser(description: str, repetitions: int | None = None) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.add_argument("--repetitions", type=int, default=repetitions)
+    if repetitions is not None:
+        found.add_argument("--repetitions", type=int, default=repetitions)
     return found
 
 
-def arguments(description: str, repetitions: int) -> argparse.Namespace:
-    return parser(description, repetitions).parse_args()
-
-
-def make_pair():
+def make_pair(config: PangeaConfig = CONFIG, tokens: SpecialTokens = TOKENS):
     """Our model, and transformers' with the weights that ours saved."""
     import torch
     import transformers
@@ -61,10 +69,9 @@ def make_pair():
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    ours = nnx.jit(lambda: Pangea(CONFIG, rngs=nnx.Rngs(0)))()
+    ours = nnx.jit(lambda: Pangea(config, rngs=nnx.Rngs(0)))()
     with tempfile.TemporaryDirectory() as folder:
-        tokens = SpecialTokens(image=IMAGE_ID, end=PAD_ID, pad=PAD_ID)
-        checkpoints.save(ours, CONFIG, folder, tokens=tokens)
+        checkpoints.save(ours, config, folder, tokens=tokens)
         theirs = transformers.LlavaNextForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32
         )
@@ -94,17 +101,67 @@ def make_inputs(rows: int, words: int):
     inputs = {
         "input_ids": torch.tensor(tokens, dtype=torch.long),
         "attention_mask": torch.ones((rows, T), dtype=torch.long),
-        "pixel_values": torch.tensor(
-            np.asarray(normalize(jnp.asarray(tiles))).transpose(0, 1, 4, 2, 3)
-        ),
+        "pixel_values": their_pixels(tiles),
         "image_sizes": torch.tensor([PICTURE[::-1]] * rows),
     }
     return batch, inputs
 
 
+def their_pixels(tiles: np.ndarray):
+    """Our uint8 tiles [B, N, S, S, 3] as transformers takes them: a float tensor [B, N, 3, S, S]."""
+    import torch
+
+    return torch.tensor(np.asarray(normalize(jnp.asarray(tiles))).transpose(0, 1, 4, 2, 3))
+
+
+def our_steps(model: Pangea, batches: Sequence[Mapping[str, np.ndarray]]) -> Callable:
+    """A function that takes one optimiser step for each batch and returns the last loss before it."""
+    # A loop over layers copies what it keeps for the backward pass. A CPU is faster without the loop.
+    vision, language = model.config.vision, model.config.language
+    vision = dataclasses.replace(vision, scan_unroll=vision.used_layers)
+    language = dataclasses.replace(language, scan_unroll=language.layers)
+    model.config = dataclasses.replace(model.config, vision=vision, language=language)
+    model.vision.config, model.language.config = vision, language
+    graphdef, params = model_params.split(model)
+    optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(LEARNING_RATE))
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    copied = jax.tree.map(jnp.copy, params)  # the step reuses the memory of its state
+    state = TrainState(jnp.int32(0), copied, {}, optimizer.init(copied))
+    everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), state)
+    targets = max(int((batch["weights"] > 0).sum(axis=1).max()) for batch in batches)
+    step = make_train_step(graphdef, optimizer, everywhere, mesh, max_targets=targets)
+    states = [jax.device_put(state, everywhere)]
+
+    def train():
+        for batch in batches:
+            states[0], metrics = step(states[0], batch)
+        return jax.block_until_ready((metrics["loss"], states[0]))[0]
+
+    return train
+
+
+def their_steps(model, batches: Sequence[Mapping]) -> Callable[[], float]:
+    """`our_steps` in transformers; the batches hold labels."""
+    import torch
+
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
+
+    def train():
+        for batch in batches:
+            optimizer.zero_grad(set_to_none=True)
+            loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+        return loss.item()
+
+    return train
+
+
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of each repetition [n, 2]: by the clock, and of the processor. Repetition i of both was
+    """Seconds of each repetition [n, 2]: by the clock, and of the processor. Repetition i of both sides was
     measured one after the other."""
 
     ours: np.ndarray
@@ -112,9 +169,7 @@ class Times:
 
     def report(self, name: str, per: int = 1) -> str:
         """A line with the medians in milliseconds, and the medians of the paired ratios."""
-        ours, theirs = (
-            1e3 * np.median(seconds[:, 0]) / per for seconds in (self.ours, self.theirs)
-        )
+        ours, theirs = (1e3 * np.median(side[:, 0]) / per for side in (self.ours, self.theirs))
         clock, processor = np.median(self.theirs / self.ours, axis=0)
         return (
             f"{name:24} ours {ours:7.1f} ms   transformers {theirs:7.1f} ms   {clock:5.2f} times as "
@@ -125,9 +180,14 @@ class Times:
 def alternate(
     functions: Mapping[str, Callable[[], object]], repetitions: int
 ) -> dict[str, np.ndarray]:
-    """Times functions in turn, so that a busy machine slows all; seconds [n, 2] of each, by the clock and of the
-    processor. The first call of each, which compiles, does not count. Processor time does not see what else runs,
-    but on several cores counts threads that spin while they wait: compare it on one (`taskset -c 0`)."""
+    """Times functions in turn, so that a busy machine slows all of them.
+
+    The first call of each compiles and does not count. Processor time does not see other programs. On several cores
+    it counts threads that spin while they wait, so compare it on one core (`taskset -c 0`).
+
+    Returns:
+      Seconds [n, 2] of each function: by the clock, and of the processor.
+    """
     times = {name: np.zeros((repetitions, 2)) for name in functions}
     for repetition in tqdm(range(-1, repetitions), unit="round", leave=False, disable=None):
         for name, function in functions.items():
@@ -142,7 +202,7 @@ def alternate(
 
 
 def in_turn(ours: Callable[[], object], theirs: Callable[[], object], repetitions: int) -> Times:
-    """`alternate` of ours and one other."""
+    """`alternate` of two functions."""
     return Times(**alternate({"ours": ours, "theirs": theirs}, repetitions))
 
 
@@ -151,24 +211,18 @@ def forward_flops(config: PangeaConfig, rows: int, tokens: int, tiles: int, head
 
     Args:
       tokens, tiles: of a row.
-      heads: places a row that the output head runs on.
+      heads: places of a row on which the output head runs.
     """
-    v, t = config.vision, config.language
-    S = v.patches + 1
-    tower = 2 * S * (v.used_layers * (4 * v.width**2 + 2 * v.width * v.mlp))
-    tower += 2 * v.patches * 3 * v.patch_size**2 * v.width + 4 * v.used_layers * S**2 * v.width
-    projector = 2 * v.patches * (v.width * t.width + t.width**2)
-    attended = t.heads * t.head_width
-    layer = 2 * t.width * (2 * attended + 2 * t.kv_heads * t.head_width) + 6 * t.width * t.mlp
-    decoder = tokens * t.layers * (layer + 4 * tokens * attended)
-    return rows * (tiles * (tower + projector) + decoder + 2 * heads * t.width * t.vocab_size)
+    shapes = model_params.abstract(lambda: Pangea(config, rngs=nnx.Rngs(0)))[1]
+    totals = dict(tokens=rows * tokens, tiles=rows * tiles, targets=rows * heads)
+    forward_only = dict(frozen=(r".*",), causal=False)
+    return train_flops(config, shapes, row_tokens=tokens, **totals, **forward_only)["total"]
 
 
-def matmul_flops() -> float:
-    """What the machine reaches in a large float32 product, of the faster of the two libraries, a second."""
+def matmul_flops(n: int = 2048) -> float:
+    """Operations a second in a product of two n x n float32 matrices, by the faster of the two libraries."""
     import torch
 
-    n = 2048
     a = np.random.default_rng(0).standard_normal((n, n), np.float32)
     ours, product = jnp.asarray(a), jax.jit(jnp.matmul)
     theirs = torch.tensor(a)
@@ -177,7 +231,7 @@ def matmul_flops() -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second of a product of one vector with a matrix too large for any cache but the last."""
+    """Bytes a second of a product of one vector with a matrix that is larger than most caches."""
     import torch
 
     matrix, vector = torch.ones(8192, 16_384), torch.ones(16_384)
@@ -189,13 +243,12 @@ def read_bandwidth() -> float:
     return matrix.numel() * 4 / min(seconds)
 
 
-def machine() -> str:
+def machine(*libraries: str) -> str:
+    """Processor, load, Python, and versions of jax and `libraries`: the first line of every benchmark."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0))
-    libraries = ", ".join(f"{n} {version(n)}" for n in ("jax", "jaxlib", "torch", "transformers"))
-    name = names[0] if names else platform.processor()
-    load = f"load {os.getloadavg()[0]:.1f}"
-    hardware = f"{name}, {cores} core{'s' * (cores > 1)}, {load}"
-    return f"{hardware}; Python {platform.python_version()}, {libraries}"
+    name = names[0] if names else platform.processor() or platform.machine()
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    versions = ", ".join(f"{library} {version(library)}" for library in ("jax", *libraries))
+    return f"{name}, {cores} cores, load {load:.1f}; Python {platform.python_version()}, {versions}"

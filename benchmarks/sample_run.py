@@ -7,10 +7,8 @@ programs and picture features) and prints the machine, wall time, time to the fi
 second and every phase's share.
 """
 
-import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -18,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import peer
 
 
 def run(config: str, cold: bool, overrides: list[str]) -> dict:
@@ -29,15 +27,15 @@ def run(config: str, cold: bool, overrides: list[str]) -> dict:
             environment.pop("JAX_COMPILATION_CACHE_DIR", None)
             environment["XDG_CACHE_HOME"] = f"{folder}/cache"
         workdir = Path(folder) / "run"
-        command = [
-            sys.executable,
-            "launch/train.py",
-            f"--config={config}",
-            f"--workdir={workdir}",
-            *overrides,
-        ]
+        command = [sys.executable, "launch/train.py", f"--config={config}", f"--workdir={workdir}"]
         started, clock = time.time(), time.perf_counter()
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*command, *overrides],
+            cwd=peer.ROOT,
+            env=environment,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         wall = time.perf_counter() - clock
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
         results = json.loads((workdir / "results.json").read_text())
@@ -52,16 +50,12 @@ def run(config: str, cold: bool, overrides: list[str]) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = peer.parser(__doc__)
     parser.add_argument("--config", default="configs/ablate_en_ratio.py")
     parser.add_argument("--cold", action="store_true", help="with empty caches")
     args, overrides = parser.parse_known_args()
     figures = run(args.config, args.cold, overrides)
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    )
+    print(peer.machine())
     print(f"{args.config} {' '.join(overrides)}{' (cold caches)' if args.cold else ''}")
     print(f"wall time         {figures['wall_s']:8.1f} s")
     print(f"to the first log  {figures['first_log_s']:8.1f} s")

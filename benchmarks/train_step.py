@@ -16,54 +16,36 @@ Pangea: a row is to a conversation about what 8,192 tokens are there. Conversati
 Contents are random, which costs the same.
 """
 
-import dataclasses
 import itertools
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pyarrow.parquet as pq
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from benchmarks import peer
 from pangea_jax import anyres
 from pangea_jax.data.packing import fill_rows, plan_rows, size
-from pangea_jax.model import params as model_params
-from pangea_jax.model.vision import normalize
-from pangea_jax.sharding import make_mesh
-from pangea_jax.train.state import TrainState
-from pangea_jax.train.step import make_train_step
 
-ROW_TOKENS, LONGEST, CONVERSATIONS, BATCH = 2048, 1024, 16, 4
-MAX_TILES = 5
-LEARNING_RATE, CLIP = 1e-5, 1.0
+ROW_TOKENS, LONGEST, BATCH, MAX_TILES = 2048, 1024, 4, 5
 
 
-def shapes_like_pangeains(rng) -> list[tuple[int, tuple[int, int] | None]]:
+def shapes_like_pangeains(count: int, rng) -> list[tuple[int, tuple[int, int] | None]]:
     """(words, picture size) of conversations: of the released sample's records 89 % have a picture, and their words
     are about log-normal with median 220."""
-    words = np.exp(rng.normal(np.log(220), 0.9, CONVERSATIONS)).astype(int)
+    words = np.exp(rng.normal(np.log(220), 0.9, count)).astype(int)
     sizes = [(640, 480), (480, 640), (1024, 768), (336, 336), (500, 375)]
     return [
         (int(n), sizes[rng.integers(len(sizes))] if rng.random() < 0.89 else None) for n in words
     ]
 
 
-def shapes_of_store(folder: str, rng) -> list[tuple[int, tuple[int, int] | None]]:
+def shapes_of_store(folder: str, count: int, rng) -> list[tuple[int, tuple[int, int] | None]]:
     """(words, picture size) of conversations drawn from a store's index."""
     rows = pq.read_table(Path(folder) / "index.parquet", columns=["num_tokens", "image_sizes"])
     rows = [row for row in rows.to_pylist() if len(row["image_sizes"]) <= 1]
-    chosen = rng.permutation(len(rows))[:CONVERSATIONS]
-    return [
-        (
-            rows[i]["num_tokens"],
-            tuple(rows[i]["image_sizes"][0]) if rows[i]["image_sizes"] else None,
-        )
-        for i in chosen
-    ]
+    chosen = [rows[i] for i in rng.permutation(len(rows))[:count]]
+    sizes = [tuple(row["image_sizes"][0]) if row["image_sizes"] else None for row in chosen]
+    return [(row["num_tokens"], size) for row, size in zip(chosen, sizes, strict=True)]
 
 
 def make_example(words: int, picture, rng) -> dict[str, np.ndarray]:
@@ -118,34 +100,8 @@ def packed(examples):
     ]
 
 
-def our_pass(ours, batches):
-    """A function that takes one step a batch; returns the last loss."""
-    config = dataclasses.replace(
-        ours.config,
-        vision=dataclasses.replace(ours.config.vision, scan_unroll=ours.config.vision.used_layers),
-        language=dataclasses.replace(ours.config.language, scan_unroll=ours.config.language.layers),
-    )
-    ours.config, ours.vision.config, ours.language.config = config, config.vision, config.language
-    graphdef, params = model_params.split(ours)
-    optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(LEARNING_RATE))
-    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    copied = jax.tree.map(jnp.copy, params)
-    state = TrainState(jnp.int32(0), copied, {}, optimizer.init(copied))
-    everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), state)
-    targets = max(int((batch["weights"] > 0).sum(axis=1).max()) for batch in batches)
-    step = make_train_step(graphdef, optimizer, everywhere, mesh, max_targets=targets)
-    states = [jax.device_put(state, everywhere)]
-
-    def train():
-        for batch in batches:
-            states[0], metrics = step(states[0], batch)
-        return jax.block_until_ready((metrics["loss"], states[0]))[0]
-
-    return train
-
-
-def their_pass(theirs, examples, batches):
-    """The same in transformers, each batch padded to its longest."""
+def their_batches(examples, batches):
+    """Inputs of transformers, each batch padded to its longest conversation."""
     import torch
 
     inputs = []
@@ -157,8 +113,8 @@ def their_pass(theirs, examples, batches):
             n = len(examples[i]["tokens"])
             ids[row, :n] = torch.tensor(examples[i]["tokens"])
             mask[row, :n] = 1
-            trained = np.roll(examples[i]["weights"], 1) > 0
-            labels[row, :n][torch.tensor(trained)] = ids[row, :n][torch.tensor(trained)]
+            trained = torch.tensor(np.roll(examples[i]["weights"], 1) > 0)
+            labels[row, :n][trained] = ids[row, :n][trained]
         given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         shown = [examples[i] for i in batch if examples[i]["picture"]]
         if shown:
@@ -167,31 +123,21 @@ def their_pass(theirs, examples, batches):
                 np.pad(e["tiles"], [(0, most - len(e["tiles"])), (0, 0), (0, 0), (0, 0)])
                 for e in shown
             ]
-            pixels = np.asarray(normalize(jnp.asarray(np.stack(tiles)))).transpose(0, 1, 4, 2, 3)
-            given["pixel_values"] = torch.tensor(pixels)
+            given["pixel_values"] = peer.their_pixels(np.stack(tiles))
             given["image_sizes"] = torch.tensor([e["picture"][::-1] for e in shown])
         inputs.append(given)
-    theirs.train()
-    optimizer = torch.optim.AdamW(theirs.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
-
-    def train():
-        for given in inputs:
-            optimizer.zero_grad(set_to_none=True)
-            loss = theirs(**given, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(theirs.parameters(), CLIP)
-            optimizer.step()
-        return loss.item()
-
-    return train
+    return inputs
 
 
 def main():
     parser = peer.parser(__doc__, repetitions=2)
     parser.add_argument("--store", help="folder of a store that launch/build_data.py made")
+    parser.add_argument("--conversations", type=int, default=16)
     args = parser.parse_args()
-    rng = np.random.default_rng(0)
-    shapes = shapes_of_store(args.store, rng) if args.store else shapes_like_pangeains(rng)
+    rng, count = np.random.default_rng(0), args.conversations
+    shapes = (
+        shapes_of_store(args.store, count, rng) if args.store else shapes_like_pangeains(count, rng)
+    )
     examples = [make_example(words, picture, rng) for words, picture in shapes]
     lengths = np.array([len(example["tokens"]) for example in examples])
     useful = int(lengths.sum())
@@ -200,31 +146,30 @@ def main():
         "shuffled": in_batches(range(len(lengths))),
     }
     rows = packed(examples)
-    print(peer.machine())
+    print(peer.machine("torch", "transformers"))
+    places = {
+        name: sum(len(b) * lengths[b].max() for b in batches) for name, batches in orders.items()
+    }
+    places = {"packed": len(rows) * ROW_TOKENS} | places
     print(
         f"{len(examples)} conversations, {useful} tokens, {lengths.min()} to {lengths.max()} each; useful share of "
-        f"token places: packed {useful / (len(rows) * ROW_TOKENS):.0%}, "
-        + ", ".join(
-            f"{name} {useful / sum(len(b) * lengths[b].max() for b in batches):.0%}"
-            for name, batches in orders.items()
-        )
+        "token places: " + ", ".join(f"{name} {useful / n:.0%}" for name, n in places.items())
     )
     ours, theirs = peer.make_pair()
     sides = {
-        "ours, packed": our_pass(ours, rows),
-        "ours, shuffled": our_pass(ours, padded(examples, orders["shuffled"])),
-        **{
-            f"transformers, {name}": their_pass(theirs, examples, batches)
-            for name, batches in orders.items()
-        },
+        "ours, packed": peer.our_steps(ours, rows),
+        "ours, shuffled": peer.our_steps(ours, padded(examples, orders["shuffled"])),
     }
+    for name, batches in orders.items():
+        inputs = their_batches(examples, batches)
+        sides[f"transformers, {name}"] = peer.their_steps(theirs, inputs)
     times = peer.alternate(sides, args.repetitions)
     for name, seconds in times.items():
         print(f"{name:24} {useful / np.median(seconds[:, 0]):7,.0f} useful tokens/s")
-    for mine, theirs in itertools.product(list(sides)[:2], list(sides)[2:]):
-        clock, processor = np.median(times[theirs] / times[mine], axis=0)
+    for mine, other in itertools.product(list(sides)[:2], list(sides)[2:]):
+        clock, processor = np.median(times[other] / times[mine], axis=0)
         print(
-            f"{mine}, beside {theirs}: {clock:.2f} times as fast by the clock, {processor:.2f} by processor time"
+            f"{mine}, beside {other}: {clock:.2f} times as fast by the clock, {processor:.2f} by processor time"
         )
 
 

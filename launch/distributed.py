@@ -1,9 +1,9 @@
-"""Processes of one job: how they find one another, stop together, and end together.
+"""The processes of one job: how they find one another, stop together, and end together.
 
-A job of several processes is one of these, looked for in this order:
-  COORDINATOR_ADDRESS=HOST:PORT, NUM_PROCESSES and PROCESS_ID in the environment, of a process that any tool started;
-  a Slurm step of several tasks (`srun`);
-  the hosts of a TPU pod.
+A job of several processes is recognised in this order:
+  1. COORDINATOR_ADDRESS=HOST:PORT, NUM_PROCESSES and PROCESS_ID are set. Set them if you start the processes yourself.
+  2. The process is in a Slurm step of several tasks (`srun`).
+  3. The process is on a host of a TPU pod.
 Otherwise the process is alone.
 """
 
@@ -24,14 +24,14 @@ _POLL_SECONDS = 0.5
 
 
 class SetupError(ValueError):
-    """The environment describes no job."""
+    """The environment describes a job incompletely or wrongly."""
 
 
 def initialize() -> None:
-    """Joins the job that the environment describes, if it does. Before any device is used.
+    """Joins the job that the environment describes, if there is one. Call it before any device is used.
 
     Raises:
-      SetupError: of VARIABLES some are missing or not what they should be.
+      SetupError: some of VARIABLES are set and others are missing or malformed.
     """
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if given:
@@ -47,7 +47,7 @@ def _explicit(given: dict[str, str]) -> tuple[str, int, int]:
     missing = [name for name in VARIABLES if name not in given]
     if missing:
         raise SetupError(
-            f"{', '.join(given)} is set, but not {', '.join(missing)}; set all or none"
+            f"{', '.join(given)} is set, but not {', '.join(missing)}; set all three or none"
         )
     address, *numbers = given.values()
     _, _, port = address.rpartition(":")
@@ -55,18 +55,18 @@ def _explicit(given: dict[str, str]) -> tuple[str, int, int]:
         raise SetupError(f"expected HOST:PORT and two numbers, got {given}")
     count, index = map(int, numbers)
     if index >= count:
-        raise SetupError(f"PROCESS_ID={index} is not one of {count} processes, counted from 0")
+        raise SetupError(f"PROCESS_ID={index} must be less than NUM_PROCESSES={count}")
     return address, count, index
 
 
 def _on_tpu_pod() -> bool:
-    # JAX sets the first where it finds TPU chips, Kubernetes and Cloud TPU the others.
+    # JAX sets TPU_ML_PLATFORM where it finds TPU chips. Kubernetes and Cloud TPU set the others.
     if os.environ.get("TPU_ML_PLATFORM") != "JAX" or _platforms() == "cpu":
         return False
     if os.environ.get("MEGASCALE_COORDINATOR_ADDRESS"):
         return True
     hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
-    # Without names of hosts it is a TPU VM, which asks its metadata server how many there are.
+    # Without host names it is a TPU VM, which asks its metadata server for the number of hosts.
     return "," in hosts if hosts else "TPU_SKIP_MDS_QUERY" not in os.environ
 
 
@@ -79,15 +79,15 @@ def is_initialized() -> bool:
 
 
 def fail(error: BaseException, code: int) -> None:
-    """Ends this process of a job, and with it the others, which would wait for it for ever.
+    """Ends this process of a job and, through `_watch`, all others, which would wait for it forever.
 
-    Nothing is tidied up: every tidy end waits for the other processes.
+    It skips all clean-up, because clean-up waits for the other processes.
     """
     job = _job()
     name = f"process {job.process_id} of {job.num_processes}"
     last = "".join(traceback.format_exception_only(error)).strip()
     print(f"{name} failed: {last}", file=sys.stderr, flush=True)
-    # Somebody else may have said so first.
+    # Another process may have reported a failure first.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         job.client.key_value_set(_FAILED, f"{code} {name}: {last}")
     _end(code)
@@ -98,7 +98,7 @@ def _watch() -> None:
     while (job := _job()).client is not None:
         try:
             said = job.client.key_value_try_get(_FAILED)
-        except jax.errors.JaxRuntimeError:  # as long as nobody has written it, it is not found
+        except jax.errors.JaxRuntimeError:  # the key is missing until a process fails
             time.sleep(_POLL_SECONDS)
             continue
         code, _, said = said.partition(" ")
@@ -110,7 +110,7 @@ def _watch() -> None:
 
 def _end(code):
     if _job().process_id == 0:
-        time.sleep(4 * _POLL_SECONDS)  # it holds the service through which the others hear of it
+        time.sleep(4 * _POLL_SECONDS)  # process 0 runs the store in which the others look
     sys.stderr.flush()
     os._exit(code)
 
@@ -123,14 +123,13 @@ def _job():
 
 
 class StopSignal:
-    """While in its `with`, SIGINT and SIGTERM ask for a stop at the end of a step; a second one of the
-    same kind stops at once.
+    """Inside its `with`, SIGINT and SIGTERM ask for a stop at the end of a step; a second signal stops at once.
 
-    Processes of a job agree on the step by JAX's preemption service, which hears SIGTERM in any one of
-    them. SIGINT is handed on to it.
+    The processes of a job agree on the step through JAX's preemption service, which hears a SIGTERM in any of
+    them. A SIGINT is passed on to the service as a SIGTERM.
 
     Attributes:
-      number: the signal that came first, if one did.
+      number: the first signal, or None.
     """
 
     def __init__(self):
@@ -153,7 +152,7 @@ class StopSignal:
         return self.number is not None
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after `step`; every process has to ask, after every step."""
+        """Whether to stop after `step`. Every process must call it after every step."""
         if not is_initialized():
             return self.requested
         reached = multihost_utils.reached_preemption_sync_point(step)
@@ -166,7 +165,7 @@ class StopSignal:
             raise KeyboardInterrupt
         self.number = number
         print(
-            "\nstopping: finishing this step and saving (once more to stop at once)",
+            "\nstopping after this step, then saving (send the signal again to stop at once)",
             file=sys.stderr,
         )
         if is_initialized():

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Training on one machine with GPUs: a single process for all of them, started again if it dies of a fault that is
-# not its own (a GPU that fell off the bus, a lost file system).
+# Trains on one machine with GPUs, in a single process for all of them. It starts the process again after a crash (a
+# GPU that fell off the bus, a lost file system), but not after an error of training itself.
 #
 #   launch/gpu/node.sh [--restarts=5] [--dry_run] FLAGS OF launch/train.py
 #
-# CUDA_VISIBLE_DEVICES takes some of the GPUs, VENV another environment than .venv. Exit code: that of launch/train.py.
+# CUDA_VISIBLE_DEVICES selects GPUs, VENV another environment than .venv. The exit code is that of launch/train.py.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -28,9 +28,9 @@ echo
 ! $dry_run || exit 0
 [[ -x $python ]] || { echo "node.sh: no Python in ${VENV:-.venv}; see docs/training.md" >&2 && exit 2; }
 
-# Training is told of what this script is told: SIGTERM and Ctrl-C mean save and stop.
-set -m # a process group of its own, in which Ctrl-C is not ignored
-tell() { # signal, exit code if nothing is there to be told
+# Passes SIGTERM and Ctrl-C on to training, which saves and stops.
+set -m # its own process group, in which Ctrl-C is not ignored
+tell() { # signal, exit code if no process is there
   signalled=true
   kill "-$1" "$child" 2>/dev/null || exit "$2"
 }
@@ -47,9 +47,9 @@ for ((attempt = 0; ; attempt++)); do
     $signalled || break
   done
   case $code in
-    # Done; an error that would come again; stopped by Ctrl-C, by SIGTERM.
+    # Done; an error that would come again (1, 2); stopped by Ctrl-C or by SIGTERM.
     0 | 1 | 2 | 130 | 143) exit "$code" ;;
   esac
   ((attempt < restarts)) || exit "$code"
-  echo "node.sh: ended with $code; start $((attempt + 1)) of $restarts goes on from the last checkpoint" >&2
+  echo "node.sh: training ended with $code; restart $((attempt + 1)) of $restarts continues from the last checkpoint" >&2
 done

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What launch/tpu/pod.sh does on each worker of a pod.
+# Runs on each worker of a pod; launch/tpu/pod.sh calls it.
 #
-#   worker.sh install [HOST:/EXPORT]    environment, and the share of all workers
-#   worker.sh start FLAGS               training in the background, flags of launch/train.py
-#   worker.sh status [FLAGS]            not installed, not started, running, exited CODE, stopped (by `stop`), lost (the
-#                                       machine was started anew), or busy (with other flags)
+#   worker.sh install [HOST:/EXPORT]    make the environment and mount the share of all workers
+#   worker.sh start FLAGS               train in the background, with flags of launch/train.py
+#   worker.sh status [FLAGS]            prints: not installed, not started, running, exited CODE, stopped (by `stop`),
+#                                       lost (the machine restarted), or busy (it trains with other flags)
 #   worker.sh stop                      save and stop
-#   worker.sh end                       wait for a job of which another worker's process has ended, then kill it
+#   worker.sh end                       give a job that lost another worker time to end, then kill it
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -15,7 +15,7 @@ readonly STATE=$HOME/pangea_state ENVIRONMENT=$HOME/pangea_env SHARE=$HOME/pange
 
 install() {
   if is_running; then
-    echo "worker.sh: training runs; stop it first" >&2
+    echo "worker.sh: training is running; stop it first" >&2
     exit 1
   fi
   mkdir -p "$STATE"
@@ -25,11 +25,11 @@ install() {
   "$HOME/.local/bin/uv" pip install --quiet --python "$ENVIRONMENT" -r requirements.txt 'jax[tpu]'
   echo "${1:-}" >"$STATE/share"
   mount_share
-  rm -f "$STATE/exit_code" "$STATE/pid" # of what was there before
+  rm -f "$STATE/exit_code" "$STATE/pid" # of an earlier installation
   touch "$STATE/installed"
 }
 
-# What the processes of a job have in common: configs name these folders relative to the clone.
+# Mounts the share and links the folders that configs name relative to the clone.
 mount_share() {
   local source folder
   source=$(<"$STATE/share")
@@ -39,26 +39,26 @@ mount_share() {
   mountpoint -q "$SHARE" || sudo mount -t nfs -o rw,hard "$source" "$SHARE"
   for folder in data checkpoints runs; do
     mkdir -p "$SHARE/$folder"
-    if [[ -d $folder && ! -L $folder ]]; then # a link would be put into it, and not be seen
-      echo "worker.sh: ~/${PWD##*/}/$folder is a folder of this machine; move it out of the way of the share" >&2
+    if [[ -d $folder && ! -L $folder ]]; then # `ln` would put the link into the folder
+      echo "worker.sh: ~/${PWD##*/}/$folder is a folder of this machine; move it away, so that the share can take its place" >&2
       exit 1
     fi
     ln -sfn "$SHARE/$folder" "$folder"
   done
 }
 
-# By its command line too: after a restart of the machine its number may be another process's.
+# Checks the command line too: after a restart of the machine the id may belong to another process.
 is_running() { [[ -f $STATE/pid ]] && grep -qs launch/ "/proc/$(<"$STATE/pid")/cmdline"; }
 
 start() {
   if is_running; then
-    echo "worker.sh: training runs already; stop it first" >&2
+    echo "worker.sh: training is already running; stop it first" >&2
     exit 1
   fi
   mount_share
   rm -f "$STATE/exit_code" "$STATE/stopped" "$STATE/pid"
   printf '%q ' "$@" >"$STATE/flags"
-  # In a session of its own, which outlives the connection that starts it.
+  # In its own session, which outlives the connection that starts it.
   setsid nohup bash launch/tpu/worker.sh train "$@" </dev/null >>"$STATE/log.txt" 2>&1 &
   until [[ -f $STATE/pid ]]; do sleep 0.1; done
 }
@@ -68,7 +68,7 @@ train() {
   "$ENVIRONMENT/bin/python" launch/train.py "$@" &
   python=$!
   echo "$python" >"$STATE/python_pid"
-  echo $$ >"$STATE/pid" # this shell's: there until the exit code is
+  echo $$ >"$STATE/pid" # of this shell, which lives until it has written the exit code
   wait "$python" || code=$?
   echo "$code" >"$STATE/exit_code.partial"
   mv "$STATE/exit_code.partial" "$STATE/exit_code"
@@ -112,5 +112,5 @@ end() {
 
 case ${1:-} in
   install | start | status | stop | end | train) "$@" ;;
-  *) echo "worker.sh: expected install, start, status or stop, got '${1:-}'" >&2 && exit 2 ;;
+  *) echo "worker.sh: expected install, start, status, stop or end, got '${1:-}'" >&2 && exit 2 ;;
 esac

@@ -58,7 +58,7 @@ def steps(sample, monkeypatch):
 
 
 def test_few_rows_answer_many_prompts(sample, asked, free):
-    for rows in (1, 2, 3, 8):
+    for rows in (1, 3, 8):
         assert sample.generate(asked, NEW, stop=[], batch_size=rows) == free
     assert len(set(free)) == len(free)
 
@@ -123,9 +123,9 @@ def test_stop_strings_are_texts(sample, asked, stops):
         sample.generate(asked[:1], NEW, stop_strings=stops)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_no_more_answers_are_under_way_than_asked_for(sample, asked, rows):
-    """The device computes 1, 4 and 16 rows."""
+    """The device computes 1 and 4 rows."""
     prompt, taken, most = sample.read(asked[3], NEW), [], 0
 
     def feed():
@@ -167,7 +167,7 @@ def test_part_sizes():
     assert part_size([long] * 3, 20, 4) == 3
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"data": 4, "tensor": 2}, "auto"])
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, "auto"])
 def test_a_mesh_says_the_same(sample, asked, free, sizes):
     """Eight devices; the cache over them, rows and key heads, and answers and scores as on one."""
     spread = pangea_jax.load("sample", mesh=sizes)

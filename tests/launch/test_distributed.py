@@ -11,7 +11,7 @@ import pytest
 from launch import distributed
 
 STEPS = 12
-# As launch/train.py, but the second process meets an error at its fourth batch.
+# launch/train.py, except that the second process fails at its fourth batch.
 FAILING = """
 import sys
 sys.path.insert(0, ".")
@@ -47,7 +47,7 @@ def start_two(runs, workdir, **kwargs):
 
 
 def end(processes, workdir, codes=(0, 0)):
-    """What the processes said, once they have ended as they should."""
+    """Waits for the processes, checks their exit codes, and returns what they printed."""
     try:
         found = [process.wait(timeout=240) for process in processes]
     finally:
@@ -72,7 +72,7 @@ def assert_close(runs, workdir, other):
     for line, wanted in zip(ours, theirs, strict=True):
         assert line.keys() == wanted.keys()
         for name, value in wanted.items():
-            # The rows are the same ones; what is computed of them is, up to rounding.
+            # The rows are the same; what is computed from them is the same up to rounding.
             exact = name.startswith("data/examples") or name in ("step", "examples", "data/digest")
             assert line[name] == value if exact else line[name] == pytest.approx(value, rel=1e-4)
     ours, theirs = runs.state(workdir, STEPS), runs.state(other, STEPS)
@@ -125,7 +125,7 @@ def test_the_failure_of_one_ends_the_other_and_is_named(runs, tmp_path):
         ),
         (
             {"COORDINATOR_ADDRESS": "host:1", "NUM_PROCESSES": "2", "PROCESS_ID": "2"},
-            "PROCESS_ID=2 is not one of 2 processes",
+            "PROCESS_ID=2 must be less than NUM_PROCESSES=2",
         ),
     ],
 )

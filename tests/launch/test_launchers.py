@@ -1,6 +1,5 @@
-"""The scripts for pods, Slurm and a GPU node, with programs on PATH that stand in for the cloud's."""
+"""The scripts for pods, Slurm and a GPU node, with programs on PATH that imitate gcloud and Slurm."""
 
-import json
 import os
 import re
 import shlex
@@ -36,91 +35,31 @@ GCLOUD = {
     "tpu-vm scp": {"--zone", "--project", "--worker"},
 }
 
-# A cloud in a folder: requests.json says what there is, a folder for the home of each worker.
-FAKE_GCLOUD = """#!{python}
-import contextlib, json, os, pathlib, shutil, signal, subprocess, sys
-cloud = pathlib.Path(os.environ["CLOUD"])
-words = sys.argv[1:]
-with (cloud / "calls.jsonl").open("a") as file:
-    file.write(json.dumps(words) + "\\n")
-options = dict(word.partition("=")[::2] for word in words if word.startswith("--"))
-verb, target = words[3], words[4]
-facts = json.loads((cloud / "facts.json").read_text())
-homes = [cloud / f"worker{{n}}" for n in range(2)]
-inner = options.get("--command", "").partition("worker.sh ")[2].split()
-broken = [name for name in (verb, *inner[:1]) if name in facts["broken"]]
-if broken and not inner[:1] == ["status"]:
-    facts["broken"].remove(broken[0])
-    (cloud / "facts.json").write_text(json.dumps(facts))
-    sys.exit("ERROR: (gcloud) there is no way to the pod")
-
-def forget():
-    for home in homes:
-        pid = home / "pangea_state" / "pid"
-        if pid.exists():
-            with contextlib.suppress(ProcessLookupError):  # the job's own session, all of it
-                os.killpg(os.getpgid(int(pid.read_text())), signal.SIGKILL)
-        while home.exists():
-            shutil.rmtree(home, ignore_errors=True)
-
-if verb == "create":
-    facts["there"] = True
-    for home in homes:
-        home.mkdir()
-elif verb == "delete":
-    facts["there"] = False
-    forget()
-elif verb == "describe":
-    if facts.get("error"):
-        sys.exit("ERROR: (gcloud) PERMISSION_DENIED: who are you?")
-    if not facts["there"]:
-        sys.exit("ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: no such thing")
-    print(facts["states"].pop(0) if facts["states"] else "ACTIVE")
-elif verb == "scp":
-    for home in homes:
-        shutil.copy(target, home / words[5].partition(":")[2])
-elif verb == "ssh":
-    chosen = homes if options["--worker"] == "all" else [homes[int(options["--worker"])]]
-    for number, home in enumerate(chosen):
-        run = subprocess.run(
-            ["bash", "-c", options["--command"]], cwd=home, env=os.environ | {{"HOME": str(home)}},
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
-        folder = options.get("--output-directory")
-        if folder:
-            (pathlib.Path(folder) / f"{{number}}.log").write_text(run.stdout)
-        else:
-            sys.stdout.write(run.stdout)
-        sys.stderr.write(run.stderr)
-        if run.returncode:
-            sys.exit(run.returncode)
-if verb in ("create", "delete", "describe"):
-    (cloud / "facts.partial").write_text(json.dumps(facts))
-    (cloud / "facts.partial").replace(cloud / "facts.json")
+# Notes every call and answers with the next line of a file: `states` for describe, `jobs` for worker.sh status,
+# `others` for the rest. "fail TEXT" is an error of gcloud.
+FAKE_GCLOUD = """#!/bin/bash
+printf '%q ' "$@" >>"$CLOUD/calls"
+echo >>"$CLOUD/calls"
+case "$*" in
+  *describe*) answers=$CLOUD/states ;;
+  *"worker.sh status"*) answers=$CLOUD/jobs ;;
+  *) answers=$CLOUD/others ;;
+esac
+line=$(head -1 "$answers")
+sed -i 1d "$answers"
+[[ $line != fail* ]] || { echo "ERROR: ${line#fail }" >&2 && exit 1; }
+echo "$line"
 """
-# `python3 -m pip install --user uv`, and the uv that makes an environment whose Python pretends to train: it notes
-# its arguments and ends with the next of the codes in `exits`, or waits for SIGTERM where that says "wait".
-FAKE_PYTHON3 = """#!/bin/bash
-mkdir -p "$HOME/.local/bin"
-cat >"$HOME/.local/bin/uv" <<'END'
-#!/bin/bash
-echo "uv $*" >>"$CLOUD/installed"
-[[ $1 != venv ]] || { mkdir -p "$HOME/pangea_env/bin"; cp "$CLOUD/bin/train" "$HOME/pangea_env/bin/python"; }
-END
-chmod +x "$HOME/.local/bin/uv"
-"""
-FAKE_TRAIN = """#!{python}
-import json, os, pathlib, signal, sys, time
-cloud, home = pathlib.Path(os.environ["CLOUD"]), pathlib.Path(os.environ.get("HOME"))
-signal.signal(signal.SIGTERM, lambda *_: sys.exit({preempted}))
-mine = cloud / (home.name + ".starts")
-begun = mine.read_text().splitlines() if mine.exists() else []
-with mine.open("a") as file:
-    file.write(json.dumps(sys.argv[1:]) + "\\n")
-print("training, start", len(begun), flush=True)
-code = (cloud / "exits").read_text().split()[len(begun)]
-if code == "wait":
-    time.sleep(60)
-sys.exit(int(code))
+# Ends with the next code in `exits`, or waits for a signal where that is "wait", and then takes a moment to save.
+FAKE_TRAIN = f"""#!/bin/bash
+save() {{ kill $!; sleep 0.2; touch "$HOME/saved"; exit "$1"; }}
+trap 'save {common.EXIT_PREEMPTED}' TERM
+trap 'save {common.EXIT_INTERRUPTED}' INT
+echo "$@" >>"$HOME/starts"
+code=$(head -1 "$HOME/exits")
+sed -i 1d "$HOME/exits"
+[[ $code != wait ]] || {{ sleep 60 & wait; }}
+exit "$code"
 """
 
 
@@ -131,69 +70,42 @@ def write_program(path, text):
 
 
 class Cloud:
-    """What the stand-ins share: a folder, and how often what was called."""
+    """A folder with the answers of an imitated gcloud, and the calls that it noted."""
 
     def __init__(self, folder):
         self.folder = folder
-        programs = folder / "bin"
-        write_program(programs / "gcloud", FAKE_GCLOUD.format(python=sys.executable))
-        write_program(programs / "python3", FAKE_PYTHON3)
-        write_program(programs / "mountpoint", "#!/bin/sh\nexit 0\n")
-        write_program(programs / "mount.nfs", "#!/bin/sh\nexit 0\n")
-        text = FAKE_TRAIN.format(python=sys.executable, preempted=common.EXIT_PREEMPTED)
-        write_program(programs / "train", text)
-        self.environment = os.environ | {
-            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-            "CLOUD": str(folder),
-            "TMPDIR": str(folder),
-        }
-        self.set()
+        write_program(folder / "bin" / "gcloud", FAKE_GCLOUD)
+        path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        self.environment = os.environ | {"PATH": path, "CLOUD": str(folder), "TMPDIR": str(folder)}
+        self.answer()
 
-    def set(self, *, exits="0", **facts):
-        (self.folder / "exits").write_text(exits)
-        facts = {"there": False, "states": [], "broken": []} | facts
-        (self.folder / "facts.json").write_text(json.dumps(facts))
+    def answer(self, states=(), jobs=(), others=()):
+        for name, lines in {"states": states, "jobs": jobs, "others": others}.items():
+            (self.folder / name).write_text("".join(f"{line}\n" for line in lines))
 
     def pod(self, verb, *words):
+        command = [POD, verb, *PLACE, *words]
         return subprocess.run(
-            [POD, verb, *PLACE, *words],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
+            command, env=self.environment, capture_output=True, text=True, timeout=20
         )
 
     @property
     def calls(self):
-        path = self.folder / "calls.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
+        path = self.folder / "calls"
+        return [shlex.split(x) for x in path.read_text().splitlines()] if path.exists() else []
 
     def did(self):
-        """What was asked of the cloud, without looking at how things stand."""
-        done = []
-        for call in self.calls:
-            inner = re.search(r"worker\.sh (\w+)", " ".join(call))
-            done.append(inner[1] if inner and call[3] == "ssh" else call[3])
+        """What was asked of the cloud, except for looks at the state."""
+        inner = [re.search(r"worker\.sh (\w+)", " ".join(call)) for call in self.calls]
+        done = [
+            found[1] if found else call[3] for found, call in zip(inner, self.calls, strict=True)
+        ]
         return [name for name in done if name not in ("describe", "status")]
-
-    def starts(self, worker=0):
-        path = self.folder / f"worker{worker}.starts"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def wait_for_starts(self, count):
-        """Training starts in the background."""
-        deadline = time.monotonic() + 30
-        while min(len(self.starts(0)), len(self.starts(1))) < count:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
 
 
 @pytest.fixture
 def cloud(tmp_path):
-    cloud = Cloud(tmp_path)
-    yield cloud
-    cloud.pod("delete")  # ends what still pretends to train
+    return Cloud(tmp_path)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -216,185 +128,158 @@ def test_scripts_know_the_exit_codes(script):
         assert "EXIT_PREEMPTED" in told
 
 
-def test_a_pod_is_trained_to_the_end_whatever_happens(cloud):
-    # Queued; there; taken away while training; back; asked to stop by a maintenance; crashed; trained.
-    states = ["WAITING_FOR_RESOURCES", "PROVISIONING", *["ACTIVE"] * 3, "SUSPENDING", "SUSPENDED"]
-    cloud.set(exits=f"wait {common.EXIT_PREEMPTED} 134 0", states=states)
-    run = cloud.pod(
-        "watch", "--type=v5litepod-16", "--spot", "--share=10.0.0.2:/pangea", "--", *FLAGS
-    )
-    assert run.returncode == 0, run.stderr
-    assert "trained to the end" in run.stderr
-    pod = ["create", "scp", "install", "end", "start"]
-    assert cloud.did() == [*pod, "delete", *pod, "end", "start", "end", "start"]
-    for worker in range(2):
-        assert cloud.starts(worker) == [["launch/train.py", *FLAGS]] * 4
-    installed = (cloud.folder / "installed").read_text()
-    assert installed.count("venv") == 4 and installed.count("jax[tpu]") == 4
-    home = cloud.folder / "worker1"
-    assert (home / "pangea_jax" / "runs").resolve() == home / "pangea_share" / "runs"
-    assert (home / "pangea_jax" / "launch" / "train.py").read_bytes() == (
-        ROOT / "launch" / "train.py"
-    ).read_bytes()
-    assert not (home / "pangea_jax" / "tests").exists()
+MISSING = "fail NOT_FOUND: no such thing"
+SET_UP, START = ["create", "scp", "install", "end", "start"], ["end", "start"]
+# What `watch` finds: states of the request, states of the job, answers of other commands; and what it does then: the
+# commands it gives, its exit code, and its last message.
+WATCH = {
+    "taken away while it trains, then told to stop, then crashed": (
+        [
+            *(MISSING, "PROVISIONING", *["ACTIVE"] * 3, "SUSPENDING", "SUSPENDED"),
+            *(MISSING, *["ACTIVE"] * 5),
+        ],
+        [
+            *("not installed", "not started", "running"),
+            *("not installed", "not started", "exited 143", "exited 134", "exited 0"),
+        ],
+        [],
+        ([*SET_UP, "delete", *SET_UP, *START, *START], 0, "training is done"),
+    ),
+    "failed": (["ACTIVE"], ["exited 1"], [], ([], 1, "'pod.sh logs' fetches the reason")),
+    "other flags": (["ACTIVE"], ["busy"], [], ([], 1, "trains with other flags")),
+    "stopped before, and again": (
+        ["ACTIVE"] * 3,
+        ["stopped", "running", "stopped"],
+        [],
+        (["start"], common.EXIT_PREEMPTED, "training was stopped"),
+    ),
+    "always crashes": (
+        ["ACTIVE"] * 5,
+        ["exited 134"] * 5,
+        [],
+        (START * 4, 1, "gave up after 3 restarts"),
+    ),
+    "a command fails once": (
+        [MISSING, MISSING, "ACTIVE"],
+        ["exited 0"],
+        ["fail"],
+        (["create"] * 2, 0, "training is done"),
+    ),
+    "a command always fails": (
+        [MISSING] * 3,
+        [],
+        ["fail"] * 3,
+        (["create"] * 3, 1, "failed three times in a row"),
+    ),
+    "gcloud fails, then the request is gone": (
+        ["fail PERMISSION_DENIED", "ACTIVE", MISSING],
+        ["running"],
+        [],
+        ([], 1, "the request pod is gone"),
+    ),
+}
 
 
-def test_what_fails_on_the_way_is_tried_again(cloud):
-    """A spot pod is taken while it is being installed, gcloud loses its network: watching goes on."""
-    states = ["ACTIVE", "SUSPENDED", "SUSPENDED"]
-    cloud.set(states=states, broken=["create", "install", "delete", "start"])
-    run = cloud.pod("watch", "--type=v5litepod-16", "--", *FLAGS)
-    assert run.returncode == 0, run.stderr
-    assert len(cloud.starts()) == 1
+@pytest.mark.parametrize("case", WATCH)
+def test_watch(case, cloud):
+    *answers, (did, code, message) = WATCH[case]
+    cloud.answer(*answers)
+    run = cloud.pod("watch", "--type=v5litepod-16", "--restarts=3", "--", *FLAGS)
+    assert run.returncode == code, run.stderr
+    assert message in run.stderr
+    assert cloud.did() == did
+    starts = [call for call in cloud.calls if "worker.sh start" in " ".join(call)]
+    command = f"bash pangea_jax/launch/tpu/worker.sh start {' '.join(map(shlex.quote, FLAGS))}"
+    for call in starts:
+        (inner,) = (word.removeprefix("--command=") for word in call if "worker.sh" in word)
+        assert shlex.split(inner) == shlex.split(command)
 
 
-def test_what_fails_again_and_again_is_an_error(cloud):
-    cloud.set(broken=["create"] * 4)
-    run = cloud.pod("watch", "--type=v5litepod-16", "--", *FLAGS)
-    assert run.returncode == 1
-    assert "failed three times in a row" in run.stderr
-    assert cloud.did() == ["create"] * 3
+@pytest.fixture
+def worker(tmp_path):
+    """Runs worker.sh in a copy of the clone below the home of an imitated worker."""
+    home, clone = tmp_path / "home", tmp_path / "home" / "pangea_jax"
+    (clone / "launch/tpu").mkdir(parents=True)
+    shutil.copy(WORKER, clone / "launch/tpu/worker.sh")
+    for path in ("bin/python3", "bin/mountpoint", "bin/mount.nfs", ".local/bin/uv"):
+        write_program(home / path, "#!/bin/sh\n")
+    write_program(home / "pangea_env/bin/python", FAKE_TRAIN)
+    path = f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"
 
-
-def test_a_run_that_fails_is_not_tried_again(cloud, tmp_path):
-    cloud.set(exits="1 0")
-    run = cloud.pod("watch", "--type=v5p-128", "--", *FLAGS)
-    assert run.returncode == 1
-    assert "training has exited 1" in run.stderr
-    assert len(cloud.starts()) == 1
-    run = cloud.pod("logs", f"--logs={tmp_path / 'logs'}")
-    assert run.returncode == 0, run.stderr
-    logs = sorted((tmp_path / "logs").rglob("*.log"))
-    assert [path.read_text() for path in logs] == ["training, start 0\n"] * 2
-
-
-def test_a_run_that_never_ends_is_given_up(cloud):
-    cloud.set(exits=f"{common.EXIT_PREEMPTED} " * 9)
-    run = cloud.pod("watch", "--type=v5p-128", "--restarts=2", "--", *FLAGS)
-    assert run.returncode == 1
-    assert "2 restarts, and not at the end" in run.stderr
-    assert len(cloud.starts()) <= 4
-
-
-def test_stopping_saves_and_running_again_goes_on(cloud):
-    cloud.set(exits="wait 0 0")
-    for verb in ("create", "wait", "install"):
-        run = cloud.pod(verb, "--type=v6e-64")
-        assert run.returncode == 0, run.stderr
-    assert cloud.pod("status").stdout.splitlines()[-1] == "job: not started"
-    assert cloud.pod("run", "--", *FLAGS).returncode == 0
-    cloud.wait_for_starts(1)
-    assert cloud.pod("status").stdout.splitlines()[-1] == "job: running"
-    run = cloud.pod("run", "--", *FLAGS)
-    assert run.returncode != 0
-    assert "runs already" in run.stderr
-    run = cloud.pod("watch", "--", "--config=configs/scales.py")
-    assert run.returncode == 1
-    assert "trains something else" in run.stderr
-    assert cloud.pod("stop").returncode == 0
-    deadline = time.monotonic() + 30
-    while (last := cloud.pod("status").stdout.splitlines()[-1]) == "job: running":
-        assert time.monotonic() < deadline
-    assert last == "job: stopped"
-    state = cloud.folder / "worker0" / "pangea_state"
-    assert (state / "exit_code").read_text() == f"{common.EXIT_PREEMPTED}\n"
-    run = cloud.pod("watch", "--", *FLAGS)
-    assert run.returncode == 0, run.stderr
-    assert len(cloud.starts()) == 2
-    # To the end: nothing is left to do. Of other flags nothing is known.
-    assert cloud.pod("watch", "--", *FLAGS).returncode == 0
-    assert len(cloud.starts()) == 2
-    assert cloud.pod("watch", "--", "--config=configs/scales.py").returncode == 0
-    assert cloud.starts()[2:] == [["launch/train.py", "--config=configs/scales.py"]]
-    (state / "exit_code").unlink()
-    assert cloud.pod("status").stdout.splitlines()[-1] == "job: lost"
-
-
-def test_what_was_written_before_there_was_a_share_is_not_hidden(cloud):
-    cloud.set()
-    for verb in ("create", "install"):
-        assert cloud.pod(verb, "--type=v6e-64").returncode == 0
-    runs = cloud.folder / "worker0" / "pangea_jax" / "runs"
-    (runs / "first").mkdir(parents=True)
-    run = cloud.pod("install", "--share=10.0.0.2:/pangea")
-    assert run.returncode != 0
-    assert "~/pangea_jax/runs is a folder of this machine" in run.stderr
-    assert list(runs.iterdir()) == [runs / "first"]
-
-
-def test_what_is_stopped_on_purpose_is_not_started_again(cloud):
-    cloud.set(exits="wait 0")
-    command = [POD, "watch", *PLACE, "--type=v5p-128", "--", *FLAGS]
-    with subprocess.Popen(
-        command, env=cloud.environment, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL
-    ) as watch:
-        cloud.wait_for_starts(1)
-        assert cloud.pod("stop").returncode == 0
-        _, said = watch.communicate(timeout=60)
-    assert watch.returncode == common.EXIT_PREEMPTED
-    assert "training was stopped" in said
-    assert len(cloud.starts()) == 1
-
-
-@pytest.mark.parametrize(
-    ("facts", "says"),
-    [
-        ({"there": True, "states": ["FAILED"]}, "the request pod is FAILED"),
-        ({"there": False}, "the request pod is MISSING"),
-    ],
-)
-def test_waiting_ends_where_nothing_will_come(facts, says, cloud):
-    cloud.set(**facts)
-    run = cloud.pod("wait")
-    assert run.returncode == 1
-    assert says in run.stderr
-
-
-def test_nothing_is_created_while_the_cloud_cannot_be_asked(cloud):
-    cloud.set(error=True)
-    with pytest.raises(subprocess.TimeoutExpired):
-        subprocess.run(
-            [POD, "watch", *PLACE[:2], "--poll=1", "--type=v5p-128", "--", *FLAGS],
-            env=cloud.environment,
+    def worker(*words):
+        return subprocess.run(
+            ["bash", clone / "launch/tpu/worker.sh", *words],
+            env=os.environ | {"HOME": str(home), "PATH": path},
             capture_output=True,
-            timeout=3,
+            text=True,
+            timeout=60,
         )
-    assert cloud.did() == []
+
+    yield worker
+    worker("stop")
 
 
-def printed(run):
-    """The commands that a dry run printed."""
-    lines = [line for line in run.stdout.splitlines() if not re.match("(request|job): ", line)]
-    return [shlex.split(line) for line in lines]
+def test_a_worker_tells_how_its_job_stands(worker, tmp_path):
+    def becomes(state):
+        deadline = time.monotonic() + 30
+        while (found := worker("status", *FLAGS).stdout.strip()) != state:
+            assert time.monotonic() < deadline, found
+
+    state = tmp_path / "home" / "pangea_state"
+    (tmp_path / "home" / "exits").write_text("wait\n1\n")
+    becomes("not installed")
+    assert worker("install").returncode == 0
+    becomes("not started")
+    assert worker("start", *FLAGS).returncode == 0
+    becomes("running")
+    assert worker("status", "--config=configs/scales.py").stdout == "busy\n"
+    for verb in ("start", "install"):
+        run = worker(verb)
+        assert run.returncode == 1 and "stop it first" in run.stderr
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "home" / "starts").exists():  # before that SIGTERM would kill it
+        assert time.monotonic() < deadline
+    assert worker("stop").returncode == 0
+    becomes("stopped")
+    assert (state / "exit_code").read_text() == f"{common.EXIT_PREEMPTED}\n"
+    assert worker("start", *FLAGS).returncode == 0
+    becomes("exited 1")
+    assert worker("status", "--config=configs/scales.py").stdout == "not started\n"
+    (state / "exit_code").unlink()
+    becomes("lost")
+    assert (tmp_path / "home" / "starts").read_text() == f"launch/train.py {' '.join(FLAGS)}\n" * 2
+
+
+def test_a_share_hides_no_folder_of_the_machine(worker, tmp_path):
+    clone = tmp_path / "home" / "pangea_jax"
+    (clone / "runs").mkdir()
+    run = worker("install", "10.0.0.2:/pangea")
+    assert run.returncode == 1
+    assert "~/pangea_jax/runs is a folder of this machine" in run.stderr
+    (clone / "runs").rmdir()
+    assert worker("install", "10.0.0.2:/pangea").returncode == 0
+    assert (clone / "runs").resolve() == tmp_path / "home" / "pangea_share" / "runs"
 
 
 @pytest.mark.parametrize("slices", [1, 3])
-@pytest.mark.parametrize(
-    "verb",
-    ["create", "wait", "install", "run", "watch", "status", "logs", "stop", "delete"],
-)
-def test_a_dry_run_prints_and_does_nothing(verb, slices, cloud):
+def test_a_dry_run_prints_and_does_nothing(slices, cloud):
     words = ["--type=v5p-128", "--project=mine", f"--slices={slices}", "--dry_run", "--", *FLAGS]
-    run = cloud.pod(verb, *words)
-    assert run.returncode == 0, run.stderr
-    assert cloud.calls == []
-    assert sorted(path.name for path in cloud.folder.iterdir()) == ["bin", "exits", "facts.json"]
-    commands = printed(run)
-    asked = [command for command in commands if command[0] == "gcloud"]
-    assert asked
-    for command in asked:
-        assert command[1:3] == ["compute", "tpus"]
-        given = {word.partition("=")[0] for word in command[5:] if word.startswith("--")}
-        assert given <= GCLOUD[" ".join(command[3:5])]
-        assert {"--zone", "--project"} <= given
-    targets = {command[5] for command in asked if command[4] == "ssh" and "--worker=all" in command}
-    if targets:
-        assert targets == ({"pod"} if slices == 1 else {"pod-0", "pod-1", "pod-2"})
-    if verb == "create":
-        (command,) = asked
-        assert "--runtime-version=v2-alpha-tpuv5" in command
-        size = {"--node-id=pod"} if slices == 1 else {"--node-count=3", "--node-prefix=pod"}
-        assert size <= set(command)
+    before = sorted(cloud.folder.iterdir())
+    verbs = ("create", "wait", "install", "run", "watch", "status", "logs", "stop", "delete")
+    said = {verb: cloud.pod(verb, *words) for verb in verbs}
+    assert sorted(cloud.folder.iterdir()) == before and cloud.calls == []
+    for verb, run in said.items():
+        assert run.returncode == 0, (verb, run.stderr)
+        asked = [shlex.split(x) for x in run.stdout.splitlines() if x.startswith("gcloud ")]
+        assert asked
+        for command in asked:
+            given = {word.partition("=")[0] for word in command[5:] if word.startswith("--")}
+            assert {"--zone", "--project"} <= given <= GCLOUD[" ".join(command[3:5])]
+    targets = {"pod"} if slices == 1 else {"pod-0", "pod-1", "pod-2"}
+    assert {shlex.split(line)[5] for line in said["run"].stdout.splitlines()} == targets
+    assert "--runtime-version=v2-alpha-tpuv5 " in said["create"].stdout
+    size = "--node-id=pod" if slices == 1 else "--node-count=3 --node-prefix=pod"
+    assert size in said["create"].stdout
 
 
 @pytest.mark.parametrize(
@@ -405,8 +290,7 @@ def test_a_dry_run_prints_and_does_nothing(verb, slices, cloud):
         (["create", *PLACE], "create needs --type"),
         (["create", *PLACE, "--type=v9-8"], "give --runtime=VERSION for the type v9-8"),
         (["create", *PLACE, "--typ=v5p-8"], "unknown option --typ=v5p-8"),
-        (["create", *PLACE, "--type=v5p-8", "--slices=0"], "take numbers"),
-        (["run", *PLACE], "needs the flags of launch/train.py after --"),
+        (["create", *PLACE, "--type=v5p-8", "--slices=0"], "--slices must be 1 or more"),
         (["watch", *PLACE], "needs the flags of launch/train.py after --"),
     ],
 )
@@ -415,12 +299,6 @@ def test_wrong_command_lines_say_why(words, says, cloud):
     assert run.returncode == 2
     assert says in run.stderr
     assert cloud.calls == []
-
-
-def test_help_is_the_head_of_the_script():
-    run = subprocess.run([POD, "--help"], capture_output=True, text=True)
-    assert run.returncode == 0
-    assert "--dry_run" in run.stdout and "set -e" not in run.stdout
 
 
 def test_the_commands_of_the_documentation_are_understood(cloud):
@@ -443,10 +321,8 @@ def test_the_commands_of_the_documentation_are_understood(cloud):
         assert (ROOT / script).is_file(), script
 
 
-@pytest.mark.parametrize(
-    ("code", "requeued"), [(0, False), (1, False), (common.EXIT_PREEMPTED, True)]
-)
-def test_slurm_queues_again_what_was_stopped(code, requeued, tmp_path):
+@pytest.mark.parametrize(("code", "requeued"), [(1, False), (common.EXIT_PREEMPTED, True)])
+def test_slurm_queues_a_stopped_job_again(code, requeued, tmp_path):
     for name, ends in (("srun", code), ("scontrol", 0)):
         write_program(
             tmp_path / "bin" / name,
@@ -475,70 +351,40 @@ def test_slurm_starts_one_process_a_gpu():
     assert options["signal"].startswith("TERM@") and "requeue" in options
 
 
+@pytest.fixture
+def node_environment(tmp_path):
+    write_program(tmp_path / "venv/bin/python", FAKE_TRAIN)
+    return os.environ | {"VENV": str(tmp_path / "venv"), "HOME": str(tmp_path)}
+
+
 @pytest.mark.parametrize(
     ("codes", "ends", "starts"),
-    [("0", 0, 1), ("139 134 0", 0, 3), ("1 0", 1, 1), ("130 0", 130, 1), ("139 139 139 0", 139, 3)],
+    [("139 134 0", 0, 3), ("1 0", 1, 1), ("130 0", 130, 1), ("139 139 139 0", 139, 3)],
 )
-def test_a_node_starts_again_after_a_crash_only(codes, ends, starts, tmp_path):
-    (tmp_path / "codes").write_text("\n".join(codes.split()))
-    write_program(
-        tmp_path / "venv" / "bin" / "python",
-        f'#!/bin/bash\necho "$@" >>{tmp_path}/calls\ncode=$(head -1 {tmp_path}/codes)\n'
-        f"sed -i 1d {tmp_path}/codes\nexit $code\n",
-    )
-    run = subprocess.run(
-        [NODE, "--restarts=2", "--config=configs/sample.py"],
-        env=os.environ | {"VENV": str(tmp_path / "venv")},
-        capture_output=True,
-        text=True,
-    )
+def test_a_node_starts_again_only_after_a_crash(codes, ends, starts, node_environment, tmp_path):
+    (tmp_path / "exits").write_text("\n".join(codes.split()))
+    run = subprocess.run([NODE, "--restarts=2", *FLAGS], env=node_environment, capture_output=True)
     assert run.returncode == ends
-    called = (tmp_path / "calls").read_text().splitlines()
-    assert called == ["launch/train.py --config=configs/sample.py"] * starts
+    called = (tmp_path / "starts").read_text().splitlines()
+    assert called == [f"launch/train.py {' '.join(FLAGS)}"] * starts
 
 
-@pytest.mark.parametrize(
-    ("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
-)
-def test_training_on_a_node_is_told_to_stop_and_waited_for(sent, code, tmp_path):
-    write_program(
-        tmp_path / "venv" / "bin" / "python",
-        f"#!{sys.executable}\nimport pathlib, signal, sys, time\n"
-        f"def save(number, frame):\n    time.sleep(0.5)\n    pathlib.Path('{tmp_path}/saved').touch()\n"
-        "    sys.exit(128 + {signal.SIGTERM: 15, signal.SIGINT: 2}[number])\n"
-        "for one in (signal.SIGTERM, signal.SIGINT):\n    signal.signal(one, save)\n"
-        f"pathlib.Path('{tmp_path}/begun').touch()\ntime.sleep(60)\n",
-    )
-    environment = os.environ | {"VENV": str(tmp_path / "venv")}
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_node_passes_signals_on_and_waits(sent, code, node_environment, tmp_path):
+    (tmp_path / "exits").write_text("wait\n")
 
-    def as_in_a_terminal():  # a shell's background jobs ignore it, and so would the script
-        for one in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(one, signal.SIG_DFL)
+    def as_in_a_terminal():  # a shell's background jobs ignore SIGINT, and so would the script
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    with subprocess.Popen(
-        [NODE, *FLAGS],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        preexec_fn=as_in_a_terminal,
-    ) as node:
+    command = [NODE, *FLAGS]
+    with subprocess.Popen(command, env=node_environment, preexec_fn=as_in_a_terminal) as node:
         deadline = time.monotonic() + 30
-        while not (tmp_path / "begun").exists():
+        while not (tmp_path / "starts").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         node.send_signal(sent)  # to the script alone, as `kill` and `docker stop` do
         assert node.wait(timeout=30) == code
     assert (tmp_path / "saved").exists()
-
-
-def test_a_node_s_dry_run(tmp_path):
-    run = subprocess.run(
-        [NODE, "--dry_run", *FLAGS],
-        env=os.environ | {"VENV": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0
-    assert shlex.split(run.stdout) == [f"{tmp_path}/bin/python", "launch/train.py", *FLAGS]
 
 
 def test_the_job_set_is_whole():

@@ -1,0 +1,162 @@
+"""The floors of docs/architecture.md: which module may import which, and what is cheap to import."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOPS = ("pangea_jax", "configs", "eval", "launch", "benchmarks")
+# From the ground up. A module belongs to the longest name here that it begins with, and may import from its own floor
+# and from those below it. A module or package that has no name here is an error: give it a floor.
+FLOORS = (
+    ("languages", "anyres", "sharding", "work", "figures"),
+    ("batch", "model", "data"),
+    ("data.build",),
+    ("checkpoints", "generate", "train", "curation"),
+    ("sample",),
+    # `pangea_jax` itself is load().
+    ("pangea_jax", "experiment", "config"),
+    ("configs",),
+    ("eval",),
+    ("launch",),
+    ("benchmarks",),
+)
+# Pairs of the same floor that never import each other.
+STRANGERS = {frozenset({"model", "data"})}
+# (importing module, imported module) that climb today, each to be removed.
+CLIMBING = {
+    # The tokenizer file of the sample and its colours; a policy saved with the model replaces them.
+    ("pangea_jax.generate.engine", "pangea_jax.sample.emoji"),
+    ("pangea_jax.checkpoints.folder", "pangea_jax.sample.emoji"),
+    # Counts of a data set, which the figure draws.
+    ("pangea_jax.figures.composition", "pangea_jax.curation.accounting"),
+}
+# (importing module, imported module) without which there is no circle, each to be removed.
+CIRCLES = {
+    # What the kernels share belongs in a module below them.
+    ("pangea_jax.model.attention.blockwise", "pangea_jax.model.attention.kernels"),
+    ("pangea_jax.model.attention.triton", "pangea_jax.model.attention.kernels"),
+}
+# File names that several modules may have.
+RECURRING = {
+    "__init__",
+    # launch/NAME.py and benchmarks/NAME.py run or time the library's module of that name.
+    *("convert", "chat", "decode"),
+    # configs/curation/NAME.py holds the settings of pangea_jax/curation/NAME.py.
+    *("cultural", "ocr", "translate"),
+    # Two jobs under one name, to be renamed: settings of an endpoint and its client; what configs share and
+    # what launch scripts share; a checkpoint's folder and a build's; curation and training.
+    *("endpoint", "common", "folder", "pipeline"),
+}
+
+
+def find_modules() -> dict[str, Path]:
+    """Every module of the project by its dotted name."""
+    found = {}
+    for path in (path for top in TOPS for path in (ROOT / top).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = find_modules()
+
+
+def without_type_checking(tree: ast.AST):
+    """All nodes but those under `if TYPE_CHECKING:`, which never run."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from without_type_checking(node)
+
+
+def imports_of(module: str) -> set[str]:
+    """The project's modules that one imports, those in its functions included."""
+    found = set()
+    for node in without_type_checking(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{MODULES[module]}:{node.lineno} is a relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return (found & MODULES.keys()) - {module}
+
+
+IMPORTS = {module: imports_of(module) for module in MODULES}
+
+
+def room_of(module: str) -> str:
+    """The longest name of FLOORS that a module begins with."""
+    name = module.removeprefix("pangea_jax.")
+    rooms = [room for floor in FLOORS for room in floor if f"{name}.".startswith(f"{room}.")]
+    assert rooms, f"{module} has no floor; give it one in FLOORS and in docs/architecture.md"
+    return max(rooms, key=len)
+
+
+def floor_of(room: str) -> int:
+    return next(number for number, floor in enumerate(FLOORS) if room in floor)
+
+
+@pytest.mark.parametrize("top", TOPS)
+def test_no_import_climbs(top):
+    climbing = set()
+    for module in (name for name in MODULES if name.split(".")[0] == top):
+        here = room_of(module)
+        for other in IMPORTS[module]:
+            there = room_of(other)
+            if floor_of(there) > floor_of(here) or {here, there} in STRANGERS:
+                climbing.add((module, other))
+    known = {pair for pair in CLIMBING if pair[0].split(".")[0] == top}
+    assert climbing - known == set(), "these imports climb"
+    assert known - climbing == set(), "remove these from CLIMBING: they are gone"
+
+
+def test_no_import_goes_in_a_circle():
+    kept = {
+        m: {other for other in found if (m, other) not in CIRCLES} for m, found in IMPORTS.items()
+    }
+    try:
+        graphlib.TopologicalSorter(kept).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail("imports go in a circle: " + " <- ".join(error.args[1]))
+    gone = {pair for pair in CIRCLES if pair[1] not in IMPORTS.get(pair[0], ())}
+    assert gone == set(), "remove these from CIRCLES: they are gone"
+
+
+def test_one_name_means_one_job():
+    paths = defaultdict(list)
+    for path in MODULES.values():
+        paths[path.stem].append(str(path.relative_to(ROOT)))
+    recurring = {name: found for name, found in paths.items() if len(found) > 1}
+    assert {name: found for name, found in recurring.items() if name not in RECURRING} == {}
+    assert RECURRING - recurring.keys() == set(), "remove these from RECURRING: they are gone"
+
+
+SLOW_HELP = pytest.mark.xfail(
+    strict=True,
+    reason="telemetry imports tensorboardX, which imports torch; launch/train.py and sample/naming.py import figures",
+)
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        # Each of them alone takes longer than the 0.3 s allowed for `import pangea_jax`.
+        ("pangea_jax", {"jax", "numpy"}),
+        ("pangea_jax.languages", {"jax", "numpy"}),
+        # Without them `launch/train.py --help` takes half of the 3 s allowed, with them more than 4.
+        pytest.param("launch.train", {"torch", "matplotlib"}, marks=SLOW_HELP),
+    ],
+)
+def test_an_import_loads_nothing_heavy(module, heavy):
+    code = f"import sys, {module}; print(*({heavy} & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "", f"{module} imports {run.stdout}"

@@ -19,8 +19,8 @@ from pangea_jax.sample.figures import (
     plot_loss,
     results_table,
     timing_table,
-    wilson_interval,
 )
+from pangea_jax.sample.scores import wilson_interval
 
 EIGHT = ("en", "ar", "es", "hi", "ru", "sw", "te", "zh")
 

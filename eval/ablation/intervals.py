@@ -6,6 +6,7 @@ which differ in examples and initial weights but not in questions. Differences b
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -131,14 +132,13 @@ def load(directory: Path) -> Sweep:
     if not path.exists():
         raise SweepError(f"no {path}: expected the --workdir of launch/sweep.py")
     plan = _json(path)
-    runs, missing = [], []
-    for run in plan["runs"]:
-        results = _results(directory / run["name"])
-        if results is None:
-            missing.append(run["name"])
-        else:
-            x = plan["points"][run["point"]]
-            runs.append(Run(run["point"], x, run["seed"], results))
+    results = {run["name"]: _results(directory / run["name"]) for run in plan["runs"]}
+    missing = [name for name, found in results.items() if found is None]
+    runs = [
+        Run(run["point"], plan["points"][run["point"]], run["seed"], results[run["name"]])
+        for run in plan["runs"]
+        if run["name"] not in missing
+    ]
     if not runs:
         raise SweepError(
             f"no run of {directory} is finished and scored; to continue, run: {plan['command']}. If its runs do "
@@ -218,21 +218,21 @@ def _fixed(sweep: Sweep, run: Run, largest: Run):
     """(quantity, its value, the expected value) for all that the design keeps fixed."""
     total, most = sum(run.examples.values()), sum(largest.examples.values())
     steps, longest = run.results["steps"], largest.results["steps"]
+    per_step = ("examples a step", round(total / steps), round(most / longest))
     if sweep.design == "fixed_multilingual":
         mine, theirs = (
             {code: n for code, n in one.examples.items() if code != "en"} for one in (run, largest)
         )
         yield "other languages' examples", mine, theirs
-        yield "examples a step", round(total / steps), round(most / longest)
+        yield per_step
     elif sweep.design == "separate":
         yield "examples", total, round(run.x / largest.x * most)
-        yield "examples a step", round(total / steps), round(most / longest)
+        yield per_step
     elif sweep.design == "one_run":
         yield "examples", total, most
         yield "steps", steps, round(run.x / largest.x * longest)
     else:
-        yield "examples", total, most
-        yield "steps", steps, longest
+        yield from (("examples", total, most), ("steps", steps, longest))
 
 
 def scores(sweep: Sweep, point: str, split: str, who: str, metric: str) -> tuple[float, ...]:
@@ -252,15 +252,10 @@ def trials(sweep: Sweep, split: str, who: str) -> int:
 
 
 def estimate(values: Sequence[float], n: int) -> Estimate:
-    """A score and its interval: over the seeds, or over `n` questions if there is one seed.
-
-    >>> [round(x, 4) for x in dataclasses.astuple(estimate([0.5], 100))[:3]]
-    [0.5, 0.4038, 0.5962]
-    """
-    if len(values) == 1:
-        low, high = wilson_interval(values[0], n)
-        return Estimate(values[0], low, high, tuple(values))
-    return _student(values)
+    """A score and its interval: over the seeds, or over `n` questions if there is one seed."""
+    if len(values) > 1:
+        return _student(values)
+    return Estimate(values[0], *wilson_interval(values[0], n), tuple(values))
 
 
 def headline(sweep: Sweep, point: str, split: str, who: str) -> Estimate:
@@ -276,16 +271,11 @@ def difference(first: Sequence[float], second: Sequence[float], n: int) -> Estim
     gaps = [a - b for a, b in zip(first, second, strict=True)]
     if len(gaps) > 1:
         return _student(gaps)
-    low, high = newcombe(first[0], n, second[0], n)
-    return Estimate(gaps[0], low, high, tuple(gaps))
+    return Estimate(gaps[0], *newcombe(first[0], n, second[0], n), tuple(gaps))
 
 
 def newcombe(first: float, n_first: int, second: float, n_second: int) -> tuple[float, float]:
-    """95 % interval of the difference of two shares (Newcombe 1998, method 10).
-
-    >>> [round(bound, 4) for bound in newcombe(56 / 70, 70, 48 / 80, 80)]
-    [0.0524, 0.3339]
-    """
+    """95 % interval of the difference of two shares (Newcombe 1998, method 10)."""
     low_1, high_1 = wilson_interval(first, n_first)
     low_2, high_2 = wilson_interval(second, n_second)
     below = math.hypot(first - low_1, high_2 - second)
@@ -358,15 +348,11 @@ def relative(sweep: Sweep, point: str, split: str) -> dict[str, tuple[float, flo
 
 def by_examples(sweep: Sweep, split: str) -> dict[str, list[tuple[int, float]]]:
     """Language -> (examples, score) at every point, sorted. Scores are means over the seeds."""
-    metric, table = sweep.metric(split), {}
-    for code in sweep.languages:
-        rows = []
-        for point in sweep.finished:
-            mine = scores(sweep, point, split, code, metric)
-            if mine:
-                rows.append((sweep.at(point)[0].examples.get(code, 0), float(np.mean(mine))))
-        table[code] = sorted(rows)
-    return table
+    metric, table = sweep.metric(split), {code: [] for code in sweep.languages}
+    for code, point in itertools.product(table, sweep.finished):
+        if mine := scores(sweep, point, split, code, metric):
+            table[code].append((sweep.at(point)[0].examples.get(code, 0), float(np.mean(mine))))
+    return {code: sorted(rows) for code, rows in table.items()}
 
 
 def natural_point(sweep: Sweep) -> str | None:

@@ -113,6 +113,7 @@ def plot_loss(metrics_path: str | Path, out_dir: str | Path) -> tuple[Path, Path
             lower.set_ylabel("learning\nrate")
             lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         lower.set_xlabel("optimiser step")
+        lower.xaxis.get_major_locator().set_params(integer=True)
         if columns["examples"][-1] > 0:
             _add_examples_axis(upper, columns["examples"][-1] / (steps[-1] + 1))
         return fig.save(figure, Path(out_dir) / "loss")
@@ -153,7 +154,7 @@ def plot_languages(
         raise ValueError(f"{len(splits)} splits {list(splits)}: one figure shows {len(fig.SERIES)}")
     with fig.style():
         lines, size = fit_text(title, 72 * (WIDTH - 2 * LEFT), 12, min_size=9, max_lines=3)
-        head = 0.63 + 0.2 * len(lines)  # inches
+        head = 0.66 + 0.2 * len(lines)  # inches
         height = 0.57 + head + (0.34 if len(order) <= 14 else 0.235) * len(order)
         figure = Figure(figsize=(WIDTH, height))
         panels = figure.subplots(1, 2, sharey=True)

@@ -92,7 +92,7 @@ def swept(tmp_path_factory):
 def test_goes_on_without_repeating(swept):
     workdir, _, interrupted, err, between, code, out, after = swept
     assert interrupted == 130, err[-3000:]
-    assert "the same command goes on" in err
+    assert "the same command continues the sweep" in err
     assert list(between) == ["en_000_seed0"]
     assert code == 0, after[-3000:]
     assert "2 of 2 runs finished" in out

@@ -38,7 +38,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 from eval.ablation import intervals, summary
 from eval.ablation.intervals import RESULTS_FILE, SWEEP_FILE
@@ -291,9 +291,8 @@ def _end(jobs: Sequence[Job]) -> None:
 def status_table(jobs: Sequence[Job]) -> Table:
     """One row a run: state, progress, time and scores."""
     finished = sum(job.state == "finished" for job in jobs)
-    table = Table("run", "state", title=f"{finished} of {len(jobs)} runs finished")
-    for name in ("step", "loss", "minutes", "English", "others"):
-        table.add_column(name, justify="right")
+    numbers = (Column(n, justify="right") for n in ("step", "loss", "minutes", "English", "others"))
+    table = Table("run", "state", *numbers, title=f"{finished} of {len(jobs)} runs finished")
     for job in jobs:
         row = _progress(job) if job.state != "waiting" else ("", "")
         minutes = f"{job.seconds / 60:.1f}" if job.seconds else ""
@@ -328,9 +327,11 @@ def _scores(job: Job) -> list[str]:
     return [f"{100 * found[0]:.1f}" if found else "" for found in scores]
 
 
-def submit_command(job: Job, kind: str, extra: str) -> list[str]:
-    """The command that hands a run to xpk or Slurm. A stopped run is started again and resumes."""
+def job_command(job: Job, kind: str | None, extra: str) -> list[str]:
+    """The command that trains a run here, or hands it to xpk or Slurm, which restart a stopped run."""
     train = ["python", TRAIN, *job.flags, f"--workdir={job.workdir}"]
+    if kind is None:
+        return train
     name = re.sub(r"[^a-z0-9]+", "-", f"{job.workdir.parent.name}-{job.name}".lower())
     name = name.strip("-")[-40:].strip("-")  # a valid name in Kubernetes
     if kind == "slurm":
@@ -343,22 +344,19 @@ def submit_command(job: Job, kind: str, extra: str) -> list[str]:
 
 
 def submit(plan: Plan, console: Console) -> None:
-    """Submits every run without results.
+    """Prints the command of every unfinished run and, without --dry_run, submits it.
 
     Raises:
       UserError: xpk or sbatch is not installed, or it failed.
     """
     if not DRY_RUN.value:
         write_plan(plan)
-    for job in plan.jobs:
-        if job.is_finished:
-            continue
-        command = submit_command(job, SUBMIT.value, SUBMIT_ARGS.value)
+    for job in (job for job in plan.jobs if not job.is_finished):
+        command = job_command(job, SUBMIT.value, SUBMIT_ARGS.value)
         console.print(shlex.join(command), soft_wrap=True, highlight=False, markup=False)
-        if DRY_RUN.value:
-            continue
         try:
-            subprocess.run(command, check=True)
+            if not DRY_RUN.value:
+                subprocess.run(command, check=True)
         except FileNotFoundError:
             raise common.UserError(
                 f"{command[0]} is not installed; --dry_run prints the commands"
@@ -414,12 +412,8 @@ def main(argv):
     if len(argv) > 1:
         raise common.UserError(f"unexpected argument {argv[1]!r}; the only command is `report DIR`")
     plan = make_plan()
-    if SUBMIT.value:
+    if SUBMIT.value or DRY_RUN.value:
         submit(plan, console)
-    elif DRY_RUN.value:
-        for job in plan.jobs:
-            words = ["python", TRAIN, *job.flags, f"--workdir={job.workdir}"]
-            console.print(shlex.join(words), soft_wrap=True, highlight=False, markup=False)
     else:
         run_sweep(plan, console)
 

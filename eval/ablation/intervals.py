@@ -179,22 +179,16 @@ def bench_splits(bench: Mapping[str, Any]) -> dict[str, dict]:
         for task in bench["tasks"].values():
             if task["dataset"] == name and task[profile]["score"] is not None:
                 rows.setdefault(task["language"], []).append(task[profile])
-        languages = {
-            code: {
-                "score": float(np.mean([task["score"] for task in tasks])) / 100,
-                "n": sum(task["n"] for task in tasks),
-            }
-            for code, tasks in rows.items()
-        }
-        means = {who: dataset[profile].get(key) for who, key in ((ENGLISH, "en"), (OTHERS, "mul"))}
-        count = {
-            ENGLISH: languages.get("en", {}).get("n", 0),
-            OTHERS: sum(row["n"] for code, row in languages.items() if code != "en"),
-        }
-        splits[name] = {"languages": languages} | {
-            who: None if mean is None else {"score": mean["score"] / 100, "n": count[who]}
-            for who, mean in means.items()
-        }
+        splits[name] = {"languages": {}, ENGLISH: None, OTHERS: None}
+        for code, tasks in rows.items():
+            score = float(np.mean([task["score"] for task in tasks])) / 100
+            splits[name]["languages"][code] = {"score": score, "n": sum(t["n"] for t in tasks)}
+        for who, key in ((ENGLISH, "en"), (OTHERS, "mul")):
+            if (mean := dataset[profile].get(key)) is not None:
+                n = sum(
+                    t["n"] for c, ts in rows.items() for t in ts if (c == "en") == (key == "en")
+                )
+                splits[name][who] = {"score": mean["score"] / 100, "n": n}
     return splits
 
 

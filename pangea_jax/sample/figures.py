@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from rich.table import Table
+from rich.table import Column, Table
 
 from pangea_jax import languages
 from pangea_jax.figures import style as fig
@@ -49,15 +49,15 @@ def results_table(results: Mapping[str, Any]) -> Table:
     Raises:
       ValueError: a score is missing or outside [0, 1]. The message names split, language and field.
     """
+    numbers = ("exact match", "blind", "rank accuracy", "blind", "n")
     table = Table(
+        "split",
+        "language",
+        *(Column(name, justify="right") for name in numbers),
         title="Scores in percent",
         caption=f"Chance: {RANK_CHANCE:.1%} rank accuracy. Blind: the image-blind floor, which is "
         "the score when the picture is replaced. What a score has above it comes from the picture.",
     )
-    table.add_column("split")
-    table.add_column("language")
-    for column in ("exact match", "blind", "rank accuracy", "blind", "n"):
-        table.add_column(column, justify="right")
     for split, scores in results["splits"].items():
         rows = _rows(split, scores)
         for i, (code, row) in enumerate(rows.items()):
@@ -75,10 +75,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
 def timing_table(timing: Mapping[str, Mapping[str, float]]) -> Table:
     """The seconds of each phase of a run, from the timer's `summary()`."""
-    table = Table(title="Where the time went")
-    table.add_column("phase")
-    table.add_column("seconds", justify="right")
-    table.add_column("share", justify="right")
+    numbers = (Column(name, justify="right") for name in ("seconds", "share"))
+    table = Table("phase", *numbers, title="Where the time went")
     for phase, spent in timing.items():
         style = "bold" if phase == "total" else None
         table.add_row(phase, f"{spent['seconds']:,.1f}", f"{spent['share']:.1%}", style=style)

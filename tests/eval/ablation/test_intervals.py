@@ -1,4 +1,4 @@
-"""Statistics against known answers, and a report that says no more than its intervals."""
+"""Statistics equal published values, and reports claim only what intervals show."""
 
 import dataclasses
 import json

@@ -1,6 +1,6 @@
-"""Trains the sample model's vision tower to recognise what a drawing shows.
+"""Trains the sample model's vision tower to recognise drawings (config: configs/sample_tower.py).
 
-Pangea starts from CLIP; the sample model starts from this. Configs: configs/sample_tower.py.
+Pangea starts from CLIP. The sample model starts from this tower.
 """
 
 import io
@@ -28,14 +28,14 @@ from pangea_jax.sample import augment, emoji
 from pangea_jax.train.telemetry import Telemetry
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/sample_tower.py", "The run.")
-WORKDIR = flags.DEFINE_string("workdir", "runs/sample_tower", "Where results are written.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/sample_tower", "Folder for the results.")
 
 
 class Recogniser(nnx.Module):
-    """The tower, and a linear classifier of its mean patch feature.
+    """The tower and a linear classifier of its mean patch feature.
 
-    The mean is taken over the very features that the language model will read, so that they, not
-    a class token that LLaVA throws away, have to hold what the picture shows.
+    The language model reads the patch features; LLaVA does not use the class token. So the patch
+    features are trained to hold what the picture shows.
     """
 
     def __init__(self, config: VisionConfig, classes: int, *, rngs: nnx.Rngs):
@@ -49,19 +49,16 @@ class Recogniser(nnx.Module):
 
 
 def load_drawings(store, artists):
-    """RGBA drawings uint8 [n, 64, 64, 4] of some artists, and the concept each shows, int [n]."""
+    """RGBA drawings of the artists, uint8 [n, 64, 64, 4], and their concepts, int [n]."""
     codepoints = [concept.codepoint for concept in emoji.load_concepts()]
-    drawings, labels = [], []
-    for key in store.image_index["key"].to_pylist():
-        artist, codepoint = key.split("/")
-        if artist in artists:
-            drawings.append(np.asarray(Image.open(io.BytesIO(store.image(key))).convert("RGBA")))
-            labels.append(codepoints.index(codepoint))
-    return np.stack(drawings), np.asarray(labels)
+    keys = emoji.picture_keys(store, artists)
+    drawings = [Image.open(io.BytesIO(store.image(key))).convert("RGBA") for key in keys]
+    labels = [codepoints.index(key.split("/")[1]) for key in keys]
+    return np.stack([np.asarray(drawing) for drawing in drawings]), np.asarray(labels)
 
 
 def make_step(graphdef, optimizer, drawings, labels, config):
-    """One step on freshly augmented views of a random batch; everything happens on the device."""
+    """The step on new augmented views of a random batch. It runs entirely on the device."""
 
     @jax.jit
     def step(params, opt_state, key):
@@ -86,7 +83,7 @@ def make_step(graphdef, optimizer, drawings, labels, config):
 
 
 def test(graphdef, params, store, artist, size):
-    """Top-1 and top-5 accuracy on one artist's drawings, laid on white, not augmented."""
+    """Top-1 and top-5 accuracy on the drawings of one artist, on white and not augmented."""
     drawings, labels = load_drawings(store, [artist])
     tiles = []
     for drawing in drawings:
@@ -99,6 +96,16 @@ def test(graphdef, params, store, artist, size):
     return {"top1": float(hits[:, 0].mean()), "top5": float(hits[:, :5].any(1).mean())}
 
 
+def make_optimizer(config):
+    schedule = optax.warmup_cosine_decay_schedule(
+        0, config.learning_rate, config.warmup_steps, config.steps, config.learning_rate * 0.01
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b2=0.98, weight_decay=config.weight_decay),
+    )
+
+
 def main(_):
     config, workdir = CONFIG.value, Path(WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -109,13 +116,7 @@ def main(_):
     vision = VisionConfig(**config.vision)
     module = Recogniser(vision, int(labels.max()) + 1, rngs=nnx.Rngs(config.seed))
     graphdef, params = model_params.split(module)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0, config.learning_rate, config.warmup_steps, config.steps, config.learning_rate * 0.01
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.98, weight_decay=config.weight_decay),
-    )
+    optimizer = make_optimizer(config)
     opt_state = optimizer.init(params)
     step_fn = make_step(graphdef, optimizer, jnp.asarray(drawings), jnp.asarray(labels), config)
     root = jax.random.key(config.seed)
@@ -124,21 +125,14 @@ def main(_):
             params, opt_state, metrics = step_fn(params, opt_state, jax.random.fold_in(root, step))
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 telemetry.log(step, {name: float(value) for name, value in metrics.items()})
-    results = {
-        a: test(graphdef, params, store, a, vision.image_size)
-        for a in (*config.artists, config.test_artist)
-    }
+    artists = (*config.artists, config.test_artist)
+    results = {a: test(graphdef, params, store, a, vision.image_size) for a in artists}
     (workdir / "results.json").write_text(json.dumps(results, indent=2))
     print(json.dumps(results, indent=2))
     tower = {name: value for name, value in params.items() if name.startswith("vision.")}
+    save_as = {"only": ("vision",), "dtype": np.dtype("float16")}
     whole = PangeaConfig(vision=vision, pinpoints=())
-    huggingface.save(
-        model_params.unflatten(tower),
-        whole,
-        workdir / "tower",
-        only=("vision",),
-        dtype=np.dtype("float16"),
-    )
+    huggingface.save(model_params.unflatten(tower), whole, workdir / "tower", **save_as)
 
 
 if __name__ == "__main__":

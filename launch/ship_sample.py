@@ -1,4 +1,4 @@
-"""Takes the weights that the package ships from finished runs.
+"""Copies the weights of the sample model from finished runs into the package.
 
     python launch/pretrain_tower.py --workdir=runs/sample_tower
     python launch/ship_sample.py tower runs/sample_tower
@@ -7,7 +7,7 @@
     python launch/train.py --config=configs/ablate_en_ratio.py --workdir=runs/en_ratio
     python launch/ship_sample.py model runs/en_ratio
 
-float16 on disk: at this size its 11 bits cost no accuracy (the tests score what is shipped).
+The files are float16, which costs no accuracy at this size (tests score the shipped model).
 """
 
 import argparse
@@ -26,14 +26,8 @@ from pangea_jax.generate.engine import SAMPLE_MODEL
 from pangea_jax.sample import emoji
 
 
-def ship_pretrained(run: Path, name: str) -> None:
-    """The tower or stage 1, as `launch/pretrain_*.py` wrote it."""
-    SAMPLE_MODEL.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(run / name / "model.safetensors", SAMPLE_MODEL / f"{name}.safetensors")
-
-
 def ship_model(run: Path) -> None:
-    """All but the tower of a run of `launch/train.py`, and its config."""
+    """Copies the config and all weights but the tower from a run of `launch/train.py`."""
     config = config_from_folder(run / "model")
     tokenizer = load_tokenizer(emoji.DIRECTORY)
     tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
@@ -52,10 +46,12 @@ def main():
     parser.add_argument("part", choices=("tower", "stage1", "model"))
     parser.add_argument("run", type=Path, help="work directory of the finished run")
     args = parser.parse_args()
+    SAMPLE_MODEL.mkdir(parents=True, exist_ok=True)
     if args.part == "model":
         ship_model(args.run)
     else:
-        ship_pretrained(args.run, args.part)
+        weights = args.run / args.part / "model.safetensors"
+        shutil.copyfile(weights, SAMPLE_MODEL / f"{args.part}.safetensors")
     for file in sorted(SAMPLE_MODEL.iterdir()):
         print(f"{file.stat().st_size:>9} bytes  {file.name}")
 

@@ -1,4 +1,4 @@
-"""Runs all points of an ablation, one launch/train.py each, and draws what came out.
+"""Runs all points of an ablation, one launch/train.py each, and draws the results.
 
     python launch/sweep.py --config=configs/ablate_en_ratio.py --workdir=runs/en_ratio
     python launch/sweep.py --config=configs/ablate_en_ratio.py --workdir=runs/en_ratio --seeds=3 --jobs=2
@@ -7,12 +7,12 @@
     python launch/sweep.py --config=configs/ablate_en_ratio.py:scale=pangea_7b --workdir=/shared/en_ratio \\
         --submit=tpu --submit_args="--cluster=NAME --tpu-type=v5p-64" --dry_run
 
-Into the work directory: a folder for each run (that of launch/train.py, and log.txt), sweep.json, the figures and
-summary.md. Started again, or with more seeds, it goes on: a run whose results are there is not repeated, one that was
-killed resumes from its checkpoint. Overrides `--config.key=value` hold for every run.
+The work directory gets a folder for each run (that of launch/train.py, and log.txt), sweep.json, the figures and
+summary.md. The same command, also with more seeds, continues a sweep: finished runs are not repeated, and stopped
+runs resume from their checkpoints. Overrides `--config.key=value` apply to every run.
 
-`--submit` hands the runs to a cluster instead, xpk for TPUs and sbatch for Slurm, one job each, from a clone on a
-file system that the jobs share; `report` draws whatever has finished.
+`--submit` hands each run to a cluster as one job, with xpk for TPUs or sbatch for Slurm. Start it in a clone on a
+file system that the jobs share. `report` draws the runs that have finished.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 from eval.ablation import intervals, summary
 from eval.ablation.intervals import RESULTS_FILE, SWEEP_FILE
@@ -46,17 +46,17 @@ from launch import common, distributed
 from pangea_jax.work import atomic
 
 CONFIG = common.define_config("configs/ablate_en_ratio.py")
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where everything is written; default runs/<config>."
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all results; default runs/<config>.")
+SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each point, with seeds 0, 1, ...", lower_bound=1)
+JOBS = flags.DEFINE_integer(
+    "jobs", 1, "Runs at the same time; each needs up to 2 GiB.", lower_bound=1
 )
-SEEDS = flags.DEFINE_integer("seeds", 1, "Runs a point, with seeds 0, 1, ...", lower_bound=1)
-JOBS = flags.DEFINE_integer("jobs", 1, "Runs at once; each takes up to 2 GiB.", lower_bound=1)
 POINTS = flags.DEFINE_list("points", [], "Names of the points to run; default all.")
 SUBMIT = flags.DEFINE_enum("submit", None, ("tpu", "slurm"), "Hand the runs to a cluster.")
 SUBMIT_ARGS = flags.DEFINE_string("submit_args", "", "Arguments for xpk or sbatch.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, and run none.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands; run nothing.")
 PAGE = flags.DEFINE_string(
-    "page", None, "report: one page of all the sweeps named, figures beside."
+    "page", None, "report: write one page of all named sweeps, with figures beside it."
 )
 
 TRAIN, SBATCH = "launch/train.py", "launch/gpu/train.sbatch"
@@ -68,7 +68,7 @@ PATIENCE_SECONDS = 120
 
 @dataclasses.dataclass
 class Job:
-    """One run of launch/train.py and how it stands."""
+    """One run of launch/train.py and its state."""
 
     point: str
     seed: int
@@ -91,7 +91,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the flags ask for: the ablation, and all its runs."""
+    """The ablation that the flags name, and all its runs."""
 
     module: ModuleType
     path: str
@@ -102,30 +102,31 @@ class Plan:
 
     @property
     def design(self) -> str:
-        return dict(_pairs(self.arg)).get("design", next(iter(self.module.DESIGNS)))
+        return _pairs(self.arg).get("design", next(iter(self.module.DESIGNS)))
 
     @property
     def command(self) -> str:
         config = f"{self.path}:{self.arg}" if self.arg else self.path
-        overrides = _override_flags(self.overrides)
         words = ["python", "launch/sweep.py", f"--config={config}", f"--workdir={self.workdir}"]
-        return shlex.join([*words, *overrides])
+        return shlex.join([*words, *_override_flags(self.overrides)])
 
 
 def make_plan() -> Plan:
-    """The runs that the flags name, seed after seed.
+    """The runs that the flags name, ordered by seed.
 
     Raises:
-      UserError: the config is no ablation, sets what the sweep sets, or has no such point.
+      UserError: the config is not an ablation, sets point or seed, or lacks a point of --points.
     """
     holder = flags.FLAGS[CONFIG.name]
     path, _, arg = config_flags.get_config_filename(holder).partition(":")
     module = _module(path)
     if not hasattr(module, "points"):
-        raise common.UserError(f"{path} has no points(); give one of configs/ablate_*.py")
-    fixed = {"point", "seed"} & dict(_pairs(arg)).keys()
+        raise common.UserError(f"{path} has no points(); choose one of configs/ablate_*.py")
+    fixed = {"point", "seed"} & _pairs(arg).keys()
     if fixed:
-        raise common.UserError(f"--config argument {min(fixed)}= is set by the sweep, run by run")
+        raise common.UserError(
+            f"remove {min(fixed)}= from --config: {min(fixed)}= is set by the sweep for each run"
+        )
     overrides = config_flags.get_override_values(holder)
     known = module.points(arg)
     unknown = [point for point in POINTS.value if point not in known]
@@ -150,10 +151,9 @@ def _module(path: str) -> ModuleType:
     return module
 
 
-def _pairs(arg: str) -> Iterator[tuple[str, str]]:
-    for item in filter(None, arg.split(",")):
-        key, _, text = item.partition("=")
-        yield key, text
+def _pairs(arg: str) -> dict[str, str]:
+    """The argument of a config, such as "design=rotate,scale=pangea_7b", as a dict."""
+    return dict(item.partition("=")[::2] for item in filter(None, arg.split(",")))
 
 
 def _override_flags(overrides) -> list[str]:
@@ -161,7 +161,7 @@ def _override_flags(overrides) -> list[str]:
 
 
 def write_plan(plan: Plan) -> None:
-    """sweep.json: what the report needs to know of every run, those of earlier calls included.
+    """Writes sweep.json for the report. It keeps the runs of earlier calls.
 
     Raises:
       UserError: the directory holds another sweep.
@@ -181,8 +181,8 @@ def write_plan(plan: Plan) -> None:
         theirs = json.loads(path.read_text(encoding="utf-8"))
         if _asked(theirs["command"]) != _asked(mine["command"]):
             raise common.UserError(
-                f"{plan.workdir} holds another sweep ({theirs['command']}); give another --workdir, or "
-                "remove that one"
+                f"{plan.workdir} holds another sweep ({theirs['command']}); choose another --workdir "
+                "or remove this one"
             )
         runs = {run["name"]: run for run in theirs["runs"]} | runs
     seeds = 1 + max(run["seed"] for run in runs.values())
@@ -192,48 +192,49 @@ def write_plan(plan: Plan) -> None:
 
 
 def _asked(command: str) -> set[str]:
-    """What makes it that sweep: not the name that its folder goes by, nor how many seeds there are."""
+    """The words that identify a sweep: all but the folder and the number of seeds."""
     return {w for w in shlex.split(command) if not w.startswith(("--workdir=", "--seeds="))}
 
 
 @contextlib.contextmanager
-def only_sweep(workdir: Path, console: Console) -> Iterator[IO]:
-    """Holds the directory's lock, and gives it, so that runs can hold it as well: those of a sweep
-    that was killed may still be at work, and are waited for."""
+def claim(workdir: Path, console: Console) -> Iterator[IO]:
+    """Locks the work directory, or waits until it is free.
+
+    Yields the lock file. The runs inherit it: they may outlive a killed sweep, and then the next
+    sweep has to wait for them too.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            said = f"{workdir} is in use by another sweep or its runs; waiting for them to end"
+            said = f"{workdir} is in use by another sweep or its runs; waiting until they end"
             console.print(said, soft_wrap=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, lock: IO, console: Console) -> bool:
-    """Runs what is not finished; returns whether it was asked to stop before the end."""
+    """Runs the unfinished jobs. Returns whether a signal stopped the sweep before the end."""
     for job in jobs:
         common.claim_workdir(job.workdir, job.config)
         job.state = "finished" if job.is_finished else "waiting"
-    stop = distributed.StopSignal()
+    stop, told = distributed.StopSignal(), False
     view = Live(console=console, auto_refresh=False) if console.is_terminal else None
     with view or contextlib.nullcontext(), stop:
         try:
-            told = False
             while True:
                 _collect(jobs, console)
-                running = [job for job in jobs if job.state == "running"]
                 if stop.requested and not told:
                     told = True
-                    _signal(running, signal.SIGINT)
+                    _interrupt(jobs)
+                running = sum(job.state == "running" for job in jobs)
                 waiting = [] if told else [job for job in jobs if job.state == "waiting"]
-                for job in waiting[: at_once - len(running)]:
+                for job in waiting[: at_once - running]:
                     _start(job, lock)
-                    running.append(job)
                 if view:
                     view.update(status_table(jobs), refresh=True)
-                if not running:
+                if not any(job.state == "running" for job in jobs):
                     break
                 time.sleep(POLL_SECONDS)
         finally:
@@ -244,23 +245,20 @@ def run_jobs(jobs: Sequence[Job], at_once: int, lock: IO, console: Console) -> b
 
 
 def _start(job: Job, lock: IO) -> None:
-    log = (job.workdir / "log.txt").open("a", encoding="utf-8")
-    with log:
+    with (job.workdir / "log.txt").open("a", encoding="utf-8") as log:
         job.process = subprocess.Popen(
             [sys.executable, str(ROOT / TRAIN), *job.flags, f"--workdir={job.workdir}"],
             stdout=log,
             stderr=subprocess.STDOUT,
-            process_group=0,  # Ctrl-C in a terminal comes to this process alone, which passes it on
+            process_group=0,  # Ctrl-C reaches only this process, which passes it on
             pass_fds=(lock.fileno(),),
         )
     job.state, job.started = "running", time.monotonic()
 
 
 def _collect(jobs: Sequence[Job], console: Console) -> None:
-    """Notes which runs have ended."""
-    for job in jobs:
-        if job.state != "running":
-            continue
+    """Updates the state of the running jobs."""
+    for job in (job for job in jobs if job.state == "running"):
         job.seconds = time.monotonic() - job.started
         code = job.process.poll()
         if code is None:
@@ -271,18 +269,18 @@ def _collect(jobs: Sequence[Job], console: Console) -> None:
             console.print(f"{job.name}: {job.state} after {job.seconds / 60:.1f} min")
 
 
-def _signal(jobs: Sequence[Job], number: signal.Signals) -> None:
-    for job in jobs:
-        if job.process.poll() is None:
-            job.process.send_signal(number)
+def _interrupt(jobs: Sequence[Job]) -> list[Job]:
+    """Asks the running jobs to save and stop, and returns them."""
+    running = [job for job in jobs if job.process and job.process.poll() is None]
+    for job in running:
+        job.process.send_signal(signal.SIGINT)
+    return running
 
 
 def _end(jobs: Sequence[Job]) -> None:
-    """No run outlives the sweep, whatever ends it."""
-    running = [job for job in jobs if job.process and job.process.poll() is None]
-    _signal(running, signal.SIGINT)
+    """Stops all jobs, so that none outlives the sweep."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    for job in running:
+    for job in _interrupt(jobs):
         try:
             job.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -291,14 +289,10 @@ def _end(jobs: Sequence[Job]) -> None:
 
 
 def status_table(jobs: Sequence[Job]) -> Table:
-    """How every run stands."""
-    table = Table(
-        title=f"{sum(job.state == 'finished' for job in jobs)} of {len(jobs)} runs finished"
-    )
-    for name in ("run", "state"):
-        table.add_column(name)
-    for name in ("step", "loss", "minutes", "English", "others"):
-        table.add_column(name, justify="right")
+    """One row a run: state, progress, time and scores."""
+    finished = sum(job.state == "finished" for job in jobs)
+    numbers = (Column(n, justify="right") for n in ("step", "loss", "minutes", "English", "others"))
+    table = Table("run", "state", *numbers, title=f"{finished} of {len(jobs)} runs finished")
     for job in jobs:
         row = _progress(job) if job.state != "waiting" else ("", "")
         minutes = f"{job.seconds / 60:.1f}" if job.seconds else ""
@@ -309,14 +303,14 @@ def status_table(jobs: Sequence[Job]) -> Table:
 
 
 def _progress(job: Job) -> tuple[str, str]:
-    """(steps done, loss) by the last whole line of metrics.jsonl."""
+    """(steps done, loss) from the last complete line of metrics.jsonl."""
     path = job.workdir / "metrics.jsonl"
-    if not path.exists():
-        return "", ""
-    with path.open("rb") as file:
-        # A line counts every language and source.
-        file.seek(max(0, path.stat().st_size - 2**18))
-        lines = file.read().split(b"\n")[:-1]
+    lines = []
+    if path.exists():
+        with path.open("rb") as file:
+            # Lines are long: they count every language and source.
+            file.seek(max(0, path.stat().st_size - 2**18))
+            lines = file.read().split(b"\n")[:-1]
     if not lines:
         return "", ""
     last = json.loads(lines[-1])
@@ -324,76 +318,69 @@ def _progress(job: Job) -> tuple[str, str]:
     return f"{last['step'] + 1:,}", "not finite" if loss is None else f"{loss:.3f}"
 
 
-def _scores(job: Job) -> tuple[str, str]:
-    """(English, others) in percent on the last split."""
+def _scores(job: Job) -> list[str]:
+    """(English, others) in percent on the last split; empty if not scored."""
     splits = json.loads((job.workdir / RESULTS_FILE).read_text(encoding="utf-8"))["splits"]
-    rows = list(splits.values())[-1] if splits else {}
-    cells = []
-    for who in (intervals.ENGLISH, intervals.OTHERS):
-        scored = next(
-            (rows[who][m] for m in intervals.METRICS if rows.get(who) and m in rows[who]), None
-        )
-        cells.append("" if scored is None else f"{100 * scored:.1f}")
-    return cells[0], cells[1]
+    last = list(splits.values())[-1] if splits else {}
+    rows = [last.get(who) or {} for who in (intervals.ENGLISH, intervals.OTHERS)]
+    scores = [[row[metric] for metric in intervals.METRICS if metric in row] for row in rows]
+    return [f"{100 * found[0]:.1f}" if found else "" for found in scores]
 
 
-def submit_command(job: Job, kind: str, extra: str) -> list[str]:
-    """The command that hands a run to xpk or Slurm; stopped, it is started again and resumes."""
+def job_command(job: Job, kind: str | None, extra: str) -> list[str]:
+    """The command that trains a run here, or hands it to xpk or Slurm, which restart a stopped run."""
     train = ["python", TRAIN, *job.flags, f"--workdir={job.workdir}"]
+    if kind is None:
+        return train
     name = re.sub(r"[^a-z0-9]+", "-", f"{job.workdir.parent.name}-{job.name}".lower())
-    name = name.strip("-")[-40:].strip("-")  # as Kubernetes wants it
+    name = name.strip("-")[-40:].strip("-")  # a valid name in Kubernetes
     if kind == "slurm":
-        # Handed over twice, a run waits for itself.
+        # If a run is submitted twice, the second job waits for the first.
         words = ["sbatch", f"--job-name={name}", "--dependency=singleton"]
         return [*words, *shlex.split(extra), SBATCH, *train[2:]]
-    # By itself xpk starts a workload again only if it ends with 42 or above 126, as a stopped run does.
+    # xpk restarts a workload that ends with code 42 or above 126. A stopped run ends so.
     words = ["xpk", "workload", "create", f"--workload={name}", f"--max-restarts={RESTARTS}"]
     return [*words, *shlex.split(extra), f"--command={shlex.join(train)}"]
 
 
 def submit(plan: Plan, console: Console) -> None:
-    """Hands over every run that has no results yet.
+    """Prints the command of every unfinished run and, without --dry_run, submits it.
 
     Raises:
-      UserError: the launcher is not installed, or refused.
+      UserError: xpk or sbatch is not installed, or it failed.
     """
     if not DRY_RUN.value:
         write_plan(plan)
-    for job in plan.jobs:
-        if job.is_finished:
-            continue
-        command = submit_command(job, SUBMIT.value, SUBMIT_ARGS.value)
+    for job in (job for job in plan.jobs if not job.is_finished):
+        command = job_command(job, SUBMIT.value, SUBMIT_ARGS.value)
         console.print(shlex.join(command), soft_wrap=True, highlight=False, markup=False)
-        if DRY_RUN.value:
-            continue
         try:
-            subprocess.run(command, check=True)
+            if not DRY_RUN.value:
+                subprocess.run(command, check=True)
         except FileNotFoundError:
             raise common.UserError(
                 f"{command[0]} is not installed; --dry_run prints the commands"
             ) from None
         except subprocess.CalledProcessError as error:
             raise common.UserError(
-                f"{command[0]} refused {job.name} with exit code {error.returncode}; the runs before it are handed over"
+                f"{command[0]} failed for {job.name} with exit code {error.returncode}; earlier runs are submitted"
             ) from None
 
 
 def report(directories: Sequence[str], page: str | None, console: Console) -> None:
-    """Figures and summary.md of every sweep, or one page of them all."""
+    """Writes figures and summary.md of each sweep, or one page of all sweeps."""
     if not directories:
         raise common.UserError("report needs the --workdir of a sweep, or several")
     sweeps = [intervals.load(Path(directory)) for directory in directories]
     if page:
         summary.write_document(sweeps, Path(page))
-        console.print(f"written: {page}", soft_wrap=True)
-        return
-    for sweep in sweeps:
-        written = summary.write(sweep, sweep.directory)
-        console.print(f"written: {written}", soft_wrap=True)
+    written = [page] if page else [summary.write(sweep, sweep.directory) for sweep in sweeps]
+    for path in written:
+        console.print(f"written: {path}", soft_wrap=True)
 
 
 def run_sweep(plan: Plan, console: Console) -> None:
-    with only_sweep(plan.workdir, console) as lock:
+    with claim(plan.workdir, console) as lock:
         write_plan(plan)
         stopped = run_jobs(plan.jobs, JOBS.value, lock, console)
     finished = [job for job in plan.jobs if job.state == "finished"]
@@ -401,16 +388,17 @@ def run_sweep(plan: Plan, console: Console) -> None:
     if finished and plan.jobs[0].config.eval:
         report([str(plan.workdir)], None, console)
     if failed:
-        last = (failed[0].workdir / "log.txt").read_text(encoding="utf-8").strip().splitlines()
-        said = next((line for line in reversed(last) if "PANGEA_DEBUG" not in line), "nothing")
+        log = failed[0].workdir / "log.txt"
+        lines = log.read_text(encoding="utf-8").strip().splitlines()
+        said = next((line for line in reversed(lines) if "PANGEA_DEBUG" not in line), "nothing")
         raise common.UserError(
             f"{len(failed)} of {len(plan.jobs)} runs failed; {failed[0].name} said: {said} "
-            f"({failed[0].workdir / 'log.txt'}). The same command tries them again"
+            f"({log}). Run the same command to try again"
         )
     if stopped or len(finished) < len(plan.jobs):
         print(
             f"stopped: {len(finished)} of {len(plan.jobs)} runs are finished, the others have saved; "
-            "the same command goes on",
+            "the same command continues the sweep",
             file=sys.stderr,
         )
         sys.exit(common.EXIT_INTERRUPTED)
@@ -422,16 +410,10 @@ def main(argv):
         report(argv[2:], PAGE.value, console)
         return
     if len(argv) > 1:
-        raise common.UserError(
-            f"unexpected argument {argv[1]!r}; there is `report DIR` and no other"
-        )
+        raise common.UserError(f"unexpected argument {argv[1]!r}; the only command is `report DIR`")
     plan = make_plan()
-    if SUBMIT.value:
+    if SUBMIT.value or DRY_RUN.value:
         submit(plan, console)
-    elif DRY_RUN.value:
-        for job in plan.jobs:
-            words = ["python", TRAIN, *job.flags, f"--workdir={job.workdir}"]
-            console.print(shlex.join(words), soft_wrap=True, highlight=False, markup=False)
     else:
         run_sweep(plan, console)
 

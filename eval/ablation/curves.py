@@ -1,6 +1,6 @@
-"""The figures of a sweep, each as PNG and SVG: curves beside the paper's, languages, popularity."""
+"""Draws the figures of a sweep, each as PNG and SVG."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,33 +14,31 @@ from eval.ablation import paper as published
 from eval.ablation.intervals import ENGLISH, FLOOR, OTHERS, Sweep
 from pangea_jax import languages
 from pangea_jax.figures import style as fig
-from pangea_jax.sample.figures import METRIC_TITLES, RANK_CHANCE
+from pangea_jax.sample.scores import METRIC_TITLES, RANK_CHANCE
 
 COLOURS = {ENGLISH: fig.BLUE, OTHERS: fig.ORANGE}
+LINES = {ENGLISH: ("o", "English"), OTHERS: ("s", "mean of the others")}
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 PALETTE = (fig.BLUE, fig.ORANGE, fig.GREEN, fig.VERMILION, fig.SKY, fig.PURPLE, fig.MUTED, fig.INK)
-# Where the quantity varied is a number and not one of several ways.
-ORDERED = ("ablate_en_ratio", "ablate_language_popularity", "ablate_num_samples")
 COLUMNS = 3
 
 
 def draw(sweep: Sweep, out_dir: Path) -> dict[str, Path]:
-    """All figures that this sweep has: name -> PNG, the SVG beside it."""
+    """Draws all figures of the sweep. Returns name -> path of the PNG; the SVG is beside it."""
     figures = {"languages": plot_languages}
     if sweep.design != "rotate":
         figures = {"curve": plot_curve} | figures
-    if sweep.ablation == "ablate_language_popularity":
-        if natural_point(sweep):
-            figures["popularity"] = plot_popularity
-        if sweep.design == "rotate" and can_rank(sweep):
-            figures["examples"] = plot_examples
+    if intervals.natural_point(sweep):
+        figures["popularity"] = plot_popularity
+    if intervals.can_rank(sweep):
+        figures["examples"] = plot_examples
     return {name: plot(sweep, out_dir)[0] for name, plot in figures.items()}
 
 
 def plot_curve(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
-    """`curve`: English and the mean of the others at every point, and the paper's on its own axis.
+    """`curve`: English and the mean of the others at every point; the paper's curve has its own axis.
 
-    Bands are 95 % intervals (`eval.ablation.intervals`), dots the seeds, dotted lines the image-blind floors.
+    Bands are 95 % intervals (`eval.ablation.intervals`), dots are seeds, dotted lines are image-blind floors.
     """
     theirs = published.curves(sweep.ablation)
     panels = [("ours", split) for split in sweep.splits] + [("paper", name) for name in theirs]
@@ -55,35 +53,60 @@ def plot_curve(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
                 _draw_points(panel, sweep, name)
             else:
                 _draw_published(panel, theirs[name], sweep.ablation, name)
-        handles = [
-            Line2D([], [], color=COLOURS[ENGLISH], marker="o", ms=4, label="English"),
-            Line2D([], [], color=COLOURS[OTHERS], marker="s", ms=4, label="mean of the others"),
-            Patch(color=fig.FAINT, label=f"95 % interval, {_seeds(sweep)}"),
-            Line2D([], [], color=fig.MUTED, ls=":", label="image-blind floor"),
-        ]
+        handles = _curve_handles(sweep, with_paper=bool(theirs))
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
         return fig.save(figure, out_dir / "curve")
 
 
+def _curve_handles(sweep: Sweep, *, with_paper: bool) -> list[Line2D | Patch]:
+    """The legend of what is drawn: without English, for example, it has no entry for English."""
+    handles = []
+    for who, (mark, label) in LINES.items():
+        scored = any(run.row(split, who) for run in sweep.runs for split in sweep.splits)
+        if scored or with_paper:
+            line = Line2D([], [], color=COLOURS[who], marker=mark, ms=4, label=label)
+            line.set_linestyle("-" if _is_line(sweep) or with_paper else "")
+            handles.append(line)
+    count = len(sweep.seeds)
+    seeds = "one seed (Wilson)" if count == 1 else f"{count} seeds (Student's t)"
+    interval = f"95 % interval, {seeds}"
+    if _is_line(sweep):
+        handles.append(Patch(color=fig.FAINT, label=interval))
+    else:
+        handles.append(Line2D([], [], color=fig.MUTED, marker="|", ls="", ms=9, label=interval))
+    if any(sweep.has(split, FLOOR + sweep.metric(split)) for split in sweep.splits):
+        line = ":" if _is_line(sweep) else ""
+        mark = "" if _is_line(sweep) else "_"
+        floor = Line2D([], [], color=fig.MUTED, ls=line, marker=mark, label="image-blind floor")
+        handles.append(floor)
+    return handles
+
+
+def _is_line(sweep: Sweep) -> bool:
+    """Whether points are joined: they lie on a scale, and there are two or more."""
+    return sweep.is_ordered and len(sweep.finished) > 1
+
+
 def _draw_points(axes: Axes, sweep: Sweep, split: str) -> None:
     metric, points = sweep.metric(split), sweep.finished
-    ordered = sweep.ablation in ORDERED
+    ordered, joined = sweep.is_ordered, _is_line(sweep)
     places = [sweep.points[p] for p in points] if ordered else list(range(len(points)))
-    for who, mark in ((ENGLISH, "o"), (OTHERS, "s")):
+    for who, (mark, _) in LINES.items():
         rows = [
             (x, intervals.headline(sweep, point, split, who), point)
             for x, point in zip(places, points, strict=True)
             if intervals.scores(sweep, point, split, who, metric)
         ]
         if rows:
-            # Side by side where two intervals would hide each other.
+            # Intervals that are not bands stand side by side, so that none hides the other.
             aside = 0 if ordered else 0.06 if who == OTHERS else -0.06
             x = np.array([place + aside for place, *_ in rows])
-            _draw_estimates(axes, x, [one for _, one, _ in rows], COLOURS[who], mark, ordered)
+            _draw_estimates(axes, x, [one for _, one, _ in rows], COLOURS[who], mark, joined)
         if rows and sweep.has(split, FLOOR + metric):
             blind = [intervals.scores(sweep, p, split, who, FLOOR + metric) for *_, p in rows]
             floor = 100 * np.array([np.mean(values) for values in blind])
-            axes.plot(x, floor, color=COLOURS[who], ls=":", linewidth=1.2)
+            style = {"ls": ":"} if joined else {"ls": "", "marker": "_", "ms": 9}
+            axes.plot(x, floor, color=COLOURS[who], linewidth=1.2, **style)
     axes.set_ylim(0, 101)
     axes.set_xlabel(sweep.axis)
     axes.set_ylabel("percent")
@@ -93,15 +116,15 @@ def _draw_points(axes: Axes, sweep: Sweep, split: str) -> None:
         axes.set_xlim(-0.5, len(points) - 0.5)
 
 
-def _draw_estimates(axes, x, estimates, colour, mark, ordered) -> None:
+def _draw_estimates(axes, x, estimates, colour, mark, joined) -> None:
     bounds = 100 * np.array([(one.low, one.high) for one in estimates])
     low, high = np.clip(bounds, 0, 100).T
-    if ordered:
+    if joined:
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
     else:
         axes.vlines(x, low, high, color=colour, linewidth=1.4)
     mean = 100 * np.array([one.mean for one in estimates])
-    axes.plot(x, mean, color=colour, marker=mark, ms=4.5, linewidth=1.6 if ordered else 0)
+    axes.plot(x, mean, color=colour, marker=mark, ms=4.5, linewidth=1.6 if joined else 0)
     for place, one in zip(x, estimates, strict=True):
         if len(one.values) > 1:
             dots = 100 * np.array(one.values)
@@ -110,7 +133,7 @@ def _draw_estimates(axes, x, estimates, colour, mark, ordered) -> None:
 
 def _draw_published(axes: Axes, rows: Mapping[float, tuple[float, float]], stem, name) -> None:
     x = list(rows)
-    for place, (who, mark) in enumerate(((ENGLISH, "o"), (OTHERS, "s"))):
+    for place, (who, (mark, _)) in enumerate(LINES.items()):
         y = [pair[place] for pair in rows.values()]
         axes.plot(x, y, color=COLOURS[who], marker=mark, ms=4.5, linewidth=1.6, mfc="white")
     values = [score for pair in rows.values() for score in pair]
@@ -122,7 +145,7 @@ def _draw_published(axes: Axes, rows: Mapping[float, tuple[float, float]], stem,
 
 
 def plot_languages(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
-    """`languages`: every language's score at every point, and below it how many examples it had."""
+    """`languages`: the score of each language at each point, and below it its number of examples."""
     points, codes = sweep.finished, sweep.languages
     roomy = len(codes) <= 12
     with fig.style():
@@ -159,10 +182,7 @@ def _draw_heat(axes: Axes, sweep: Sweep, split: str, roomy: bool):
             if roomy:
                 count = f"{sweep.at(point)[0].examples.get(code, 0):,}"
                 axes.text(j, i + 0.24, count, ha="center", va="center", color=ink, size=6)
-    labels = [
-        f"{sweep.points[p]:g}" if sweep.ablation in ORDERED else p.replace("_", "\n")
-        for p in points
-    ]
+    labels = [f"{sweep.points[p]:g}" if sweep.is_ordered else p.replace("_", "\n") for p in points]
     axes.set_xticks(range(len(points)), labels)
     axes.tick_params(length=0)
     axes.grid(False)
@@ -173,32 +193,19 @@ def _draw_heat(axes: Axes, sweep: Sweep, split: str, roomy: bool):
     return image
 
 
-def natural_point(sweep: Sweep) -> str | None:
-    """The point at which every language has its own share of PangeaIns."""
-    if sweep.design != "alpha":
-        return None
-    return next((point for point in sweep.finished if sweep.points[point] == 1), None)
-
-
-def can_rank(sweep: Sweep) -> bool:
-    """Whether every language has been trained at three numbers of examples or more."""
-    table = intervals.by_examples(sweep, sweep.splits[-1])
-    return all(len({x for x, _ in rows}) >= 3 for rows in table.values())
-
-
 def plot_popularity(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
-    """`popularity`: share against score, both relative to English, as the paper's Figure 7, which
-    stands beside it."""
-    point = natural_point(sweep)
+    """`popularity`: share against score, both relative to English, beside the paper's Figure 7."""
+    point = intervals.natural_point(sweep)
     with fig.style():
         figure = Figure(figsize=(10.2, 3.9), layout="constrained")
         panels = figure.subplots(1, len(sweep.splits) + 1)
         for panel, split in zip(panels, sweep.splits, strict=False):
             pairs = intervals.relative(sweep, point, split)
             _draw_pairs(panel, {"": pairs})
-            panel.set_title(_split_title(split, sweep.metric(split)))
+            title = _split_title(split, sweep.metric(split))
             if len(pairs) >= 4:
-                _draw_fit(panel, pairs)
+                title += "\n" + _draw_fit(panel, pairs)
+            panel.set_title(title)
         panels[-1].set_facecolor("#F7F7F7")
         _draw_pairs(panels[-1], published.POPULARITY)
         panels[-1].set_title(published.SOURCES[sweep.ablation])
@@ -218,17 +225,17 @@ def _draw_pairs(axes: Axes, groups: Mapping[str, Mapping[str, tuple[float, float
     axes.set_xlabel("examples (% of English)")
 
 
-def _draw_fit(axes: Axes, pairs: Mapping[str, tuple[float, float]]) -> None:
+def _draw_fit(axes: Axes, pairs: Mapping[str, tuple[float, float]]) -> str:
+    """Draws the line; returns rho as text for the title, where it covers no point."""
     x, y = zip(*pairs.values(), strict=True)
     found = intervals.fit(x, y)
     ends = np.array([0, max(x)])
     axes.plot(ends, found.intercept + found.slope.mean * ends, color=fig.MUTED, linewidth=1.2)
-    text = f"Spearman's ρ {found.rho.mean:.2f} [{found.rho.low:.2f}, {found.rho.high:.2f}]"
-    axes.text(0.03, 0.97, text, transform=axes.transAxes, va="top", size=8)
+    return f"Spearman's ρ {found.rho.mean:.2f} [{found.rho.low:.2f}, {found.rho.high:.2f}]"
 
 
 def plot_examples(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
-    """`examples`: each language's score against its own number of examples, a line a language."""
+    """`examples`: one line for each language, its score against its number of examples."""
     with fig.style():
         figure = Figure(figsize=(10.2, 3.9), layout="constrained")
         panels = figure.subplots(1, len(sweep.splits), sharey=True, squeeze=False)[0]
@@ -247,13 +254,12 @@ def plot_examples(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
                 )
             rho = intervals.within_rho(table)
             text = f"ρ within a language {rho.mean:.2f} [{rho.low:.2f}, {rho.high:.2f}]"
-            panel.text(0.03, 0.97, text, transform=panel.transAxes, va="top", size=8)
             if sweep.metric(split) == "rank_accuracy":
                 panel.axhline(100 * RANK_CHANCE, color=fig.INK, linewidth=0.8, ls=(0, (4, 3)))
             panel.set_xscale("log")
             panel.set_ylim(0, 101)
             panel.set_xlabel("examples in the language")
-            panel.set_title(_split_title(split, sweep.metric(split)))
+            panel.set_title(f"{_split_title(split, sweep.metric(split))}\n{text}")
         panels[0].set_ylabel("percent")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
         return fig.save(figure, out_dir / "examples")
@@ -262,17 +268,3 @@ def plot_examples(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
 def _split_title(split: str, metric: str) -> str:
     name = split.replace("_", " ")
     return f"{name}: rank accuracy" if metric in METRIC_TITLES else name
-
-
-def _seeds(sweep: Sweep) -> str:
-    count = len(sweep.seeds)
-    return "one seed (Wilson)" if count == 1 else f"{count} seeds (Student's t)"
-
-
-__all__: Sequence[str] = (
-    "draw",
-    "plot_curve",
-    "plot_examples",
-    "plot_languages",
-    "plot_popularity",
-)

@@ -1,12 +1,12 @@
-"""What a sweep shows and what it does not: intervals, comparisons, correlations. No file is written.
+"""Reads the results of a sweep and computes 95 % intervals, comparisons and correlations.
 
-Intervals are of 95 %. With one seed they are Wilson's, over the questions as independent trials; the mean over
-languages, which are asked about the same pictures, counts its pictures and not the questions. With several seeds
-they are Student's t over the seeds: examples drawn and initial weights vary there, the questions do not. Differences
-between points are paired by seed.
+With one seed, intervals are Wilson's over the questions as independent trials. All languages are asked about the same
+pictures, so their mean counts pictures, not questions. With several seeds, intervals are Student's t over the seeds,
+which differ in examples and initial weights but not in questions. Differences between points are paired by seed.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from pangea_jax.sample.figures import wilson_interval
+from pangea_jax.sample.scores import wilson_interval
 
 SWEEP_FILE, RESULTS_FILE = "sweep.json", "results.json"
 BENCH_FOLDER = "pangeabench"  # where eval/run.py writes for a run that does not evaluate itself
@@ -24,15 +24,17 @@ ENGLISH, OTHERS = "english", "multilingual"
 METRICS = ("rank_accuracy", "score")
 FLOOR = "image_blind_"
 DRAWS = 2000
+# In these ablations the quantity varied is a number. In the others each point is a way of its own.
+ORDERED = ("ablate_en_ratio", "ablate_language_popularity", "ablate_num_samples")
 
 
 class SweepError(ValueError):
-    """A sweep that cannot be reported; names the file and what was expected."""
+    """The sweep cannot be reported. The message names the file and what was expected."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One trained point: its results.json, with `splits` from PangeaBench where it has none itself."""
+    """One trained point and its results.json; `splits` may come from PangeaBench."""
 
     point: str
     x: float
@@ -40,7 +42,7 @@ class Run:
     results: Mapping[str, Any]
 
     def row(self, split: str, who: str) -> Mapping[str, float] | None:
-        """Scores of ENGLISH, of OTHERS or of a language."""
+        """Scores of ENGLISH, OTHERS or a language."""
         scores = self.results["splits"][split]
         return scores[who] if who in (ENGLISH, OTHERS) else scores["languages"].get(who)
 
@@ -70,6 +72,10 @@ class Sweep:
     missing: tuple[str, ...] = ()
 
     @property
+    def is_ordered(self) -> bool:
+        return self.ablation in ORDERED
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         return tuple(sorted({run.seed for run in self.runs}))
 
@@ -79,10 +85,9 @@ class Sweep:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """All languages scored anywhere, English first."""
-        codes = {
-            c for r in self.runs for s in self.splits for c in r.results["splits"][s]["languages"]
-        }
+        """All languages with a score, English first."""
+        splits = [split for run in self.runs for split in run.results["splits"].values()]
+        codes = {code for split in splits for code in split["languages"]}
         return tuple(sorted(codes, key=lambda code: (code != "en", code)))
 
     @property
@@ -98,13 +103,13 @@ class Sweep:
         return metric in next(iter(self.runs[0].results["splits"][split]["languages"].values()))
 
     def metric(self, split: str) -> str:
-        """The headline of a split."""
+        """The main metric of a split."""
         return next(metric for metric in METRICS if self.has(split, metric))
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval, and the value of each seed."""
+    """A value, its 95 % interval, and the value of each seed."""
 
     mean: float
     low: float
@@ -113,32 +118,31 @@ class Estimate:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval lies on one side of 0, else 0."""
+        """1 if the interval lies above 0, -1 if below, else 0."""
         return (self.low > 0) - (self.high < 0)
 
 
 def load(directory: Path) -> Sweep:
-    """Reads what launch/sweep.py has left.
+    """Reads the work directory of launch/sweep.py.
 
     Raises:
-      SweepError: no sweep, no finished run, or runs that do not belong together.
+      SweepError: there is no sweep or no finished run, or the runs do not belong together.
     """
     path = directory / SWEEP_FILE
     if not path.exists():
         raise SweepError(f"no {path}: expected the --workdir of launch/sweep.py")
     plan = _json(path)
-    runs, missing = [], []
-    for run in plan["runs"]:
-        results = _results(directory / run["name"])
-        if results is None:
-            missing.append(run["name"])
-        else:
-            x = plan["points"][run["point"]]
-            runs.append(Run(run["point"], x, run["seed"], results))
+    results = {run["name"]: _results(directory / run["name"]) for run in plan["runs"]}
+    missing = [name for name, found in results.items() if found is None]
+    runs = [
+        Run(run["point"], plan["points"][run["point"]], run["seed"], results[run["name"]])
+        for run in plan["runs"]
+        if run["name"] not in missing
+    ]
     if not runs:
         raise SweepError(
-            f"no run of {directory} is finished and scored; {plan['command']} goes on with it. Runs that do "
-            f"not evaluate themselves are scored by eval/run.py --output_path=RUN/{BENCH_FOLDER}"
+            f"no run of {directory} is finished and scored; to continue, run: {plan['command']}. If its runs do "
+            f"not evaluate themselves, score each with eval/run.py --output_path=RUN/{BENCH_FOLDER}"
         )
     fields = {k: plan[k] for k in ("ablation", "command", "design", "question", "axis", "points")}
     sweep = Sweep(directory, **fields, runs=tuple(runs), missing=tuple(missing))
@@ -167,7 +171,7 @@ def _results(workdir: Path) -> dict | None:
 
 
 def bench_splits(bench: Mapping[str, Any]) -> dict[str, dict]:
-    """PangeaBench's results.json, under its headline profile, in the form of a run's `splits`: one
+    """PangeaBench's results.json, under its main profile, in the form of a run's `splits`: one
     split a data set, scores in [0, 1]."""
     profile, splits = bench["profile"], {}
     for name, dataset in bench["datasets"].items():
@@ -175,30 +179,24 @@ def bench_splits(bench: Mapping[str, Any]) -> dict[str, dict]:
         for task in bench["tasks"].values():
             if task["dataset"] == name and task[profile]["score"] is not None:
                 rows.setdefault(task["language"], []).append(task[profile])
-        languages = {
-            code: {
-                "score": float(np.mean([task["score"] for task in tasks])) / 100,
-                "n": sum(task["n"] for task in tasks),
-            }
-            for code, tasks in rows.items()
-        }
-        means = {who: dataset[profile].get(key) for who, key in ((ENGLISH, "en"), (OTHERS, "mul"))}
-        count = {
-            ENGLISH: languages.get("en", {}).get("n", 0),
-            OTHERS: sum(row["n"] for code, row in languages.items() if code != "en"),
-        }
-        splits[name] = {"languages": languages} | {
-            who: None if mean is None else {"score": mean["score"] / 100, "n": count[who]}
-            for who, mean in means.items()
-        }
+        splits[name] = {"languages": {}, ENGLISH: None, OTHERS: None}
+        for code, tasks in rows.items():
+            score = float(np.mean([task["score"] for task in tasks])) / 100
+            splits[name]["languages"][code] = {"score": score, "n": sum(t["n"] for t in tasks)}
+        for who, key in ((ENGLISH, "en"), (OTHERS, "mul")):
+            if (mean := dataset[profile].get(key)) is not None:
+                n = sum(
+                    t["n"] for c, ts in rows.items() for t in ts if (c == "en") == (key == "en")
+                )
+                splits[name][who] = {"score": mean["score"] / 100, "n": n}
     return splits
 
 
 def check(sweep: Sweep) -> None:
-    """That points differ in what is varied and in nothing else: equal examples and steps.
+    """Checks that examples and steps are those of the design, so that only one quantity varies.
 
     Raises:
-      SweepError: they are not what the design asks for; names the run.
+      SweepError: a run differs; the message names it.
     """
     largest = max(sweep.runs, key=lambda run: run.x)
     for run in sweep.runs:
@@ -206,37 +204,39 @@ def check(sweep: Sweep) -> None:
             if value != expected:
                 raise SweepError(
                     f"{sweep.directory}: {run.point} with seed {run.seed} has {quantity} {value}, "
-                    f"expected {expected} as {largest.point} has it: not runs of one sweep"
+                    f"expected {expected} as in {largest.point}: these are not runs of one sweep"
                 )
 
 
 def _fixed(sweep: Sweep, run: Run, largest: Run):
-    """(what, its value, what it must be) for everything the design keeps fixed."""
+    """(quantity, its value, the expected value) for all that the design keeps fixed."""
     total, most = sum(run.examples.values()), sum(largest.examples.values())
     steps, longest = run.results["steps"], largest.results["steps"]
+    per_step = ("examples a step", round(total / steps), round(most / longest))
     if sweep.design == "fixed_multilingual":
-        others = lambda examples: {c: n for c, n in examples.items() if c != "en"}  # noqa: E731
-        yield "other languages' examples", others(run.examples), others(largest.examples)
-        yield "examples a step", round(total / steps), round(most / longest)
+        mine, theirs = (
+            {code: n for code, n in one.examples.items() if code != "en"} for one in (run, largest)
+        )
+        yield "other languages' examples", mine, theirs
+        yield per_step
     elif sweep.design == "separate":
         yield "examples", total, round(run.x / largest.x * most)
-        yield "examples a step", round(total / steps), round(most / longest)
+        yield per_step
     elif sweep.design == "one_run":
         yield "examples", total, most
         yield "steps", steps, round(run.x / largest.x * longest)
     else:
-        yield "examples", total, most
-        yield "steps", steps, longest
+        yield from (("examples", total, most), ("steps", steps, longest))
 
 
 def scores(sweep: Sweep, point: str, split: str, who: str, metric: str) -> tuple[float, ...]:
-    """A score of every seed, in [0, 1]; nothing if `who` was not scored."""
+    """The score of each seed, in [0, 1]; empty if `who` has no score."""
     rows = [run.row(split, who) for run in sweep.at(point)]
     return tuple(row[metric] for row in rows if row)
 
 
 def trials(sweep: Sweep, split: str, who: str) -> int:
-    """Independent questions behind a score, see the head of this file."""
+    """Number of independent questions of a score, see the docstring of this module."""
     run = sweep.runs[0]
     if who != OTHERS:
         return int(run.row(split, who)["n"])
@@ -246,15 +246,10 @@ def trials(sweep: Sweep, split: str, who: str) -> int:
 
 
 def estimate(values: Sequence[float], n: int) -> Estimate:
-    """A score from its seeds; `n` questions are what one seed's interval is made of.
-
-    >>> [round(x, 4) for x in dataclasses.astuple(estimate([0.5], 100))[:3]]
-    [0.5, 0.4038, 0.5962]
-    """
-    if len(values) == 1:
-        low, high = wilson_interval(values[0], n)
-        return Estimate(values[0], low, high, tuple(values))
-    return _student(values)
+    """A score and its interval: over the seeds, or over `n` questions if there is one seed."""
+    if len(values) > 1:
+        return _student(values)
+    return Estimate(values[0], *wilson_interval(values[0], n), tuple(values))
 
 
 def headline(sweep: Sweep, point: str, split: str, who: str) -> Estimate:
@@ -264,22 +259,17 @@ def headline(sweep: Sweep, point: str, split: str, who: str) -> Estimate:
 
 
 def difference(first: Sequence[float], second: Sequence[float], n: int) -> Estimate:
-    """`first` - `second`, seed by seed; with one seed see `newcombe`."""
+    """`first` - `second`, paired by seed; with one seed by the method of `newcombe`."""
     if len(first) != len(second):
         raise SweepError(f"{len(first)} and {len(second)} seeds cannot be paired")
     gaps = [a - b for a, b in zip(first, second, strict=True)]
     if len(gaps) > 1:
         return _student(gaps)
-    low, high = newcombe(first[0], n, second[0], n)
-    return Estimate(gaps[0], low, high, tuple(gaps))
+    return Estimate(gaps[0], *newcombe(first[0], n, second[0], n), tuple(gaps))
 
 
 def newcombe(first: float, n_first: int, second: float, n_second: int) -> tuple[float, float]:
-    """95 % interval of the difference of two shares, by method 10 of Newcombe (1998).
-
-    >>> [round(bound, 4) for bound in newcombe(56 / 70, 70, 48 / 80, 80)]
-    [0.0524, 0.3339]
-    """
+    """95 % interval of the difference of two shares (Newcombe 1998, method 10)."""
     low_1, high_1 = wilson_interval(first, n_first)
     low_2, high_2 = wilson_interval(second, n_second)
     below = math.hypot(first - low_1, high_2 - second)
@@ -294,7 +284,7 @@ def _student(values: Sequence[float]) -> Estimate:
 
 
 def compare(sweep: Sweep, first: str, second: str, split: str, who: str) -> Estimate:
-    """The headline score at one point minus that at another, over the seeds that both have."""
+    """The main score at `first` minus that at `second`, over the seeds that both have."""
     metric = sweep.metric(split)
     rows = [{run.seed: run.row(split, who) for run in sweep.at(p)} for p in (first, second)]
     seeds = sorted(s for s in rows[0] if rows[0][s] and rows[1].get(s))
@@ -305,7 +295,7 @@ def compare(sweep: Sweep, first: str, second: str, split: str, who: str) -> Esti
 
 
 def above_floor(sweep: Sweep, point: str, split: str, who: str) -> Estimate:
-    """The headline score minus its image-blind floor."""
+    """The main score minus its image-blind floor."""
     metric = sweep.metric(split)
     seen = scores(sweep, point, split, who, metric)
     blind = scores(sweep, point, split, who, FLOOR + metric)
@@ -314,7 +304,7 @@ def above_floor(sweep: Sweep, point: str, split: str, who: str) -> Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A line by least squares with the interval of its slope, and Spearman's rho with its own."""
+    """A least-squares line and Spearman's rho; slope and rho have intervals."""
 
     slope: Estimate
     intercept: float
@@ -322,13 +312,13 @@ class Fit:
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
-    """At least four pairs. The interval of rho is Bonett and Wright's (2000)."""
+    """Fits at least four pairs. The interval of rho is Bonett and Wright's (2000)."""
     if len(x) < 4:
         raise SweepError(f"a correlation of {len(x)} pairs has no interval; at least 4 are needed")
     line = stats.linregress(x, y)
     half = float(stats.t.ppf(0.975, len(x) - 2)) * line.stderr
     rho = float(stats.spearmanr(x, y).statistic)
-    # At +-1 the transformation is infinite, and the interval the point.
+    # At +-1 the transformation is infinite and the interval is one point.
     z = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, rho)))
     width = 1.959964 * math.sqrt((1 + rho**2 / 2) / (len(x) - 3))
     low, high = math.tanh(z - width), math.tanh(z + width)
@@ -337,8 +327,8 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
 
 
 def relative(sweep: Sweep, point: str, split: str) -> dict[str, tuple[float, float]]:
-    """Language -> (examples, score), both in percent of English at the same point, the mean of the
-    seeds: the axes of the paper's Figure 7."""
+    """Language -> (examples, score), both in percent of English at the same point, as in the
+    paper's Figure 7. Scores are means over the seeds."""
     metric, pairs = sweep.metric(split), {}
     english = np.mean(scores(sweep, point, split, ENGLISH, metric))
     examples = sweep.at(point)[0].examples
@@ -351,24 +341,34 @@ def relative(sweep: Sweep, point: str, split: str) -> dict[str, tuple[float, flo
 
 
 def by_examples(sweep: Sweep, split: str) -> dict[str, list[tuple[int, float]]]:
-    """Language -> (its examples, its score) at every point, the mean of the seeds."""
-    metric, table = sweep.metric(split), {}
-    for code in sweep.languages:
-        rows = []
-        for point in sweep.finished:
-            mine = scores(sweep, point, split, code, metric)
-            if mine:
-                rows.append((sweep.at(point)[0].examples.get(code, 0), float(np.mean(mine))))
-        table[code] = sorted(rows)
-    return table
+    """Language -> (examples, score) at every point, sorted. Scores are means over the seeds."""
+    metric, table = sweep.metric(split), {code: [] for code in sweep.languages}
+    for code, point in itertools.product(table, sweep.finished):
+        if mine := scores(sweep, point, split, code, metric):
+            table[code].append((sweep.at(point)[0].examples.get(code, 0), float(np.mean(mine))))
+    return {code: sorted(rows) for code, rows in table.items()}
+
+
+def natural_point(sweep: Sweep) -> str | None:
+    """The point at which each language has its own share of PangeaIns, if the sweep has one."""
+    if (sweep.ablation, sweep.design) != ("ablate_language_popularity", "alpha"):
+        return None
+    return next((point for point in sweep.finished if sweep.points[point] == 1), None)
+
+
+def can_rank(sweep: Sweep) -> bool:
+    """Whether the sweep trained every language at three or more numbers of examples."""
+    if (sweep.ablation, sweep.design) != ("ablate_language_popularity", "rotate"):
+        return False
+    table = by_examples(sweep, sweep.splits[-1])
+    return all(len({x for x, _ in rows}) >= 3 for rows in table.values())
 
 
 def within_rho(table: Mapping[str, Sequence[tuple[float, float]]], *, seed: int = 0) -> Estimate:
-    """Mean over languages of Spearman's rho within each: what a language gains from more examples,
-    whichever it is. The interval is a bootstrap over the languages.
+    """The mean over languages of Spearman's rho within each. A bootstrap over languages gives the interval.
 
     Args:
-      table: language -> (examples, score) pairs, at least 3 of different examples.
+      table: language -> (examples, score) pairs with at least 3 different numbers of examples.
     """
     rhos = []
     for code, rows in table.items():
@@ -377,7 +377,7 @@ def within_rho(table: Mapping[str, Sequence[tuple[float, float]]], *, seed: int 
             raise SweepError(
                 f"{code} has {len(set(x))} different numbers of examples; at least 3 are needed"
             )
-        # A language whose score never moves has no rank order: no correlation.
+        # If the score is constant there is no rank order, so no correlation.
         rhos.append(float(stats.spearmanr(x, y).statistic) if len(set(y)) > 1 else 0.0)
     rng = np.random.default_rng(seed)
     means = np.mean(rng.choice(rhos, (DRAWS, len(rhos))), axis=1)

@@ -1,6 +1,6 @@
-"""What the paper's ablations show (arXiv 2410.16153 v3, section 5), to draw beside our own. Percent.
+"""The scores of the paper's ablations, in percent (arXiv 2410.16153 v3, section 5). Figures show them beside ours.
 
-Figures 5 and 7 were read off the drawing, to about 0.3; Figure 6 prints its numbers.
+The values of Figures 5 and 7 were read from the drawing, to about 0.3. Figure 6 prints its numbers.
 """
 
 # Figure 5: millions of examples -> benchmark -> (English, multilingual).
@@ -12,7 +12,7 @@ NUM_SAMPLES = {
     5.5: {"M3Exam": (61.0, 42.8), "xGQA": (68.0, 62.5), "xMMMU": (44.9, 44.0), "MaXM": (55.2, 54.3)},
 }  # fmt: skip
 
-# Figure 6: percent of English -> (English, multilingual), accuracy averaged over tasks that are not named.
+# Figure 6: percent of English -> (English, multilingual), mean accuracy; the paper does not name the tasks.
 EN_RATIO = {
     0: (47.5, 35.2),
     20: (51.0, 38.1),
@@ -36,7 +36,7 @@ POPULARITY = {
 
 def curves(ablation: str) -> dict[str, dict[float, tuple[float, float]]]:
     """Benchmark -> quantity varied -> (English, multilingual) of the paper's figure for a config
-    such as "ablate_en_ratio"; nothing where the paper trained nothing."""
+    such as "ablate_en_ratio"; empty if the paper has no such figure."""
     if ablation == "ablate_en_ratio":
         return {"average": dict(EN_RATIO)}
     if ablation == "ablate_num_samples":
@@ -45,7 +45,7 @@ def curves(ablation: str) -> dict[str, dict[float, tuple[float, float]]]:
     return {}
 
 
-# What a panel is called, and its horizontal axis.
+# Titles of the panels and labels of their horizontal axes.
 SOURCES = {
     "ablate_en_ratio": "Pangea-7B (paper, Figure 6)",
     "ablate_num_samples": "Pangea-7B (paper, Figure 5)",

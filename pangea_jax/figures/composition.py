@@ -1,21 +1,23 @@
 """What a data set is made of: records by source and language, as a table, a CSV file and a figure.
 
-The paper draws the same of PangeaIns as Figure 2 (categories and sources) and Table 5 (languages).
+The paper shows the same for PangeaIns in Figure 2 (categories and sources) and Table 5 (languages).
 """
 
 import csv
-import io
-from collections.abc import Mapping
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from pangea_jax import languages
-from pangea_jax.curation.accounting import cell
+from pangea_jax.figures import markdown as md
 from pangea_jax.figures import style as fig
 
 COLOURS = (fig.BLUE, fig.ORANGE, fig.GREEN, fig.VERMILION, fig.SKY, fig.PURPLE, fig.MUTED)
@@ -28,35 +30,32 @@ NAMES = {
     "domain-spec": "Domain-specific",
     "ocr": "OCR",
 }
-"""The categories of Figure 2 by the folders of the release, and OCR, which is in the release alone."""
+"""Folder of the release -> category of Figure 2. OCR is in the release but not in the figure."""
 
 
 class Composition:
     """Numbers of records by source and language.
 
     Attributes:
-      sources: by category, within it the largest first.
-      languages: English first, then the largest first.
+      sources: grouped by category; the largest come first.
+      languages: English first, then the largest.
       counts: int64 [sources, languages].
-      categories: category of every source.
+      categories: the category of each source.
     """
 
     def __init__(self, index: pa.Table):
         columns = ["category", "source", "language"]
-        # Parts of a large index have dictionaries of their own, which Arrow does not group by.
+        # The parts of a large index have different dictionaries. Arrow cannot group by those.
         table = index.select(columns).unify_dictionaries()
         table = table.group_by(columns).aggregate([([], "count_all")])
         cells = {
             tuple(row[c] or "" for c in columns): row["count_all"] for row in table.to_pylist()
         }
-        of_source, of_category, of_language = ({} for _ in range(3))
+        of_source, of_category, of_language = Counter(), Counter(), Counter()
         for (category, source, language), count in cells.items():
-            for totals, name in (
-                (of_source, (category, source)),
-                (of_category, category),
-                (of_language, language),
-            ):
-                totals[name] = totals.get(name, 0) + count
+            of_source[category, source] += count
+            of_category[category] += count
+            of_language[language] += count
         rows = sorted(
             of_source, key=lambda row: (-of_category[row[0]], row[0], -of_source[row], row)
         )
@@ -72,6 +71,10 @@ class Composition:
     def total(self) -> int:
         return int(self.counts.sum())
 
+    def rows(self) -> Iterator[tuple[str, str, list[int]]]:
+        """(category, source, records in each language) of each source."""
+        return zip(self.categories, self.sources, self.counts.tolist(), strict=True)
+
     def by_category(self) -> dict[str, np.ndarray]:
         """Category -> int64 [languages]."""
         of = np.array(self.categories)
@@ -79,7 +82,7 @@ class Composition:
 
 
 def write(index: pa.Table, folder: Path, summary: Mapping) -> Path:
-    """Writes `report.md`, `composition.csv`, `.png` and `.svg`; returns the path of the first.
+    """Writes `report.md`, `composition.csv`, `.png` and `.svg`. Returns the path of the report.
 
     Args:
       index: columns `category`, `source`, `language`.
@@ -96,27 +99,25 @@ def write(index: pa.Table, folder: Path, summary: Mapping) -> Path:
 def write_figure(composition: Composition, folder: Path) -> None:
     """Writes `composition.csv` and, if there are records, `composition.png` and `.svg`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "composition.csv").write_text(_csv(composition), encoding="utf-8")
+    with (folder / "composition.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["category", "source", *composition.languages, "all"])
+        for category, source, counts in composition.rows():
+            writer.writerow([category, source, *counts, sum(counts)])
     if composition.total:
         with fig.style():
             fig.save(plot(composition), folder / "composition")
 
 
-def _csv(composition: Composition) -> str:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["category", "source", *composition.languages, "all"])
-    rows = zip(
-        composition.categories, composition.sources, composition.counts.tolist(), strict=True
-    )
-    for category, source, counts in rows:
-        writer.writerow([category, source, *counts, sum(counts)])
-    return stream.getvalue()
-
-
 def markdown(composition: Composition, summary: Mapping) -> str:
-    """The report as text."""
+    """The text of the report; `summary` as in `write`."""
     total, kept = summary["total"], summary["kept"]
+    dropped = [
+        (reason, f"{count:,}", f"{count / total:.2%}", f"`{first}`")
+        for reason, (count, first) in sorted(
+            summary["rejected"].items(), key=lambda item: (-item[1][0], item[0])
+        )
+    ]
     lines = [
         "# What is in this data set",
         "",
@@ -126,7 +127,7 @@ def markdown(composition: Composition, summary: Mapping) -> str:
         "",
         "## Dropped, and why",
         "",
-        *_dropped(summary["rejected"], total),
+        *(md.table(("reason", "records", "share", "first"), dropped) if dropped else ["Nothing."]),
         "",
         *tables(composition),
     ]
@@ -134,7 +135,7 @@ def markdown(composition: Composition, summary: Mapping) -> str:
 
 
 def tables(composition: Composition) -> list[str]:
-    """The figure, records by source and language, and the paper's beside them: lines of Markdown."""
+    """Lines of Markdown: the figure, and records by source and language beside the paper's."""
     return [
         "## Sources and languages",
         "",
@@ -144,100 +145,47 @@ def tables(composition: Composition) -> list[str]:
         "",
         "## Languages",
         "",
-        "Beside them the paper's Table 5, in thousands of samples and as shares.",
+        "The last two columns are the paper's Table 5, in thousands of samples and as shares.",
         "",
         *_languages(composition),
     ]
 
 
-def _dropped(rejected: Mapping, total: int) -> list[str]:
-    if not rejected:
-        return ["Nothing."]
-    rows = sorted(rejected.items(), key=lambda item: (-item[1][0], item[0]))
-    table = [
-        f"| {cell(reason)} | {count:,} | {count / total:.2%} | `{cell(first)}` |"
-        for reason, (count, first) in rows
-    ]
-    return ["| reason | records | share | first |", "|---|---:|---:|---|", *table]
-
-
 def _sources(composition: Composition) -> list[str]:
-    head = ["category", "source", "all", *composition.languages]
-    lines = [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
-    rows = zip(
-        composition.categories, composition.sources, composition.counts.tolist(), strict=True
-    )
-    for category, source, counts in rows:
-        lines.append(_row(NAMES.get(category, category), source or "-", sum(counts), *counts))
+    def row(category: str, source: str, counts: list[int]) -> list[str]:
+        return [category, source, *(f"{n:,}" if n else "" for n in (sum(counts), *counts))]
+
+    rows = [row(NAMES.get(c, c), source or "-", n) for c, source, n in composition.rows()]
     for category, counts in composition.by_category().items():
-        name = f"**{NAMES.get(category, category)}**"
-        lines.append(_row(name, "**all**", int(counts.sum()), *counts.tolist()))
-    totals = composition.counts.sum(0).tolist()
-    return [*lines, _row("**all**", "", composition.total, *totals)]
-
-
-def _row(*cells: str | int) -> str:
-    shown = (cell(c) if isinstance(c, str) else f"{c:,}" if c else "" for c in cells)
-    return f"| {' | '.join(shown)} |"
+        rows.append(row(f"**{NAMES.get(category, category)}**", "**all**", counts.tolist()))
+    rows.append(row("**all**", "", composition.counts.sum(0).tolist()))
+    return md.table(["category", "source", "all", *composition.languages], rows, words=2)
 
 
 def _languages(composition: Composition) -> list[str]:
     paper = {code: languages.LANGUAGES[code].pangeains_thousands for code in languages.PANGEAINS}
-    paper_total = sum(paper.values())
-    lines = [
-        "| language | records | share | paper, thousands | share |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    rows = []
     for code, count in zip(composition.languages, composition.counts.sum(0).tolist(), strict=True):
-        share = f"{count / max(1, composition.total):.2%}"
         theirs = paper.get(code)
-        printed = ("", "") if theirs is None else (f"{theirs:,}", f"{theirs / paper_total:.2%}")
-        name = languages.LANGUAGES[code].english_name
-        lines.append(f"| {name} ({code}) | {count:,} | {share} | {printed[0]} | {printed[1]} |")
-    return lines
+        printed = ("", "")
+        if theirs is not None:
+            printed = (f"{theirs:,}", f"{theirs / sum(paper.values()):.2%}")
+        name = f"{languages.LANGUAGES[code].english_name} ({code})"
+        rows.append((name, f"{count:,}", f"{count / max(1, composition.total):.2%}", *printed))
+    return md.table(("language", "records", "share", "paper, thousands", "share"), rows)
 
 
 def plot(composition: Composition) -> Figure:
     """Sources down, languages across, colour for the number of records; totals at the edges."""
     rows, columns = composition.counts.shape
-    width, height = 4.6 + 0.27 * max(columns, 12), 2.6 + 0.22 * max(rows, 8)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    grid = figure.add_gridspec(
-        2, 2, width_ratios=(0.27 * max(columns, 12), 2.2), height_ratios=(1.2, 0.22 * max(rows, 8))
-    )
+    across, down = 0.27 * max(columns, 12), 0.22 * max(rows, 8)
+    figure = Figure(figsize=(4.6 + across, 2.6 + down), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(across, 2.2), height_ratios=(1.2, down))
     cells = figure.add_subplot(grid[1, 0])
-    by_language = figure.add_subplot(grid[0, 0], sharex=cells)
-    by_source = figure.add_subplot(grid[1, 1], sharey=cells)
-    shown = np.ma.masked_equal(composition.counts, 0)
-    norm = LogNorm(1, max(2, composition.counts.max()))
-    cells.imshow(shown, aspect="auto", cmap="Blues", norm=norm)
-    for (row, column), count in np.ndenumerate(composition.counts):
-        if count:
-            dark = norm(count) > 0.6
-            colour = "white" if dark else fig.INK
-            cells.text(column, row, short(count), ha="center", va="center", size=5.5, color=colour)
-    cells.set_xticks(range(columns), composition.languages)
-    cells.set_yticks(range(rows), [source or "-" for source in composition.sources])
-    cells.grid(False)
-    cells.tick_params(length=0)
-    totals = composition.counts.sum(0)
-    colours = [fig.BLUE if code == "en" else fig.ORANGE for code in composition.languages]
-    by_language.bar(range(columns), totals, color=colours, width=0.8)
-    _logarithmic(by_language.yaxis, totals)
-    by_language.tick_params(labelbottom=False, length=0)
-    english = totals[composition.languages.index("en")] if "en" in composition.languages else 0
-    by_language.set_title(
-        f"{composition.total:,} records: English {english / composition.total:.0%}, "
-        f"{columns - bool(english)} other languages {1 - english / composition.total:.0%}"
-    )
-    palette = {c: COLOURS[i % len(COLOURS)] for i, c in enumerate(composition.by_category())}
-    sums = composition.counts.sum(1)
-    by_source.barh(range(rows), sums, color=[palette[c] for c in composition.categories])
-    for row, count in enumerate(sums):
-        by_source.text(count, row, f" {short(count)}", va="center", size=6.5)
-    by_source.tick_params(labelleft=False, length=0)
-    _logarithmic(by_source.xaxis, sums)
-    by_source.set_xlabel("records of the source, log scale")
+    _draw_cells(cells, composition)
+    _draw_language_totals(figure.add_subplot(grid[0, 0], sharex=cells), composition)
+    palette = dict(zip(composition.by_category(), itertools.cycle(COLOURS), strict=False))
+    _draw_source_totals(figure.add_subplot(grid[1, 1], sharey=cells), composition, palette)
     legend = figure.add_subplot(grid[0, 1])
     legend.axis("off")
     patches = [
@@ -251,9 +199,43 @@ def plot(composition: Composition) -> Figure:
     return figure
 
 
-def _logarithmic(axis, totals) -> None:
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.axes.set(**{f"{axis.axis_name}lim": (0.5, float(totals.max()) * 3)})
+def _draw_cells(axes: Axes, composition: Composition) -> None:
+    norm = LogNorm(1, max(2, composition.counts.max()))
+    shown = np.ma.masked_equal(composition.counts, 0)
+    axes.imshow(shown, aspect="auto", cmap="Blues", norm=norm)
+    for (row, column), count in np.ndenumerate(composition.counts):
+        if count:
+            colour = "white" if norm(count) > 0.6 else fig.INK
+            axes.text(column, row, short(count), ha="center", va="center", size=5.5, color=colour)
+    axes.set_xticks(range(len(composition.languages)), composition.languages)
+    axes.set_yticks(
+        range(len(composition.sources)), [source or "-" for source in composition.sources]
+    )
+    axes.grid(False)
+    axes.tick_params(length=0)
+
+
+def _draw_language_totals(axes: Axes, composition: Composition) -> None:
+    codes, totals = composition.languages, composition.counts.sum(0)
+    colours = [fig.BLUE if code == "en" else fig.ORANGE for code in codes]
+    axes.bar(range(len(codes)), totals, color=colours, width=0.8)
+    axes.set(yscale="log", ylim=(0.5, float(totals.max()) * 3))
+    axes.tick_params(labelbottom=False, length=0)
+    english = totals[codes.index("en")] / composition.total if "en" in codes else 0
+    axes.set_title(
+        f"{composition.total:,} records: English {english:.0%}, "
+        f"{len(codes) - ('en' in codes)} other languages {1 - english:.0%}"
+    )
+
+
+def _draw_source_totals(axes: Axes, composition: Composition, palette: Mapping[str, str]) -> None:
+    totals = composition.counts.sum(1)
+    axes.barh(range(len(totals)), totals, color=[palette[c] for c in composition.categories])
+    for row, count in enumerate(totals):
+        axes.text(count, row, f" {short(count)}", va="center", size=6.5)
+    axes.tick_params(labelleft=False, length=0)
+    axes.set(xscale="log", xlim=(0.5, float(totals.max()) * 3))
+    axes.set_xlabel("records of the source, log scale")
 
 
 def short(count: int) -> str:

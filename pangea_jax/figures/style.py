@@ -1,4 +1,4 @@
-"""The look that all figures of a report share, and how they are written."""
+"""The style of all figures, and how they are saved."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from pangea_jax.figures.text_render import font_families
 
-# Okabe & Ito (2008): told apart with every common form of colour blindness and in grey.
+# Okabe & Ito (2008): distinct in grey and with every common form of colour blindness.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#007A5A", "#D55E00"
 SKY, PURPLE = "#56B4E9", "#CC79A7"
 SERIES = (BLUE, ORANGE, SKY, PURPLE)
@@ -16,7 +16,7 @@ PNG_DPI = 160
 
 
 def style():
-    """Context manager under which a figure is made and saved."""
+    """Context manager: make and save figures inside it."""
     return matplotlib.rc_context(
         {
             "font.family": list(font_families()),
@@ -39,15 +39,15 @@ def style():
             "ytick.labelsize": 8,
             "legend.frameon": False,
             "legend.fontsize": 8,
-            "text.hinting": "no_hinting",  # lines are fitted by unhinted widths
-            "svg.fonttype": "path",  # the viewer need not have our fonts, nor shape text
+            "text.hinting": "no_hinting",  # lines are broken by unhinted widths
+            "svg.fonttype": "path",  # the viewer needs neither our fonts nor text shaping
             "svg.hashsalt": "pangea_jax",
         }
     )
 
 
 def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
-    """Writes `stem`.png and `stem`.svg, the same bytes for the same figure, and returns them."""
+    """Writes `stem`.png and `stem`.svg and returns their paths. Equal figures give equal bytes."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
     figure.savefig(png, dpi=PNG_DPI, facecolor="white")

@@ -1,7 +1,7 @@
-"""Text of every language in matplotlib figures: fonts found, glyphs checked, lines fitted.
+"""Text of every language in matplotlib figures: finds fonts, checks glyphs, breaks lines.
 
-Shaping and the order of right-to-left text are matplotlib's own since 3.11 (libraqm); what is left
-is to give it a font for every script and to be sure that no character ends as an empty box.
+matplotlib 3.11 itself shapes text and orders right-to-left text (libraqm). This module gives it a
+font for every script and makes sure that no character becomes an empty box.
 """
 
 import bisect
@@ -35,7 +35,7 @@ NOTO_FAMILIES = (
     "Noto Sans Tamil",
     "Noto Sans Telugu",
     "Noto Sans Thai",
-    "Noto Sans CJK JP",  # holds the Chinese and Korean forms too, chosen by the language tag
+    "Noto Sans CJK JP",  # has the Chinese and Korean forms too; the language tag chooses
 )
 _CJK = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "IDEOGRAPHIC")
 _NO_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "THAI", "MYANMAR")
@@ -43,15 +43,15 @@ _INVISIBLE = frozenset("\u200b\u200c\u200d\u200e\u200f\u2060\ufe0e\ufe0f")
 
 
 class MissingGlyphError(ValueError):
-    """A text has characters that no font at hand can draw."""
+    """No installed font can draw some characters of a text."""
 
 
 @functools.cache
 def font_families() -> tuple[str, ...]:
-    """Names of the families to draw with, in order of preference, registered with matplotlib.
+    """Registers the font families with matplotlib and names them in order of preference.
 
-    A Noto family installed on the system is used as it is, else the one of the font packages.
-    DejaVu Sans, which comes with matplotlib, closes the list (signs such as a check mark).
+    A Noto family comes from the system if it is installed there, else from the font packages. The
+    last is DejaVu Sans of matplotlib, which has signs such as the check mark.
 
     Raises:
       RuntimeError: this matplotlib cannot shape text.
@@ -73,7 +73,7 @@ def font_families() -> tuple[str, ...]:
 
 
 def missing_glyphs(text: str) -> list[str]:
-    """The characters of `text`, without repeats, that none of `font_families()` can draw."""
+    """The distinct characters of `text` that none of `font_families()` can draw."""
     fonts = _fonts()
     return [
         character
@@ -84,11 +84,7 @@ def missing_glyphs(text: str) -> list[str]:
 
 
 def require_glyphs(text: str, where: str) -> None:
-    """Checks that `text` can be drawn.
-
-    Args:
-      text: what is to be drawn.
-      where: what it is, for the error: "the question of example 3 (bn)".
+    """Checks that `text` can be drawn. The error names it as `where`: "the question of example 3".
 
     Raises:
       MissingGlyphError: names the characters and the font package to install.
@@ -96,18 +92,18 @@ def require_glyphs(text: str, where: str) -> None:
     missing = missing_glyphs(text)
     if not missing:
         return
-    names = [unicodedata.name(character, "unnamed") for character in missing]
-    shown = ", ".join(f"U+{ord(c):04X} {n}" for c, n in zip(missing[:3], names[:3], strict=True))
-    remedies = dict.fromkeys(_remedy(name) for name in names)
+    names = {c: unicodedata.name(c, "unnamed") for c in missing}
+    shown = ", ".join(f"U+{ord(c):04X} {name}" for c, name in list(names.items())[:3])
+    remedies = dict.fromkeys(map(_remedy, names.values()))
     raise MissingGlyphError(
         f"no font for {len(missing)} character(s) of {where}: {shown}. {' '.join(remedies)}"
     )
 
 
 def visible(text: str) -> str:
-    """What a model wrote, fit for drawing: anything undrawable becomes its code point, `<U+12000>`.
+    """Text of a model, ready to draw: a character that cannot be drawn becomes `<U+12000>`.
 
-    Runs of white space become one space. Never fails: a model may write any character.
+    Runs of white space become one space. It never fails, since a model may write any character.
     """
     text = " ".join(text.split())
     controls = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cn", "Co", "Cs")}
@@ -125,17 +121,16 @@ def fit_text(
 ) -> tuple[list[str], float]:
     """Breaks `text` into lines no wider than `width` points.
 
-    Tries `size` first and goes down by half points; at `min_size` what does not fit is cut and
-    ends in an ellipsis.
+    It tries `size`, then smaller sizes in half points. At `min_size` it cuts the text and ends it
+    with an ellipsis.
 
     Returns:
-      the lines in logical order, and the size in points they fit at.
+      the lines in logical order, and the size in points.
     """
     pieces = _break_pieces(text)
     while True:
         lines = _fill(pieces, width, size)
-        fits = len(lines) <= max_lines and all(text_width(line, size) <= width for line in lines)
-        if fits:
+        if len(lines) <= max_lines and all(text_width(line, size) <= width for line in lines):
             return lines, size
         if size - 0.5 < min_size:
             break
@@ -147,7 +142,7 @@ def fit_text(
 
 
 def is_right_to_left(text: str) -> bool:
-    """Whether the first strong character makes the line run from right to left (UAX 9, P2-P3)."""
+    """Whether the first strong character is a right-to-left one (UAX 9, P2-P3)."""
     strong = (unicodedata.bidirectional(character) for character in text)
     return next((kind for kind in strong if kind in ("L", "R", "AL")), "L") != "L"
 
@@ -155,7 +150,7 @@ def is_right_to_left(text: str) -> bool:
 def draw_text(
     figure: Figure, x: float, y: float, text: str, *, language: str, size: float, **style
 ) -> Text:
-    """Puts `text` at (x, y) in figure fractions, in the glyph forms of `language`."""
+    """Draws `text` at (x, y) in figure fractions with the glyph forms of `language`."""
     artist = figure.text(x, y, text, family=font_families(), size=size, **style)
     artist.set_parse_math(False)
     artist.set_language({"zh": "zh-Hans"}.get(language, language))
@@ -175,7 +170,7 @@ def _packaged_fonts() -> dict[str, Path]:
 
 
 def _on_system(family: str) -> bool:
-    # Weight 400 leaves out the variable CJK fonts, whose default instance is hair-thin.
+    # Weight 400 excludes the variable CJK fonts, whose default form is too thin to read.
     return any(
         entry.name == family and entry.weight == 400 and entry.style == "normal"
         for entry in font_manager.fontManager.ttflist
@@ -205,11 +200,11 @@ def _remedy(character_name: str) -> str:
 
 
 def _clusters(text: str) -> list[str]:
-    """Splits before every character that may stand at the start of a line."""
+    """Splits before every character that may start a line."""
     clusters: list[str] = []
     for character in text:
         extends = unicodedata.category(character) in ("Mn", "Mc", "Cf", "Pe", "Po", "Pf", "Lm")
-        if clusters and (extends or character == "\u0e33"):  # Thai AM is a mark in all but name
+        if clusters and (extends or character == "\u0e33"):  # Thai AM behaves as a mark
             clusters[-1] += character
         else:
             clusters.append(character)
@@ -217,7 +212,7 @@ def _clusters(text: str) -> list[str]:
 
 
 def _break_pieces(text: str) -> list[tuple[str, bool]]:
-    """(piece, preceded by a space) between which a line may end."""
+    """(piece, preceded by a space); a line may end after each piece."""
     pieces = []
     for word in text.split():
         spaceless = any(unicodedata.name(c, "").startswith(_NO_SPACES) for c in word)
@@ -247,6 +242,6 @@ def _cut(line: str, width: float, size: float) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _unit_width(text: str) -> float:
-    # Unhinted outlines scale with their size, so one measurement serves all.
+    # Unhinted outlines scale with the size, so one measurement is enough.
     font = FontProperties(family=font_families(), size=1000)
     return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 1000

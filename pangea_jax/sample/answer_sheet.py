@@ -1,4 +1,4 @@
-"""A sheet of pictures with the question, the model's answer and the truth in their own scripts."""
+"""A sheet of pictures, each with the question, the model's answer and the true answer."""
 
 import math
 import unicodedata
@@ -31,15 +31,9 @@ ANSWER_LEFT = TEXT_LEFT + 13.0
 
 @dataclass(frozen=True)
 class AnswerExample:
-    """One question about a picture and what the model said.
+    """A question about a picture, the model's answer (any text, or none) and the true answer.
 
-    Attributes:
-      picture: uint8 [height, width, 3].
-      language: tag of the language of the three texts.
-      question: what was asked.
-      answer: what the model wrote; any text, even none.
-      truth: the right answer.
-      split: name of the split it comes from, `unseen_artwork`.
+    `language` is the language code of the three texts; `split` names the split of the example.
     """
 
     picture: UInt8[np.ndarray, "height width 3"]
@@ -51,8 +45,11 @@ class AnswerExample:
 
     @property
     def is_right(self) -> bool:
-        """Whether answer and truth are the same text after NFC and without outer white space."""
-        return _normal(self.answer) == _normal(self.truth)
+        """Whether answer and truth are equal after NFC and without outer white space."""
+        answer, truth = (
+            unicodedata.normalize("NFC", text).strip() for text in (self.answer, self.truth)
+        )
+        return answer == truth
 
 
 def answer_sheet(
@@ -61,14 +58,14 @@ def answer_sheet(
     """Draws `<stem>.png` and `<stem>.svg`, four cards to a row.
 
     Args:
-      examples: what to show, in order; 24 make a sheet that fits a screen.
-      out_path_stem: path of the figures without their ending.
-      title: says what was asked of which model.
+      examples: in the order to show; 24 fit on a screen.
+      out_path_stem: path of the figures without suffix.
+      title: the questions and the model.
 
     Raises:
       ValueError: there are no examples, or a picture is not uint8 [height, width, 3].
-      MissingGlyphError: no font for a question or a truth. Undrawable characters of an answer are
-        shown as code points instead: a model may write anything.
+      MissingGlyphError: no font can draw a question or a truth. In an answer such characters
+        become code points, since a model may write anything.
     """
     _check(examples)
     rows = math.ceil(len(examples) / COLUMNS)
@@ -91,20 +88,14 @@ def answer_sheet(
 
 
 class _Page:
-    """Places things in points from the top left corner of a figure."""
+    """Draws at places given in points from the top left corner of a figure."""
 
     def __init__(self, figure: Figure, width: float, height: float):
         self._figure, self._width, self._height = figure, width, height
 
     def picture(self, left: float, top: float, side: float, pixels: np.ndarray) -> None:
-        axes = self._figure.add_axes(
-            (
-                left / self._width,
-                1 - (top + side) / self._height,
-                side / self._width,
-                side / self._height,
-            )
-        )
+        x, y = left / self._width, 1 - (top + side) / self._height
+        axes = self._figure.add_axes((x, y, side / self._width, side / self._height))
         axes.imshow(pixels, interpolation="lanczos")
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
@@ -113,14 +104,14 @@ class _Page:
     def write(
         self, x: float, y: float, text: str, *, language: str = "en", size: float = 9, **style
     ) -> None:
-        """One line of text, its base line `y` points below the top edge."""
+        """Draws one line of text with its base line `y` points below the top edge."""
         x, y = x / self._width, 1 - y / self._height
         draw_text(self._figure, x, y, text, language=language, size=size, va="baseline", **style)
 
     def write_lines(
         self, x: float, y: float, text: str, width: float, *, size: float, lines: int, **style
     ) -> float:
-        """Text fitted into `width` points; returns the base line below the last line."""
+        """Draws text in lines of at most `width` points. Returns the base line below the last."""
         pitch = 1.32 * size
         fitted, size = fit_text(text, width, size, min_size=size - 2.5, max_lines=lines)
         if is_right_to_left(text):
@@ -170,7 +161,3 @@ def _check(examples: Sequence[AnswerExample]) -> None:
         for part in ("question", "truth"):
             text = getattr(example, part)
             require_glyphs(text, f"the {part} of example {i} ({example.language})")
-
-
-def _normal(text: str) -> str:
-    return unicodedata.normalize("NFC", text).strip()

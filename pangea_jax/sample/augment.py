@@ -1,6 +1,6 @@
-"""Augmented views of small drawings: a random affine warp, background and colours, in one jitted call.
+"""Augmented views of small drawings: random affine warps, backgrounds and colours.
 
-Sample-scale only. PangeaIns' pictures are never augmented, as in the paper.
+Only the sample uses them. As in the paper, pictures of PangeaIns are not augmented.
 """
 
 import functools
@@ -16,12 +16,12 @@ def augment(
 ) -> UInt8[Array, "B size size 3"]:
     """One random view of each RGBA drawing, `size` pixels a side.
 
-    The drawing is scaled (0.8 to 1.3), stretched, turned (20 degrees), sheared, shifted and maybe
-    mirrored, laid on white or on a random colour, and its colours mixed and shifted; one view in
-    ten loses its colours.
+    The drawing is scaled (0.8 to 1.3), stretched, turned (up to 20 degrees), sheared, shifted,
+    mirrored in half of the views, and put on white or a random colour. Its colours are mixed and
+    shifted; one view in ten is grey.
 
     Args:
-      keys: one key a drawing; the view depends on nothing else.
+      keys: one key for each drawing, the only source of randomness.
     """
     views = jax.vmap(functools.partial(_augment_one, size=size))(drawings, keys)
     return jnp.round(views * 255).astype(jnp.uint8)
@@ -30,7 +30,7 @@ def augment(
 def _augment_one(drawing, key, size):
     warp_key, colour_key = jax.random.split(key)
     alpha = drawing[..., 3:].astype(jnp.float32) / 255
-    # Premultiplied, so that interpolation cannot bleed the colour of transparent pixels.
+    # Premultiplied, so that interpolation cannot spread the colour of transparent pixels.
     rgba = jnp.concatenate([drawing[..., :3] / 255 * alpha, alpha], -1)
     return _recolour(_warp(rgba, warp_key, size), colour_key)
 

@@ -3,9 +3,9 @@
     image   "<image>" and a question in language L -> the CLDR short name in L
     text    a question in language L about a name in another language -> the name in L
 
-Splits: `train` (drawings of `TRAIN_ARTISTS` and all text records), `dev_artwork` (OpenMoji: for
-choosing settings) and `unseen_artwork` (Twemoji: the test, not to be looked at while choosing).
-Choices among phrasings and languages are made by hash, so a record does not depend on the others.
+Splits: `train` (drawings of `TRAIN_ARTISTS` and all text records), `dev_artwork` (OpenMoji, for
+choosing settings) and `unseen_artwork` (Twemoji, the test; do not use it to choose settings).
+A hash chooses phrasings and languages, so a record does not depend on other records.
 """
 
 import hashlib
@@ -32,21 +32,15 @@ SIZE = 64
 """Width and height of a stored drawing, pixels."""
 
 INDEX_COLUMNS = ("concept", "source_language")
-"""Columns of the index beyond the common ones: code point; language A of a text record."""
+"""Extra columns of the index: the code point, and the language of the name in a text question."""
 
 Row = tuple[Conversation, dict[str, str | None]]
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One base emoji.
-
-    Attributes:
-      codepoint: lower-case hexadecimal, e.g. `1f408`.
-      char: the emoji itself.
-      category: `animals` or `food`.
-      names: language code -> cleaned CLDR short name, for all of `languages.EMOJI`.
-    """
+    """One base emoji: its code point such as `1f408`, the emoji itself, its category `animals` or
+    `food`, and its cleaned CLDR short name in each of `languages.EMOJI`."""
 
     codepoint: str
     char: str
@@ -55,7 +49,7 @@ class Concept:
 
 
 def open_store() -> RecordStore:
-    """The sample that is part of the package."""
+    """The sample that the package contains."""
     return RecordStore(DIRECTORY)
 
 
@@ -67,24 +61,24 @@ def load_concepts(directory: Path = DIRECTORY) -> tuple[Concept, ...]:
 
 
 def dump_concepts(concepts: Collection[Concept]) -> str:
-    """The text of the concept table, one concept a line."""
+    """The concept table as JSON, one concept a line."""
     rows = [json.dumps(asdict(concept), ensure_ascii=False) for concept in concepts]
     return "[\n" + ",\n".join(rows) + "\n]\n"
 
 
 def image_key(artist: str, codepoint: str) -> str:
-    """The key of a drawing in the image store, e.g. `noto/1f408`."""
+    """The key of a drawing in the image store, such as `noto/1f408`."""
     return f"{artist}/{codepoint}"
 
 
 def picture_keys(store: RecordStore, artists: Collection[str]) -> list[str]:
-    """Keys of all drawings by some artists, in the store's order."""
+    """Keys of all drawings by the artists, in the order of the store."""
     keys = store.image_index["key"].to_pylist()
     return [key for key in keys if key.split("/")[0] in artists]
 
 
 def image_record(artist: str, concept: Concept, language: str) -> Row:
-    """A drawing and its name; the phrasing depends on artist, concept and language."""
+    """A drawing and its name. The phrasing depends on artist, concept and language."""
     phrasings = questions.IMAGE[language]
     question = phrasings[_hash("image", artist, concept.codepoint, language) % len(phrasings)]
     key = image_key(artist, concept.codepoint)
@@ -103,11 +97,11 @@ def image_record(artist: str, concept: Concept, language: str) -> Row:
 
 
 class Translations(Sequence[Conversation]):
-    """Every name of every thing from each of some languages into each other, in every phrasing.
+    """Translations of every concept's name between every two languages, in every phrasing.
 
-    Beside the questions for a translation, those about a picture, with a name in the picture's place:
-    what "What is this?" asks for in each language. Text only; far more pairs than the store holds,
-    made as they are read. A source for Grain.
+    It also has the image questions, with a name in place of the picture: they teach what "What is
+    this?" asks for in each language. Text only. The records are made as they are read, since there
+    are far more than the store holds. A source for Grain.
     """
 
     def __init__(self, codes: Sequence[str]):
@@ -117,7 +111,10 @@ class Translations(Sequence[Conversation]):
             for one in codes
             for other in codes
             if one != other
-            for phrasing in _text_phrasings(other)
+            for phrasing in (
+                *questions.TEXT[other],
+                *(f"{{name}}\n{question}" for question in questions.IMAGE[other]),
+            )
         ]
 
     def __len__(self) -> int:
@@ -132,16 +129,10 @@ class Translations(Sequence[Conversation]):
         return f"Translations(len={len(self)})"
 
 
-def _text_phrasings(language: str) -> tuple[str, ...]:
-    """Questions in which `{name}` stands for a name in another language."""
-    about = (f"{{name}}\n{question}" for question in questions.IMAGE[language])
-    return (*questions.TEXT[language], *about)
-
-
 def text_record(concept: Concept, language: str) -> Row:
     """A name in another language and its name in `language`.
 
-    The other language is the first, in an order given by hash, whose name is spelled differently.
+    The other language is the first, in an order given by a hash, with a different spelling.
     """
     answer = concept.names[language]
     others = sorted(
@@ -172,7 +163,7 @@ def split_records(
     """All records of a split in their stored order.
 
     Args:
-      drawings: image keys that exist; not every artist has drawn every concept.
+      drawings: keys of the images that exist. Some artists have not drawn every concept.
     """
     for artist, artist_split in SPLIT_OF_ARTIST.items():
         for concept in concepts if artist_split == split else ():

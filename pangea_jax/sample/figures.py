@@ -1,7 +1,6 @@
-"""What a finished run shows: tables of scores and time, the loss curve, scores per language.
+"""The tables and figures of a finished run: scores, time, the loss curve, scores per language.
 
-Pure functions from the contents of `results.json` and `metrics.jsonl` to tables and figures. All
-scores come in as fractions of one and are shown in percent.
+They are made from `results.json` and `metrics.jsonl`. Scores are fractions there and percent here.
 """
 
 import json
@@ -15,12 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from rich.table import Table
-from scipy.stats import binomtest
+from rich.table import Column, Table
 
 from pangea_jax import languages
 from pangea_jax.figures import style as fig
+from pangea_jax.figures.text_render import fit_text
 from pangea_jax.sample.answer_sheet import AnswerExample, answer_sheet
+from pangea_jax.sample.scores import METRIC_TITLES, RANK_CHANCE, wilson_interval
 
 __all__ = [
     "AnswerExample",
@@ -29,23 +29,15 @@ __all__ = [
     "plot_loss",
     "results_table",
     "timing_table",
-    "wilson_interval",
 ]
 
-RANK_CHANCE = 0.1  # the true name stands among ten of its language
 METRICS = ("exact_match", "rank_accuracy")
-SCORES = (*METRICS, *(f"image_blind_{metric}" for metric in METRICS), "n")
-METRIC_TITLES = {
-    "rank_accuracy": "Rank accuracy: true name first of ten",
-    "exact_match": "Exact match: the name written in full",
-}
+COLUMNS = tuple(f"{prefix}{metric}" for metric in METRICS for prefix in ("", "image_blind_"))
 MEAN_ROW = "multilingual"
+CHANCE_LINE = {"color": fig.INK, "linewidth": 0.8, "linestyle": (0, (4, 3))}
+WIDTH, LEFT = 9.2, 0.12  # inches: width of the languages figure, left edge of its text
 
-
-def wilson_interval(score: float, n: int) -> tuple[float, float]:
-    """95 % confidence interval of a share `score` seen in `n` trials (Wilson 1927)."""
-    interval = binomtest(round(score * n), n).proportion_ci(method="wilson")
-    return interval.low, interval.high
+Rows = Mapping[str, Mapping[str, float]]  # language or MEAN_ROW -> its scores
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
@@ -55,21 +47,21 @@ def results_table(results: Mapping[str, Any]) -> Table:
       results: the contents of results.json.
 
     Raises:
-      ValueError: a score is missing or outside [0, 1]; names the split, language and field.
+      ValueError: a score is missing or outside [0, 1]. The message names split, language and field.
     """
+    numbers = ("exact match", "blind", "rank accuracy", "blind", "n")
     table = Table(
+        "split",
+        "language",
+        *(Column(name, justify="right") for name in numbers),
         title="Scores in percent",
-        caption=f"Chance: {RANK_CHANCE:.1%} rank accuracy. Blind: the image-blind floor, the same "
-        "scoring with the picture replaced; what a score has above it comes from the picture.",
+        caption=f"Chance: {RANK_CHANCE:.1%} rank accuracy. Blind: the image-blind floor, which is "
+        "the score when the picture is replaced. What a score has above it comes from the picture.",
     )
-    table.add_column("split")
-    table.add_column("language")
-    for column in ("exact match", "blind", "rank accuracy", "blind", "n"):
-        table.add_column(column, justify="right")
     for split, scores in results["splits"].items():
         rows = _rows(split, scores)
         for i, (code, row) in enumerate(rows.items()):
-            cells = [f"{100 * row[f'{prefix}{m}']:.1f}" for m in METRICS for prefix in _PREFIXES]
+            cells = [f"{100 * row[column]:.1f}" for column in COLUMNS]
             table.add_row(
                 split.replace("_", " ") if i == 0 else "",
                 _label(code, rows) + ("" if code == MEAN_ROW else f" ({code})"),
@@ -82,29 +74,19 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
 
 def timing_table(timing: Mapping[str, Mapping[str, float]]) -> Table:
-    """Where the time of a run went.
-
-    Args:
-      timing: `StepTimer.summary()`: `{phase: {"seconds", "share"}}`.
-    """
-    table = Table(title="Where the time went")
-    table.add_column("phase")
-    table.add_column("seconds", justify="right")
-    table.add_column("share", justify="right")
+    """The seconds of each phase of a run, from the timer's `summary()`."""
+    numbers = (Column(name, justify="right") for name in ("seconds", "share"))
+    table = Table("phase", *numbers, title="Where the time went")
     for phase, spent in timing.items():
-        table.add_row(
-            phase,
-            f"{spent['seconds']:,.1f}",
-            f"{spent['share']:.1%}",
-            style="bold" if phase == "total" else None,
-        )
+        style = "bold" if phase == "total" else None
+        table.add_row(phase, f"{spent['seconds']:,.1f}", f"{spent['share']:.1%}", style=style)
     return table
 
 
 def plot_loss(metrics_path: str | Path, out_dir: str | Path) -> tuple[Path, Path]:
     """Draws `loss.png` and `loss.svg`: loss and learning rate over the steps.
 
-    A second axis counts examples when the lines of the file have a running `examples`.
+    A second axis counts examples if the lines have a running total `examples`.
 
     Args:
       metrics_path: metrics.jsonl as `Telemetry` writes it.
@@ -114,31 +96,38 @@ def plot_loss(metrics_path: str | Path, out_dir: str | Path) -> tuple[Path, Path
       ValueError: a line is not JSON, or no line has a loss.
     """
     columns = _read_metrics(Path(metrics_path))
-    steps, loss = columns["step"], columns["loss"]
-    window = max(1, round(len(loss) / 50))
+    steps, loss, rate = columns["step"], columns["loss"], columns["learning_rate"]
+    has_rate = bool(np.isfinite(rate).any())
     with fig.style():
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        has_rate = bool(np.isfinite(columns["learning_rate"]).any())
+        panels = figure.subplots(
+            1 + has_rate, sharex=True, squeeze=False, height_ratios=[4, 1][: 1 + has_rate]
+        )
+        upper, lower = panels[0, 0], panels[-1, 0]
+        _draw_loss(upper, steps, loss)
         if has_rate:
-            upper, lower = figure.subplots(2, sharex=True, height_ratios=[4, 1])
-        else:
-            upper = lower = figure.subplots()
-        upper.plot(steps, loss, color=fig.BLUE, alpha=0.25, linewidth=0.7, label="each logged step")
-        smooth = _smooth(loss, window)
-        upper.plot(steps, smooth, color=fig.BLUE, linewidth=1.6, label=f"mean of {window}")
-        upper.set_ylabel("training loss (nats per token)")
-        upper.set_ylim(bottom=0)
-        upper.set_xlim(0, max(1, steps[-1]))
-        upper.legend(loc="upper right")
-        if has_rate:
-            lower.plot(steps, columns["learning_rate"], color=fig.MUTED, linewidth=1.2)
+            lower.plot(steps, rate, color=fig.MUTED, linewidth=1.2)
             lower.set_ylim(bottom=0)
             lower.set_ylabel("learning\nrate")
             lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         lower.set_xlabel("optimiser step")
+        lower.xaxis.get_major_locator().set_params(integer=True)
         if columns["examples"][-1] > 0:
             _add_examples_axis(upper, columns["examples"][-1] / (steps[-1] + 1))
         return fig.save(figure, Path(out_dir) / "loss")
+
+
+def _draw_loss(axes: Axes, steps: np.ndarray, loss: np.ndarray) -> None:
+    window = max(1, round(len(loss) / 50))
+    if window == 1:
+        axes.plot(steps, loss, color=fig.BLUE, linewidth=1.6)
+    else:
+        axes.plot(steps, loss, color=fig.BLUE, alpha=0.25, linewidth=0.7, label="each logged step")
+        label = f"mean of {window} logged steps"
+        axes.plot(steps, _smooth(loss, window), color=fig.BLUE, linewidth=1.6, label=label)
+        axes.legend(loc="upper right")
+    axes.set_ylabel("training loss (nats per token)")
+    axes.set_xlim(0, max(1, steps[-1]))
 
 
 def plot_languages(
@@ -147,12 +136,12 @@ def plot_languages(
     """Draws `languages.png` and `languages.svg`: scores of every language on every split.
 
     English comes first, then the mean of the others, then the others by falling rank accuracy.
-    The mean has no interval: languages are not repeated draws of one thing.
+    The mean has no interval, since languages are not repeated samples of one quantity.
 
     Args:
       results: the contents of results.json.
       out_dir: folder for the figures.
-      title: says what was trained, for example "40 % English, 8 languages".
+      title: what was trained, for example "40 % English, 8 languages".
 
     Raises:
       ValueError: as `results_table`, or there are more splits than colours.
@@ -162,41 +151,37 @@ def plot_languages(
     if len(splits) > len(fig.SERIES):
         raise ValueError(f"{len(splits)} splits {list(splits)}: one figure shows {len(fig.SERIES)}")
     with fig.style():
-        pitch = 0.34 if len(order) <= 14 else 0.235
-        height = 1.4 + pitch * len(order)
-        figure = Figure(figsize=(9.2, height))
+        lines, size = fit_text(title, 72 * (WIDTH - 2 * LEFT), 12, min_size=9, max_lines=3)
+        head = 0.66 + 0.2 * len(lines)  # inches
+        height = 0.57 + head + (0.34 if len(order) <= 14 else 0.235) * len(order)
+        figure = Figure(figsize=(WIDTH, height))
         panels = figure.subplots(1, 2, sharey=True)
         figure.subplots_adjust(
-            left=2.25 / 9.2, right=0.985, wspace=0.09, bottom=0.55 / height, top=1 - 0.83 / height
+            left=2.25 / WIDTH, right=0.985, wspace=0.09, bottom=0.55 / height, top=1 - head / height
         )
         for panel, metric in zip(panels, METRIC_TITLES, strict=True):
             _draw_bars(panel, splits, order, metric)
-        panels[0].axvline(100 * RANK_CHANCE, color=fig.INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        panels[0].axvline(100 * RANK_CHANCE, **CHANCE_LINE)
         _label_rows(panels[0], order, results.get("mixture", {}).get("examples_per_language"))
-        x = 0.12 / 9.2
-        figure.text(x, 1 - 0.24 / height, title, size=12, va="center")
+        x, y = LEFT / WIDTH, 1 - 0.14 / height
+        figure.text(x, y, "\n".join(lines), size=size, va="top", parse_math=False)
+        handles = _legend_handles(splits)
+        place = (x - 0.008, 1 - (head - 0.36) / height)
         figure.legend(
-            handles=_legend_handles(splits),
-            loc="center left",
-            bbox_to_anchor=(x - 0.008, 1 - 0.47 / height),
-            ncols=len(splits) + 3,
-            columnspacing=1.4,
-            handlelength=1.6,
-        )
+            handles=handles, loc="center left", bbox_to_anchor=place, ncols=len(handles),
+            columnspacing=1.4, handlelength=1.6,
+        )  # fmt: skip
         return fig.save(figure, Path(out_dir) / "languages")
 
 
-_PREFIXES = ("", "image_blind_")
-
-
-def _rows(split: str, scores: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
-    """Checked scores by language code or MEAN_ROW: English, the mean, the others by code."""
+def _rows(split: str, scores: Mapping[str, Any]) -> Rows:
+    """Checks the scores. Returns language code or MEAN_ROW -> scores: English, mean, others by code."""
     rows = {"en": scores["english"]} if scores.get("english") else {}
     if scores.get(MEAN_ROW):
         rows[MEAN_ROW] = scores[MEAN_ROW]
     rows |= {code: row for code, row in sorted(scores["languages"].items()) if code not in rows}
     for code, row in rows.items():
-        for name in SCORES:
+        for name in (*COLUMNS, "n"):
             value = row.get(name)
             lowest, highest = (1, np.inf) if name == "n" else (0, 1)
             if value is None or not lowest <= value <= highest:
@@ -207,7 +192,7 @@ def _rows(split: str, scores: Mapping[str, Any]) -> dict[str, Mapping[str, float
     return rows
 
 
-def _row_order(splits: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+def _row_order(splits: Mapping[str, Rows]) -> list[str]:
     codes = dict.fromkeys(code for rows in splits.values() for code in rows)
 
     def mean_rank(code: str) -> float:
@@ -223,31 +208,20 @@ def _label(code: str, codes: Collection[str]) -> str:
     return languages.get(code).english_name
 
 
-def _draw_bars(
-    axes: Axes,
-    splits: Mapping[str, Mapping[str, Mapping[str, float]]],
-    order: Sequence[str],
-    metric: str,
-) -> None:
+def _draw_bars(axes: Axes, splits: Mapping[str, Rows], order: Sequence[str], metric: str) -> None:
     thickness = 0.78 / len(splits)
     for i, (rows, colour) in enumerate(zip(splits.values(), fig.SERIES, strict=False)):
-        codes = [code for code in order if code in rows]
-        y = (
-            np.array([order.index(code) for code in codes])
-            + (i - (len(splits) - 1) / 2) * thickness
-        )
-        score = np.array([rows[code][metric] for code in codes])
-        axes.barh(y, 100 * score, thickness * 0.92, color=colour)
-        floor = 100 * np.array([rows[code][f"image_blind_{metric}"] for code in codes])
-        half = thickness * 0.46
-        axes.vlines(floor, y - half, y + half, color=fig.INK, linewidth=1.6)
-        measured = np.array([code != MEAN_ROW for code in codes])
-        bounds = np.array(
-            [wilson_interval(rows[c][metric], int(rows[c]["n"])) for c in codes if c != MEAN_ROW]
-        )
-        axes.hlines(
-            y[measured], 100 * bounds[:, 0], 100 * bounds[:, 1], color=fig.INK, linewidth=0.8
-        )
+        shift = (i - (len(splits) - 1) / 2) * thickness
+        for place, code in enumerate(order):
+            if code not in rows:
+                continue
+            y, row = place + shift, rows[code]
+            axes.barh(y, 100 * row[metric], thickness * 0.92, color=colour)
+            floor, half = 100 * row[f"image_blind_{metric}"], thickness * 0.46
+            axes.vlines(floor, y - half, y + half, color=fig.INK, linewidth=1.6)
+            if code != MEAN_ROW:
+                low, high = wilson_interval(row[metric], int(row["n"]))
+                axes.hlines(y, 100 * low, 100 * high, color=fig.INK, linewidth=0.8)
     axes.set_title(METRIC_TITLES[metric])
     axes.set_xlim(0, 101)
     axes.set_ylim(len(order) - 0.45, -0.55)
@@ -260,31 +234,22 @@ def _draw_bars(
 
 
 def _label_rows(axes: Axes, order: Sequence[str], examples: Mapping[str, int] | None) -> None:
-    """Names of the rows and, beside them, each language's share of the training examples."""
+    """Writes the names of the rows and each language's share of the training examples."""
     axes.set_yticks(range(len(order)), [""] * len(order))
-    where = axes.get_yaxis_transform()
+    where = {"transform": axes.get_yaxis_transform(), "va": "center"}
+    small = {"ha": "right", "size": 8, "color": fig.MUTED}
     for y, code in enumerate(order):
         colour = fig.MUTED if code == MEAN_ROW else fig.INK
-        axes.text(-0.63, y, _label(code, order), transform=where, va="center", color=colour)
+        axes.text(-0.63, y, _label(code, order), color=colour, **where)
         if examples and code != MEAN_ROW:
             share = f"{100 * examples.get(code, 0) / sum(examples.values()):.1f} %"
-            axes.text(
-                -0.04, y, share, transform=where, va="center", ha="right", size=8, color=fig.MUTED
-            )
+            axes.text(-0.04, y, share, **where, **small)
     if examples:
-        axes.annotate(
-            "share of examples",
-            (-0.04, 1),
-            xycoords="axes fraction",
-            xytext=(0, 6),
-            textcoords="offset points",
-            ha="right",
-            size=8,
-            color=fig.MUTED,
-        )
+        above = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        axes.annotate("share of examples", (-0.04, 1), xytext=(0, 6), **above, **small)
 
 
-def _legend_handles(splits: Sequence[str] | Mapping[str, Any]) -> list[Patch | Line2D]:
+def _legend_handles(splits: Collection[str]) -> list[Patch | Line2D]:
     bars = [
         Patch(color=colour, label=split.replace("_", " "))
         for split, colour in zip(splits, fig.SERIES, strict=False)
@@ -293,12 +258,12 @@ def _legend_handles(splits: Sequence[str] | Mapping[str, Any]) -> list[Patch | L
         *bars,
         Line2D([], [], color=fig.INK, marker="|", ls="", ms=9, mew=1.6, label="image-blind floor"),
         Line2D([], [], color=fig.INK, linewidth=0.8, label="95 % interval"),
-        Line2D([], [], color=fig.INK, linewidth=0.8, linestyle=(0, (4, 3)), label="chance"),
+        Line2D([], [], label="chance", **CHANCE_LINE),
     ]
 
 
 def _read_metrics(path: Path) -> dict[str, Float[np.ndarray, " lines"]]:
-    """Columns of the lines that have a loss; NaN where a line has no such metric."""
+    """Columns of the lines that have a loss; NaN if a line lacks the metric."""
     lines = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -316,7 +281,7 @@ def _read_metrics(path: Path) -> dict[str, Float[np.ndarray, " lines"]]:
 
 
 def _smooth(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarray, " n"]:
-    """Centred moving mean over at most `window` finite values; shorter at the ends."""
+    """Centred moving mean over the finite ones of `window` values; the window is shorter at the ends."""
     finite = np.isfinite(values)
     kernel = np.ones(window)
     total = np.convolve(np.where(finite, values, 0), kernel, mode="same")

@@ -1,4 +1,4 @@
-"""Writes the attribution and licence files that must travel with the embedded sample."""
+"""Writes the attribution and licence files that the embedded sample must contain."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ _LICENCES = {
     ),
 }
 
-# The licence of Fluent Emoji asks that its notice goes with every copy.
+# The licence of Fluent Emoji requires its notice in every copy.
 _MIT = """\
 Copyright (c) Microsoft Corporation.
 
@@ -52,7 +52,7 @@ _TERMS = {
 
 
 def credit(artist: Artist) -> str:
-    """The attribution of one set: title, author, source, licence and what was changed."""
+    """The attribution of one set: title, author, source, licence and changes."""
     name, url = _LICENCES[artist.spdx]
     return (
         f"{artist.title} by {artist.author} ({artist.url}).\n"
@@ -63,11 +63,7 @@ def credit(artist: Artist) -> str:
 
 
 def write(directory: Path, cldr_licence: str) -> None:
-    """Writes `NOTICE.md`, one `LICENSE.md` beside each artist's drawings, and the CLDR licence.
-
-    Args:
-      cldr_licence: the text that comes with the CLDR package.
-    """
+    """Writes `NOTICE.md`, a `LICENSE.md` beside each artist's drawings, and `cldr_licence`."""
     for artist in ARTISTS:
         text = f"# {artist.title}\n\n{credit(artist)}\n{_TERMS[artist.spdx]}"
         (directory / f"images_{artist.id}" / "LICENSE.md").write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The questions of the embedded sample in 38 languages: short, plain, three and two phrasings.
+"""The questions of the embedded sample in 38 languages.
 
-`IMAGE` asks for the name of what a picture shows. `TEXT` asks, in the language of the answer, how
-a name given in another language is called; `{name}` stands for that name.
+`IMAGE` asks for the name of what a picture shows, in three phrasings. `TEXT` asks for the
+translation of `{name}` into the language of the question, in two phrasings.
 """
 
 IMAGE: dict[str, tuple[str, str, str]] = {

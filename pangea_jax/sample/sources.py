@@ -1,7 +1,7 @@
-"""Where the embedded sample comes from: emoji names of Unicode CLDR and five sets of artwork.
+"""The sources of the embedded sample: emoji names of Unicode CLDR and five sets of artwork.
 
-The npm packages are read from their archives without unpacking them. Every version is pinned, and
-the licence each package states is compared with the one the attribution in `NOTICE.md` rests on.
+They are npm packages of fixed versions, read from their archives. Each package must state the
+licence that `NOTICE.md` gives.
 """
 
 import io
@@ -27,7 +27,7 @@ CATEGORIES = {"Animals & Nature": "animals", "Food & Drink": "food"}
 
 
 class SourceError(RuntimeError):
-    """A package is missing, is not the expected one, or has another licence."""
+    """A package is missing, is a different one, or states another licence."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Artist:
 
     Attributes:
       id: collection of the image store.
-      package, version: pinned npm package.
+      package, version: the npm package, of this version alone.
       title, author, url: for the attribution.
       spdx: licence the package must state.
     """
@@ -51,76 +51,47 @@ class Artist:
 
 
 ARTISTS = (
-    Artist(
-        "noto",
-        "@iconify-json/noto",
-        "1.2.9",
-        "Noto Emoji",
-        "Google Inc.",
-        "https://github.com/googlefonts/noto-emoji",
-        "Apache-2.0",
-    ),
-    Artist(
-        "fluent",
-        "@iconify-json/fluent-emoji-flat",
-        "1.2.6",
-        "Fluent Emoji (flat)",
-        "Microsoft Corporation",
-        "https://github.com/microsoft/fluentui-emoji",
-        "MIT",
-    ),
-    Artist(
-        "emojione",
-        "@iconify-json/emojione",
-        "1.2.3",
-        "EmojiOne 2.3",
-        "EmojiOne",
-        "https://github.com/EmojiTwo/emojitwo",
-        "CC-BY-4.0",
-    ),
-    Artist(
-        "openmoji",
-        "@iconify-json/openmoji",
-        "1.2.29",
-        "OpenMoji",
-        "HfG Schwäbisch Gmünd and the OpenMoji contributors",
-        "https://openmoji.org",
-        "CC-BY-SA-4.0",
-    ),
-    Artist(
-        "twemoji",
-        "@iconify-json/twemoji",
-        "1.2.5",
-        "Twemoji",
-        "Twitter, Inc. and other contributors",
-        "https://github.com/jdecked/twemoji",
-        "CC-BY-4.0",
-    ),
-)
+    Artist("noto", "@iconify-json/noto", "1.2.9", "Noto Emoji", "Google Inc.",
+        "https://github.com/googlefonts/noto-emoji", "Apache-2.0"),
+    Artist("fluent", "@iconify-json/fluent-emoji-flat", "1.2.6", "Fluent Emoji (flat)", "Microsoft Corporation",
+        "https://github.com/microsoft/fluentui-emoji", "MIT"),
+    Artist("emojione", "@iconify-json/emojione", "1.2.3", "EmojiOne 2.3", "EmojiOne",
+        "https://github.com/EmojiTwo/emojitwo", "CC-BY-4.0"),
+    Artist("openmoji", "@iconify-json/openmoji", "1.2.29", "OpenMoji",
+        "HfG Schwäbisch Gmünd and the OpenMoji contributors", "https://openmoji.org", "CC-BY-SA-4.0"),
+    Artist("twemoji", "@iconify-json/twemoji", "1.2.5", "Twemoji", "Twitter, Inc. and other contributors",
+        "https://github.com/jdecked/twemoji", "CC-BY-4.0"),
+)  # fmt: skip
 
-# Where icons are matched by name: EmojiOne's `cricket` is the game, not the insect.
+# Some icons are matched by name. EmojiOne's `cricket` is the game, not the insect.
 _HOMONYMS = frozenset({("emojione", "cricket")})
 
 CLDR_PACKAGE, CLDR_VERSION, CLDR_SPDX = "cldr-annotations-full", "48.2.0", "Unicode-3.0"
 
 
 class Package:
-    """An npm package archive, read in memory."""
+    """An npm package archive, read into memory.
 
-    def __init__(self, path: Path, package: str, version: str):
-        self.path = path
+    Raises:
+      SourceError: the archive is missing, unreadable or of another package or version.
+    """
+
+    def __init__(self, packages: Path, package: str, version: str):
+        self.path = packages / archive_name(package, version)
+        if not self.path.is_file():
+            raise SourceError(f"{self.path} is missing; leave out --packages to download it")
         try:
-            with tarfile.open(path) as archive:
+            with tarfile.open(self.path) as archive:
                 members = [
                     m for m in archive if m.isfile() and m.name.endswith((".json", "LICENSE"))
                 ]
                 self._files = {m.name: archive.extractfile(m).read() for m in members}
         except (OSError, tarfile.TarError) as error:
-            raise SourceError(f"{path} cannot be read as an npm package: {error}") from None
+            raise SourceError(f"{self.path} cannot be read as an npm package: {error}") from None
         found = self.json("package.json")
         if (found.get("name"), found.get("version")) != (package, version):
             name = f"{found.get('name')} {found.get('version')}"
-            raise SourceError(f"{path} holds {name}, expected {package} {version}")
+            raise SourceError(f"{self.path} holds {name}, expected {package} {version}")
 
     def text(self, name: str) -> str:
         try:
@@ -132,8 +103,13 @@ class Package:
         return json.loads(self.text(name))
 
 
+def _check_licence(package: str, stated: str, expected: str) -> None:
+    if stated != expected:
+        raise SourceError(f"{package} states licence {stated}, expected {expected}")
+
+
 def fetch(packages: Path) -> None:
-    """Downloads the archives that are not yet in `packages` with `npm pack`.
+    """Downloads the archives that `packages` lacks, with `npm pack`.
 
     Raises:
       SourceError: npm is not installed or fails.
@@ -160,22 +136,14 @@ def archive_name(package: str, version: str) -> str:
     return f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
 
 
-def _open(packages: Path, package: str, version: str) -> Package:
-    path = packages / archive_name(package, version)
-    if not path.is_file():
-        raise SourceError(f"{path} is missing; leave out --packages to download it")
-    return Package(path, package, version)
-
-
 class Artwork:
     """The drawings of one artist."""
 
     def __init__(self, artist: Artist, packages: Path):
         self.artist = artist
-        self._package = _open(packages, artist.package, artist.version)
+        self._package = Package(packages, artist.package, artist.version)
         stated = self._package.json("info.json")["license"]["spdx"]
-        if stated != artist.spdx:
-            raise SourceError(f"{artist.package} states licence {stated}, expected {artist.spdx}")
+        _check_licence(artist.package, stated, artist.spdx)
 
     @cached_property
     def icons(self) -> dict[str, Any]:
@@ -192,7 +160,7 @@ class Artwork:
         return self._package.json("metadata.json")["categories"]
 
     def icon(self, codepoint: str, fallback_name: str) -> str | None:
-        """The icon name of a code point, or `fallback_name` where the set has no code points."""
+        """The icon name of a code point, or `fallback_name` if the set has no code points."""
         name = self.name_of_codepoint.get(codepoint)
         if name is None and not self.name_of_codepoint:
             name = None if (self.artist.id, fallback_name) in _HOMONYMS else fallback_name
@@ -202,12 +170,13 @@ class Artwork:
         """The drawing as an SVG document of `SIZE` x `SIZE` pixels."""
         while alias := self.icons["aliases"].get(name):
             if transforms := alias.keys() & {"hFlip", "vFlip", "rotate"}:
-                raise SourceError(f"{self.artist.id}: {name} needs {transforms}, not supported")
+                raise SourceError(
+                    f"{self.artist.id}: {name} needs {transforms}, which is not supported"
+                )
             name = alias["parent"]
         icon = self.icons["icons"][name]
         left, top = icon.get("left", 0), icon.get("top", 0)
-        width = icon.get("width", self.icons.get("width", 16))
-        height = icon.get("height", self.icons.get("height", 16))
+        width, height = (icon.get(k, self.icons.get(k, 16)) for k in ("width", "height"))
         return (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'width="{SIZE}" height="{SIZE}" viewBox="{left} {top} {width} {height}">'
@@ -219,7 +188,7 @@ def rasterise(svg: str) -> Image.Image:
     """Renders an SVG document to RGBA, `SIZE` x `SIZE`."""
     import resvg_py
 
-    # Without the fonts of the machine, the result depends on the drawing alone.
+    # Without the machine's fonts, the result depends only on the drawing.
     png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True)
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
@@ -227,7 +196,7 @@ def rasterise(svg: str) -> Image.Image:
 def encode(image: Image.Image) -> bytes:
     """Lossless WebP, a third smaller than PNG on this artwork."""
     buffer = io.BytesIO()
-    # For lossless WebP, quality is effort: 100 takes 25 times as long for 1 % less.
+    # Quality means effort in lossless WebP: 100 takes 25 times as long and saves 1 %.
     image.save(buffer, "WEBP", lossless=True, quality=80, method=6)
     return buffer.getvalue()
 
@@ -236,31 +205,29 @@ class Annotations:
     """The emoji names of Unicode CLDR."""
 
     def __init__(self, packages: Path):
-        self._package = _open(packages, CLDR_PACKAGE, CLDR_VERSION)
-        stated = self._package.json("package.json")["license"]
-        if stated != CLDR_SPDX:
-            raise SourceError(f"{CLDR_PACKAGE} states licence {stated}, expected {CLDR_SPDX}")
+        self._package = Package(packages, CLDR_PACKAGE, CLDR_VERSION)
+        _check_licence(CLDR_PACKAGE, self._package.json("package.json")["license"], CLDR_SPDX)
         self.licence = self._package.text("LICENSE")
 
     def short_names(self, language: str) -> dict[str, str]:
-        """Emoji -> short name (`tts`) as CLDR has it, without names inherited by a mark."""
+        """Emoji -> short name (`tts`) of CLDR, without names that CLDR marks as inherited."""
         annotations = self._package.json(f"annotations/{language}/annotations.json")
         entries = annotations["annotations"]["annotations"]
         names = {char: entry["tts"][0] for char, entry in entries.items() if "tts" in entry}
         return {char: name for char, name in names.items() if "↑" not in name}
 
 
-# Hindi and Bengali list synonyms after a comma; elsewhere a comma belongs to a clause
-# (Ukrainian: "bowl, from which steam rises"), so the rule must not be applied to all.
+# Hindi and Bengali list synonyms after a comma. In other languages a comma belongs to the name
+# (Ukrainian: "bowl, from which steam rises").
 _SYNONYMS_AFTER_COMMA = ("hi", "bn")
 _ZERO_WIDTH = "\u200b\u200c\u200d\u200e\u200f\ufeff"
 _GLOSS = re.compile(r"\s*\([^)]*\)$")
 
 
 def clean_name(name: str, language: str) -> str:
-    """One plain name: NFC, single blanks, no list of synonyms, no final gloss in brackets.
+    """One plain name: NFC, single blanks, no synonyms, no final gloss in brackets.
 
-    Zero-width joiners inside a word are spelling (Persian, Sinhala, Telugu) and stay.
+    Zero-width joiners inside a word are part of the spelling (Persian, Sinhala, Telugu) and stay.
     """
     name = unicodedata.normalize("NFC", name)
     if language in _SYNONYMS_AFTER_COMMA:
@@ -270,7 +237,7 @@ def clean_name(name: str, language: str) -> str:
 
 
 def clean_names(names: dict[str, str], language: str) -> dict[str, str]:
-    """Cleans the names of one language; where that would make two equal, both stay uncut."""
+    """Cleans the names of one language. Names that would become equal stay uncut."""
     cleaned = {char: clean_name(name, language) for char, name in names.items()}
     count = Counter(cleaned.values())
     return {
@@ -280,9 +247,9 @@ def clean_names(names: dict[str, str], language: str) -> dict[str, str]:
 
 
 def select_concepts(annotations: Annotations, artworks: dict[str, Artwork]) -> list[Concept]:
-    """The emoji of `CATEGORIES` drawn by Noto and Twemoji and named in all 38 languages.
+    """The emoji of `CATEGORIES` that Noto and Twemoji draw and that have names in all 38 languages.
 
-    Base emoji only: a single code point, so no joined sequences, flags or skin tones.
+    Each is a single code point: no joined sequences, flags or skin tones.
 
     Raises:
       SourceError: two concepts have the same name in a language.

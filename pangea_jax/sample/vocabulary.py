@@ -12,12 +12,12 @@ from pangea_jax.sample.emoji import Concept
 SIZE = 4_500
 
 _TEMPLATE = ("You are a helpful assistant.", "system", "user", "assistant")
-# Phrases that stand in thousands of records are counted so often that they become few pieces.
+# Phrases of thousands of records are repeated, so that few pieces spell them.
 _REPEAT = 20
 
 
 def corpus(concepts: Collection[Concept]) -> Iterator[str]:
-    """Every name once; questions and the words of the chat template `_REPEAT` times."""
+    """Every name once, and the questions and words of the chat template `_REPEAT` times."""
     for concept in concepts:
         yield from concept.names.values()
     phrases = list(_TEMPLATE)
@@ -25,8 +25,8 @@ def corpus(concepts: Collection[Concept]) -> Iterator[str]:
         phrases += questions.IMAGE[language]
         for phrasing in questions.TEXT[language]:
             phrases += [part for part in phrasing.split("{name}") if part]
-    # Candidate pieces are repeated strings that go on differently each time. In a fixed order a
-    # phrase would always be followed by the same next one and never be a candidate itself.
+    # A candidate piece is a repeated string with different continuations. In a fixed order each
+    # phrase would always have the same continuation and would never be a candidate.
     order = random.Random(0)
     for _ in range(_REPEAT):
         order.shuffle(phrases)
@@ -34,10 +34,10 @@ def corpus(concepts: Collection[Concept]) -> Iterator[str]:
 
 
 def train(concepts: Collection[Concept], size: int = SIZE) -> bytes:
-    """Returns a serialised SentencePiece unigram model of `size` pieces; the same every time.
+    """Returns a serialised SentencePiece unigram model of `size` pieces; it is deterministic.
 
-    Pieces may span blanks, so that a whole question can be one piece; characters too rare for a
-    piece are spelled in bytes, so that every text of every language is representable.
+    Pieces may contain blanks, so a whole question can be one piece. Rare characters are spelled in
+    bytes, so every text can be written.
     """
     import sentencepiece
 
@@ -62,7 +62,7 @@ def train(concepts: Collection[Concept], size: int = SIZE) -> bytes:
         bos_id=-1,
         eos_id=-1,
         pad_id=-1,
-        # With several threads the sums of the EM steps depend on their order.
+        # With several threads the sums of the EM steps would depend on the order of the threads.
         num_threads=1,
         minloglevel=2,
     )

@@ -33,7 +33,7 @@ def index():
     names = ("category", "source", "language")
     columns = [pa.array(column).dictionary_encode() for column in zip(*rows)]
     table = pa.table(dict(zip(names, columns, strict=True)) | {"id": pa.array(range(100))})
-    # As an index is read that was written in parts: with a dictionary for each.
+    # An index written in parts has a different dictionary in each part.
     decoded = table.cast(pa.schema([(name, pa.string()) for name in names] + [("id", pa.int64())]))
     return pa.concat_tables(
         pa.table(

@@ -1,4 +1,4 @@
-"""What is shipped works: `load("sample")`, and the default point is far above chance and its blind floor."""
+"""The shipped model works: `load("sample")` is far above chance and above its image-blind floor."""
 
 import numpy as np
 import pytest

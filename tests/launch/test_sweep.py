@@ -1,4 +1,4 @@
-"""The sweep, run as a user runs it: two points of a few steps, killed, gone on with, reported."""
+"""The sweep as a user runs it: two points of a few steps, interrupted, continued, reported."""
 
 import fcntl
 import json
@@ -92,7 +92,7 @@ def swept(tmp_path_factory):
 def test_goes_on_without_repeating(swept):
     workdir, _, interrupted, err, between, code, out, after = swept
     assert interrupted == 130, err[-3000:]
-    assert "the same command goes on" in err
+    assert "the same command continues the sweep" in err
     assert list(between) == ["en_000_seed0"]
     assert code == 0, after[-3000:]
     assert "2 of 2 runs finished" in out
@@ -109,7 +109,7 @@ def test_goes_on_without_repeating(swept):
 
 @pytest.mark.slow
 def test_killed_sweep_goes_on_with_the_same_numbers(swept, tmp_path):
-    """Its run outlives it and is not started twice; what comes out equals an undisturbed run."""
+    """The run of a killed sweep lives on and is not started twice. Results equal an undisturbed run."""
     workdir = tmp_path / "en"
     flags = (EN_RATIO, f"--workdir={workdir}", "--points=en_040", *SHORT)
     process = start(*flags)
@@ -209,7 +209,7 @@ def test_bad_input_is_one_sentence(flags, says):
 
 
 def test_a_sweep_is_known_by_what_it_runs(tmp_path):
-    """However its folder is called, and in whatever order its overrides are given."""
+    """A sweep is the same under another folder name or with its overrides in another order."""
     overrides = {"log_every": 1, "eval.limit": 2}
     other_order = dict(reversed(overrides.items()))
     (tmp_path / "link").symlink_to(tmp_path / "en")
@@ -225,7 +225,7 @@ def test_a_sweep_is_known_by_what_it_runs(tmp_path):
 
 
 def test_the_table_shows_any_line_of_metrics(tmp_path):
-    """Counts of many sources make it long; where every step was skipped, there is no loss."""
+    """Counts of many sources make lines long. If every step was skipped, there is no loss."""
     sources = {f"data/examples_per_source/{n:050}": 1.0 for n in range(500)}
     lines = [json.dumps({"step": step, "loss": None} | sources) for step in (1, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n{")

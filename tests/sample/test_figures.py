@@ -19,8 +19,8 @@ from pangea_jax.sample.figures import (
     plot_loss,
     results_table,
     timing_table,
-    wilson_interval,
 )
+from pangea_jax.sample.scores import wilson_interval
 
 EIGHT = ("en", "ar", "es", "hi", "ru", "sw", "te", "zh")
 
@@ -190,6 +190,22 @@ def test_the_loss_curve_has_the_logged_values(tmp_path, drawn):
     (top,) = upper.child_axes
     assert top.get_xlim() == pytest.approx((0, 3200))
     _check_nothing_is_cut_off(drawn[0])
+
+
+def test_few_steps_make_one_line_without_a_legend(tmp_path, drawn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": i, "loss": 2 + i / 100}) + "\n" for i in range(9)))
+    plot_loss(path, tmp_path)
+    (axes,) = drawn[0].axes
+    assert len(axes.lines) == 1 and axes.get_legend() is None
+    assert axes.get_ylim()[0] > 1.9  # the axis fits the data
+
+
+def test_a_long_title_is_not_cut_off(tmp_path, drawn):
+    title = "A long title of a run of the sample model with many words " * 3
+    plot_languages(_results(), tmp_path, title)
+    _check_nothing_is_cut_off(drawn[0])
+    assert drawn[0].texts[0].get_text().split() == title.split()
 
 
 def test_unusable_metrics_are_an_error_that_names_the_file(tmp_path):

@@ -1,7 +1,10 @@
-"""Statistics against known answers, and a report that says no more than its intervals."""
+"""Statistics equal published values, and reports claim only what intervals show."""
 
+import dataclasses
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -168,7 +171,7 @@ def test_relative_to_english(tmp_path):
     assert pairs["es"] == pytest.approx((5.0, 5.0))
     assert pairs["zh"] == pytest.approx((25.0, 25.0))
     page = summary.write(sweep, tmp_path / "out").read_text()
-    assert "Spearman's rho 1.00" in page
+    assert "Spearman's rho of 1.00" in page
     assert "More examples go with higher scores" in page
     assert "popularity.png" in page
 
@@ -245,7 +248,7 @@ def test_rotated_sweep(tmp_path):
     drawn = curves.draw(sweep, tmp_path)
     assert set(drawn) == {"languages", "examples"}
     text = "\n".join(summary.findings(sweep, "unseen_artwork"))
-    assert "mean Spearman's rho 1.00 [1.00, 1.00] over 8 languages" in text
+    assert "mean Spearman's rho of 1.00 [1.00, 1.00] over 8 shares" in text
     assert "From" not in text
 
 
@@ -324,3 +327,20 @@ def test_published_points():
     assert paper.curves("ablate_loss_mask") == {}
     best = max(paper.EN_RATIO, key=lambda x: paper.EN_RATIO[x][1])
     assert best == 40  # the share the paper keeps
+
+
+def test_statistics_and_pages_import_no_matplotlib():
+    code = "import sys, eval.ablation.summary; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_one_point_is_drawn_as_marks_and_so_is_its_legend(tmp_path, monkeypatch):
+    drawn = []
+    save = curves.fig.save
+    monkeypatch.setattr(curves.fig, "save", lambda f, stem: drawn.append(f) or save(f, stem))
+    sweep = intervals.load(en_sweep(tmp_path / "s"))
+    sweep = dataclasses.replace(sweep, ablation="ablate_own", points={"en_040": 0.4})
+    curves.plot_curve(sweep, tmp_path)
+    (legend,) = drawn[0].legends
+    assert all(line.get_linestyle() == "None" for line in legend.get_lines())
+    assert not legend.get_patches()

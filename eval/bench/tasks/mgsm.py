@@ -5,16 +5,8 @@ import re
 import string
 from types import MappingProxyType
 
+from eval.bench import task
 from eval.bench.metrics import numbers
-from eval.bench.task import (
-    Dataset,
-    Generation,
-    Prompt,
-    answer_text,
-    language_subsets,
-    mean_of,
-    schema,
-)
 
 # language: (question label, label of the step-by-step answer, strict pattern), as in lm-eval mgsm_native_cot. The
 # strict pattern of Bengali is the English one there, so that the paper's Bengali score is 0.0 for every model.
@@ -50,12 +42,12 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？।\n]")
 
 
-class Mgsm(Dataset):
+class Mgsm(task.Dataset):
     name, title, group = "mgsm", "MGSM", "text"
     hub = "juletxara/mgsm"
     metric = "exact_match"
-    subsets = language_subsets(dict.fromkeys(_WORDS, 250))
-    fields = schema(question=str, answer=(str, int))
+    subsets = task.language_subsets(dict.fromkeys(_WORDS, 250))
+    fields = task.schema(question=str, answer=(str, int))
     structural_zeros = MappingProxyType(
         {
             "bn": "the paper's strict pattern for Bengali is the English 'The answer is', which no Bengali answer "
@@ -72,11 +64,11 @@ class Mgsm(Dataset):
 
     def prompt(self, document, subset, profile):
         question_label, answer_label, _ = _WORDS[subset.language]
-        return Prompt(f"{question_label} {document.row['question']}\n{answer_label}")
+        return task.Prompt(f"{question_label} {document.row['question']}\n{answer_label}")
 
     def generation_for(self, subset):
         until = (_WORDS[subset.language][0], "</s>", "<|im_end|>")
-        return Generation(max_new_tokens=256, until=until, chat=False)
+        return task.Generation(max_new_tokens=256, until=until, chat=False)
 
     def score(self, document, response, subset, profile, reply=None):
         gold = str(document.row["answer"])
@@ -86,14 +78,14 @@ class Mgsm(Dataset):
             # lm-eval's exact_match removes punctuation from both sides: 18.00 becomes 1800, -5 becomes 5.
             right = filtered.translate(_PUNCTUATION) == gold.translate(_PUNCTUATION)
         else:
-            value = final_number(answer_text(response), subset.language)
+            value = final_number(task.answer_text(response), subset.language)
             filtered = None if value is None else str(value)
             right = value == numbers.parse(gold)
         metrics = {
             "exact_match": float(right),
             "unreadable": float(filtered in (None, "[invalid]")),
         }
-        return mean_of(metrics, "exact_match", filtered)
+        return task.mean_of(metrics, "exact_match", filtered)
 
 
 def final_number(text: str, language: str):

@@ -4,16 +4,8 @@ The paper does not print its prompt; these are the templates of open-instruct an
 printed "accuracy" is no count over the size of the set: it is token F1.
 """
 
+from eval.bench import task
 from eval.bench.metrics import squad
-from eval.bench.task import (
-    Dataset,
-    Generation,
-    Prompt,
-    answer_text,
-    language_subsets,
-    mean_of,
-    schema,
-)
 
 # language: (instruction, label of the passage, of the question, of the answer)
 _TEMPLATES = {
@@ -68,24 +60,24 @@ _SIZES = {
 }
 
 
-class TyDiQA(Dataset):
+class TyDiQA(task.Dataset):
     name, title, group = "tydiqa", "TyDiQA", "text"
     hub = "neulab/PangeaBench-tydiqa"
     metric = "f1"
-    subsets = language_subsets(_SIZES)
-    fields = schema(context=str, question=str, answers=list)
+    subsets = task.language_subsets(_SIZES)
+    fields = task.schema(context=str, question=str, answers=list)
     gold = "answers"
-    generation = Generation(max_new_tokens=50)
+    generation = task.Generation(max_new_tokens=50)
 
     def prompt(self, document, subset, profile):
         instruction, passage, question, answer = _TEMPLATES[subset.language]
         row = document.row
-        return Prompt(
+        return task.Prompt(
             f"{instruction}\n\n{passage} {row['context']}\n{question} {row['question']}\n{answer}"
         )
 
     def score(self, document, response, subset, profile, reply=None):
-        lines = answer_text(response).splitlines()
+        lines = task.answer_text(response).splitlines()
         first_line = lines[0] if lines else ""
         options = {}
         if profile == "fixed":
@@ -93,7 +85,7 @@ class TyDiQA(Dataset):
             options = {"unicode_punctuation": True, "articles": subset.language == "en"}
         prediction = squad.normalize(first_line, **options)
         golds = [squad.normalize(answer, **options) for answer in document.row["answers"]]
-        return mean_of(squad.scores(prediction, golds), "f1", prediction)
+        return task.mean_of(squad.scores(prediction, golds), "f1", prediction)
 
 
 DATASET = TyDiQA()

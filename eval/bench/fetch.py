@@ -424,34 +424,34 @@ def _flores_source(subset: Subset) -> Source:
     return Source(flores.DATASET.hub, codes, "devtest")
 
 
-def _by_language(dataset: str, **renamed: str) -> Callable[[Subset], Source]:
-    """One split a language."""
-    return lambda s: Source(DATASETS[dataset].hub, None, renamed.get(s.name, s.name))
+def _m3exam_source(subset: Subset) -> Source:
+    return Source(m3exam.DATASET.hub, None, languages.get(subset.name).english_name.lower())
 
 
-def _by_config(dataset: str, split: str) -> Callable[[Subset], Source]:
-    """One configuration a language."""
-    return lambda subset: Source(DATASETS[dataset].hub, subset.name, split)
+def _maxm_source(subset: Subset) -> Source:
+    return Source(DATASETS["maxm"].hub, None, "iw" if subset.name == "he" else subset.name)
 
 
-def _whole(dataset: str, config: str | None, split: str) -> Callable[[Subset], Source]:
-    """All languages in one split."""
-    return lambda subset: Source(DATASETS[dataset].hub, config, split)
+def _at(dataset: str, config: str | None, split: str) -> Callable[[Subset], Source]:
+    """The source of each subset; `{}` in config or split stands for the subset's name."""
+    return lambda subset: Source(
+        DATASETS[dataset].hub, config and config.format(subset.name), split.format(subset.name)
+    )
 
 
 _SOURCES: dict[str, tuple[Callable[[Subset], Source], Callable[..., Converted | None]]] = {
-    "xchat": (_by_language("xchat"), _xchat),
-    "m_llavabench": (_by_language("m_llavabench"), _m_llavabench),
-    "cvqa": (_whole("cvqa", None, "test"), _cvqa),
-    "marvl": (_by_language("marvl"), _marvl),
-    "xm100": (_by_language("xm100"), _xm100),
-    "xgqa": (_by_language("xgqa"), _xgqa),
-    "maxm": (_by_language("maxm", he="iw"), _maxm),
-    "xmmmu": (_by_language("xmmmu"), _xmmmu),
-    "m3exam": (_by_language("m3exam", **m3exam.HUB_SPLITS), _m3exam),
-    "tydiqa": (_whole("tydiqa", "secondary_task", "validation"), _tydiqa),
+    "xchat": (_at("xchat", None, "{}"), _xchat),
+    "m_llavabench": (_at("m_llavabench", None, "{}"), _m_llavabench),
+    "cvqa": (_at("cvqa", None, "test"), _cvqa),
+    "marvl": (_at("marvl", None, "{}"), _marvl),
+    "xm100": (_at("xm100", None, "{}"), _xm100),
+    "xgqa": (_at("xgqa", None, "{}"), _xgqa),
+    "maxm": (_maxm_source, _maxm),
+    "xmmmu": (_at("xmmmu", None, "{}"), _xmmmu),
+    "m3exam": (_m3exam_source, _m3exam),
+    "tydiqa": (_at("tydiqa", "secondary_task", "validation"), _tydiqa),
     "flores": (_flores_source, _flores),
-    "xstorycloze": (_by_config("xstorycloze", "eval"), _xstorycloze),
-    "mgsm": (_by_config("mgsm", "test"), _mgsm),
+    "xstorycloze": (_at("xstorycloze", "{}", "eval"), _xstorycloze),
+    "mgsm": (_at("mgsm", "{}", "test"), _mgsm),
     "mmmlu": (_mmmlu_source, _mmmlu),
 }

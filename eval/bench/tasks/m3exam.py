@@ -52,15 +52,6 @@ _SUBJECTS = {
     "pt": ("Linguagens", "Matemática", "Ciências Humanas", "Ciências da Natureza"),
 }
 _SUBJECT_KEYS = ("language", "math", "social-science", "natural-science")
-HUB_SPLITS = {
-    "en": "english",
-    "zh": "chinese",
-    "af": "afrikaans",
-    "it": "italian",
-    "pt": "portuguese",
-    "th": "thai",
-    "vi": "vietnamese",
-}
 _SIZES = {"en": 793, "zh": 433, "af": 163, "it": 397, "pt": 450, "th": 401, "vi": 116}
 _MARK = re.compile(r"<image (\d+)>")
 _LABEL = re.compile(r"^\s*[(（]?([A-Ja-j]|10|\d)\s*[)）.．、:：]\s*")

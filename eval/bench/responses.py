@@ -14,14 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from eval.bench import documents
 from eval.bench.models import Model, Request, ResponseFile
@@ -162,7 +155,8 @@ def run(
     if skipped := len(requests) - len(pending):
         console.print(f"{skipped} of {len(requests)} responses were already there")
     failures = []
-    with _progress(console) as progress:
+    columns = *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
         bar = progress.add_task("asking", total=len(pending))
         for request, response in _ask(model, pending):
             if isinstance(response, Failed):
@@ -198,15 +192,3 @@ def in_order(requests: Iterable[Request]) -> list[Request]:
 
 def _length(request: Request) -> tuple[int, int]:
     return len(request.images), len(request.prompt.text.encode())
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )

@@ -37,10 +37,7 @@ class Mgsm(task.Dataset):
     subsets = task.language_subsets(dict.fromkeys(_WORDS, 250))
     fields = task.schema(question=str, answer=(str, int))
     structural_zeros = MappingProxyType(
-        {
-            "bn": "the paper's strict pattern for Bengali is the English 'The answer is', which no Bengali answer "
-            "holds"
-        }
+        {"bn": "the paper's strict pattern for Bengali is an English one"}
     )
 
     def problem(self, row):

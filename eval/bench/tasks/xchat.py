@@ -66,9 +66,7 @@ class XChat(task.Dataset):
     gold = "reference_answer"
     generation = task.Generation(max_new_tokens=1024)
     structural_zeros = MappingProxyType(
-        {
-            "rw": "langdetect has no Kinyarwanda, so the paper's rule takes every answer for another language"
-        }
+        {"rw": "langdetect has no Kinyarwanda, so the paper's rule rejects every answer"}
     )
 
     def problem(self, row):

@@ -351,8 +351,8 @@ def test_bad_rows_name_file_line_and_field(row, message, tmp_path, write_jsonl):
 @pytest.mark.parametrize(
     ("name", "changed", "message"),
     [
-        ("cvqa_ke-sw", {"answer": "E"}, "line 2: answer 'E' is no letter of 'AB'"),
-        ("mmmlu_sw", {"answer": "AB"}, "line 2: answer 'AB' is no letter of 'AB'"),
+        ("cvqa_ke-sw", {"answer": "E"}, "line 2: answer 'E' is not one of the letters 'AB'"),
+        ("mmmlu_sw", {"answer": "AB"}, "line 2: answer 'AB' is not one of the letters 'AB'"),
         ("mmmlu_sw", {"options": ["x", 3]}, "line 2: field 'options' is ['x', 3], expected a list"),
         ("xstorycloze_sw", {"answer": 2}, "line 2: answer 2 is not in [0, 1]"),
         (

@@ -9,9 +9,9 @@
     python eval/run.py report OUT [OUT ...] --output_path=REPORT            # models side by side
     python eval/run.py compare OUT OUT                                      # paired test of two runs
 
-Into the output folder: responses/ (appended to as they come; a killed run goes on where it was), samples/ (each
-response with its scores), judge.jsonl, results.json, report.md, report.html and figures. The exit code is 0 when every
-document has a score, 1 when some have not (they are listed, the others are not lost), 2 for a wrong command.
+The output folder gets responses/ (each response is appended as it arrives, and a killed run continues from there),
+samples/ (each response with its scores), judge.jsonl, results.json, report.md, report.html and figures. The exit code
+is 0 if every document has a score, 1 if some have none (they are listed), 2 if the command is wrong.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# A clone runs without being installed: eval/ is not in the package.
+# The script also runs in a clone that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
@@ -44,7 +44,7 @@ _PACKAGES = (*_METRIC_PACKAGES, "openai", "jax", "flax")
 
 
 class UsageError(ValueError):
-    """A command line that cannot be carried out."""
+    """The command line is wrong."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -64,22 +64,30 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", help="a checkpoint's folder or name, see pangea_jax.load; or openai:NAME"
     )
-    parser.add_argument("--base_url", help="of the model's endpoint, https://host/v1")
-    parser.add_argument("--responses", type=Path, help="JSONL of task, doc_id, response")
+    parser.add_argument("--base_url", help="address of the model's endpoint, https://host/v1")
+    parser.add_argument("--responses", type=Path, help="JSONL file with task, doc_id, response")
     parser.add_argument("--judge", help="replay:FILE or openai:NAME")
-    parser.add_argument("--judge_base_url", help="of the judge's endpoint")
-    parser.add_argument("--profile", choices=PROFILES, default="fixed", help="the headline")
-    parser.add_argument("--limit", type=_limit, help="documents a task, or a share below 1")
-    parser.add_argument("--batch_size", default="auto", help="rows, for checkpoints")
+    parser.add_argument("--judge_base_url", help="address of the judge's endpoint")
+    parser.add_argument(
+        "--profile", choices=PROFILES, default="fixed", help="profile of the headline score"
+    )
+    parser.add_argument("--limit", type=_limit, help="documents per task, or a share below 1")
+    parser.add_argument("--batch_size", default="auto", help="rows in a batch, for checkpoints")
     parser.add_argument(
         "--mesh",
         default="auto",
-        help="devices a checkpoint lies on: auto (all), or data=2,tensor=4",
+        help="devices for a checkpoint: auto (all), or data=2,tensor=4",
     )
     parser.add_argument("--gen_kwargs", default="", help="max_new_tokens=512,temperature=0.2")
-    parser.add_argument("--concurrency", type=_whole(1), default=8, help="calls under way at once")
-    parser.add_argument("--retries", type=_whole(0), default=6, help="of a call that failed")
-    parser.add_argument("--timeout", type=_seconds, default=120.0, help="seconds a call may take")
+    parser.add_argument(
+        "--concurrency", type=_whole(1), default=8, help="calls to an endpoint at once"
+    )
+    parser.add_argument(
+        "--retries", type=_whole(0), default=6, help="how often a failed call is repeated"
+    )
+    parser.add_argument(
+        "--timeout", type=_seconds, default=120.0, help="seconds until a call fails"
+    )
     return parser
 
 
@@ -87,7 +95,7 @@ def _whole(least: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         if text.isdecimal() and int(text) >= least:
             return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} up")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
 
     return read
 
@@ -98,7 +106,7 @@ def _seconds(text: str) -> float:
             return value
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
 
 
 def _limit(text: str) -> float:
@@ -108,7 +116,7 @@ def _limit(text: str) -> float:
             return value
     except (ValueError, OverflowError):
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of documents nor a share")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of documents or a share below 1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,25 +140,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def list_tasks(console: Console, data_dir: Path | None) -> None:
-    """The data sets with their subsets and sizes; with a data folder, also what lies there."""
+    """Prints the data sets with their languages and sizes; with a data folder, also how many documents it has."""
     table = Table(title="PangeaBench")
     for name in ("data set", "version", "scored by", "languages", "tasks", "documents"):
-        table.add_column(
-            name, justify="right" if name in ("version", "tasks", "documents") else "left"
-        )
+        right = name in ("version", "tasks", "documents")
+        table.add_column(name, justify="right" if right else "left")
     if data_dir:
         table.add_column("here", justify="right")
     for dataset in DATASETS.values():
         subsets = dataset.subsets
         size = f"≈{dataset.about:,}" if dataset.about else f"{sum(s.size for s in subsets):,}"
-        row = [
-            dataset.name,
-            str(dataset.version),
-            dataset.metric,
-            _languages(dataset),
-            str(len(subsets)),
-            size,
-        ]
+        row = [dataset.name, str(dataset.version), dataset.metric, _languages(dataset)]
+        row += [str(len(subsets)), size]
         if data_dir:
             here = [documents.task_file(Task(dataset, subset), data_dir) for subset in subsets]
             row.append(f"{sum(_count_lines(path) for path in here if path.exists()):,}")
@@ -162,12 +163,11 @@ def list_tasks(console: Console, data_dir: Path | None) -> None:
 
 
 def _languages(dataset: Dataset) -> str:
-    """Codes with the documents of each, or the one number that all have."""
+    """The language codes with the number of documents of each, or one number if all have the same."""
     sizes = {subset.size for subset in dataset.subsets}
     if dataset.name == "flores":
-        return (
-            " ".join(s.language for s in dataset.subsets if s.column == "mul") + " from and to en"
-        )
+        codes = " ".join(s.language for s in dataset.subsets if s.column == "mul")
+        return f"{codes} from and to en"
     if len(sizes) == 1:
         codes = " ".join(dict.fromkeys(subset.language for subset in dataset.subsets))
         return codes + (f" ({sizes.pop():,} each)" if None not in sizes else "")
@@ -183,7 +183,7 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
     """Asks the model, then scores."""
     _need(args, "tasks", "data_dir", "output_path")
     tasks = select(args.tasks.split(","))
-    # What is wrong with the judge or the data shows before a model is loaded, which may take minutes.
+    # The judge and the data are checked before a model is loaded, which may take minutes.
     referee = _open_judge(args)
     requests, failures = responses.make_requests(
         tasks,
@@ -192,47 +192,34 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
         limit=args.limit,
         overrides=_parse_settings(args.gen_kwargs),
     )
-    for task in tasks:
-        rows = documents.rows_fetched(documents.task_file(task, args.data_dir))
-        if rows < math.inf:
-            console.print(
-                f"warning: {task.name} has only its first {rows} documents here, by fetch --limit; "
-                "fetch without --limit gets all"
-            )
+    _warn_of_short_files(tasks, args.data_dir, console)
     args.output_path.mkdir(parents=True, exist_ok=True)
     model = _open_model(args)
-    keys = {(request.task.name, request.key) for request in requests}
     with responses.ResponseLog(args.output_path) as log:
         failures += responses.run(model, requests, log, console=console)
-        # Two runs at once in one folder may both have asked.
-        records = {
-            task.name: {
-                r["doc_id"]: r
-                for r in log.read(task.name)
-                if (task.name, responses.record_key(r)) in keys
-            }
-            for task in tasks
-        }
-    records = {name: list(members.values()) for name, members in records.items()}
+        records = {task.name: log.answers(task.name, requests) for task in tasks}
     if isinstance(model, models.ResponseFile) and model.unused:
         task, doc_id = model.unused[0]
         console.print(
-            f"{len(model.unused)} responses of {args.responses} were not asked for, first {task} {doc_id!r}"
+            f"{len(model.unused)} responses in {args.responses} were not used; the first is for {task} {doc_id!r}"
         )
-    config = {
-        "model": model.name,
-        "tasks": args.tasks,
-        "profile": args.profile,
-        "limit": args.limit,
-        "gen_kwargs": args.gen_kwargs,
-        "judge": args.judge,
-        "judge_base_url": args.judge_base_url,
-    }
+    names = ("tasks", "profile", "limit", "gen_kwargs", "judge", "judge_base_url")
+    config = {"model": model.name} | {name: getattr(args, name) for name in names}
     return score_and_report(args.output_path, config, records, failures, referee, console)
 
 
+def _warn_of_short_files(tasks: Sequence[Task], data_dir: Path, console: Console) -> None:
+    for task in tasks:
+        rows = documents.rows_fetched(documents.task_file(task, data_dir))
+        if rows < math.inf:
+            console.print(
+                f"warning: {task.name} has only its first {rows} documents here, because of fetch --limit; "
+                "run fetch without --limit to get all"
+            )
+
+
 def rescore_command(args: argparse.Namespace, console: Console) -> int:
-    """Scores the responses of an earlier run again; needs no model and no data folder."""
+    """Scores the responses of an earlier run again, without the model and the data folder."""
     folder = _folders(args, 1)[0]
     results = report.read_results(folder)
     config = results["config"]
@@ -240,7 +227,7 @@ def rescore_command(args: argparse.Namespace, console: Console) -> int:
     if args.judge is None:
         args.judge = config["judge"]
         args.judge_base_url = args.judge_base_url or config["judge_base_url"]
-    # Of the run that wrote the results: responses/ may have those of other limits and settings, too.
+    # samples/ has the responses of the last run only; responses/ may also have those of other settings.
     records = {name: scoring.read_records(folder, name) for name in results["documents"]}
     old = [Failure(**f) for f in results["failures"]]
     unanswered = [f for f in old if f.stage != "score"]
@@ -256,7 +243,7 @@ def score_and_report(
     referee: judge.Judge | None,
     console: Console,
 ) -> int:
-    """Judges and scores the responses and writes everything down; returns the exit code."""
+    """Judges and scores the responses and writes the results; returns the exit code."""
     answers = {}
     for name, members in records.items():
         task = ALL_TASKS[name]
@@ -294,7 +281,7 @@ def score_and_report(
 
 
 def report_command(args: argparse.Namespace, console: Console) -> int:
-    """One report of several runs."""
+    """Writes one report of several runs."""
     folders = _folders(args, 1, None)
     _need(args, "output_path")
     args.output_path.mkdir(parents=True, exist_ok=True)
@@ -304,17 +291,17 @@ def report_command(args: argparse.Namespace, console: Console) -> int:
 
 
 def compare_command(args: argparse.Namespace, console: Console) -> int:
-    """Paired test of two runs on the documents that both have scored."""
+    """Prints a paired test of two runs on the documents that both have scored."""
     first, second = _folders(args, 2)
     table = report.comparison_table(first, second, args.profile)
     if not table.row_count:
-        raise UsageError(f"{first} and {second} have no document that both have a score of")
+        raise UsageError(f"{first} and {second} have no scored document in common")
     console.print(table)
     return 0
 
 
 def fetch_command(args: argparse.Namespace, console: Console) -> int:
-    """Documents from the hub into the layout of eval/bench/documents.py."""
+    """Downloads documents from the hub into the layout of eval/bench/documents.py."""
     _need(args, "tasks", "data_dir")
     from eval.bench import fetch
 
@@ -324,7 +311,7 @@ def fetch_command(args: argparse.Namespace, console: Console) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """What a score depends on besides the model: versions of the code and of the metric libraries."""
+    """The versions of the code and of the libraries that scores depend on."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -346,20 +333,13 @@ def _git_hash() -> str | None:
 
 def _open_model(args: argparse.Namespace) -> models.Model:
     if bool(args.model) == bool(args.responses):
-        raise UsageError("give one of --model and --responses")
+        raise UsageError("give either --model or --responses")
     if args.responses:
         return models.ResponseFile(args.responses)
     kind, _, name = args.model.partition(":")
     if kind == "openai" and name:
-        endpoint = Endpoint(
-            name,
-            args.base_url,
-            concurrency=args.concurrency,
-            retries=args.retries,
-            timeout=args.timeout,
-        )
-        return models.EndpointModel(endpoint)
-    # JAX starts only where a model of ours runs.
+        return models.EndpointModel(Endpoint(name, args.base_url, **_call_settings(args)))
+    # JAX is imported only for our own checkpoints.
     from eval.bench import checkpoint_model
 
     try:
@@ -373,14 +353,17 @@ def _open_model(args: argparse.Namespace) -> models.Model:
 def _open_judge(args: argparse.Namespace) -> judge.Judge | None:
     if not args.judge:
         return None
-    calls = {"concurrency": args.concurrency, "retries": args.retries, "timeout": args.timeout}
     cache = args.output_path / "judge.jsonl"
     try:
-        return judge.open_judge(args.judge, args.judge_base_url, cache, **calls)
+        return judge.open_judge(args.judge, args.judge_base_url, cache, **_call_settings(args))
     except documents.DataError:
         raise
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _call_settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in _CALLS}
 
 
 def _parse_settings(text: str) -> dict[str, Any]:
@@ -410,8 +393,8 @@ def _need(args: argparse.Namespace, *names: str) -> None:
 def _refuse_unread(args: argparse.Namespace, parser: argparse.ArgumentParser, read: set[str]):
     for name, value in vars(args).items():
         if name not in read and value not in ([], parser.get_default(name)):
-            what = f"folder, but got {value[0]}" if name == "folders" else f"--{name}"
-            raise UsageError(f"{args.command} takes no {what}")
+            what = f"a folder, but got {value[0]}" if name == "folders" else f"--{name}"
+            raise UsageError(f"{args.command} does not take {what}")
 
 
 def _folders(args: argparse.Namespace, least: int, most: int | None = -1) -> list[Path]:
@@ -424,7 +407,7 @@ def _folders(args: argparse.Namespace, least: int, most: int | None = -1) -> lis
 
 
 def _print_failures(failures: Sequence[Failure], console: Console) -> None:
-    """The documents without a score, by task and reason, the first ids of each."""
+    """Prints the documents without a score, grouped by task and reason, with the first ids."""
     grouped = defaultdict(list)
     for failure in failures:
         grouped[failure.task, failure.stage, failure.reason].append(failure.doc_id)
@@ -438,7 +421,7 @@ def _print_failures(failures: Sequence[Failure], console: Console) -> None:
 _CALLS = ("concurrency", "retries", "timeout")
 _ASKING = ("model", "base_url", "responses", "gen_kwargs", "batch_size", "mesh")
 _JUDGING = ("judge", "judge_base_url", *_CALLS)
-# Each with the flags that it reads; any other is refused.
+# Each command with the flags that it reads; other flags are an error.
 COMMANDS = {
     "run": (
         run_command,

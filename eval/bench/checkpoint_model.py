@@ -1,4 +1,4 @@
-"""A checkpoint of ours as a model to evaluate: batches of prompts of one shape, and log-likelihoods."""
+"""Our checkpoints as models to evaluate: how their requests are put into batches that fit the memory."""
 
 import collections
 import itertools
@@ -22,26 +22,26 @@ from pangea_jax.model import PangeaConfig
 _MOST_ROWS = 64
 _READERS = 4
 _HOST_BYTES = 1 << 30
-# Of what a device has left, for the batch; programs, logits and copies need the rest.
+# The share of a device's free memory for a batch; programs, logits and copies need the rest.
 _SHARE = 0.4
 _TOO_LITTLE = "the device has too little memory for this one prompt"
 
 
 class CheckpointModel:
-    """Answers requests with `pangea_jax`; what cannot be read or does not fit fails alone.
+    """Answers requests with `pangea_jax`. A request that cannot be read or does not fit fails alone.
 
-    Texts come from `Engine.serve`: a row whose answer has ended takes the next request, and of questions
-    about one picture the first reads it for all. Log-likelihoods are put together by their shape (tokens
-    and tiles, rounded up as the engine does), so that few programs are compiled and no row is padded to a
-    much longer one. What a batch is made of changes a response by rounding at most: a resumed run says
-    what an uninterrupted one says, unless rounding decides between two tokens.
+    `Engine.serve` makes the texts: when an answer ends, its row takes the next request, and the first
+    question about a picture reads it for the others. Log-likelihoods run in batches of one shape (tokens
+    and tiles, rounded up as in the engine), so that few programs are compiled and little is padded. The
+    make-up of a batch changes a response by rounding only: a resumed run gives the responses of an
+    uninterrupted one, unless rounding decides between two tokens.
 
     Args:
-      name: what responses and reports call it.
-      batch_size: rows at a time, or None for as many as the devices have memory for.
-      profile: "paper" repeats Pangea's wrapper of lmms-eval: pictures without a mark in a text that has
-        marks are not shown. With "fixed" such a request fails. Elsewhere both do as that wrapper does:
-        the system prompt of Qwen, and marks in front, in a line of their own, where a text has none.
+      name: the name in responses and reports.
+      batch_size: rows in a batch, or None for as many as the memory holds.
+      profile: decides about pictures without a mark in a text that has marks. "paper" leaves them out, as
+        Pangea's wrapper of lmms-eval does; with "fixed" the request fails. Otherwise both follow that
+        wrapper: Qwen's system prompt, and for a text without marks, all marks on a line in front.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class CheckpointModel:
         mesh = engine.mesh
         self._shards = sharding.row_shards(mesh)
         self._tensor = 1 if mesh is None else mesh.shape["tensor"]
-        # Once, with nothing but the parameters there: the same shape always has the same rows.
+        # Measured once, with only the parameters loaded, so that a shape always gets the same rows.
         self._memory = _memory()
         self._fits = _MOST_ROWS * self._shards if batch_size is None else batch_size
 
@@ -78,11 +78,11 @@ class CheckpointModel:
             yield from ahead.failures()
 
     def _serve(self, ahead: "_ReadAhead", shapes: Sequence[tuple[int, int]], settings: Generation):
-        """Answers what comes next while it has no more tokens than the longest of `shapes`, and half of
-        them at least; what does not fit into memory comes again, to fewer rows."""
+        """Answers the next prompts that have between half and all of the tokens of the longest of `shapes`.
+        If the memory is too small, the unanswered prompts are put back for a batch with fewer rows."""
         width, tiles = (max(sizes) for sizes in zip(*shapes, strict=True))
         new = settings.max_new_tokens
-        # A row that nothing enters costs as much as one that answers.
+        # An empty row costs as much as a full one.
         alike = sum(width <= 2 * tokens for tokens, _ in shapes)
         rows = min(self._rows_of_answers(width, tiles, bucket(new)), alike)
         asked: dict[int, tuple[Request, Prompt]] = {}
@@ -105,29 +105,35 @@ class CheckpointModel:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-        # Not while the error is handled: it holds what the batch has on the device.
+        # After the except block: the error keeps the batch's arrays on the device.
         ahead.put_back(asked.values())
         if rows > self._shards:
             self._fits = max(self._shards, rows // 2)
         elif (rows, width) != (1, shapes[0][0]):
-            # No device has more than one row: it may be another's length that does not fit.
+            # Each device has one row already. Another prompt's length may be the cause, so try the first alone.
             yield from self._serve(ahead, shapes[:1], settings)
         else:
             request, _ = next(ahead.take(tokens, width))
             yield request, Failed(_TOO_LITTLE)
 
     def loglikelihood(self, requests: Sequence[Request]) -> Responses:
-        def read(request: Request):
-            item = self._engine.candidates(self._conversation(request), request.choices)
-            shape, tails = self._engine.shape(item[0]), item[1].tails
+        """Gathers prompts by shape and answers each full batch, then what is left."""
+        waiting = collections.defaultdict(list)
+        for request in requests:
+            try:
+                item = self._engine.candidates(self._conversation(request), request.choices)
+            except (ValueError, OSError) as error:  # ImageError and FileNotFoundError among them
+                yield request, Failed(str(error))
+                continue
+            tails = item[1].tails
             longest = max(map(len, tails))
-            return item, (*shape, len(tails), 1 << (longest - 1).bit_length())
-
-        def answer(batch: Sequence[tuple[Request, Any]]) -> list[list[float]]:
-            scores = self._engine.loglikelihood([item for _, item in batch], batch_size=len(batch))
-            return [[choice.total for choice in choices] for choices in scores]
-
-        yield from self._run(requests, read, answer)
+            shape = *self._engine.shape(item[0]), len(tails), 1 << (longest - 1).bit_length()
+            group = waiting[shape]
+            group.append((request, item))
+            if len(group) >= self._rows(shape):
+                yield from self._score(waiting.pop(shape))
+        for group in self._rest(waiting):
+            yield from self._score(group)
 
     def _conversation(self, request: Request) -> Conversation | str:
         text, images = request.prompt.with_marks(), list(request.images)
@@ -139,25 +145,9 @@ class CheckpointModel:
             images = images[: text.count(IMAGE_MARK)]
         return [{"role": "user", "content": text, **({"images": images} if images else {})}]
 
-    def _run(self, requests: Iterable[Request], read: Callable, answer: Callable):
-        """Reads requests, gathers them by shape and answers whatever is full, in the end what is left."""
-        waiting = collections.defaultdict(list)
-        for request in requests:
-            try:
-                item, shape = read(request)
-            except (ValueError, OSError) as error:  # ImageError and FileNotFoundError among them
-                yield request, Failed(str(error))
-                continue
-            group = waiting[shape]
-            group.append((request, item))
-            if len(group) >= self._rows(shape):
-                yield from self._answer(waiting.pop(shape), answer)
-        for group in self._rest(waiting):
-            yield from self._answer(group, answer)
-
     def _rest(self, waiting: Mapping[tuple[int, ...], list]) -> Iterator[list]:
-        """Batches of what has not filled any, of shapes that differ in little: up to half of the tokens,
-        or in the length of the choices. A row that is padded costs less than one more batch."""
+        """Batches of the leftover prompts with similar shapes: at least half of the longest one's tokens, and
+        any length of choices. Padding a row costs less than running one more batch."""
         rest = [(shape, request) for shape, group in waiting.items() for request in group]
         rest.sort(key=lambda item: (item[0][1:3], item[0][0]), reverse=True)
         batch, largest = [], ()
@@ -174,10 +164,11 @@ class CheckpointModel:
         if batch:
             yield batch
 
-    def _answer(self, group: list[tuple[Request, Any]], answer: Callable) -> Iterator:
-        """The answers of a group, in halves where it does not fit into the device's memory."""
+    def _score(self, group: list[tuple[Request, Any]]) -> Responses:
+        """The log-likelihoods of a batch, in halves if it does not fit into the device's memory."""
+        items = [item for _, item in group]
         try:
-            responses = answer(group)
+            scores = self._engine.loglikelihood(items, batch_size=len(items))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -187,18 +178,18 @@ class CheckpointModel:
             half = len(group) // 2
             self._fits = max(half, min(self._fits, self._shards))
             for part in (group[:half], group[half:]):
-                yield from self._answer(part, answer)
+                yield from self._score(part)
             return
-        for (request, _), response in zip(group, responses, strict=True):
-            yield request, response
+        for (request, _), choices in zip(group, scores, strict=True):
+            yield request, [choice.total for choice in choices]
 
     def _rows(self, shape: tuple[int, ...]) -> int:
-        """Rows of log-likelihoods: tokens, tiles, choices and their length."""
+        """Rows for log-likelihoods of a shape: tokens, tiles, choices, length of a choice."""
         return self._rows_within(self._memory, row_bytes(self._engine.config, *shape))
 
     def _rows_of_answers(self, width: int, tiles: int, new: int) -> int:
-        """Rows of answers: what reading leaves of the memory, for the caches of all. One prompt is read
-        whole, or several after copies of what they have in common."""
+        """Rows for texts: their caches get the memory that reading leaves. Reading takes one whole prompt,
+        or several prompts that continue from copies of a cache."""
         config = self._engine.config
         copies = batching.AT_ONCE * cache_bytes(config, width) / self._tensor
         left = self._memory - max(row_bytes(config, width, tiles, 1, 0), copies)
@@ -206,7 +197,7 @@ class CheckpointModel:
         return self._rows_within(left, each)
 
     def _rows_within(self, memory: float, each: float) -> int:
-        """As many on every shard as its memory holds, rounded down to a power of two."""
+        """The rows that fit into each shard's memory, rounded down to a power of two, times the shards."""
         if self._batch_size is not None:
             return self._fits
         rows = max(1, int(memory // each))
@@ -214,7 +205,7 @@ class CheckpointModel:
 
 
 class _ReadAhead:
-    """Requests as prompts, in their order: threads read some way ahead, the pictures above all."""
+    """Turns requests into prompts, in order; threads read ahead, because decoding pictures is slow."""
 
     def __init__(self, requests: Iterable[Request], read: Callable, depth: int):
         self._requests, self._read, self._depth = iter(requests), read, depth
@@ -229,7 +220,7 @@ class _ReadAhead:
         self._threads.shutdown(cancel_futures=True)
 
     def shapes(self, shape: Callable) -> list[tuple[int, int]]:
-        """Of what is read ahead and has between half and twice the tokens of the first."""
+        """The shapes of the prompts read ahead that have between half and twice the tokens of the first."""
         found = []
         for place in range(self._depth):
             if (prompt := self._at(place)) is None:
@@ -240,8 +231,8 @@ class _ReadAhead:
         return found
 
     def take(self, tokens: Callable, width: int) -> Iterator[tuple[Request, Prompt]]:
-        """What comes next and has between a half of `width` tokens and all. The rest waits, until there
-        is no room to read further ahead."""
+        """The next prompts with between `width` / 2 and `width` tokens. The others wait; it ends when they
+        fill all the room for reading ahead."""
         place = 0
         while (prompt := self._at(place)) is not None:
             if width <= 2 * tokens(prompt) <= 2 * width:
@@ -258,14 +249,14 @@ class _ReadAhead:
         self._ready.extendleft(reversed(done))
 
     def failures(self) -> Iterator[tuple[Request, Failed]]:
-        """What could not be read, once each."""
+        """The requests that could not be read, each once."""
         while self._failed:
             yield self._failed.pop()
 
     def _at(self, place: int) -> Prompt | None:
-        """The prompt after so many others; None if there is none."""
+        """The prompt with `place` others before it, or None."""
         while True:
-            # What was put back may be more than is ever read ahead.
+            # After put_back, more prompts may be ready than are ever read ahead.
             missing = max(0, self._depth - len(self._ready))
             for request in itertools.islice(self._requests, missing):
                 self._ready.append((request, self._threads.submit(self._read, request)))
@@ -279,23 +270,23 @@ class _ReadAhead:
 
 
 def seed_of(request: Request) -> int:
-    """A request's own, so that a sampled response does not depend on what else is asked, or when."""
+    """A seed from the document, so that a sampled response does not depend on other requests or the order."""
     return int(request.document.hash[:8], 16)
 
 
 def cache_bytes(config: PangeaConfig, slots: int) -> int:
-    """Keys and values of one row."""
+    """Bytes of the keys and values of one row."""
     language = config.language
     width = language.layers * language.kv_heads * language.head_width
     return 2 * slots * width * jnp.dtype(config.dtype).itemsize
 
 
 def row_bytes(config: PangeaConfig, tokens: int, tiles: int, choices: int, length: int) -> int:
-    """What a prompt and its choices take, roughly: the caches, and the widest arrays of one layer."""
+    """Rough bytes of a prompt and its choices: the caches, and the widest arrays of one layer."""
     vision, language = config.vision, config.language
     size = jnp.dtype(config.dtype).itemsize
-    # Attention weights are float32; the decoder's are made for 512 queries at a time, in longer rows than 4,096
-    # tokens for twice as many at most.
+    # Attention weights are float32. The decoder makes them for 512 queries at a time (at most 1,024 above 4,096
+    # tokens).
     decoder = tokens * (4 * size * language.mlp + 4 * language.heads * min(tokens, 512))
     seen = vision.patches + 1
     tower = tiles * seen * (4 * vision.heads * seen + 4 * size * vision.mlp)
@@ -304,7 +295,7 @@ def row_bytes(config: PangeaConfig, tokens: int, tiles: int, choices: int, lengt
 
 
 def _memory() -> float:
-    """Bytes that a batch may take on the first device."""
+    """The bytes that a batch may use on the first device."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         return _HOST_BYTES
@@ -321,7 +312,7 @@ def open_checkpoint(
       mesh: "auto", or sizes of axes as in `data=2,tensor=4`.
 
     Raises:
-      ValueError, OSError: one of the settings is wrong, or there is no such model.
+      ValueError, OSError: a setting is wrong, or the model does not exist.
     """
     if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
         raise ValueError(f"--batch_size={batch_size}: expected auto or a positive number")

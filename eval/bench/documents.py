@@ -1,8 +1,8 @@
-"""Documents from a folder: `DATA_DIR/<data set>/<subset>.jsonl`, one row a line, pictures as files beside it.
+"""Reads documents from `DATA_DIR/<data set>/<subset>.jsonl`, one row per line; pictures are files beside it.
 
-Every row has an `id`, unique in its file, and the fields of its data set (`Dataset.fields`); `images` is a list of
-paths relative to `DATA_DIR/<data set>/`. Pictures that several subsets show are stored once, and documents that are
-translations of one another have the same id: intervals are clustered by them.
+Every row has an `id`, unique in its file, and the fields of its data set (`Dataset.fields`). `images` is a list of
+paths relative to `DATA_DIR/<data set>/`. Subsets share picture files, and translations of one document share their id,
+because bootstrap intervals are clustered by both.
 """
 
 import json
@@ -15,7 +15,7 @@ from eval.bench.task import Dataset, Document, Task
 
 
 class DataError(ValueError):
-    """Evaluation data that is missing or malformed; names the file and the line."""
+    """Evaluation data is missing or malformed; the message names the file and the line."""
 
 
 def task_file(task: Task, data_dir: Path) -> Path:
@@ -23,23 +23,23 @@ def task_file(task: Task, data_dir: Path) -> Path:
 
 
 def limit_mark(path: Path) -> Path:
-    """A file that is there if `path` has only the first rows of its source, by `fetch --limit`."""
+    """The marker beside `path`; it exists if `fetch --limit` wrote only the first rows of the source."""
     return path.with_name(path.name + ".limited")
 
 
 def rows_fetched(path: Path) -> float:
-    """How many rows a task's file has of its source; infinite where it has all of them."""
+    """The number of rows in a task's file; infinite if it has all rows of its source."""
     return sum(1 for _ in read_lines(path)) if limit_mark(path).exists() else math.inf
 
 
 def load(task: Task, data_dir: Path, *, limit: float | None = None) -> list[Document]:
-    """The documents of a task, the first ones under a limit.
+    """The documents of a task, or the first ones if there is a limit.
 
     Args:
       limit: a number of documents, or a share of them if below 1.
 
     Raises:
-      DataError: no such file, or a row that is not as the layout says.
+      DataError: the file is missing, or a row does not follow the layout.
     """
     path = task_file(task, data_dir)
     if not path.is_file():
@@ -63,7 +63,7 @@ def load(task: Task, data_dir: Path, *, limit: float | None = None) -> list[Docu
 
 
 def parse_row(row: Any, dataset: Dataset, where: str) -> Document:
-    """A checked document."""
+    """Checks a row and returns it as a document."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
     if not isinstance(row.get("id"), str) or not row["id"]:
@@ -98,7 +98,7 @@ def read_answers(path: Path, field: str) -> dict[tuple[str, str], Any]:
     """(task, document) -> `field`, of a JSONL file whose lines have `task`, `doc_id` and `field`.
 
     Raises:
-      DataError: a line lacks one of them, or is the second about its document.
+      DataError: a line lacks one of them, or repeats a document.
     """
     found: dict[tuple[str, str], Any] = {}
     for number, row in read_lines(path):
@@ -114,7 +114,7 @@ def read_answers(path: Path, field: str) -> dict[tuple[str, str], Any]:
 
 
 def drop_cut_line(path: Path) -> None:
-    """Removes a last line that a kill cut short from a file that is appended to."""
+    """Removes an incomplete last line, which a killed run may leave in a file that it appends to."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
@@ -123,10 +123,10 @@ def drop_cut_line(path: Path) -> None:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of the lines of a JSONL file that are not empty.
+    """(line number, value) of each non-empty line of a JSONL file.
 
     Raises:
-      DataError: a line that is not JSON or has half a character, or a file that is not UTF-8.
+      DataError: a line is not JSON or has half a character, or the file is not UTF-8.
     """
     with path.open(encoding="utf-8") as lines:
         try:
@@ -143,7 +143,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _check_surrogates(value: Any, where: str) -> None:
-    """JSON can say half of a character in UTF-16, which no file can hold."""
+    """JSON can spell one half of a UTF-16 surrogate pair, which cannot be written as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

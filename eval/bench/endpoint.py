@@ -1,4 +1,9 @@
-"""An OpenAI-compatible chat endpoint: many calls at once, each retried with back-off, none fatal."""
+"""An OpenAI-compatible chat endpoint: many calls at once, each retried; a failed call never ends the run.
+
+pangea_jax/curation/llm.py is another client, and both stay. That one waits hours for an endpoint, keeps a budget,
+stores replies for many processes and raises errors. This one gives up a document after its retries and stores nothing,
+because the response log does. Both leave the retries to the openai package; one class for both would be longer.
+"""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +20,10 @@ class Endpoint:
 
     Args:
       base_url: of the API, `https://host/v1`; None for OpenAI's own. The key is read from OPENAI_API_KEY.
-      concurrency: calls under way at once.
-      retries: attempts after the first, where the endpoint is busy (429), broken (5xx) or silent. The waits double
-        from half a second, unless the endpoint asks for a longer one.
-      timeout: seconds before a call counts as unanswered.
+      concurrency: number of calls at once.
+      retries: attempts after the first, if the endpoint is busy (429), fails (5xx) or does not answer. The first wait
+        is half a second and each wait doubles, unless the endpoint asks for a longer one.
+      timeout: seconds until a call fails.
     """
 
     def __init__(
@@ -46,7 +51,7 @@ class Endpoint:
         )
 
     def chat(self, messages: Sequence[dict[str, Any]], **settings: Any) -> str | Failed:
-        """The reply to a conversation, or why there is none."""
+        """The reply to a conversation, or the reason why there is none."""
         try:
             completion = self._client.chat.completions.create(
                 model=self.model, messages=list(messages), **settings
@@ -54,16 +59,16 @@ class Endpoint:
             text = completion.choices[0].message.content
         except self._openai.OpenAIError as error:
             return Failed(f"endpoint: {type(error).__name__}: {error}"[:300])
-        # Proxies answer 200 with pages and half-made objects, which surface as whatever they lack.
+        # Some proxies answer 200 with a web page or an incomplete object.
         except (AttributeError, IndexError, TypeError, ValueError) as error:
-            return Failed(f"endpoint: the reply is no chat completion ({error})"[:300])
+            return Failed(f"endpoint: the reply is not a chat completion ({error})"[:300])
         if not isinstance(text, str):
             return Failed("endpoint: the reply has no text")
-        # Half a character, as a proxy may cut one, cannot be written to any file.
+        # A proxy may cut a character in half (a lone surrogate), which cannot be written to a file.
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
     def map(self, items: Sequence[Item], call: Callable[[Item], Any]) -> Iterator[tuple[Item, Any]]:
-        """`(item, call(item))` as they are done."""
+        """Yields `(item, call(item))` as each call finishes."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             futures = {pool.submit(call, item): item for item in items}
             try:

@@ -1,7 +1,7 @@
-"""Documents of PangeaBench from the Hugging Face hub into the layout of eval/bench/documents.py.
+"""Downloads PangeaBench from the Hugging Face hub into the layout of eval/bench/documents.py.
 
-Field names of the hub's data sets are those of their cards and of the harnesses that read them. Pictures are named by
-what they show, so that the same picture in several languages is stored once.
+The field names of the hub's data sets come from their cards and from the harnesses that read them. The name of a
+picture file is a hash of its pixels, so that a picture shared by several languages is stored once.
 """
 
 import ast
@@ -9,7 +9,6 @@ import base64
 import binascii
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import re
@@ -22,6 +21,7 @@ from rich.console import Console
 
 from eval.bench import documents
 from eval.bench.metrics.choices import LETTERS
+from eval.bench.models import png
 from eval.bench.task import Subset, Task
 from eval.bench.tasks import DATASETS, cvqa, flores, m3exam, mmmlu
 from pangea_jax import languages
@@ -56,15 +56,15 @@ def fetch(
     limit: float | None = None,
     load: Callable[[Source], Iterator[Row]] | None = None,
 ) -> int:
-    """Writes the files of `tasks` that are not there yet; returns 1 if some could not be made.
+    """Writes the missing files of `tasks`; returns 1 if some files could not be made.
 
     Args:
-      limit: rows of each file. One that has fewer than its source is marked, by `documents.limit_mark`, and
-        written again where more are asked for.
+      limit: rows of each file. A file with fewer rows than its source gets a marker (`documents.limit_mark`), and a
+        later call with a higher limit writes it again.
       load: reads the rows of a source; the hub by default.
 
     Raises:
-      DataError: the limit is a share, which takes the number of all rows.
+      DataError: the limit is a share below 1; the number of rows is unknown before the download.
     """
     if limit is not None and limit != int(limit):
         raise documents.DataError(f"--limit={limit}: fetch takes a number of rows, 1 or more")
@@ -90,7 +90,7 @@ def fetch(
 def load_from_hub(source: Source) -> Iterator[Row]:
     """The rows of a data set on the hub, streamed; pictures stay encoded.
 
-    Of a repository with a script of its own, which datasets no longer runs, the hub's conversion is read.
+    The datasets package no longer runs loading scripts; for repositories with one, the hub's Parquet copy is read.
     """
     try:
         import datasets
@@ -98,7 +98,7 @@ def load_from_hub(source: Source) -> Iterator[Row]:
         raise documents.DataError(
             "fetching needs the datasets package; run: pip install -r requirements-eval.txt"
         ) from None
-    # Each of these is several of the hub's client, with waits of its own; 20 would be ten minutes.
+    # The hub's client also retries, with its own waits; the default of 20 would take ten minutes.
     datasets.config.STREAMING_READ_MAX_RETRIES = _RETRIES
     try:
         rows = datasets.load_dataset(source.path, source.config, split=source.split, streaming=True)
@@ -117,7 +117,7 @@ def load_from_hub(source: Source) -> Iterator[Row]:
 
 @dataclasses.dataclass
 class _TaskFile:
-    """The file of a task in the making; its error costs no other."""
+    """The file of a task while it is made; its error does not affect other files."""
 
     task: Task
     path: Path
@@ -133,7 +133,7 @@ class _TaskFile:
         return self.limited or self.error is not None
 
     def add(self, hub_row: Row, index: int) -> None:
-        """Takes a row of the source, if it is one of this task."""
+        """Takes a row of the source if it belongs to this task."""
         self.limited = len(self.lines) >= self.limit
         if self.done:
             return
@@ -164,7 +164,7 @@ class _TaskFile:
         self.lines.append(json.dumps(row, ensure_ascii=False) + "\n")
 
     def finish(self, console: Console) -> None:
-        """Writes the file, or says why there is none."""
+        """Writes the file, or prints the error."""
         try:
             if self.error:
                 raise self.error
@@ -180,7 +180,7 @@ class _TaskFile:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # The mark is there whenever the file may be short, wherever a kill falls.
+        # Marked before the file is written: a kill in between must not leave a short file without its mark.
         mark = documents.limit_mark(self.path)
         if self.limited:
             mark.touch()
@@ -190,14 +190,14 @@ class _TaskFile:
 
 
 def _read_source(source: Source, files: Sequence[_TaskFile], load) -> None:
-    """Reads the rows of a source once for all tasks that are made of it: CVQA has 72, over gigabytes."""
+    """Reads a source once for all its tasks: CVQA has 72 tasks from the same gigabytes."""
     try:
         for index, hub_row in enumerate(load(source)):
             for file in files:
                 file.add(hub_row, index)
             if all(file.done for file in files):
                 break
-    # The hub's client raises errors of many libraries; the other tasks must not be lost.
+    # The hub's client raises errors of many libraries; the other tasks must go on.
     except Exception as error:
         for file in files:
             if not file.done:
@@ -221,9 +221,7 @@ def save_picture(picture: Any, folder: Path) -> str:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         if suffix == "png" and not encoded.startswith(b"\x89PNG"):
-            buffer = io.BytesIO()
-            decoded.save(buffer, "PNG")
-            encoded = buffer.getvalue()
+            encoded = png(decoded)
         atomic.write_bytes(path, encoded)
     return f"images/{path.name}"
 
@@ -232,14 +230,12 @@ def _encoded(picture: Any) -> bytes:
     if isinstance(picture, Mapping):
         picture = picture["bytes"]
     if isinstance(picture, Image.Image):
-        buffer = io.BytesIO()
-        picture.convert("RGB").save(buffer, "PNG")
-        return buffer.getvalue()
+        return png(picture.convert("RGB"))
     if isinstance(picture, str):
         try:
             return base64.b64decode(picture.partition("base64,")[2] or picture, validate=True)
         except binascii.Error:
-            raise image.ImageError("", "the text is no base64") from None
+            raise image.ImageError("", "the text is not base64") from None
     if not isinstance(picture, bytes):
         raise image.ImageError(
             "", f"expected bytes, base64 or a picture, got {type(picture).__name__}"
@@ -424,34 +420,34 @@ def _flores_source(subset: Subset) -> Source:
     return Source(flores.DATASET.hub, codes, "devtest")
 
 
-def _by_language(dataset: str, **renamed: str) -> Callable[[Subset], Source]:
-    """One split a language."""
-    return lambda s: Source(DATASETS[dataset].hub, None, renamed.get(s.name, s.name))
+def _m3exam_source(subset: Subset) -> Source:
+    return Source(m3exam.DATASET.hub, None, languages.get(subset.name).english_name.lower())
 
 
-def _by_config(dataset: str, split: str) -> Callable[[Subset], Source]:
-    """One configuration a language."""
-    return lambda subset: Source(DATASETS[dataset].hub, subset.name, split)
+def _maxm_source(subset: Subset) -> Source:
+    return Source(DATASETS["maxm"].hub, None, "iw" if subset.name == "he" else subset.name)
 
 
-def _whole(dataset: str, config: str | None, split: str) -> Callable[[Subset], Source]:
-    """All languages in one split."""
-    return lambda subset: Source(DATASETS[dataset].hub, config, split)
+def _at(dataset: str, config: str | None, split: str) -> Callable[[Subset], Source]:
+    """The source of each subset; `{}` in config or split stands for the subset's name."""
+    return lambda subset: Source(
+        DATASETS[dataset].hub, config and config.format(subset.name), split.format(subset.name)
+    )
 
 
 _SOURCES: dict[str, tuple[Callable[[Subset], Source], Callable[..., Converted | None]]] = {
-    "xchat": (_by_language("xchat"), _xchat),
-    "m_llavabench": (_by_language("m_llavabench"), _m_llavabench),
-    "cvqa": (_whole("cvqa", None, "test"), _cvqa),
-    "marvl": (_by_language("marvl"), _marvl),
-    "xm100": (_by_language("xm100"), _xm100),
-    "xgqa": (_by_language("xgqa"), _xgqa),
-    "maxm": (_by_language("maxm", he="iw"), _maxm),
-    "xmmmu": (_by_language("xmmmu"), _xmmmu),
-    "m3exam": (_by_language("m3exam", **m3exam.HUB_SPLITS), _m3exam),
-    "tydiqa": (_whole("tydiqa", "secondary_task", "validation"), _tydiqa),
+    "xchat": (_at("xchat", None, "{}"), _xchat),
+    "m_llavabench": (_at("m_llavabench", None, "{}"), _m_llavabench),
+    "cvqa": (_at("cvqa", None, "test"), _cvqa),
+    "marvl": (_at("marvl", None, "{}"), _marvl),
+    "xm100": (_at("xm100", None, "{}"), _xm100),
+    "xgqa": (_at("xgqa", None, "{}"), _xgqa),
+    "maxm": (_maxm_source, _maxm),
+    "xmmmu": (_at("xmmmu", None, "{}"), _xmmmu),
+    "m3exam": (_m3exam_source, _m3exam),
+    "tydiqa": (_at("tydiqa", "secondary_task", "validation"), _tydiqa),
     "flores": (_flores_source, _flores),
-    "xstorycloze": (_by_config("xstorycloze", "eval"), _xstorycloze),
-    "mgsm": (_by_config("mgsm", "test"), _mgsm),
+    "xstorycloze": (_at("xstorycloze", "{}", "eval"), _xstorycloze),
+    "mgsm": (_at("mgsm", "{}", "test"), _mgsm),
     "mmmlu": (_mmmlu_source, _mmmlu),
 }

@@ -1,4 +1,4 @@
-"""Judges of open answers: an endpoint, or replies stored in a file. Every reply is kept and asked for once."""
+"""Judges of open answers: an endpoint, or replies in a file. Each reply is stored, so a question is asked once."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -9,11 +9,11 @@ from eval.bench import documents
 from eval.bench.endpoint import Endpoint
 from eval.bench.task import Failed, JudgeRequest, digest
 
-ATTEMPTS = 3  # at a readable reply; the paper's library tried ten times
+ATTEMPTS = 3  # to get a readable reply; the paper's library tried ten times
 
 
 class Question(NamedTuple):
-    """What is put to a judge about one response."""
+    """A question to a judge about one response."""
 
     task: str
     doc_id: str
@@ -23,7 +23,8 @@ class Question(NamedTuple):
 class Judge(Protocol):
     """Grades responses.
 
-    `replies` returns, in order, the judge's text or why there is none. `readable` tells whether a text has a score.
+    `replies` returns the judge's text for each question, in order, or the reason why there is none. `readable` says
+    whether a text contains a score.
     """
 
     name: str
@@ -55,7 +56,7 @@ class EndpointJudge:
     """A judge behind an OpenAI-compatible endpoint.
 
     Args:
-      cache: JSONL file of its replies, appended to as they come; the same question is never paid for twice.
+      cache: JSONL file to which each reply is appended; a question in it is not asked again.
     """
 
     def __init__(self, endpoint: Endpoint, cache: Path):
@@ -82,15 +83,10 @@ class EndpointJudge:
                 if isinstance(reply, Failed):
                     failures[key] = reply
                     continue
-                task, doc_id, _ = pending[key]
                 self._cache[key] = reply
-                row = {
-                    "key": key,
-                    "task": task,
-                    "doc_id": doc_id,
-                    "judge": self.name,
-                    "reply": reply,
-                }
+                question = pending[key]
+                row = {"key": key, "task": question.task, "doc_id": question.doc_id}
+                row |= {"judge": self.name, "reply": reply}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
         return [self._cache.get(key, failures.get(key)) for key in keys]
@@ -104,14 +100,14 @@ class EndpointJudge:
             reply = self._endpoint.chat(messages, **request.params)
             if isinstance(reply, Failed) or readable(reply):
                 return reply
-        return reply  # kept as it is: the score counts it as a failure and shows it
+        return reply  # unreadable, but stored: scoring reports it as a failure and shows it
 
     def _key(self, request: JudgeRequest) -> str:
         return digest([self.name, request.system, request.user, dict(request.params)])
 
 
 def open_judge(spec: str, base_url: str | None, cache: Path, **settings) -> Judge:
-    """The judge a command line names: `replay:FILE`, or `openai:MODEL` at `base_url`."""
+    """The judge that the command line names: `replay:FILE`, or `openai:MODEL` at `base_url`."""
     kind, _, value = spec.partition(":")
     if kind == "replay" and value:
         return ReplayJudge(Path(value))

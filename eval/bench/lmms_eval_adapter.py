@@ -1,18 +1,18 @@
-"""Our checkpoints in lmms-eval: its command line with one more model, `pangea_jax`.
+"""Our checkpoints in lmms-eval: the command line of lmms-eval with one more model, `pangea_jax`.
 
     pip install lmms-eval
     python -m eval.bench.lmms_eval_adapter --model pangea_jax \\
         --model_args pretrained=CHECKPOINT --tasks mme --batch_size 8
 
-`pretrained` is what `pangea_jax.load` takes. Pictures, marks and the template of the chat are handled as by the wrapper
-that Pangea was scored with (`lmms_eval/models/pangea.py` of its authors); unlike there, stop strings are applied.
-Written for lmms-eval 0.7; nothing else of this project needs it.
+`pretrained` is what `pangea_jax.load` takes. Pictures, marks and the chat template follow the wrapper that Pangea was
+scored with (`lmms_eval/models/pangea.py` of its authors). Stop strings are applied here; that wrapper ignores them.
+Written for lmms-eval 0.7; nothing else in this project needs it.
 """
 
 import collections
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pangea_jax
@@ -20,21 +20,21 @@ from eval.bench.task import IMAGE_MARK
 from pangea_jax.generate.engine import Engine
 from pangea_jax.generate.likelihood import LogLikelihood
 
-# What Pangea's wrapper takes where a task does not say.
+# The defaults of Pangea's wrapper, for settings that a task leaves out.
 _MAX_NEW_TOKENS = 1024
 _WINDOW = 32
 _GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
 
 
 class Answerer:
-    """What lmms-eval asks of a model, on an engine: prompts with pictures in, in their order out."""
+    """Answers the questions of lmms-eval with an engine, in the order of the questions."""
 
     def __init__(self, engine: Engine, batch_size: int, *, system_prompt: str = ""):
         self._engine, self._batch_size, self._system = engine, batch_size, system_prompt
 
     def conversation(self, text: str, pictures: Sequence[Any]) -> list[dict]:
-        """Marks as the wrapper sets them: in front where a text has none, else only the pictures that
-        have one are shown."""
+        """The conversation as the wrapper makes it: a text without marks gets all pictures in front; a text
+        with marks gets only as many pictures as it has marks."""
         if pictures and IMAGE_MARK in text:
             pictures = pictures[: text.count(IMAGE_MARK)]
         system = [{"role": "system", "content": self._system}] if self._system else []
@@ -42,17 +42,19 @@ class Answerer:
         return [*system, {"role": "user", "content": text} | images]
 
     def generate(self, asked: Sequence[tuple[str, Sequence[Any], Mapping[str, Any]]]) -> list[str]:
-        """Of (text, pictures, settings) each answer.
+        """The answer to each (text, pictures, settings).
 
         Raises:
-          ValueError: beam search is wanted, which is not there.
+          ValueError: the settings ask for beam search, which is not implemented.
         """
-        window = _WINDOW * self._batch_size  # decoded pictures of all would not fit into memory
+        window = (
+            _WINDOW * self._batch_size
+        )  # the decoded pictures of all questions would not fit into memory
         parts = [asked[start : start + window] for start in range(0, len(asked), window)]
         return [answer for part in parts for answer in self._generate(part)]
 
     def _generate(self, asked: Sequence[tuple[str, Sequence[Any], Mapping[str, Any]]]) -> list[str]:
-        """Those with the same settings are answered together."""
+        """Answers the questions with equal settings together."""
         groups = collections.defaultdict(list)
         for i, (text, pictures, wanted) in enumerate(asked):
             chosen = _settings(wanted)
@@ -68,7 +70,7 @@ class Answerer:
         return answers
 
     def loglikelihood(self, asked: Sequence[tuple[str, Sequence[Any], str]]) -> list[LogLikelihood]:
-        """Of (text, pictures, continuation) how likely the continuation is as the answer."""
+        """The log-likelihood of each continuation, from (text, pictures, continuation)."""
         found = []
         for start in range(0, len(asked), self._batch_size):
             items = [
@@ -94,13 +96,9 @@ def _settings(wanted: Mapping[str, Any]) -> dict[str, Any]:
     return chosen | {"stop_strings": (until,) if isinstance(until, str) else tuple(until)}
 
 
-def _pictures(doc_to_visual: Callable, document: Any) -> list[Any]:
-    return [picture for picture in doc_to_visual(document) or () if picture is not None]
-
-
 @functools.cache
 def model_class() -> type:
-    """A subclass of lmms-eval's model; made here, since nothing else needs lmms-eval.
+    """A subclass of lmms-eval's model; made on first use, because lmms-eval may not be installed.
 
     Raises:
       ImportError: lmms-eval is not installed.
@@ -122,39 +120,35 @@ def model_class() -> type:
             max_batch_size: int | None = None,
         ):
             super().__init__()
-            # JAX takes all devices there are; lmms-eval passes its own default to every model.
+            # lmms-eval passes these two to every model; JAX uses all devices.
             del device, max_batch_size
             rows = 8 if batch_size == "auto" else int(batch_size)
             engine = pangea_jax.load(pretrained, dtype=dtype, mesh="auto")
             self._answerer = Answerer(engine, rows, system_prompt=system_prompt)
 
+        def _read(self, request) -> tuple[str, list[Any], Any]:
+            """(text, pictures, settings) of a request, or (text, pictures, continuation)."""
+            text, wanted, doc_to_visual, doc_id, task, split = request.args
+            document = self.task_dict[task][split][doc_id]
+            pictures = [picture for picture in doc_to_visual(document) or () if picture is not None]
+            return text, pictures, wanted(document) if callable(wanted) else wanted
+
         def generate_until(self, requests) -> list[str]:
-            asked = []
-            for request in requests:
-                text, settings, doc_to_visual, doc_id, task, split = request.args
-                document = self.task_dict[task][split][doc_id]
-                asked.append((text, _pictures(doc_to_visual, document), settings))
-            return self._answerer.generate(asked)
+            return self._answerer.generate([self._read(request) for request in requests])
 
         def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-            """Mean loss and greediness: of the loss lmms-eval takes the smallest, as its own models do."""
-            asked = []
-            for request in requests:
-                text, target, doc_to_visual, doc_id, task, split = request.args
-                document = self.task_dict[task][split][doc_id]
-                continuation = target if isinstance(target, str) else target(document)
-                asked.append((text, _pictures(doc_to_visual, document), continuation))
-            scores = self._answerer.loglikelihood(asked)
+            """(mean loss, whether greedy decoding gives the continuation); lmms-eval picks the smallest loss."""
+            scores = self._answerer.loglikelihood([self._read(request) for request in requests])
             return [(-score.total / score.tokens, score.greedy) for score in scores]
 
         def generate_until_multi_round(self, requests) -> list[str]:
-            raise ValueError("tasks of several rounds are not answered by pangea_jax")
+            raise ValueError("pangea_jax does not support tasks with several rounds")
 
     return PangeaJax
 
 
 def __getattr__(name: str):
-    """`PangeaJax`, by the path that lmms-eval's registry has."""
+    """`PangeaJax`, under the path given to lmms-eval's registry."""
     if name == "PangeaJax":
         return model_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What is evaluated: anything that answers requests. An endpoint, a file of responses, a checkpoint of ours."""
+"""The models that can be evaluated: an endpoint or a file of responses (checkpoint_model.py has our checkpoints)."""
 
 import base64
 import dataclasses
@@ -6,6 +6,8 @@ import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from PIL import Image
 
 from eval.bench import documents
 from eval.bench.endpoint import Endpoint
@@ -17,11 +19,11 @@ Responses = Iterator[tuple["Request", Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One document put to a model.
+    """One document as a question to a model.
 
     Attributes:
       images: paths of the pictures, in the order of the `<image>` marks of `prompt.with_marks()`.
-      choices: the continuations whose log-likelihoods are asked for; empty for generation.
+      choices: the continuations to compute log-likelihoods of; empty for generation.
     """
 
     task: Task
@@ -41,15 +43,15 @@ class Request:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What makes two requests the same: document, prompt and generation settings."""
+        """Equal for two requests with the same document, prompt and generation settings."""
         return self.document.hash, self.prompt_hash, self.generation_hash
 
 
 class Model(Protocol):
-    """Answers requests, each as soon as it is done and in any order.
+    """Answers requests in any order and yields each answer as soon as it is done.
 
     Both methods get requests with the same `generation`, the longest prompts first, and yield `(request, response)`.
-    A request that cannot be answered yields `Failed`; the others must not suffer from it.
+    If a request cannot be answered, its response is `Failed`; this must not affect the other requests.
     """
 
     name: str
@@ -62,7 +64,7 @@ class Model(Protocol):
 
 
 class ResponseFile:
-    """Responses made elsewhere: lines with `task`, `doc_id` and `response` (a list for log-likelihood tasks)."""
+    """Responses made elsewhere: JSON lines with `task`, `doc_id` and `response` (a list for log-likelihood tasks)."""
 
     def __init__(self, path: Path):
         self.name, self.path = path.stem, path
@@ -70,16 +72,11 @@ class ResponseFile:
         self._used: set[tuple[str, str]] = set()
 
     def generate(self, requests: Sequence[Request]) -> Responses:
-        for request in requests:
-            key = request.task.name, request.document.id
-            self._used.add(key)
-            if key not in self._responses:
-                yield request, Failed(f"no response in {self.path.name}")
-            elif not isinstance(self._responses[key], str):
-                kind = type(self._responses[key]).__name__
-                yield request, Failed(f"the response in {self.path.name} is {kind}, not a text")
-            else:
-                yield request, self._responses[key]
+        for request, response in self.loglikelihood(requests):
+            if not isinstance(response, str | Failed):
+                kind = type(response).__name__
+                response = Failed(f"the response in {self.path.name} is {kind}, not a text")
+            yield request, response
 
     def loglikelihood(self, requests: Sequence[Request]) -> Responses:
         for request in requests:
@@ -90,7 +87,7 @@ class ResponseFile:
 
     @property
     def unused(self) -> list[tuple[str, str]]:
-        """(task, document) of the responses that nobody asked for."""
+        """(task, document) of the responses that no request has used."""
         return sorted(set(self._responses) - self._used)
 
 
@@ -116,7 +113,7 @@ class EndpointModel:
         except (image.ImageError, OSError) as error:
             return Failed(str(error))
         settings = request.generation
-        # Endpoints take at most four stop strings; what they leave is cut here.
+        # Endpoints take at most four stop strings; `cut` applies the others.
         reply = self._endpoint.chat(
             [{"role": "user", "content": content}],
             max_tokens=settings.max_new_tokens,
@@ -133,7 +130,7 @@ def cut(text: str, until: Iterable[str]) -> str:
 
 
 def _content(request: Request) -> Iterator[dict]:
-    """The parts of an OpenAI message: pictures where their marks are."""
+    """The parts of an OpenAI message, with the pictures in the places of their marks."""
     pieces = request.prompt.with_marks().split(IMAGE_MARK)
     images = list(request.images)
     for index, piece in enumerate(pieces):
@@ -143,12 +140,16 @@ def _content(request: Request) -> Iterator[dict]:
             yield {"type": "text", "text": piece}
 
 
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def _data_url(path: Path) -> str:
-    """The picture as PNG or, where it is one already, the bytes of a JPEG."""
+    """The file itself if it is a JPEG, else the picture as PNG."""
     encoded, kind = path.read_bytes(), "jpeg"
     picture = image.decode(encoded, name=str(path))
     if not encoded.startswith(b"\xff\xd8"):
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        encoded, kind = buffer.getvalue(), "png"
+        encoded, kind = png(picture), "png"
     return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"

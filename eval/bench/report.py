@@ -1,4 +1,4 @@
-"""PangeaBench results as results.json, markdown, HTML and figures, beside the rows the paper printed."""
+"""PangeaBench results as Markdown, HTML and figures, beside the rows that the paper printed."""
 
 import base64
 import html
@@ -32,7 +32,7 @@ def read_results(folder: Path) -> Results:
     """`results.json` of a run.
 
     Raises:
-      DataError: there is none, or it is not one of ours.
+      DataError: the file is missing or was not written by eval/run.py.
     """
     path = folder / "results.json"
     try:
@@ -61,7 +61,7 @@ def write(folder: Path, runs: Sequence[Results]) -> None:
     (folder / "report.html").write_text(_html(sections, figures), encoding="utf-8")
 
 
-# What the two pages have in common: titled tables and paragraphs.
+# One part of a report, the same in Markdown and HTML.
 _Section = tuple[str, list[str], list[list[str]], list[str]]  # title, header, rows, paragraphs
 
 
@@ -82,31 +82,21 @@ def _sections(runs: Sequence[Results]) -> list[_Section]:
 def _about(runs: Sequence[Results]) -> _Section:
     rows = []
     for run in runs:
-        documents = sum(run["documents"].values())
-        failed = len(run["failures"])
+        counts = [str(sum(run["documents"].values())), str(len(run["failures"]))]
         git = run["environment"]["git_hash"] or "unknown"
-        rows.append(
-            [
-                run["model"],
-                run["judge"] or "none",
-                run["profile"],
-                str(documents),
-                str(failed),
-                git[:12],
-            ]
-        )
+        rows.append([run["model"], run["judge"] or "none", run["profile"], *counts, git[:12]])
     header = ["model", "judge", "headline", "documents", "without a score", "code"]
     text = [
-        "Two profiles are computed from the same responses: fixed is right, paper repeats the scoring behind the "
-        "printed tables, known faults included. A document that could not be answered, judged or read as a judgement "
-        "has no score and is not averaged in fixed. Brackets are 95 % bootstrap intervals, clustered by picture or by "
-        "translated text."
+        "Both profiles score the same responses: fixed has correct rules; paper repeats the scoring behind the printed "
+        "tables, with its known faults. In fixed, a document without a response or a readable judgement has no score "
+        "and is left out of the mean. Brackets are 95 % bootstrap intervals, clustered by picture or by translated "
+        "text."
     ]
     return "PangeaBench", header, rows, text
 
 
 def _dataset_section(runs: Sequence[Results], group: str, names: Sequence[str]) -> _Section:
-    """One row a model and profile, en and mul of every data set; then the paper's rows."""
+    """One row per model and profile with en and mul of every data set; then the paper's rows."""
     header = ["model", "scores", "AVG en", "AVG mul"]
     header += [f"{DATASETS[name].title} {column}" for name in names for column in scoring.COLUMNS]
     rows, partial = [], []
@@ -117,7 +107,7 @@ def _dataset_section(runs: Sequence[Results], group: str, names: Sequence[str]) 
             for column in scoring.COLUMNS:
                 members = GROUPS[scoring.AVERAGES[group]]
                 whole = all(column in _columns(run, name, profile) for name in members)
-                cells.append(_one_decimal(average.get(column)) + ("" if whole else "*"))
+                cells.append(_number(average.get(column)) + ("" if whole else "*"))
                 if not whole:
                     partial.append(run["model"])
             for name in names:
@@ -137,7 +127,7 @@ def _dataset_section(runs: Sequence[Results], group: str, names: Sequence[str]) 
 
 
 def _incomplete(runs: Sequence[Results], names: Sequence[str]) -> list[str]:
-    """Columns that do not have all their languages."""
+    """Notes on the columns that lack some of their subsets."""
     text = []
     for run in runs:
         for name in names:
@@ -166,16 +156,16 @@ def _language_section(run: Results, dataset: str) -> _Section:
     for name, task in tasks.items():
         main = task.get(run["profile"], {})
         cells = [_with_interval(task.get(profile)) for profile in profiles]
-        metrics = [_three_decimals(main.get("metrics", {}).get(metric)) for metric in extra]
+        metrics = [_number(main.get("metrics", {}).get(metric), 3) for metric in extra]
         language = languages.get(task["language"]).english_name
         rows.append([name, language, str(main.get("n", 0)), *cells, *metrics])
     micro = run["datasets"][dataset].get(run["profile"], {}).get("micro")
-    text = [f"All documents together: {_one_decimal(micro)}."]
+    text = [f"All documents together: {_number(micro)}."]
     return f"{run['model']}: {DATASETS[dataset].title}", header, rows, text
 
 
 def _notes(runs: Sequence[Results]) -> _Section:
-    """Tasks whose paper score is at or near zero whatever a model answers."""
+    """Tasks whose paper score is at or near zero for every model."""
     zeros = {}
     for run in runs:
         for name, task in run["tasks"].items():
@@ -183,7 +173,7 @@ def _notes(runs: Sequence[Results]) -> _Section:
             if reason:
                 zeros[name] = reason
     text = [f"{name}, paper profile: {reason}." for name, reason in zeros.items()]
-    return "Zeros that are no fault of the model", [], [], text or ["None among these tasks."]
+    return "Zeros that are not the fault of the model", [], [], text or ["None among these tasks."]
 
 
 def _failure_section(run: Results) -> _Section:
@@ -202,19 +192,15 @@ def _ordered(headline: str) -> list[str]:
     return [headline, *(profile for profile in PROFILES if profile != headline)]
 
 
-def _one_decimal(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
-
-
-def _three_decimals(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _number(value: float | None, decimals: int = 1) -> str:
+    return "–" if value is None else f"{value:.{decimals}f}"
 
 
 def _with_interval(entry: Mapping[str, Any] | None) -> str:
     if not entry or entry["score"] is None:
         return "–"
     low, high = entry["interval"]
-    return f"{entry['score']:.1f} [{_one_decimal(low)}, {_one_decimal(high)}]"
+    return f"{entry['score']:.1f} [{_number(low)}, {_number(high)}]"
 
 
 def _markdown(sections: Sequence[_Section], figures: Sequence[str]) -> str:
@@ -244,7 +230,7 @@ _STYLE = (
 
 
 def _html(sections: Sequence[_Section], figures: Mapping[str, Path]) -> str:
-    """One page with its figures in it, to be sent around alone."""
+    """One page that contains its figures, so that it can be sent as one file."""
     body = []
     for index, (title, header, rows, paragraphs) in enumerate(sections):
         level = "h1" if index == 0 else "h2"
@@ -272,7 +258,7 @@ def _html_row(row: Sequence[str]) -> str:
 
 
 def console_table(run: Results) -> Table:
-    """The data sets of a run, both profiles, en and mul."""
+    """The scores of a run: a row per data set, with en and mul in both profiles."""
     table = Table(title=f"{run['model']} (headline: {run['profile']})")
     table.add_column("data set")
     for profile in _ordered(run["profile"]):
@@ -289,7 +275,7 @@ def console_table(run: Results) -> Table:
 
 
 def plot_languages(runs: Sequence[Results]) -> Figure | None:
-    """Heat map of the headline scores, data sets by languages, one panel a run."""
+    """Heat map of the headline scores, data sets by languages, with one panel per run."""
     grids = [_language_grid(run) for run in runs]
     codes = sorted({code for grid in grids for code, _ in grid}, key=lambda c: (c != "en", c))
     names = [n for n in DATASETS if any((c, n) in grid for grid in grids for c in codes)]
@@ -336,9 +322,9 @@ def _language_grid(run: Results) -> dict[tuple[str, str], float]:
 
 
 def plot_datasets(runs: Sequence[Results]) -> Figure | None:
-    """Radar of the `mul` column of each data set, beside the paper's PANGEA-7B; from three data sets up.
+    """Radar of the `mul` column of each data set, beside the paper's PANGEA-7B; None below three data sets.
 
-    The published row was scored as in the paper profile, which is drawn too (dashed) where it is not the headline.
+    The published row has the scores of the paper profile, so the other profile of each run is drawn too (dashed).
     """
     names = [n for n in DATASETS if any("mul" in _columns(run, n, run["profile"]) for run in runs)]
     if len(names) < 3:
@@ -413,7 +399,7 @@ def _paired(first, second, dataset):
 
 
 def _common(first, second):
-    """Both sides reduced to the documents that both have scored."""
+    """Both sides, with only the documents that both have scored."""
     ids = set(first.scored) & set(second.scored)
     return tuple(
         scoring.combine_scores(

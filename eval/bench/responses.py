@@ -1,7 +1,8 @@
-"""Asks a model about the documents of tasks, writing every response down as it comes.
+"""Asks a model about the documents of tasks and stores every response as it arrives.
 
-`<output>/responses/<task>.jsonl` is appended to. A run that was killed goes on where it was: what is asked is known by
-the hashes of document, prompt and generation settings, and is not asked again. Responses out of a file are read anew.
+Responses are appended to `<output>/responses/<task>.jsonl`. A killed run continues from there: a request is known by
+the hashes of its document, prompt and generation settings, and is not asked again. Responses from a file
+(`ResponseFile`) are always read again.
 """
 
 import contextlib
@@ -13,14 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from eval.bench import documents
 from eval.bench.models import Model, Request, ResponseFile
@@ -29,7 +23,7 @@ from eval.bench.task import Failed, Profile, Task, digest
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """A document without a score: in which task, at which stage, and why."""
+    """A document without a score: its task, the stage that failed (data, response or score), and the reason."""
 
     task: str
     doc_id: str
@@ -45,7 +39,7 @@ def make_requests(
     limit: float | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> tuple[list[Request], list[Failure]]:
-    """The requests of all tasks, and the documents that none can be made of (a picture is missing, say)."""
+    """The requests of all tasks, and a failure for each document without one (a missing picture, for example)."""
     requests, failures = [], []
     for task in tasks:
         folder = data_dir / task.dataset.name
@@ -66,7 +60,7 @@ def make_requests(
 
 
 class ResponseLog:
-    """The responses of a run on disk, one file a task, with the field names of lm-eval's sample logs."""
+    """The responses of a run on disk: one file per task, with the field names of lm-eval's sample logs."""
 
     def __init__(self, output: Path):
         self._folder = output / "responses"
@@ -90,6 +84,13 @@ class ResponseLog:
             return []
         documents.drop_cut_line(path)
         return [row for _, row in documents.read_lines(path)]
+
+    def answers(self, task: str, requests: Iterable[Request]) -> list[dict[str, Any]]:
+        """The records that answer these requests, one for each document."""
+        keys = {request.key for request in requests if request.task.name == task}
+        # Two runs in one folder at the same time may both have asked; the last record counts.
+        found = {r["doc_id"]: r for r in self.read(task) if record_key(r) in keys}
+        return list(found.values())
 
     def append(self, request: Request, response: Any, model: str) -> None:
         name = request.task.name
@@ -131,10 +132,10 @@ def record_key(record: dict[str, Any]) -> tuple[str, str, str]:
 def run(
     model: Model, requests: Sequence[Request], log: ResponseLog, *, console: Console
 ) -> list[Failure]:
-    """Asks what the log does not hold yet, the longest prompts first; returns what could not be answered.
+    """Asks the requests that the log does not answer yet, the longest prompts first; returns the failures.
 
     Raises:
-      DataError: the log holds responses of another model.
+      DataError: the log has responses of another model.
     """
     done = set()
     tasks = {request.task.name for request in requests}
@@ -146,15 +147,16 @@ def run(
                     "choose another --output_path"
                 )
             done.add((task, record_key(record)))
-    if isinstance(model, ResponseFile):  # what the file says now counts
+    if isinstance(model, ResponseFile):  # the file may have changed since
         done.clear()
         for task in tasks:
             log.path(task).unlink(missing_ok=True)
     pending = [r for r in requests if (r.task.name, r.key) not in done]
     if skipped := len(requests) - len(pending):
-        console.print(f"{skipped} of {len(requests)} responses are there already")
+        console.print(f"{skipped} of {len(requests)} responses were already there")
     failures = []
-    with _progress(console) as progress:
+    columns = *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
         bar = progress.add_task("asking", total=len(pending))
         for request, response in _ask(model, pending):
             if isinstance(response, Failed):
@@ -180,8 +182,8 @@ def _ask(model: Model, requests: Iterable[Request]) -> Iterator[tuple[Request, A
 
 
 def in_order(requests: Iterable[Request]) -> list[Request]:
-    """The longest first, so that what does not fit into memory shows at once; questions about the same
-    pictures together, which a model may read once for all of them."""
+    """The longest prompts first, so that a prompt too long for the memory fails at once. Questions about the
+    same pictures stand together, so that a model can read the pictures once."""
     families = defaultdict(list)
     for request in sorted(requests, key=_length, reverse=True):
         families[request.images].append(request)
@@ -190,15 +192,3 @@ def in_order(requests: Iterable[Request]) -> list[Request]:
 
 def _length(request: Request) -> tuple[int, int]:
     return len(request.images), len(request.prompt.text.encode())
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )

@@ -1,4 +1,4 @@
-"""From responses to scores: of documents, of tasks, of data sets, of the suite."""
+"""Scores of documents, tasks, data sets and the suite, from responses."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ AVERAGES = {"multimodal": "pangeabench_multimodal", "text": "pangeabench_text"}
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A response to a document, with the judge's reply where there is a judge."""
+    """A response to a document, with the judge's reply for judged data sets."""
 
     document: Document
     response: Any
@@ -38,9 +38,9 @@ class TaskScores:
     """The scores of one task in one profile.
 
     Attributes:
-      value: headline score on the scale of the paper's tables; NaN where no document has a score.
-      metrics: means of all metrics, and those of the whole subset.
-      documents: those with a score; `scored` has it by document id.
+      value: headline score on the scale of the paper's tables; NaN if no document has a score.
+      metrics: the mean of each metric, and the metrics that exist only for a whole subset.
+      documents: the documents with a score; `scored` maps their ids to the scores.
     """
 
     task: Task
@@ -59,7 +59,7 @@ class TaskScores:
 
 
 def judge_answers(task: Task, answers: Sequence[Answer], judge: Judge | None) -> list[Answer]:
-    """The answers with the judge's replies; without a judge, with the reason there is none."""
+    """The answers with the judge's replies; without a judge, `Failed` takes the place of the reply."""
     dataset = task.dataset
     if not dataset.judged:
         return list(answers)
@@ -111,8 +111,8 @@ def combine_scores(
 
 
 def _score_answer(task: Task, answer: Answer, profile: Profile) -> Scored | Failed:
-    # The paper's M-LlavaBench counts a missing reply as a score; it gets to see that there is none. Without any judge
-    # it would be 100 % of nothing.
+    # The paper's M-LlavaBench scores a missing reply, so its scorer gets None here. A run without any judge still has
+    # no scores.
     reply = answer.reply
     if isinstance(reply, Failed):
         counted = profile == "paper" and task.dataset.paper_scores_failures
@@ -132,7 +132,7 @@ def dataset_columns(values: Mapping[str, float], dataset: str) -> dict[str, floa
       values: subset -> score.
 
     Returns:
-      `en` and `mul`, each if any of its subsets has a score.
+      `en` and `mul`; a column is left out if none of its subsets has a score.
     """
     columns = {subset.name: subset.column for subset in DATASETS[dataset].subsets}
     if unknown := sorted(set(values) - set(columns)):
@@ -165,7 +165,7 @@ def suite_average(columns: Mapping[str, Mapping[str, float]], group: str) -> dic
 
 
 def micro_average(scores: Iterable[TaskScores]) -> float:
-    """The score of all documents of a data set together, whatever their language."""
+    """The score over all documents of a data set, of all languages together."""
     scores = list(scores)
     sums = np.sum([values for s in scores for _, values in s.statistics], axis=0)
     return float(scores[0].task.dataset.combine(sums, scores[0].profile))
@@ -191,7 +191,7 @@ def draws(scores: Sequence[TaskScores], seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def summarise(results: Mapping[Profile, Sequence[TaskScores]]) -> dict[str, Any]:
-    """The scores of a run as `results.json` has them."""
+    """The scores of a run in the form of `results.json`."""
     summary: dict[str, Any] = {"tasks": {}, "datasets": {}, "averages": {}}
     for profile, scores in results.items():
         by_dataset: dict[str, list[TaskScores]] = defaultdict(list)
@@ -269,7 +269,7 @@ def write_samples(
     answers: Mapping[str, Sequence[Answer]],
     results: Mapping[Profile, Sequence[TaskScores]],
 ) -> None:
-    """`<output>/samples/<task>.jsonl`: the responses again, with what was read out of them and their scores."""
+    """`<output>/samples/<task>.jsonl`: each response with the answer read from it and its scores."""
     folder = output / "samples"
     folder.mkdir(exist_ok=True)
     by_task = {(p, s.task.name): s.scored for p, scores in results.items() for s in scores}
@@ -291,7 +291,7 @@ def write_samples(
 
 
 def read_records(output: Path, task: str) -> list[dict[str, Any]]:
-    """The responses of a task that `write_samples` has written, without what it added to them."""
+    """The responses of a task from its sample log, without the fields that `write_samples` added."""
     added = {*PROFILES, "judge_reply"}
     rows = read_lines(output / "samples" / f"{task}.jsonl")
     return [{name: row[name] for name in row if name not in added} for _, row in rows]

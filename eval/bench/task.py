@@ -1,8 +1,8 @@
-"""What an evaluation task is: documents, a prompt, generation settings and a scorer, under one version.
+"""The interface of an evaluation task: documents, a prompt, generation settings, a scorer and a version.
 
-A data set (`xgqa`) is one file of `eval/tasks/`; a task (`xgqa_bn`) is one of its subsets, nearly always a language.
-Scores come in two profiles computed from the same responses: `paper` repeats what produced the printed tables, its
-quirks named where they are; `fixed` is right.
+A data set (`xgqa`) is one file of `eval/bench/tasks/`; a task (`xgqa_bn`) is one of its subsets, usually a language.
+Two profiles score the same responses: `paper` repeats the scoring of the printed tables, faults included (comments name
+them); `fixed` scores by correct rules.
 """
 
 import abc
@@ -28,9 +28,9 @@ class Subset:
 
     Attributes:
       name: the file `<name>.jsonl` and the second half of the task's name.
-      language: code of `pangea_jax.languages` that the answer is written in.
-      column: which of the two numbers of the paper's tables it is averaged into, if any.
-      size: documents in the whole set, None where the source states none.
+      language: the language of the answer, a code of `pangea_jax.languages`.
+      column: the column of the paper's tables that averages this subset, if any.
+      size: number of documents; None if the source does not say.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Document:
 
     @property
     def cluster(self) -> str:
-        """What makes documents dependent: the picture they share, or being translations of one text."""
+        """Equal for dependent documents: those that share a picture, or translate one text."""
         return self.images[0] if self.images else self.id
 
     @property
@@ -68,7 +68,7 @@ class Prompt:
     images: tuple[str, ...] = ()
 
     def with_marks(self) -> str:
-        """The text with a mark for each picture; without any mark they all come first, as in Pangea's wrapper."""
+        """The text with marks; a text without any gets all marks in front, as in Pangea's wrapper."""
         if not self.images or IMAGE_MARK in self.text:
             return self.text
         return " ".join([IMAGE_MARK] * len(self.images)) + "\n" + self.text
@@ -76,12 +76,12 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """How a response is made: greedy up to a length, or by the log-likelihood of given continuations.
+    """How a response is made: text up to a length, or log-likelihoods of given continuations.
 
     Attributes:
       output_type: `generate_until` or `loglikelihood`, the words of lm-eval.
-      until: strings that end the response and are cut off.
-      chat: whether the prompt is a message of the chat template; the text sets of lm-eval are raw text.
+      until: stop strings; the response is cut before them.
+      chat: whether the prompt goes into the chat template; lm-eval's text sets use raw text.
     """
 
     max_new_tokens: int = 0
@@ -96,9 +96,9 @@ class Scored:
     """The scores of one response.
 
     Attributes:
-      filtered: what was read out of the response; None where nothing could be read.
+      filtered: the answer that was read from the response; None if it is unreadable.
       metrics: by name, each between 0 and 1 (a judge's scores keep the judge's scale).
-      statistics: what is summed over documents and turned into the subset's score by `Dataset.combine`.
+      statistics: numbers to sum over documents; `Dataset.combine` computes the subset's score from the sums.
     """
 
     filtered: Any
@@ -108,14 +108,14 @@ class Scored:
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """A document that could not be scored and why; counted, never averaged."""
+    """The reason why a document has no score; it is counted but not averaged."""
 
     reason: str
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgeRequest:
-    """What a judge is asked about one response."""
+    """The messages to a judge about one response, and the sampling settings."""
 
     system: str
     user: str
@@ -126,15 +126,15 @@ class Dataset(abc.ABC):
     """One data set of PangeaBench.
 
     Attributes:
-      name, title: as in task names, as in the paper's tables.
-      version: goes up whenever prompt, settings or scores change; part of every result.
+      name, title: the name in task names, and the name in the paper's tables.
+      version: raised when prompt, settings or scores change; part of every result.
       metric: name of the headline metric among `Scored.metrics`.
-      fields: the fields each row must have and their types.
-      gold: the one of them that holds the gold answer.
-      about: documents in all, roughly, where the sources give no exact sizes of the subsets.
-      judged: whether scores need the replies of a judge.
-      paper_scores_failures: whether the paper's scorer makes a score of a reply that never came.
-      structural_zeros: subset -> why the paper profile gives it a score at or near 0 whatever the model answers.
+      fields: the required fields of a row and their types.
+      gold: the field with the gold answer.
+      about: rough number of all documents, if the sources give no exact sizes of the subsets.
+      judged: whether scores need a judge's replies.
+      paper_scores_failures: whether the paper's scorer also scores a missing judge's reply.
+      structural_zeros: subset -> why its paper score is at or near 0 for every model.
     """
 
     name: ClassVar[str]
@@ -153,12 +153,12 @@ class Dataset(abc.ABC):
     structural_zeros: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def problem(self, row: Mapping[str, Any]) -> str | None:
-        """What is wrong with a row whose fields have the right types, if anything."""
+        """The error in a row whose fields have the right types, or None."""
         return None
 
     @abc.abstractmethod
     def prompt(self, document: Document, subset: Subset, profile: Profile) -> Prompt:
-        """What the model is asked; the profiles differ only where the paper's prompt damages the question."""
+        """The question to the model; the profiles differ only where the paper's prompt damages a question."""
 
     @abc.abstractmethod
     def score(
@@ -198,13 +198,13 @@ class Dataset(abc.ABC):
         subset: Subset,
         profile: Profile,
     ) -> dict[str, float]:
-        """Metrics that exist for a whole subset only."""
+        """Metrics that exist only for a whole subset."""
         return {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A data set in one of its subsets."""
+    """One subset of a data set."""
 
     dataset: Dataset
     subset: Subset
@@ -229,18 +229,18 @@ def mean_of(metrics: Mapping[str, float], headline: str, filtered: Any) -> Score
 
 
 def digest(value: Any) -> str:
-    """Hash of anything JSON can say."""
+    """Hash of a JSON value."""
     text = json.dumps(value, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def answer_text(response: str) -> str:
-    """A response without the reasoning some models put in `<think>` tags before it."""
+    """A response without the reasoning in `<think>` tags that some models write first."""
     return re.sub(r"^.*</think>", "", response, flags=re.DOTALL).strip()
 
 
 def language_subsets(sizes: Mapping[str, int | None]) -> tuple[Subset, ...]:
-    """One subset a language code, English in the first column, all others in the second."""
+    """One subset per language code: English in the column en, all others in mul."""
     return tuple(
         Subset(code, code, "en" if code == "en" else "mul", size) for code, size in sizes.items()
     )

@@ -1,7 +1,7 @@
-"""Bootstrap intervals and tests over documents, clustered by what makes documents dependent.
+"""Bootstrap intervals and tests over clusters of dependent documents.
 
-Questions about one picture, and translations of one text, are drawn together: across the questions and across the
-languages. Languages that share nothing are drawn apart, so that each keeps its size.
+Questions about one picture are drawn together, and so are translations of one text, in all languages. Languages that
+share no cluster are drawn separately, so that each keeps its size.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def _components(members: Mapping[str, set[str]]) -> list[tuple[list[str], set[st
 
 
 def interval(values: Float[np.ndarray, " draws"]) -> tuple[float, float]:
-    """The middle 95 % of bootstrap draws; draws without a value (no document scored) are left out."""
+    """The middle 95 % of bootstrap draws; draws without a value (no scored document) are left out."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         return float("nan"), float("nan")

@@ -66,7 +66,7 @@ def cider(
 
 
 def _ngrams(tokens: Tokens) -> collections.Counter:
-    tokens = " ".join(tokens).split()  # here, unlike in ROUGE-L, a no-break space ends a word
+    tokens = " ".join(tokens).split()  # unlike in ROUGE-L, a no-break space ends a word here
     return collections.Counter(
         tuple(tokens[i : i + order])
         for order in range(1, CIDER_ORDERS + 1)
@@ -98,10 +98,10 @@ def _similarity(ours, theirs) -> float:
 
 
 def caption_tokens(text: str, language: str) -> list[str]:
-    """Tokens to compare captions by, segmented where the script has no spaces.
+    """The tokens of a caption, segmented if the script has no spaces.
 
     Chinese, Japanese, Thai, Burmese, Khmer and Lao are cut into grapheme clusters, which needs no dictionary and
-    treats both sides alike; runs of other scripts stay whole. All else is cut as the COCO metrics do.
+    treats both sides alike; runs of other scripts stay whole. All other languages are cut as in the COCO metrics.
     """
     text = unicodedata.normalize("NFC", text)
     if language not in UNSEGMENTED:

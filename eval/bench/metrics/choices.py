@@ -1,4 +1,4 @@
-"""The letter of a multiple-choice answer, as the paper read it and as it should be read."""
+"""Reads the letter of a multiple-choice answer, by the paper's rules and by correct ones."""
 
 import difflib
 import random
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import regex
 
 LETTERS = "ABCDEFGHIJ"
-# Option letters of other scripts, accepted where a letter stands alone or after a cue.
+# Option letters of other scripts, accepted if a letter stands alone or after a cue.
 _NATIVE = {
     **dict(zip("أبجد", "ABCD", strict=True)),
     **dict(zip("কখগঘ", "ABCD", strict=True)),
@@ -36,7 +36,7 @@ _STANDING = re.compile(r"(?<![^\W_])([B-J])(?![^\W_]|['’])")
 
 
 def letter(response: str, options: Sequence[str]) -> str | None:
-    """The option a response chooses, None where it names none or several.
+    """The option that a response chooses; None if it names none or several.
 
     Tried in turn: a letter and nothing else; the last letter after a cue ("the answer is", "答案：") ; a letter in
     brackets; a letter that opens the response; the text of exactly one option; a single capital standing alone.
@@ -48,7 +48,7 @@ def letter(response: str, options: Sequence[str]) -> str | None:
     if cued := _CUE.findall(text):
         return _latin(cued[-1], allowed)
     if match := _LEADING.match(text):
-        # A response that repeats the list of options chooses none of them.
+        # A response that repeats the list of options does not choose any of them.
         leading = {_LEADING.match(line) for line in text.splitlines()} - {None}
         chosen = {found.group(1) for found in leading}
         return _latin(match.group(1), allowed) if len(chosen) == 1 else None
@@ -94,9 +94,9 @@ def _squeeze(text: str) -> str:
 def paper_letter(response: str, options: Sequence[str], *, seed: str) -> tuple[str, bool]:
     """The parser of CVQA and M3Exam in the paper's harness (neulab/Pangea, cvqa/utils.py and m3exam/utils.py).
 
-    Quirks kept: any letter before `).:` or a space wins wherever it stands and in either case, and then the first a-d
-    of any word, so that "The answer is B" is A; an option's text counts only where no such letter occurs; what is
-    left is drawn at random, there without a seed.
+    Its faults are kept. A letter before `).:` or a space wins, wherever it stands and in either case. Next comes the
+    first a-d in any word, so that "The answer is B" gives A. An option's text counts only if there is no such letter.
+    Otherwise the letter is drawn at random (in the harness, without a seed).
 
     Returns:
       the letter, and whether it was drawn.
@@ -114,6 +114,6 @@ def paper_letter(response: str, options: Sequence[str], *, seed: str) -> tuple[s
 
 
 def wrong_letter(answer: str, options: Sequence[str]) -> str | None:
-    """What is wrong with a gold letter, if anything."""
+    """The error in a gold letter, or None."""
     known = LETTERS[: len(options)]
-    return None if answer in [*known] else f"answer {answer!r} is no letter of {known!r}"
+    return None if answer in [*known] else f"answer {answer!r} is not one of the letters {known!r}"

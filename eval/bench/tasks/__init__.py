@@ -41,7 +41,7 @@ GROUPS = {
 
 
 class UnknownTaskError(ValueError):
-    """A name that is no task, data set or group."""
+    """The name is not a task, data set or group."""
 
 
 def select(names: Iterable[str]) -> list[Task]:

@@ -5,17 +5,8 @@ pictures (`cvqa_translated-ind-id`, the table's "en"). The paper's numbers came 
 of its printed cells.
 """
 
+from eval.bench import task
 from eval.bench.metrics import choices
-from eval.bench.task import (
-    Dataset,
-    Document,
-    Generation,
-    Prompt,
-    Subset,
-    answer_text,
-    mean_of,
-    schema,
-)
 
 # The paper's name of the pair (Tables 8 and 9): (language, `Subset` of the hub).
 PAIRS = {
@@ -58,7 +49,7 @@ PAIRS = {
 }
 
 
-class Cvqa(Dataset):
+class Cvqa(task.Dataset):
     name, title, group = "cvqa", "CVQA", "multimodal"
     hub = "afaji/cvqa"
     about = 20_800
@@ -66,12 +57,12 @@ class Cvqa(Dataset):
         subset
         for pair, (language, _) in PAIRS.items()
         for subset in (
-            Subset(pair, language, "mul"),
-            Subset(f"translated-{pair}", "en", "en"),
+            task.Subset(pair, language, "mul"),
+            task.Subset(f"translated-{pair}", "en", "en"),
         )
     )
-    fields = schema(question=str, options=list, answer=str, images=list)
-    generation = Generation(max_new_tokens=16)
+    fields = task.schema(question=str, options=list, answer=str, images=list)
+    generation = task.Generation(max_new_tokens=16)
 
     def problem(self, row):
         return choices.wrong_letter(row["answer"], row["options"])
@@ -79,13 +70,13 @@ class Cvqa(Dataset):
     def prompt(self, document, subset, profile):
         row = document.row
         options = "\n".join(f"{k}. {text}" for k, text in zip(choices.LETTERS, row["options"]))
-        return Prompt(
+        return task.Prompt(
             f"Question: {row['question']} \n\n Options: {options} \n\n "
             "Answer with the option's letter from the given choices directly.",
             document.images,
         )
 
-    def score(self, document: Document, response: str, subset, profile, reply=None):
+    def score(self, document: task.Document, response: str, subset, profile, reply=None):
         return score_letter(self.name, document, response, subset, profile)
 
 
@@ -98,9 +89,9 @@ def score_letter(dataset, document, response, subset, profile, options=None, gol
         seed = f"{dataset}_{subset.name}/{document.id}"
         chosen, drawn = choices.paper_letter(response, options, seed=seed)
     else:
-        chosen = choices.letter(answer_text(response), options)
+        chosen = choices.letter(task.answer_text(response), options)
     metrics = {"acc": float(chosen == gold), "unreadable": float(drawn or chosen is None)}
-    return mean_of(metrics, "acc", chosen)
+    return task.mean_of(metrics, "acc", chosen)
 
 
 DATASET = Cvqa()

@@ -9,16 +9,7 @@ import functools
 import numpy as np
 from sacrebleu.metrics import CHRF
 
-from eval.bench.task import (
-    Dataset,
-    Document,
-    Generation,
-    Prompt,
-    Scored,
-    Subset,
-    answer_text,
-    schema,
-)
+from eval.bench import task
 from pangea_jax import languages
 
 CODES = {
@@ -42,7 +33,7 @@ def _chrf() -> CHRF:
     return CHRF()  # chrF, as the paper says and lm-eval computes; its docstring there says chrF++
 
 
-class Flores(Dataset):
+class Flores(task.Dataset):
     name, title, group = "flores", "FLORES-Sub", "text"
     hub = "facebook/flores"
     metric = "chrf"
@@ -51,27 +42,27 @@ class Flores(Dataset):
         subset
         for code in _OTHERS
         for subset in (
-            Subset(f"{code}-en", "en", "en", 1012),
-            Subset(f"en-{code}", code, "mul", 1012),
+            task.Subset(f"{code}-en", "en", "en", 1012),
+            task.Subset(f"en-{code}", code, "mul", 1012),
         )
     )
-    fields = schema(source=str, target=str)
+    fields = task.schema(source=str, target=str)
     gold = "target"
-    generation = Generation(max_new_tokens=256)
+    generation = task.Generation(max_new_tokens=256)
 
     def prompt(self, document, subset, profile):
         source, target = (languages.get(code).english_name for code in subset.name.split("-"))
-        return Prompt(
+        return task.Prompt(
             f"Translate the following {source} sentence to {target}.\n{document.row['source']}"
         )
 
-    def score(self, document: Document, response: str, subset, profile, reply=None):
-        lines = [line.strip() for line in answer_text(response).splitlines() if line.strip()]
+    def score(self, document: task.Document, response: str, subset, profile, reply=None):
+        lines = [line.strip() for line in task.answer_text(response).splitlines() if line.strip()]
         hypothesis = lines[0] if lines else ""
         # The n-gram counts add up to the corpus score, so that bootstrap draws need no second count.
         counts = _chrf()._extract_corpus_statistics([hypothesis], [[document.row["target"]]])[0]
         value = _chrf()._compute_score_from_stats(counts).score / 100
-        return Scored(hypothesis, {"chrf": value}, tuple(float(count) for count in counts))
+        return task.Scored(hypothesis, {"chrf": value}, tuple(float(count) for count in counts))
 
     def combine(self, sums, profile):
         flat = np.asarray(sums).reshape(-1, np.shape(sums)[-1])

@@ -2,16 +2,8 @@
 
 import re
 
+from eval.bench import task
 from eval.bench.metrics.choices import LETTERS
-from eval.bench.task import (
-    IMAGE_MARK,
-    Dataset,
-    Document,
-    Generation,
-    Prompt,
-    language_subsets,
-    schema,
-)
 from eval.bench.tasks.cvqa import score_letter
 
 _HINTS = {
@@ -60,29 +52,20 @@ _SUBJECTS = {
     "pt": ("Linguagens", "Matemática", "Ciências Humanas", "Ciências da Natureza"),
 }
 _SUBJECT_KEYS = ("language", "math", "social-science", "natural-science")
-HUB_SPLITS = {
-    "en": "english",
-    "zh": "chinese",
-    "af": "afrikaans",
-    "it": "italian",
-    "pt": "portuguese",
-    "th": "thai",
-    "vi": "vietnamese",
-}
 _SIZES = {"en": 793, "zh": 433, "af": 163, "it": 397, "pt": 450, "th": 401, "vi": 116}
 _MARK = re.compile(r"<image (\d+)>")
 _LABEL = re.compile(r"^\s*[(（]?([A-Ja-j]|10|\d)\s*[)）.．、:：]\s*")
 
 
-class M3Exam(Dataset):
+class M3Exam(task.Dataset):
     name, title, group = "m3exam", "M3Exam", "multimodal"
     hub = "neulab/PangeaBench-m3exam"
     version = 2
-    subsets = language_subsets(_SIZES)
-    fields = schema(
+    subsets = task.language_subsets(_SIZES)
+    fields = task.schema(
         question=str, options=list, answer=str, subject=str, background=list, images=list
     )
-    generation = Generation(max_new_tokens=16)
+    generation = task.Generation(max_new_tokens=16)
 
     def prompt(self, document, subset, profile):
         language, row = subset.language, document.row
@@ -96,16 +79,20 @@ class M3Exam(Dataset):
         if profile == "paper":
             # Of the question's marks the first stands for all pictures and the others are deleted; those of the
             # background stay as the exam writes them, which no wrapper knows; options with a picture are left out.
-            question = _MARK.sub("", _MARK.sub(IMAGE_MARK, question, count=1))
+            question = _MARK.sub("", _MARK.sub(task.IMAGE_MARK, question, count=1))
             background = _MARK.sub(r"(image)[\1]", background)
             pictured = any(_MARK.search(text) for text in row["options"])
             options = [] if pictured else paper_options(row["options"])
         hint = _HINTS[language].format(subject=subject)
         lines = (f"{hint}\n", background, question, "\n".join(options), _ANSWER_CUES[language])
         text = "\n".join(lines)
-        return Prompt(text, document.images) if profile == "paper" else place_images(text, document)
+        return (
+            task.Prompt(text, document.images)
+            if profile == "paper"
+            else place_images(text, document)
+        )
 
-    def score(self, document: Document, response: str, subset, profile, reply=None):
+    def score(self, document: task.Document, response: str, subset, profile, reply=None):
         row = document.row
         if profile == "paper":
             options, gold = paper_options(row["options"]), paper_answer(row["answer"])
@@ -115,7 +102,7 @@ class M3Exam(Dataset):
         return score_letter(self.name, document, response, subset, profile, options, gold)
 
 
-def place_images(text: str, document: Document) -> Prompt:
+def place_images(text: str, document: task.Document) -> task.Prompt:
     """`<image 2>` becomes `<image>`, with the pictures in the order they are named; all, where none is named."""
     named = [int(number) for number in _MARK.findall(text)]
     if unknown := [number for number in named if not 1 <= number <= len(document.images)]:
@@ -123,7 +110,7 @@ def place_images(text: str, document: Document) -> Prompt:
             f"{document.id}: the text names <image {unknown[0]}>, but the row has {len(document.images)} pictures"
         )
     images = [document.images[number - 1] for number in named]
-    return Prompt(_MARK.sub(IMAGE_MARK, text), tuple(images) or document.images)
+    return task.Prompt(_MARK.sub(task.IMAGE_MARK, text), tuple(images) or document.images)
 
 
 def paper_options(options: list[str]) -> list[str]:

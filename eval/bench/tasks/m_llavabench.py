@@ -8,19 +8,8 @@ import re
 
 import numpy as np
 
+from eval.bench import task
 from eval.bench.metrics import language_id
-from eval.bench.task import (
-    Dataset,
-    Document,
-    Failed,
-    Generation,
-    JudgeRequest,
-    Prompt,
-    Scored,
-    answer_text,
-    language_subsets,
-    schema,
-)
 
 _JUDGE_SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 _RULE = """We would like to request your feedback on the performance of two AI assistants in response to the user \
@@ -36,20 +25,20 @@ _LANGUAGES = ("en", "ar", "bn", "es", "fr", "hi", "ja", "ru", "ur", "zh")
 _TWO_SCORES = re.compile(r"\D*?(\d+(?:\.\d+)?)(?:\s*/\s*10)?\D+?(\d+(?:\.\d+)?)(?:\s*/\s*10)?\W*")
 
 
-class MLlavaBench(Dataset):
+class MLlavaBench(task.Dataset):
     name, title, group = "m_llavabench", "M-LlavaBench", "multimodal"
     hub = "neulab/PangeaBench-multilingual-llava-bench"
     version = 2
     metric = "ratio"
     judged = True
     paper_scores_failures = True
-    subsets = language_subsets(dict.fromkeys(_LANGUAGES, 60))
-    fields = schema(question=str, caption=str, gpt_answer=str, category=str, images=list)
+    subsets = task.language_subsets(dict.fromkeys(_LANGUAGES, 60))
+    fields = task.schema(question=str, caption=str, gpt_answer=str, category=str, images=list)
     gold = "gpt_answer"
-    generation = Generation(max_new_tokens=1024)
+    generation = task.Generation(max_new_tokens=1024)
 
     def prompt(self, document, subset, profile):
-        return Prompt(document.row["question"], document.images)
+        return task.Prompt(document.row["question"], document.images)
 
     def judge_request(self, document, response):
         row = document.row
@@ -58,25 +47,25 @@ class MLlavaBench(Dataset):
             f"[Assistant 1]\n{row['gpt_answer']}\n\n[End of Assistant 1]\n\n"
             f"[Assistant 2]\n{response}\n\n[End of Assistant 2]\n\n[System]\n{_RULE}\n\n"
         )
-        return JudgeRequest(_JUDGE_SYSTEM, user, {"temperature": 0.2, "max_tokens": 1024})
+        return task.JudgeRequest(_JUDGE_SYSTEM, user, {"temperature": 0.2, "max_tokens": 1024})
 
     def readable(self, reply):
         return read_scores(reply) is not None
 
-    def score(self, document: Document, response: str, subset, profile, reply=None):
+    def score(self, document: task.Document, response: str, subset, profile, reply=None):
         if profile == "paper":
             reference, ours = _paper_scores(document, response, reply)
             in_language = ours != 0
         else:
             if reply is None:
-                return Failed("no judge's reply")
+                return task.Failed("no judge's reply")
             scores = read_scores(reply)
             if scores is None:
-                return Failed(f"the judge's reply begins with no two scores: {reply[:60]!r}")
-            in_language = language_id.is_language(answer_text(response), subset.language)
+                return task.Failed(f"the judge's reply begins with no two scores: {reply[:60]!r}")
+            in_language = language_id.is_language(task.answer_text(response), subset.language)
             reference, ours = scores[0], scores[1] if in_language else 0.0
         metrics = {"reference": reference, "answer": ours, "right_language": float(in_language)}
-        return Scored([reference, ours], metrics, (reference, ours, 1.0))
+        return task.Scored([reference, ours], metrics, (reference, ours, 1.0))
 
     def combine(self, sums, profile):
         with np.errstate(invalid="ignore", divide="ignore"):

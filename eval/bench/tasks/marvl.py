@@ -6,15 +6,7 @@ The photographs are one picture, side by side. The prompt stays English in every
 import re
 import unicodedata
 
-from eval.bench.task import (
-    Dataset,
-    Generation,
-    Prompt,
-    answer_text,
-    language_subsets,
-    mean_of,
-    schema,
-)
+from eval.bench import task
 
 _SIZES = {"en": None, "id": 1128, "sw": 1108, "ta": 1242, "tr": 1180, "zh": 1012}
 _TRUE = {
@@ -28,16 +20,16 @@ _FALSE = {
 }  # fmt: skip
 
 
-class Marvl(Dataset):
+class Marvl(task.Dataset):
     name, title, group = "marvl", "MaRVL", "multimodal"
     hub = "neulab/PangeaBench-marvl"
     about = 11_040
-    subsets = language_subsets(_SIZES)
-    fields = schema(hypothesis=str, answer=bool, images=list)
-    generation = Generation(max_new_tokens=16)
+    subsets = task.language_subsets(_SIZES)
+    fields = task.schema(hypothesis=str, answer=bool, images=list)
+    generation = task.Generation(max_new_tokens=16)
 
     def prompt(self, document, subset, profile):
-        return Prompt(
+        return task.Prompt(
             "Does the content of the image support the given text? "
             f"Text: {document.row['hypothesis']}\n"
             "Options: (a) false (b) true. Answer with the option directly.",
@@ -46,10 +38,12 @@ class Marvl(Dataset):
 
     def score(self, document, response, subset, profile, reply=None):
         gold = "true" if document.row["answer"] else "false"
-        read = paper_reading(response) if profile == "paper" else reading(answer_text(response))
+        read = (
+            paper_reading(response) if profile == "paper" else reading(task.answer_text(response))
+        )
         right = gold in read if profile == "paper" else read == gold
         metrics = {"acc": float(right), "unreadable": float(read not in ("true", "false"))}
-        return mean_of(metrics, "acc", read)
+        return task.mean_of(metrics, "acc", read)
 
 
 def paper_reading(response: str) -> str:

@@ -5,16 +5,8 @@ The printed "accuracy" is relaxed accuracy, as far as the numbers tell.
 
 import re
 
+from eval.bench import task
 from eval.bench.metrics import captions, squad
-from eval.bench.task import (
-    Dataset,
-    Generation,
-    Prompt,
-    answer_text,
-    language_subsets,
-    mean_of,
-    schema,
-)
 from pangea_jax import languages
 
 _SIZES = {"en": 257, "fr": 264, "hi": 260, "he": 280, "ro": 284, "th": 268, "zh": 277}
@@ -35,19 +27,19 @@ _CONTRACTED = (
 _CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
 
 
-class Maxm(Dataset):
+class Maxm(task.Dataset):
     name, title, group = "maxm", "MaXM", "multimodal"
     hub = "neulab/PangeaBench-maxm"
     version = 2
     metric = "relaxed_accuracy"
-    subsets = language_subsets(_SIZES)
-    fields = schema(question=str, answers=list, images=list)
+    subsets = task.language_subsets(_SIZES)
+    fields = task.schema(question=str, answers=list, images=list)
     gold = "answers"
-    generation = Generation(max_new_tokens=64)
+    generation = task.Generation(max_new_tokens=64)
 
     def prompt(self, document, subset, profile):
         language = languages.get(subset.language).english_name
-        return Prompt(
+        return task.Prompt(
             "Given the image and the question, provide a concise answer. "
             f"{document.row['question'].strip()}\n"
             f"Answer the question using a single word or phrase in {language}.",
@@ -61,8 +53,8 @@ class Maxm(Dataset):
                 "exact_match": float(response in golds),
                 "relaxed_accuracy": float(paper_relaxed(response, golds)),
             }
-            return mean_of(metrics, "relaxed_accuracy", response)
-        text = answer_text(response)
+            return task.mean_of(metrics, "relaxed_accuracy", response)
+        text = task.answer_text(response)
         read = _plain(text, subset.language)
         plain = [_plain(gold, subset.language) for gold in golds]
         tokens = [captions.caption_tokens(gold, subset.language) for gold in golds]
@@ -71,7 +63,7 @@ class Maxm(Dataset):
             "relaxed_accuracy": float(read in plain),
             "rouge_l": captions.rouge_l(captions.caption_tokens(text, subset.language), tokens),
         }
-        return mean_of(metrics, "relaxed_accuracy", read)
+        return task.mean_of(metrics, "relaxed_accuracy", read)
 
 
 def _plain(text: str, language: str) -> str:

@@ -5,62 +5,39 @@ import re
 import string
 from types import MappingProxyType
 
+from eval.bench import task
 from eval.bench.metrics import numbers
-from eval.bench.task import (
-    Dataset,
-    Generation,
-    Prompt,
-    answer_text,
-    language_subsets,
-    mean_of,
-    schema,
-)
 
-# language: (question label, label of the step-by-step answer, strict pattern), as in lm-eval mgsm_native_cot. The
-# strict pattern of Bengali is the English one there, so that the paper's Bengali score is 0.0 for every model.
+# language: (label of the question, label of the step-by-step answer, strict pattern, word for "answer"). The first
+# three are lm-eval's mgsm_native_cot. Its strict pattern for Bengali is the English one, so that the paper's Bengali
+# score is 0.0 for every model.
 _NUMBER = r"(\-?[0-9\.\,]+)"
 _WORDS = {
-    "bn": ("প্রশ্ন:", "ধাপে ধাপে উত্তর:", f"The answer is {_NUMBER}"),
-    "de": ("Frage:", "Schritt-für-Schritt-Antwort:", f"Die Antwort lautet {_NUMBER}"),
-    "en": ("Question:", "Step-by-Step Answer:", f"The answer is {_NUMBER}"),
-    "es": ("Pregunta:", "Respuesta paso a paso:", f"La respuesta es {_NUMBER}"),
-    "fr": ("Question :", "Réponse étape par étape :", f"La réponse est {_NUMBER}"),
-    "ja": ("問題：", "ステップごとの答え:", f"答えは{_NUMBER}です。"),
-    "ru": ("Задача:", "Пошаговоерешение:", f"Ответ — {_NUMBER}"),
-    "sw": ("Swali:", "Jibu la Hatua kwa Hatua:", f"Jibu ni {_NUMBER}"),
-    "te": ("ప్రశ్న:", "దశలవారీగా సమాధానం:", f"సమాధానం {_NUMBER}"),
-    "th": ("โจทย์:", "คำตอบทีละขั้นตอน:", f"คำตอบคือ {_NUMBER}"),
-    "zh": ("问题：", "逐步解答:", f"答案是 {_NUMBER}。"),
-}
-_ANSWER_WORDS = {
-    "bn": "উত্তর",
-    "de": "Antwort",
-    "en": "answer",
-    "es": "respuesta",
-    "fr": "réponse",
-    "ja": "答え",
-    "ru": "ответ",
-    "sw": "jibu",
-    "te": "సమాధానం",
-    "th": "คำตอบ",
-    "zh": "答案",
+    "bn": ("প্রশ্ন:", "ধাপে ধাপে উত্তর:", f"The answer is {_NUMBER}", "উত্তর"),
+    "de": ("Frage:", "Schritt-für-Schritt-Antwort:", f"Die Antwort lautet {_NUMBER}", "Antwort"),
+    "en": ("Question:", "Step-by-Step Answer:", f"The answer is {_NUMBER}", "answer"),
+    "es": ("Pregunta:", "Respuesta paso a paso:", f"La respuesta es {_NUMBER}", "respuesta"),
+    "fr": ("Question :", "Réponse étape par étape :", f"La réponse est {_NUMBER}", "réponse"),
+    "ja": ("問題：", "ステップごとの答え:", f"答えは{_NUMBER}です。", "答え"),
+    "ru": ("Задача:", "Пошаговоерешение:", f"Ответ — {_NUMBER}", "ответ"),
+    "sw": ("Swali:", "Jibu la Hatua kwa Hatua:", f"Jibu ni {_NUMBER}", "jibu"),
+    "te": ("ప్రశ్న:", "దశలవారీగా సమాధానం:", f"సమాధానం {_NUMBER}", "సమాధానం"),
+    "th": ("โจทย์:", "คำตอบทีละขั้นตอน:", f"คำตอบคือ {_NUMBER}", "คำตอบ"),
+    "zh": ("问题：", "逐步解答:", f"答案是 {_NUMBER}。", "答案"),
 }
 _SPACE_GROUPS = frozenset({"de", "es", "fr", "ru"})
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？।\n]")
 
 
-class Mgsm(Dataset):
+class Mgsm(task.Dataset):
     name, title, group = "mgsm", "MGSM", "text"
     hub = "juletxara/mgsm"
     metric = "exact_match"
-    subsets = language_subsets(dict.fromkeys(_WORDS, 250))
-    fields = schema(question=str, answer=(str, int))
+    subsets = task.language_subsets(dict.fromkeys(_WORDS, 250))
+    fields = task.schema(question=str, answer=(str, int))
     structural_zeros = MappingProxyType(
-        {
-            "bn": "the paper's strict pattern for Bengali is the English 'The answer is', which no Bengali answer "
-            "holds"
-        }
+        {"bn": "the paper's strict pattern for Bengali is an English one"}
     )
 
     def problem(self, row):
@@ -71,12 +48,12 @@ class Mgsm(Dataset):
         return None
 
     def prompt(self, document, subset, profile):
-        question_label, answer_label, _ = _WORDS[subset.language]
-        return Prompt(f"{question_label} {document.row['question']}\n{answer_label}")
+        question_label, answer_label, *_ = _WORDS[subset.language]
+        return task.Prompt(f"{question_label} {document.row['question']}\n{answer_label}")
 
     def generation_for(self, subset):
         until = (_WORDS[subset.language][0], "</s>", "<|im_end|>")
-        return Generation(max_new_tokens=256, until=until, chat=False)
+        return task.Generation(max_new_tokens=256, until=until, chat=False)
 
     def score(self, document, response, subset, profile, reply=None):
         gold = str(document.row["answer"])
@@ -86,20 +63,20 @@ class Mgsm(Dataset):
             # lm-eval's exact_match removes punctuation from both sides: 18.00 becomes 1800, -5 becomes 5.
             right = filtered.translate(_PUNCTUATION) == gold.translate(_PUNCTUATION)
         else:
-            value = final_number(answer_text(response), subset.language)
+            value = final_number(task.answer_text(response), subset.language)
             filtered = None if value is None else str(value)
             right = value == numbers.parse(gold)
         metrics = {
             "exact_match": float(right),
             "unreadable": float(filtered in (None, "[invalid]")),
         }
-        return mean_of(metrics, "exact_match", filtered)
+        return task.mean_of(metrics, "exact_match", filtered)
 
 
 def final_number(text: str, language: str):
     """The last number of the sentence after the last answer word of the language or of English, else of the text."""
     find = functools.partial(numbers.find, space_groups=language in _SPACE_GROUPS)
-    words = {_ANSWER_WORDS[language], _ANSWER_WORDS["en"]}
+    words = {_WORDS[code][3] for code in (language, "en")}
     cues = [match.end() for word in words for match in re.finditer(word, text, re.IGNORECASE)]
     for place in sorted(cues, reverse=True):
         end = _SENTENCE_END.search(text, place)

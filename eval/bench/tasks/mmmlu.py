@@ -5,22 +5,9 @@ from eval.bench.metrics.choices import LETTERS, wrong_letter
 from eval.bench.task import Dataset, Generation, Prompt, language_subsets, schema
 from pangea_jax import languages
 
-LOCALES = {
-    "ar": "AR_XY",
-    "bn": "BN_BD",
-    "de": "DE_DE",
-    "es": "ES_LA",
-    "fr": "FR_FR",
-    "hi": "HI_IN",
-    "id": "ID_ID",
-    "it": "IT_IT",
-    "ja": "JA_JP",
-    "ko": "KO_KR",
-    "pt": "PT_BR",
-    "sw": "SW_KE",
-    "yo": "YO_NG",
-    "zh": "ZH_CN",
-}
+_LOCALES = "AR_XY BN_BD DE_DE ES_LA FR_FR HI_IN ID_ID IT_IT JA_JP KO_KR PT_BR SW_KE YO_NG ZH_CN"
+# language: configuration on the hub
+LOCALES = {locale[:2].lower(): locale for locale in _LOCALES.split()}
 
 
 class Mmmlu(Dataset):

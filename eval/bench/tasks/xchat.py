@@ -8,19 +8,8 @@ not in the tables.
 import re
 from types import MappingProxyType
 
+from eval.bench import task
 from eval.bench.metrics import language_id
-from eval.bench.task import (
-    Dataset,
-    Document,
-    Failed,
-    Generation,
-    JudgeRequest,
-    Prompt,
-    Subset,
-    answer_text,
-    mean_of,
-    schema,
-)
 
 _JUDGE_SYSTEM = (
     "You are a fair judge assistant tasked with providing clear, objective feedback based on specific criteria, "
@@ -59,25 +48,25 @@ _PAPER_PHRASE = re.compile(r"\bscore (?:of )?([1-5])(?: \w+)? or (?:above|higher
 _RUBRIC_FIELDS = ("criteria", *(f"score{i}_description" for i in range(1, 6)))
 
 
-class XChat(Dataset):
+class XChat(task.Dataset):
     name, title, group = "xchat", "xChatBench", "multimodal"
     hub = "neulab/PangeaBench-xchat"
     metric = "points"
     judged = True
     subsets = (
         *(
-            Subset(code, code, "en" if code == "en" else "mul", 50)
+            task.Subset(code, code, "en" if code == "en" else "mul", 50)
             for code in ("en", "es", "hi", "id", "ja", "ko", "zh")
         ),
-        Subset("rw", "rw", "none", 50),
+        task.Subset("rw", "rw", "none", 50),
     )
-    fields = schema(system_prompt=str, input=str, reference_answer=str, rubric=dict, images=list)
+    fields = task.schema(
+        system_prompt=str, input=str, reference_answer=str, rubric=dict, images=list
+    )
     gold = "reference_answer"
-    generation = Generation(max_new_tokens=1024)
+    generation = task.Generation(max_new_tokens=1024)
     structural_zeros = MappingProxyType(
-        {
-            "rw": "langdetect has no Kinyarwanda, so the paper's rule takes every answer for another language"
-        }
+        {"rw": "langdetect has no Kinyarwanda, so the paper's rule rejects every answer"}
     )
 
     def problem(self, row):
@@ -86,7 +75,7 @@ class XChat(Dataset):
 
     def prompt(self, document, subset, profile):
         # The system prompt is English in every language and part of the user's message.
-        return Prompt(
+        return task.Prompt(
             f"{document.row['system_prompt']}\n\n{document.row['input']}", document.images
         )
 
@@ -101,23 +90,23 @@ class XChat(Dataset):
             reference=row["reference_answer"],
             rubric=rubric,
         )
-        return JudgeRequest(
+        return task.JudgeRequest(
             _JUDGE_SYSTEM, user, {"temperature": 1.0, "top_p": 0.9, "max_tokens": 1024}
         )
 
     def readable(self, reply):
         return read_grade(reply) is not None
 
-    def score(self, document: Document, response: str, subset, profile, reply=None):
+    def score(self, document: task.Document, response: str, subset, profile, reply=None):
         if reply is None:
-            return Failed("no judge's reply")
+            return task.Failed("no judge's reply")
         grade = paper_grade(reply) if profile == "paper" else read_grade(reply)
         if grade is None:
-            return Failed(f"no score at the end of the judge's reply {reply[-60:]!r}")
+            return task.Failed(f"no score at the end of the judge's reply {reply[-60:]!r}")
         in_language = (
             language_id.is_langdetect_language(response, subset.language)
             if profile == "paper"
-            else language_id.is_language(answer_text(response), subset.language)
+            else language_id.is_language(task.answer_text(response), subset.language)
         )
         metrics = {
             "grade": float(grade),
@@ -125,7 +114,7 @@ class XChat(Dataset):
             "raw_points": (grade - 1) / 4,
             "points": (grade - 1) / 4 if in_language else 0.0,
         }
-        return mean_of(metrics, "points", grade)
+        return task.mean_of(metrics, "points", grade)
 
 
 def read_grade(reply: str) -> int | None:

@@ -3,16 +3,8 @@
 import unicodedata
 from types import MappingProxyType
 
+from eval.bench import task
 from eval.bench.metrics import captions, ptb
-from eval.bench.task import (
-    Dataset,
-    Generation,
-    Prompt,
-    answer_text,
-    language_subsets,
-    mean_of,
-    schema,
-)
 from pangea_jax import languages
 
 # The printed tail of the table (0 to 0.3 in most, for several models) fits a run over these six languages.
@@ -20,14 +12,14 @@ _SPACES_LOST = frozenset({"te", "th", "tr", "uk", "vi", "zh"})
 _NAMES = {"quz": "Quechua"}
 
 
-class Xm100(Dataset):
+class Xm100(task.Dataset):
     name, title, group = "xm100", "XM100", "multimodal"
     hub = "neulab/PangeaBench-xm100"
     metric = "rouge_l"
-    subsets = language_subsets(dict.fromkeys(languages.XM100, 100))
-    fields = schema(captions=list, images=list)
+    subsets = task.language_subsets(dict.fromkeys(languages.XM100, 100))
+    fields = task.schema(captions=list, images=list)
     gold = "captions"
-    generation = Generation(max_new_tokens=128)
+    generation = task.Generation(max_new_tokens=128)
     structural_zeros = MappingProxyType(
         {
             **dict.fromkeys(
@@ -45,7 +37,7 @@ class Xm100(Dataset):
         language = subset.language
         name = _NAMES.get(language, languages.get(language).english_name)
         suffix = "" if language == "en" else f" in {name}"
-        return Prompt(
+        return task.Prompt(
             f"Provide a one-sentence caption for the provided image{suffix}.", document.images
         )
 
@@ -53,13 +45,13 @@ class Xm100(Dataset):
         candidate, references = self._tokens(document, response, subset, profile)
         value = captions.rouge_l(candidate, references)
         filtered = " ".join(candidate)
-        return mean_of({"rouge_l": value}, "rouge_l", filtered)
+        return task.mean_of({"rouge_l": value}, "rouge_l", filtered)
 
     def _tokens(self, document, response, subset, profile):
         texts = document.row["captions"]
         if profile == "fixed":
             cut = captions.caption_tokens
-            return cut(answer_text(response), subset.language), [
+            return cut(task.answer_text(response), subset.language), [
                 cut(t, subset.language) for t in texts
             ]
         # Predictions are NFC-normalised, references are not (neulab/Pangea, xm100/utils.py). Its normalize() tests

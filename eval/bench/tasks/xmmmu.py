@@ -3,29 +3,23 @@
 English is all 900 questions of MMMU validation, so that en and mul are not on the same items.
 """
 
+from eval.bench import task
 from eval.bench.metrics import choices, mmmu
 from eval.bench.metrics.choices import LETTERS
-from eval.bench.task import (
-    Dataset,
-    Document,
-    Generation,
-    answer_text,
-    language_subsets,
-    mean_of,
-    schema,
-)
 from eval.bench.tasks.m3exam import place_images
 
 _SIZES = {"en": 900, "ar": 298, "fr": 298, "hi": 291, "id": 297, "ja": 269, "pt": 297}
 
 
-class Xmmmu(Dataset):
+class Xmmmu(task.Dataset):
     name, title, group = "xmmmu", "xMMMU", "multimodal"
     hub = "neulab/PangeaBench-xmmmu"
     version = 2
-    subsets = language_subsets(_SIZES)
-    fields = schema(question=str, options=list, answer=(str, list), question_type=str, images=list)
-    generation = Generation(max_new_tokens=16)
+    subsets = task.language_subsets(_SIZES)
+    fields = task.schema(
+        question=str, options=list, answer=(str, list), question_type=str, images=list
+    )
+    generation = task.Generation(max_new_tokens=16)
 
     def problem(self, row):
         if row["question_type"] == "multiple-choice" and not row["options"]:
@@ -37,18 +31,18 @@ class Xmmmu(Dataset):
         if row["question_type"] == "multiple-choice":
             options = "\n".join(f"{k}. {text}" for k, text in zip(LETTERS, row["options"]))
             # "option letter" is the paper's; MMMU itself says "option's letter".
-            task = f"{options}\nAnswer with the option letter from the given choices directly."
+            request = f"{options}\nAnswer with the option letter from the given choices directly."
         else:
-            task = "Answer the question using a single word or phrase."
-        return place_images(f"{row['question']}\n{task}", document)
+            request = "Answer the question using a single word or phrase."
+        return place_images(f"{row['question']}\n{request}", document)
 
-    def score(self, document: Document, response: str, subset, profile, reply=None):
+    def score(self, document: task.Document, response: str, subset, profile, reply=None):
         row = document.row
         if row["question_type"] != "multiple-choice":
-            text = response if profile == "paper" else answer_text(response)
+            text = response if profile == "paper" else task.answer_text(response)
             candidates = mmmu.parse_open(text)
             right = mmmu.open_is_correct(row["answer"], candidates)
-            return mean_of({"acc": float(right), "unreadable": 0.0}, "acc", candidates)
+            return task.mean_of({"acc": float(right), "unreadable": 0.0}, "acc", candidates)
         letters = LETTERS[: len(row["options"])]
         named = dict(zip(letters, row["options"]))
         if profile == "paper":
@@ -58,10 +52,10 @@ class Xmmmu(Dataset):
                 seed = f"{self.name}_{subset.name}/{document.id}"
                 chosen = mmmu.parse_multiple_choice(response, letters, named, seed=seed)
         else:
-            chosen = choices.letter(answer_text(response), row["options"])
+            chosen = choices.letter(task.answer_text(response), row["options"])
             unreadable = chosen is None
         metrics = {"acc": float(chosen == row["answer"]), "unreadable": float(unreadable)}
-        return mean_of(metrics, "acc", chosen)
+        return task.mean_of(metrics, "acc", chosen)
 
 
 DATASET = Xmmmu()

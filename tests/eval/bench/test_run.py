@@ -110,7 +110,7 @@ def test_missing_and_superfluous_responses_are_told(data_dir, tmp_path, write_js
     assert results["tasks"]["mgsm_en"]["fixed"]["score"] == 100  # missing is not wrong
     shown = capsys.readouterr().out
     assert "no score: mgsm_en 0, 1 (response: no response in r.jsonl)" in shown
-    assert "1 responses of" in shown
+    assert "1 responses in" in shown
 
 
 class Killed(BaseException):
@@ -261,7 +261,7 @@ def test_a_corrected_file_of_responses_is_read_again(data_dir, tmp_path, write_j
         run.main([*flags, f"--responses={file}"])
         entry = _results(tmp_path / "out")["tasks"]["mgsm_en"]["fixed"]
         assert (entry["score"], entry["n"]) == (0 if wrong else 100, n)
-    assert "were not asked for" not in capsys.readouterr().out
+    assert "were not used" not in capsys.readouterr().out
 
 
 def test_files_that_say_nothing(data_dir, tmp_path, write_jsonl, capsys):
@@ -290,7 +290,7 @@ def test_compare_is_of_the_last_runs(data_dir, tmp_path, write_jsonl, capsys):
     shown = capsys.readouterr().out
     assert "│ en " in shown and "│ mul " not in shown
     assert run.main(["compare", *folders[1:]]) == 2
-    assert "no document that both have a score of" in capsys.readouterr().err
+    assert "have no scored document in common" in capsys.readouterr().err
 
 
 def test_compare_and_report(data_dir, tmp_path, write_jsonl, capsys):
@@ -315,12 +315,12 @@ def test_compare_and_report(data_dir, tmp_path, write_jsonl, capsys):
         (["--tasks=mgsm_te"], "no such file, needed by mgsm_te"),
         (["--tasks=mgsm_en", "--gen_kwargs=tokens=4"], "expected NAME=NUMBER"),
         (["--tasks=mgsm_en", "--judge=human"], "expected replay:FILE or openai:MODEL"),
-        (["--tasks=mgsm_en", "--model=x"], "give one of --model and --responses"),
+        (["--tasks=mgsm_en", "--model=x"], "give either --model or --responses"),
         (["--tasks=mgsm_en", "--gen_kwargs=max_new_tokens=0"], "max_new_tokens (1 or more)"),
         (["--tasks=mgsm_en", "--gen_kwargs=temperature=nan"], "temperature (0 or more)"),
         (["evaluate"], "unknown command 'evaluate'"),
-        (["run", "there", "--tasks=mgsm_en"], "run takes no folder, but got there"),
-        (["rescore", "there"], "rescore takes no --data_dir"),
+        (["run", "there", "--tasks=mgsm_en"], "run does not take a folder, but got there"),
+        (["rescore", "there"], "rescore does not take --data_dir"),
         ([], "run needs --tasks"),
     ],
 )
@@ -351,8 +351,8 @@ def test_bad_rows_name_file_line_and_field(row, message, tmp_path, write_jsonl):
 @pytest.mark.parametrize(
     ("name", "changed", "message"),
     [
-        ("cvqa_ke-sw", {"answer": "E"}, "line 2: answer 'E' is no letter of 'AB'"),
-        ("mmmlu_sw", {"answer": "AB"}, "line 2: answer 'AB' is no letter of 'AB'"),
+        ("cvqa_ke-sw", {"answer": "E"}, "line 2: answer 'E' is not one of the letters 'AB'"),
+        ("mmmlu_sw", {"answer": "AB"}, "line 2: answer 'AB' is not one of the letters 'AB'"),
         ("mmmlu_sw", {"options": ["x", 3]}, "line 2: field 'options' is ['x', 3], expected a list"),
         ("xstorycloze_sw", {"answer": 2}, "line 2: answer 2 is not in [0, 1]"),
         (
@@ -427,7 +427,7 @@ def test_a_missing_picture_costs_its_document_only(data_dir, tmp_path, write_jso
 def test_wrong_limits(limit, capsys):
     with pytest.raises(SystemExit):
         run.main(["--tasks=mgsm_en", f"--limit={limit}"])
-    assert f"{limit!r} is neither a number of documents nor a share" in capsys.readouterr().err
+    assert f"{limit!r} is not a number of documents or a share below 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_workers_change_nothing_and_restore_to_the_byte(
 
 def test_another_order_is_refused(source, views, letters):
     state = iter(dataset(source, letters, views)).get_state()
-    with pytest.raises(RestartError, match=r"seed was 5 and is 6. Restore that, or accept"):
+    with pytest.raises(RestartError, match=r"seed was 5 and is 6. Set the old values again"):
         iter(dataset(source, letters, views, seed=6)).set_state(state)
     shorter = RowSource(source._store, np.arange(20))
     with pytest.raises(RestartError, match="source was '"):

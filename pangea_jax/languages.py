@@ -130,5 +130,5 @@ def get(tag: str) -> Language:
     by_name = {language.english_name.lower(): language.code for language in _TABLE}
     near = difflib.get_close_matches(wanted, [*_BY_TAG, *by_name], n=3, cutoff=0.5)
     hints = [by_name.get(name, name) for name in near]
-    hint = f"; did you mean {', '.join(dict.fromkeys(hints))}?" if hints else ""
+    hint = f"; did you mean {', '.join(dict.fromkeys(hints))}?" if hints else "."
     raise KeyError(f"unknown language tag {tag!r}{hint} Known: {' '.join(LANGUAGES)}")

@@ -309,7 +309,7 @@ class FeedIterator(grain.DatasetIterator):
             mine = directory / f"process_{index}-of-{count}.json"
             paths = sorted(directory.glob("process_*-of-*.json"))
             if not paths:
-                raise RestartError(f"{directory} holds no state of the data")
+                raise RestartError(f"{directory} has no saved position of the data")
             if mine in paths:
                 paths = [mine]
             states = [json.loads(await asyncio.to_thread(path.read_text)) for path in paths]

@@ -109,7 +109,7 @@ class Mixture:
             raise ValueError(f"mixture.design {self.design!r} is not one of {DESIGNS}")
         if self.design == "fixed_multilingual" and (self.en_ratio is None or self.en_ratio == 1):
             raise ValueError(
-                'mixture.design="fixed_multilingual" adds English to a number of other examples: '
+                'mixture.design="fixed_multilingual" adds English to the examples of the others: '
                 f"en_ratio must lie in [0, 1), not be {self.en_ratio}"
             )
 

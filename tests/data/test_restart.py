@@ -155,7 +155,7 @@ def test_a_checkpoint_of_two_processes_is_read_by_one(tmp_path, source, views, l
     async def load(directory):
         await (await alone.load(directory))
 
-    with pytest.raises(RestartError, match="holds no state of the data"):
+    with pytest.raises(RestartError, match="has no saved position of the data"):
         asyncio.run(load(tmp_path / "empty"))
     asyncio.run(load(tmp_path))
     whole = iter(dataset(source, letters, views, PLANNED))

@@ -120,7 +120,7 @@ def _load(source, name, max_pixels, least=0, header=False) -> tuple[Image.Image,
         reason = f"cannot be decoded: not a whole file of {', '.join(FORMATS)}"
         raise ImageError(name, reason, "picture of no known format") from None
     except Image.DecompressionBombError as error:
-        raise _too_large(name, f"over Pillow's limit of pixels: {error}") from None
+        raise _too_large(name, f"over the limit of Pillow: {error}") from None
     # On broken data, decoders raise many types: struct.error, IndexError, SyntaxError.
     except Exception as error:
         raise ImageError(name, f"cannot be decoded: {error}") from error

@@ -1,12 +1,13 @@
-"""Do tiles help? Any-resolution canvases against one view a picture; never varied in the paper.
+"""Do tiles help? Any-resolution canvases against one view per image. The paper does not vary this.
 
     python launch/sweep.py --config=configs/ablate_anyres.py --workdir=runs/anyres --submit=tpu --dry_run
 
-`off` shows each picture as one view of 336 x 336 (577 tokens), `on` as up to five on LLaVA-NeXT's canvases (up to 2,928
-tokens). Both take the same examples in the same steps; `on` computes about three times as much.
+`off` shows each image as one view of 336 x 336 (577 tokens). `on` shows it as up to five, on
+LLaVA-NeXT's canvases (up to 2,928 tokens). Both see the same examples in the same steps; `on`
+computes about three times as much.
 
-At 7B scale alone (configs/scales.py): the drawings of the embedded sample have 64 pixels a side and its evaluation
-looks at them in one view.
+This ablation exists only at 7B scale (configs/scales.py). The drawings of the embedded sample are
+64 pixels wide, and its evaluation shows each in one view.
 """
 
 from ml_collections import ConfigDict

@@ -1,17 +1,21 @@
-"""Where do the other languages' examples come from? Translated, native, cultural; never varied in the paper.
+"""Where do the examples of the other languages come from: translated, native or cultural data? The
+paper does not vary this.
 
     python launch/sweep.py --config=configs/ablate_data_origin.py --workdir=runs/data_origin --submit=tpu --dry_run
 
-No English, which is of none of these origins, and 500K examples of 17 other languages, evenly, drawn from
+English is left out, because it has none of these origins. Each point has 500K examples of 17 other
+languages, in equal numbers. They come from
 
-    all               everything there is, as it comes
-    translated        what was translated from the English pool (section 2.1)
-    native            what was written or made in the language: the cultural set and the existing ones (2.2, 2.3)
-    cultural          the cultural set (2.2)
-    without_cultural  all but the cultural set: beside `all`, what that set is worth
+    all               all records, in their natural mix
+    translated        records translated from the English pool (section 2.1)
+    native            records written or made in the language: the cultural dataset and existing
+                      datasets (2.2, 2.3)
+    cultural          the cultural dataset (2.2)
+    without_cultural  all but the cultural dataset; beside `all` this shows what that dataset adds
 
-At 7B scale alone (configs/scales.py): the embedded sample is of one origin. A language that an origin lacks is an
-error before anything trains; `:languages=` names others.
+This ablation exists only at 7B scale (configs/scales.py), because the embedded sample has one
+origin. If an origin has no record of a language, this is an error before training starts;
+`:languages=` names other languages.
 """
 
 from ml_collections import ConfigDict

@@ -5,15 +5,18 @@
     python launch/sweep.py --config=configs/ablate_en_ratio.py --workdir=runs/en_ratio --seeds=3
     python launch/sweep.py --config=configs/ablate_en_ratio.py:design=fixed_multilingual --workdir=runs/en_added
 
-The total number of examples is fixed; what English leaves is divided evenly among the other languages. The paper
-trains 500K examples of its translated data at 0, 20, 40, 60, 80 and 100 % English and keeps 40 % (its best
-multilingual score); that is the default point here. So designed, the others lose what English gains, and scores
-mostly follow each language's own number of examples. `design=fixed_multilingual` holds the others' examples fixed, as
-many as they have at 40 %, and adds English to them, with the steps that takes: what changes is transfer.
+The total number of examples is fixed. English takes its share, and the other languages divide the
+rest equally. The paper trains on 500K examples of its translated data, at 0, 20, 40, 60, 80 and 100
+% English. It keeps 40 %, which gives its best multilingual score; this is the default point here.
+In this design the others lose what English gains, so scores mostly follow each language's own
+number of examples.
 
-Expect, at sample scale, the others to fall to chance (10 %) at 100 % English while English rises from 0 % on;
-docs/ablations.md has what came out. A sweep of six points takes 15 to 25 minutes on 2 CPU cores; at
-`:scale=pangea_7b`, see configs/scales.py for what a point is and costs.
+`design=fixed_multilingual` keeps the others' examples fixed, at their number for 40 % English, and
+adds English (with the steps that this takes). Changes in the scores then come from transfer.
+
+Expect, at sample scale, that the others fall to chance (10 %) at 100 % English, and that English
+rises from 0 % on. docs/ablations.md has the results. A sweep of six points takes 15 to 25 minutes
+on 2 CPU cores. For `:scale=pangea_7b`, configs/scales.py explains what a point is and costs.
 """
 
 from ml_collections import ConfigDict

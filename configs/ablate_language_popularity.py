@@ -1,16 +1,19 @@
-"""How often each language is seen against how well it does (section 5, Figure 7).
+"""How does a language's share of the examples relate to its score? (section 5, Figure 7)
 
     python launch/sweep.py --config=configs/ablate_language_popularity.py --workdir=runs/popularity --seeds=3
     python launch/sweep.py --config=configs/ablate_language_popularity.py:design=rotate --workdir=runs/rotated
 
-The paper trains nothing for this: it sets its final model's scores, relative to English, against the languages' shares
-of PangeaIns. Here the share varies. `design=alpha`: in proportion to n ** alpha of a language's n samples (Table 5),
-English included; 1 is natural (English 20 times Spanish), 0 uniform. The natural point gives the paper's own plot.
+The paper trains nothing for this. It plots its final model's scores, relative to English, against
+the languages' shares of PangeaIns. Here the share varies. `design=alpha` gives each language,
+English included, a share in proportion to n ** alpha, where n is its number of samples (Table 5).
+Alpha 1 is the natural mix (English has 20 times as many as Spanish), 0 is uniform. The natural
+point gives the paper's own plot.
 
-There share cannot be told from language. `design=rotate` deals shares out anew: at rotation k language i gets that of
-language i + k; of 8 languages each gets each share once. They are Zipf's, 1/r for the r-th largest language: the
-natural ones of all but English and Chinese lie too close together. Expect more examples to give higher scores;
-docs/ablations.md has what came out. A point takes as long as one of configs/ablate_en_ratio.py.
+In `design=alpha`, the effects of share and language cannot be separated. `design=rotate` moves the
+shares: at rotation k, language i gets the share of language i + k. So each of 8 languages gets each
+share once. The shares are Zipf's, 1/r for the r-th largest language, because the natural shares of
+all but English and Chinese are too close together. Expect higher scores with more examples;
+docs/ablations.md has the results. A point takes as long as one of configs/ablate_en_ratio.py.
 """
 
 from ml_collections import ConfigDict

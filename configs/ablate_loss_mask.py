@@ -1,13 +1,14 @@
-"""Which tokens to learn from? The mask that Pangea was trained with against the one that is usually meant.
+"""Which tokens should be trained? Pangea's loss mask against the usual one.
 
     python launch/sweep.py --config=configs/ablate_loss_mask.py --workdir=runs/loss_mask --seeds=3
 
-`answer` trains on the assistant's words and the end token. `pangea` is what the released `preprocess_qwen` leaves: the
-whole assistant message with its header, and every newline, <|im_start|> and <|im_end|> anywhere, those of the
-user's turns included. The paper does not speak of it.
+`answer` trains on the assistant's words and the end token. `pangea` is the mask of the released
+`preprocess_qwen`: the whole assistant message with its header, and every newline, <|im_start|> and
+<|im_end|> anywhere, also in the user's turns. The paper does not mention it.
 
-Nothing is published to compare with. At sample scale no difference is shown (docs/ablations.md). Two points of a few
-minutes on 2 CPU cores; at `:scale=pangea_7b`, see configs/scales.py.
+No published result exists to compare with. At sample scale there is no visible difference
+(docs/ablations.md). The two points take a few minutes on 2 CPU cores; for `:scale=pangea_7b` see
+configs/scales.py.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +32,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     mask = MASKS[int(scales.value(args, points(arg), 0.0))]
     config.pipeline.loss_mask = mask
     if args["scale"] == "sample":
-        # Of a conversation with one short answer the wider mask trains some ten tokens more.
+        # In a conversation with one short answer, the wider mask trains about ten more tokens.
         config.pipeline.max_targets = 80
     config.title = f'Loss mask "{mask}"'
     return config

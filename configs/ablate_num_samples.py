@@ -1,20 +1,23 @@
-"""How many multimodal samples? The paper's ablation of the size of the data set (section 5, Figure 5).
+"""How many multimodal samples? The paper's ablation of the dataset size (section 5, Figure 5).
 
     python launch/sweep.py --config=configs/ablate_num_samples.py --workdir=runs/num_samples --seeds=3
     python launch/sweep.py --config=configs/ablate_num_samples.py:design=one_run --seeds=3 \
         --workdir=runs/num_samples_one_run
     python launch/train.py --config=configs/ablate_num_samples.py:fraction=0.5
 
-The points are 10, 30, 50, 70, 90 and 100 % of the examples. The paper's axis ends at 5.5M of 6.15M and its script saves
-every 5 % of the steps, so its points are probably checkpoints of one run, the learning rate still high.
+The points are 10, 30, 50, 70, 90 and 100 % of the examples. The paper's axis ends at 5.5M of 6.15M,
+and its script saves every 5 % of the steps. So its points are probably checkpoints of one run, at
+which the learning rate is still high.
 
-`design=separate` trains a model to the end for every size; for one seed the smaller set is a subset of the larger.
-`design=one_run` is the paper's way: the first 10, 30, ... % of the steps of one long run, under that run's schedule,
-which is the same as its checkpoint there. Both have their examples once, so fewer samples are fewer steps.
+`design=separate` trains one model to the end for every size; for one seed, a smaller set is a
+subset of a larger one. `design=one_run` follows the paper: the first 10, 30, ... % of the steps of
+one long run, with that run's schedule. This equals the long run's checkpoint at that step. Both
+designs use each example once, so fewer samples also mean fewer steps.
 
-Expect a slow start and a rise that has not ended; docs/ablations.md has what came out at sample scale. A sweep takes
-as long as 3.5 runs in full, 10 to 15 minutes on 2 CPU cores. At `:scale=pangea_7b` the whole is the natural mixture of
-all 6.15M: 1,344 hours of an H100 in the paper, 3.5 times that for the sweep.
+Expect a slow start, and a rise that has not ended; docs/ablations.md has the results at sample
+scale. A sweep costs as much as 3.5 full runs, 10 to 15 minutes on 2 CPU cores. For
+`:scale=pangea_7b` the whole is the natural mixture of all 6.15M: 1,344 hours of an H100 in the
+paper, 3.5 times that for the sweep.
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,15 @@
-"""Should the vision tower train? The paper trains it at a tenth of the rate and never asks.
+"""Should the vision tower train? The paper trains it at a tenth of the learning rate and does not
+vary this.
 
     python launch/sweep.py --config=configs/ablate_vision_tower.py --workdir=runs/vision_tower --seeds=3
 
-`tuned` trains the tower at a tenth of the learning rate, as the paper does (2e-6 beside 2e-5, Table 1); `frozen`
-keeps it. At sample scale both see the drawings as they are: the augmented views that other configs train on are
-features of a frozen tower, kept from before, and would be a second difference.
+`tuned` trains the tower at a tenth of the learning rate, as the paper does (2e-6 beside 2e-5, Table
+1). `frozen` does not train it. At sample scale both see the original drawings. The augmented views
+of the other configs are stored features of a frozen tower, and would be a second difference.
 
-Nothing is published to compare with. Two points, each longer than one with kept features, since the tower runs at every
-step, and the tuned one both ways; at `:scale=pangea_7b`, see configs/scales.py.
+No published result exists to compare with. Each of the two points takes longer than a point with
+stored features, because the tower runs at every step; the tuned one also runs it backward. For
+`:scale=pangea_7b` see configs/scales.py.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Arguments of configs: `--config=configs/x.py:en_ratio=0.8,languages=all`; and what all of them set."""
+"""Arguments of configs, as in `--config=configs/x.py:en_ratio=0.8,languages=all`; shared keys."""
 
 import difflib
 from typing import Any
@@ -7,12 +7,12 @@ from ml_collections import ConfigDict, config_dict
 
 
 def add_run_keys(config: ConfigDict, *, log_every: int, checkpoint_every: int, keep: int) -> None:
-    """What a run writes and when it ends itself, see `Checkpoints`, `GuardConfig` and docs/training.md."""
+    """Sets what a run writes and when it stops; see `Checkpoints`, `GuardConfig`, docs/training.md."""
     config.steps = config_dict.placeholder(int)  # by default as many as the examples make
     config.log_every = log_every
     config.checkpoint = dict(every=checkpoint_every, keep=keep, keep_every=0)
     config.guards = dict(max_bad_steps=5, spike=8.0)
-    config.wandb = ""  # the name of a project of Weights & Biases
+    config.wandb = ""  # a project name of Weights & Biases
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
     {'en_ratio': 0.8, 'small': True, 'scale': 'sample'}
 
     Raises:
-      ValueError: an unknown key (names the nearest), or a value of the wrong type.
+      ValueError: an unknown key (the message names the nearest), or a value of the wrong type.
     """
     values = dict(defaults)
     for item in filter(None, (arg or "").split(",")):

@@ -5,12 +5,14 @@
     python launch/train.py --config=configs/pangea_7b_finetune.py --workdir=runs/pangea_7b
     python launch/train.py --config=configs/pangea_7b_finetune.py:batch=512 --workdir=runs/pangea_7b_batch_512
 
-6.15 million instructions in 39 languages as they come, each read once: the release without its 300,000 screenshots
-for OCR, which the paper did not train on. AdamW at 2e-5, the tower at 2e-6, 3 % warm-up, cosine to 0, no weight decay,
-gradients clipped at norm 1, rows of 8,192 tokens, any-resolution tiles on five canvases. `:num_examples=` takes fewer.
+The dataset is 6.15 million instructions in 39 languages in their natural mix, each read once: the
+release without its 300,000 OCR screenshots, which the paper did not train on. AdamW at 2e-5, the
+vision tower at 2e-6, 3 % warm-up, cosine to 0, no weight decay, gradients clipped at norm 1, rows
+of 8,192 tokens, any-resolution tiles on five canvases. `:num_examples=` takes fewer.
 
-`lora=RANK` instead fine-tunes the published model with adapters of that rank on all kernels of the decoder, at 2e-4;
-everything else is frozen in bfloat16. With your own data in `config.data.store` this is the place to begin:
+`lora=RANK` instead fine-tunes the published model: it trains adapters of that rank on all kernels
+of the decoder, at 2e-4. Everything else is frozen in bfloat16. Start here if you have your own data
+in `config.data.store`:
 
     python launch/train.py --config=configs/pangea_7b_finetune.py:lora=16 --config.data.store=DIR --workdir=runs/lora
 
@@ -18,12 +20,13 @@ Set up for one GPU of 80 GB: 16 rows a step, two at a time (`accumulation=8`; on
 tokens fits: `--config.pipeline.row_tokens=2048 --config.pipeline.row_tiles=5 --config.accumulation=16
 --config.keep=none`.
 
-`batch` is 64, 128 or 512, since the sources disagree: the text of section 4.1 says 512, Table 1 says 128, and the
-released script makes 64 on 8 GPUs. A row of 8,192 tokens holds 3.7 conversations on average (2,222 tokens each in the
-135 records of the released sample), so a quarter as many rows are a batch of about that many conversations.
+`batch` is 64, 128 or 512, because the sources disagree: section 4.1 says 512, Table 1 says 128, and
+the released script makes 64 on 8 GPUs. A row of 8,192 tokens holds 3.7 conversations on average
+(2,222 tokens each in the 135 records of the released sample). So the number of rows is a quarter of
+the batch.
 
-Expect the scores of Tables 2 and 3 (multimodal 59.9 in English, 52.8 in the others). The paper: 1,344 hours of an
-H100, 168 h on 8 of them.
+Expect the scores of Tables 2 and 3 (multimodal 59.9 in English, 52.8 in the others). The paper used
+1,344 hours of an H100, 168 h on 8 of them.
 """
 
 import dataclasses

@@ -1,17 +1,20 @@
-"""Stage 1 of Pangea-7B: the projector learns to read the tower (section 4.1, Table 1).
+"""Stage 1 of Pangea-7B: the projector learns to read the vision tower (section 4.1, Table 1).
 
     python launch/build_data.py pangeains --source=LLaVA-Pretrain/blip_laion_cc_sbu_558k.json \\
         --images=LLaVA-Pretrain --out=data/llava_pretrain --tokenizer=checkpoints/Pangea-7B-hf
     python launch/train.py --config=configs/pangea_7b_pretrain.py --workdir=runs/pangea_7b_pretrain
 
-558,128 English captions of LLaVA-Pretrain, each read once: 4,360 steps of 128. Only the projector trains, from
-random values, at 1e-3; the tower is CLIP's and the decoder Qwen2-7B-Instruct's. Table 1 also prints a learning rate
-for tower and decoder in this stage; the released script, which is followed here, trains `mm_mlp_adapter` alone.
+The dataset is 558,128 English captions of LLaVA-Pretrain, each read once: 4,360 steps of 128. Only
+the projector trains, from random values, at 1e-3. The tower is CLIP's and the decoder
+Qwen2-7B-Instruct's. Table 1 also prints a learning rate for tower and decoder in this stage, but
+the released script trains only `mm_mlp_adapter`; this config follows the script.
 
-Expect a model that captions; no score of this stage is published. The paper: 32 hours of an H100, 4 h on 8 of them.
+Expect a model that writes captions; no score of this stage is published. The paper used 32 hours of
+an H100, 4 h on 8 of them.
 
-A picture is one view. LLaVA-NeXT crops its centre and has no newline vector yet; here it is resized whole, as the
-base view of stage 2 is, and followed by the newline vector, which stays at its random start.
+Each image is one view. LLaVA-NeXT crops the centre of the image and has no newline vector yet. Here
+the whole image is resized, like the base view of stage 2. The newline vector follows it and stays
+at its random start.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.pretrained = (f"{TOWER}:vision", f"{DECODER}:language")
     config.frozen = (r"vision\..*", r"language\..*", "newline_d")
     config.mixture.num_examples = args["num_examples"]
-    # 32 rows of four captions are the batch of 128. Their pictures take 4 * 577 tokens of a row.
+    # 32 rows of four captions are the batch of 128. Their images take 4 * 577 tokens of a row.
     config.pipeline = dict(
         rows=32,
         row_tokens=4096,

@@ -1,15 +1,17 @@
-"""A rehearsal: 50 steps of the 7B's data path, losses and checkpoints with a model of toy size.
+"""A rehearsal: 50 steps with the 7B's data pipeline, losses and checkpoints, and a tiny model.
 
     python launch/build_data.py pangeains --source=PangeaInstruct --out=data/pangeains --limit=2000 \\
         --tokenizer=checkpoints/Pangea-7B-hf
     python launch/inspect_data.py --config=configs/rehearsal.py
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python launch/train.py --config=configs/rehearsal.py
 
-What configs/pangea_7b_finetune.py will do with your records, on any machine, before it costs anything: the same
-template, loss mask, tiles of 336 pixels, rows of 8,192 tokens and mixture, through a tower of two narrow layers and a
-decoder of one that start from random values. `:store=DIR,tokenizer=DIR` for a data set elsewhere, `image_id=151646` for
-a plain Qwen2 tokenizer. Expect the loss to fall from 12 (the log of the vocabulary) to 8 or 9, twenty minutes on two
-CPU cores (five with `--config.pipeline.rows=2`, see docs/data.md), and no model worth keeping.
+It shows, on any machine and before it costs anything, what configs/pangea_7b_finetune.py will do
+with your records: the same template, loss mask, tiles of 336 pixels, rows of 8,192 tokens and
+mixture. The vision tower has two narrow layers and the decoder one; both start from random values.
+`:store=DIR,tokenizer=DIR` names a dataset elsewhere; add `image_id=151646` for a plain Qwen2
+tokenizer. Expect the loss to fall from 12 (the log of the vocabulary size) to 8 or 9, in twenty
+minutes on two CPU cores (five with `--config.pipeline.rows=2`, see docs/data.md). The model itself
+is useless.
 """
 
 from ml_collections import ConfigDict
@@ -33,14 +35,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if args["image_id"]:
         config.data.image_id = args["image_id"]
     config.model.vision.update(width=32, layers=2, heads=4, mlp=64)
-    # One layer: attention within rows this long and the head over Qwen2's vocabulary are nearly all of the work.
+    # One layer: attention in rows this long and the head over Qwen2's vocabulary are most of the work.
     config.model.language.update(width=16, layers=1, heads=4, kv_heads=4, head_width=8, mlp=64)
     config.model.dtype = "float32"
     config.pretrained = ()
-    # The longest answers of the released sample take 1,495 tokens; the head computes no more places a row.
+    # The longest answers of the released sample take 1,495 tokens; the head computes no more tokens per row.
     config.pipeline.update(rows=8, max_targets=1536, threads=2)
     config.keep = "all"
-    # Records are drawn again and again, should there be fewer than the steps take.
+    # If there are fewer records than the steps need, they are drawn again.
     config.mixture.update(num_examples=64 * args["steps"], max_repeat=1e9)
     config.optimizer.learning_rate = 1e-2
     config.steps = args["steps"]

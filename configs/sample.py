@@ -1,11 +1,12 @@
-"""The sample model on the embedded emoji set: the base that sample-scale experiments vary.
+"""The sample model on the embedded emoji dataset: the base of all experiments at sample scale.
 
     python launch/train.py --config=configs/sample.py
 
-Pangea in small: a frozen, pre-trained ViT, a 2-layer MLP, one newline vector and a Qwen2-style decoder learn to
-name pictures of animals, plants and food in 8 languages of 6 scripts, from instruction records in Pangea's own form.
-`:languages=all` is 38 languages with as many examples each, which takes some five times as long. What is learned
-before: configs/sample_tower.py, configs/sample_stage1.py.
+It is a small Pangea: a frozen, pre-trained ViT, a 2-layer MLP, one newline vector and a Qwen2-style
+decoder. It learns to name images of animals, plants and food in 8 languages of 6 scripts, from
+instruction records in Pangea's own format. `:languages=all` uses 38 languages with as many examples
+each, which takes about five times as long. configs/sample_tower.py and configs/sample_stage1.py
+train the parts it starts from.
 """
 
 from ml_collections import ConfigDict
@@ -54,8 +55,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.pretrained = ("tower", "stage1")
     config.frozen = (r"vision\..*",)
     config.mixture = dict(
-        # Names are learned by seeing them. For 38 languages a model of this size would need more still: measured, the
-        # mean of 37 others is ranked first in 16 % of seen drawings (floor 11), of 7 others in 47 %.
+        # Names are learned by repetition, and for 38 languages a model of this size needs still more examples. The
+        # measured mean rank accuracy on seen drawings is 16 % for 37 other languages (floor 11), 47 % for 7 others.
         num_examples=args["num_examples"] or max(16_000, 2_000 * len(codes)),
         en_ratio=args["en_ratio"],
         languages=codes,

@@ -1,12 +1,14 @@
-"""What the sample model knows before multimodal fine-tuning begins.
+"""Stage 1 of the sample model: what it knows before multimodal fine-tuning begins.
 
     python launch/pretrain_sample.py --config=configs/sample_stage1.py --workdir=runs/sample_stage1
 
-Pangea starts from Qwen2, a decoder that knows its languages, and from a first stage on English captions (section 4.1 of
-the paper). So does the sample model: this run learns, at once, to translate the names of 283 things between the 8
-default languages (text alone, all pairs alike; asked for a translation, or asked about a picture with a name in the
-picture's place) and to name pictures in English. No picture is named in any other language. 200,000 examples, 20 to 40
-minutes on two CPU cores. Writes what is shipped as `pangea_jax/assets/sample_model/stage1.safetensors`.
+Pangea starts from Qwen2, a decoder that knows its languages, and from a first stage on English
+captions (section 4.1 of the paper). This run does both for the sample model at once. It learns to
+translate the names of 283 things between the 8 default languages (text only, all pairs equally
+often; either as a translation question, or as a question about an image with a name in place of the
+image). It also learns to name images in English, but in no other language. The 200,000 examples
+take 20 to 40 minutes on two CPU cores. The result is shipped as
+`pangea_jax/assets/sample_model/stage1.safetensors`.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,11 @@
-"""The vision tower of the sample model, trained on emoji artwork: what CLIP is to Pangea.
+"""The vision tower of the sample model, trained on emoji artwork; its role is that of CLIP.
 
     python launch/pretrain_tower.py --config=configs/sample_tower.py --workdir=runs/sample_tower
 
-A ViT of CLIP's form (4 blocks, width 128, patches of 8 on 48 pixels) learns to tell 283 things apart,
-drawn by four artists, from augmented views; nothing of Twemoji is looked at before the one test at the end.
-Writes `tower.safetensors`, shipped as `pangea_jax/assets/emoji/tower.safetensors`.
+A ViT of CLIP's form (4 blocks, width 128, patches of 8 on 48 pixels) learns to tell 283 things
+apart, from augmented views of drawings by four artists. The fifth artist, Twemoji, appears only in
+the one test at the end. Writes `tower.safetensors`, shipped as
+`pangea_jax/assets/emoji/tower.safetensors`.
 """
 
 from ml_collections import ConfigDict

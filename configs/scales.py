@@ -1,15 +1,15 @@
-"""What an ablation varies: the sample model, or Pangea-7B. The arguments that all ablations share.
+"""The base of an ablation, the sample model or Pangea-7B; the arguments that all ablations share.
 
-    scale       sample (minutes on a laptop) or pangea_7b
-    point       one of the config's `points()`, as `launch/sweep.py` asks for them
-    design      which question is asked, one of the config's `DESIGNS`
-    languages   default, all, or codes joined by `+`
+    scale         sample (minutes on a laptop) or pangea_7b
+    point         one of the config's `points()`; `launch/sweep.py` sets it
+    design        the question asked, one of the config's `DESIGNS`
+    languages     default, all, or codes joined by `+`
     num_examples  0: as many as the scale has
-    seed        of the examples drawn, their order and what is initialised
+    seed          of the examples drawn, their order and the initial values
 
-At 7B scale a point is 500K examples, as in section 5 of the paper: 3,906 steps of 128. By the paper's own rate, 10.2
-examples a second on 8 H100, that is 14 hours. Two conversations always fit a row of 8,192 tokens, so that every
-step has exactly 128 and points differ in nothing but what is varied.
+At 7B scale a point is 500K examples, as in section 5 of the paper: 3,906 steps of 128. At the
+paper's own speed, 10.2 examples per second on 8 H100, this takes 14 hours. Two conversations always
+fit a row of 8,192 tokens. So every step has exactly 128, and points differ only in what is varied.
 """
 
 import re
@@ -23,11 +23,11 @@ from configs.common import choice, parse_arg
 from pangea_jax import languages
 
 SCALES = ("sample", "pangea_7b")
-# The paper spreads its translated data over 17 languages and lists none; these are the 17 largest of its Table 5.
+# The paper's translated data has 17 languages, which it does not list; these are the 17 largest of its Table 5.
 LARGEST = tuple(
     sorted(languages.PANGEAINS, key=lambda code: -languages.get(code).pangeains_thousands)[:18]
 )
-# Not translated from the English pool: what was written, or made anew, in its own language (section 2.2 and 2.3).
+# Sources that are not translated from the English pool, but written or made in their own language (2.2 and 2.3).
 CULTURAL = ("cultural*",)
 NATIVE = (
     *CULTURAL,
@@ -48,7 +48,7 @@ def parse(
     """The shared arguments and an ablation's `own`; `designs` begin with the default one.
 
     Raises:
-      ValueError: an argument is not known, not one of those there are, or one of `own` beside the point that sets it.
+      ValueError: an argument or its value is unknown, or `point=` already sets an argument of `own`.
     """
     args = parse_arg(
         arg,
@@ -69,12 +69,12 @@ def parse(
 
 
 def value(args: Mapping[str, Any], points: Mapping[str, Any], default: Any) -> Any:
-    """What `point=` stands for, `default` without one."""
+    """The value that `point=` names, or `default` without `point=`."""
     return points[choice("point", args["point"], tuple(points))] if args["point"] else default
 
 
 def base(args: Mapping[str, Any]) -> ConfigDict:
-    """The config that a point changes; 40 % English, the others evenly."""
+    """The config that a point changes: 40 % English, the other languages in equal shares."""
     if args["scale"] == "sample":
         number = f",num_examples={args['num_examples']}" if args["num_examples"] else ""
         return sample.get_config(f"languages={args['languages']},seed={args['seed']}{number}")
@@ -91,7 +91,7 @@ def base(args: Mapping[str, Any]) -> ConfigDict:
 
 
 def steps(config: ConfigDict) -> int:
-    """Steps of one pass over the examples, which "balanced" rows fix beforehand."""
+    """Steps of one pass over the examples; known beforehand with "balanced" rows."""
     return config.mixture.num_examples // (config.pipeline.rows * config.pipeline.examples_per_row)
 
 

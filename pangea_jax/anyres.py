@@ -1,8 +1,8 @@
 """Any-resolution geometry of LLaVA-NeXT: which canvas, which tiles, where each feature goes.
 
-All of it depends on the size of the picture alone, so it is settled here in NumPy and the device
-sees one int32 index per token. Reference: `llava/mm_utils.py` and `llava/model/llava_arch.py` of
-LLaVA-NeXT.
+All of this depends only on the size of the image. So the host computes it here in NumPy, and the
+device gets one int32 index per token. Reference: `llava/mm_utils.py` and
+`llava/model/llava_arch.py` of LLaVA-NeXT.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ ROUNDINGS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the features of one picture go.
+    """Where the features of one image go.
 
     Attributes:
-      canvas: (width, height) in pixels that the picture is fitted into; None for a single view.
+      canvas: (width, height) in pixels into which the image is fitted; None for a single view.
       grid: (columns, rows) of tiles on the canvas; (0, 0) for a single view.
-      features: (columns, rows) of patch features left of the canvas once its padding is cut off.
-      image_index: for each picture token 0 for the newline vector, or 1 + n * P + p for patch p
-        (row-major within its tile) of tile n; tile 0 is the base view, the others follow row by
+      features: (columns, rows) of patch features that remain after the padding is cut off.
+      image_index: for each image token, 0 means the newline vector and 1 + n * P + p means patch p
+        (row-major within its tile) of tile n. Tile 0 is the base view; the others follow row by
         row.
     """
 
@@ -42,16 +42,16 @@ class Layout:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles including the base view."""
+        """Number of tiles, including the base view."""
         return 1 + self.grid[0] * self.grid[1]
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """The canvas that keeps most of the picture's pixels and, among equals, wastes least.
+    """The canvas that keeps most of the image's pixels; among equals, the one that wastes least.
 
     Args:
-      size: (width, height) of the picture.
-      pinpoints: canvases as (width, height); the first of equally good ones wins.
+      size: (width, height) of the image.
+      pinpoints: canvases as (width, height); of equally good ones the first is taken.
     """
     width, height = size
 
@@ -72,22 +72,21 @@ def layout(
     *,
     newline: bool = True,
 ) -> Layout:
-    """Tiles and token order of a picture: the base view, then the canvas row by row, padding cut
-    off.
+    """Tiles and token order of an image: the base view, then the canvas without its padding.
 
-    Each row of the canvas ends with the newline vector; the base view has none. A picture without
-    pinpoints is the base view followed by one newline.
+    The canvas follows row by row, and each row ends with the newline vector; the base view has
+    none. Without pinpoints, an image is the base view and one newline.
 
     Args:
-      size: (width, height) of the picture in pixels.
+      size: (width, height) of the image in pixels.
       pinpoints: canvases as (width, height), multiples of `tile_size`; empty for a single view.
-      tile_size: side of the tower's input, pixels.
-      patches_per_side: P = patches_per_side ** 2 features a tile.
+      tile_size: side of the vision tower's input in pixels.
+      patches_per_side: a tile has P = patches_per_side ** 2 features.
       rounding: how a fitted side is rounded, one of `ROUNDINGS`.
       newline: False for models without the newline vector (LLaVA-1.5); needs empty `pinpoints`.
 
     Raises:
-      ValueError: an argument outside of the above.
+      ValueError: an argument is not one of the above.
     """
     pinpoints = tuple((int(width), int(height)) for width, height in pinpoints)
     return _layout(tuple(map(int, size)), pinpoints, tile_size, patches_per_side, rounding, newline)
@@ -96,19 +95,21 @@ def layout(
 @functools.lru_cache(maxsize=4096)
 def _layout(size, pinpoints, tile_size, side, rounding, newline):
     if min(size) < 1:
-        raise ValueError(f"picture size {size} must be at least 1 x 1")
+        raise ValueError(f"image size {size} must be at least 1 x 1")
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding {rounding!r} is not one of {tuple(ROUNDINGS)}")
     for canvas in pinpoints:
         if min(canvas) < 1 or canvas[0] % tile_size or canvas[1] % tile_size:
-            raise ValueError(f"pinpoint {canvas} is not made of tiles of {tile_size} pixels")
+            raise ValueError(
+                f"pinpoint {canvas}: each side must be a multiple of tile_size={tile_size}"
+            )
     P = side * side
     base = np.arange(1, P + 1)
     if not pinpoints:
         image_index = np.append(base, 0) if newline else base
         return Layout(None, (0, 0), (0, 0), _frozen(image_index))
     if not newline:
-        raise ValueError("tiles without newline vectors are not defined; pass no pinpoints")
+        raise ValueError("newline=False works only without tiles; pass pinpoints=()")
     canvas = best_resolution(size, pinpoints)
     columns, rows = canvas[0] // tile_size, canvas[1] // tile_size
     places = np.arange(1 + P, 1 + P + rows * columns * P).reshape(rows, columns, side, side)
@@ -121,7 +122,7 @@ def _layout(size, pinpoints, tile_size, side, rounding, newline):
 
 
 def _without_padding(places, size, rounded):
-    """The rows or columns of `places` that the picture covers, one more if it is off centre."""
+    """The rows or columns of `places` that the image covers; one more if it is not centred."""
     width, height = size
     rows, columns = places.shape
     if width / height > columns / rows:
@@ -132,7 +133,7 @@ def _without_padding(places, size, rounded):
 
 
 def _frozen(image_index):
-    """int32 and read-only: the cache hands the same array to every caller."""
+    """As int32 and read-only, because the cache gives the same array to every caller."""
     image_index = image_index.astype(np.int32)
     image_index.setflags(write=False)
     return image_index

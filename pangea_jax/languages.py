@@ -1,10 +1,10 @@
-"""The languages of PangeaIns and PangeaBench: one table, one way to look a tag up.
+"""The languages of PangeaIns and PangeaBench: one table, and one function to look up a tag.
 
 PangeaIns has 39 languages (paper, Table 5; counts in thousands of samples). The paper says that
-PangeaBench covers 47 but prints no list. Every language that one of its 14 data sets names is in
-the table, 55 in all; the 39 of PangeaIns together with the 36 of XM100 make exactly 47, which is
-the only reading of that number we could reproduce (`PANGEABENCH`). The remaining eight occur in
-CVQA, xChatBench, M3Exam, MMMLU or XStoryCloze alone and are needed to score those sets.
+PangeaBench covers 47 but prints no list. The table has every language that one of the 14 datasets
+of PangeaBench names, 55 in all. The 39 of PangeaIns and the 36 of XM100 together are exactly 47,
+the only way we found to get that number (`PANGEABENCH`). The other eight occur only in CVQA,
+xChatBench, M3Exam, MMMLU or XStoryCloze and are needed to score those.
 """
 
 import difflib
@@ -16,11 +16,12 @@ class Language:
     """One language.
 
     Attributes:
-      code: canonical tag, the one PangeaIns uses on the Hub except Hebrew, `he` here (`iw` there).
+      code: canonical tag, as PangeaIns uses it on the Hub; only Hebrew differs, `he` here, `iw`
+        there.
       english_name: name in English.
       native_name: name in the language itself.
       script: ISO 15924 code of the script it is written in here.
-      aliases: other tags met in the released data sets and harnesses.
+      aliases: other tags that the released datasets and harnesses use.
       pangeains_thousands: thousands of PangeaIns samples (paper, Table 5), None outside PangeaIns.
     """
 
@@ -117,7 +118,7 @@ _BY_TAG = {
 
 
 def get(tag: str) -> Language:
-    """Returns the language of a tag or alias; case and `_` against `-` do not matter.
+    """Returns the language of a tag or alias; case does not matter, and `_` equals `-`.
 
     Raises:
       KeyError: the tag is unknown; the message names the nearest known tags.
@@ -129,5 +130,5 @@ def get(tag: str) -> Language:
     by_name = {language.english_name.lower(): language.code for language in _TABLE}
     near = difflib.get_close_matches(wanted, [*_BY_TAG, *by_name], n=3, cutoff=0.5)
     hints = [by_name.get(name, name) for name in near]
-    hint = f"; did you mean {', '.join(dict.fromkeys(hints))}?" if hints else ""
+    hint = f"; did you mean {', '.join(dict.fromkeys(hints))}?" if hints else "."
     raise KeyError(f"unknown language tag {tag!r}{hint} Known: {' '.join(LANGUAGES)}")

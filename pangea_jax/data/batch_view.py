@@ -1,4 +1,4 @@
-"""A batch as a person can check it: its words with what is trained marked, and a sheet of its tiles."""
+"""Shows a batch to a person: its words, with trained tokens in colour, and a sheet of its tiles."""
 
 import io
 import itertools
@@ -20,14 +20,14 @@ _UNUSED = (60, 60, 60)
 
 
 def trained_tokens(row: Mapping[str, np.ndarray]) -> np.ndarray:
-    """bool [T]: true at the tokens that the model is trained to say, not at the places before them."""
+    """bool [T]: true at the tokens that are predicted, not at the positions that predict them."""
     trained = np.zeros(len(row["tokens"]), bool)
     trained[1:] = (row["weights"][:-1] > 0) & (row["segment_ids"][1:] == row["segment_ids"][:-1])
     return trained
 
 
 def render_row(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, patches: int) -> Iterator:
-    """Yields rich renderables: for every segment a rule and its words, pictures as one phrase."""
+    """Yields rich renderables: a rule and the words of every segment; an image is one phrase."""
     trained, pictured = trained_tokens(row), row["image_index"] >= 0
     segments = row["segment_ids"]
     for segment in range(1, int(segments.max(initial=0)) + 1):
@@ -75,7 +75,7 @@ def print_batch(
     *,
     rows: int,
 ) -> None:
-    """Prints the first `rows` rows, the trained tokens in colour."""
+    """Prints the first `rows` rows, with the trained tokens in colour."""
     console.print(describe(batch, patches), highlight=False)
     for r in range(min(rows, len(batch["tokens"]))):
         row = {name: values[r] for name, values in batch.items()}
@@ -86,7 +86,7 @@ def print_batch(
 
 
 def contact_sheet(batch: Mapping[str, np.ndarray], patches: int, *, rows: int) -> Image.Image:
-    """The tiles of the first `rows` rows, a line or more a row, unused ones crossed out."""
+    """The tiles of the first `rows` rows, one or more lines per row; unused tiles are crossed out."""
     tiles, index = batch["tiles"][:rows], batch["image_index"][:rows]
     count, per_row, side = tiles.shape[0], tiles.shape[1], tiles.shape[2]
     columns = min(per_row, max(1, _SHEET_WIDTH // (min(side, 160) + _GAP)))
@@ -118,9 +118,9 @@ def save_batch(
     rows: int = 8,
     name: str = "first_batch",
 ) -> str:
-    """Writes `name`.html with the words, `name`.png with the tiles if there are any; returns `describe`.
+    """Writes `name`.html with the words, and `name`.png if there are tiles; returns `describe`.
 
-    What a trainer calls once: most mistakes in data are visible here and nowhere else.
+    Training calls this once, because most mistakes in the data are visible only here.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / f"{name}.html").open("w", encoding="utf-8") as file:

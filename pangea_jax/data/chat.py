@@ -1,4 +1,4 @@
-"""ChatML: a conversation to tokens, loss mask and picture places. Training, evaluation and chat all come here.
+"""ChatML: turns a conversation into tokens, loss mask and image positions; used everywhere.
 
     <|im_start|>system
     You are a helpful assistant.<|im_end|>
@@ -8,7 +8,8 @@
     <|im_start|>assistant
     {answer}<|im_end|>
 
-The template is `qwen_1_5` of LLaVA-NeXT's conversation.py; every message is tokenised on its own.
+Training, evaluation and chat all use this module. The template is `qwen_1_5` of LLaVA-NeXT's
+conversation.py; every message is tokenised separately.
 """
 
 import base64
@@ -29,7 +30,7 @@ from pangea_jax.data.tokenizer import Tokenizer
 SYSTEM_PROMPT = "You are a helpful assistant."
 LOSS_MASKS = ("answer", "pangea")
 
-# Of records, questions and the names of small vocabularies come back; essays do not.
+# Short messages (questions, names of a small vocabulary) come again; long ones do not.
 _CACHED_CHARACTERS, _CACHED_MESSAGES = 256, 16_384
 
 
@@ -38,10 +39,10 @@ class Rendered:
     """A conversation as the model reads it.
 
     Attributes:
-      tokens: ids; places of picture features hold the `<image>` id.
-      trained: true where predicting this token is what the model is trained for.
-      image_index: -1 for words, else the feature to put here (see `pangea_jax.model.Pangea`),
-        counted over all tiles of this conversation.
+      tokens: ids; positions of image features hold the `<image>` id.
+      trained: true for each token that the model is trained to predict.
+      image_index: -1 for words, else the index of the feature at this position, counted over all
+        tiles of this conversation (see `pangea_jax.model.Pangea`).
     """
 
     tokens: Int[np.ndarray, "T"]
@@ -61,28 +62,28 @@ def render(
     answer_next: bool = False,
     move_marker_first: bool = False,
 ) -> Rendered:
-    """Renders turns, each `<image>` marker replaced by the picture's layout.
+    """Renders turns and replaces each `<image>` marker by the layout of its image.
 
     Args:
       turns: user and assistant in alternation; `<image>` markers in the order of `layouts`.
-      layouts: per picture, `image_index` counted from its own first tile.
-      tiles_per_image, patches: how many tiles each picture has, and patches a tile; what shifts a
-        later picture's index past those before it.
-      loss_mask: "answer": the assistant's words and the end token. "pangea": what LLaVA-NeXT's
-        `preprocess_qwen` leaves: the whole assistant message with its header, and every newline,
-        <|im_start|> and <|im_end|> anywhere.
-      answer_next: end with the header of an assistant message to be generated.
-      move_marker_first: put a message's only marker before its words, see `marker_first`.
+      layouts: for each image, `image_index` counted from its own first tile.
+      tiles_per_image, patches: number of tiles of each image, and of patches per tile. They shift
+        the index of each image behind the images before it.
+      loss_mask: "answer" trains the assistant's words and the end token. "pangea" trains what
+        LLaVA-NeXT's `preprocess_qwen` trains: the whole assistant message with its header, and
+        every newline, <|im_start|> and <|im_end|> anywhere.
+      answer_next: end with the header of the assistant message that is generated next.
+      move_marker_first: put the only marker of a message before its words, see `marker_first`.
 
     Raises:
-      ValueError: markers and layouts differ in number, or the mask is unknown.
+      ValueError: the numbers of markers and layouts differ, or the mask is unknown.
     """
     if loss_mask not in LOSS_MASKS:
         raise ValueError(f"loss_mask {loss_mask!r} is not one of {LOSS_MASKS}")
     markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
     if markers != len(layouts):
         raise ValueError(
-            f"{markers} {IMAGE_MARKER} markers in the turns, but {len(layouts)} pictures"
+            f"{markers} {IMAGE_MARKER} markers in the turns, but {len(layouts)} images"
         )
     if move_marker_first:
         turns = [Turn(turn.role, marker_first(turn.text)) for turn in turns]
@@ -98,23 +99,24 @@ def render(
 
 
 def from_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Turn], list[Any]]:
-    """Messages in the form of transformers and OpenAI, as (system prompt, turns, pictures).
+    """Converts messages in the format of transformers and OpenAI to (system prompt, turns, images).
 
     >>> from_messages([{"role": "user", "content": [{"type": "image", "image": "cat.png"},
     ...                                             {"type": "text", "text": "What is this?"}]}])
     ('You are a helpful assistant.', [Turn(role='user', text='<image>\\nWhat is this?')], ['cat.png'])
 
-    A part of a message that is a picture is one of
+    An image part of a message is one of
       `{"type": "image", "image": PIL image, path or bytes}` (or "path", or "base64": text),
       `{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}`.
-    It keeps its place among the text and stands on a line of its own, as in training.
+    It keeps its place in the text, on a line of its own, as in training.
 
-    With `{"role": "user", "content": text, "images": [...]}` the text has an `<image>` mark wherever a
-    picture goes. If it has none, the marks come first, in one line, as Pangea's evaluation does it
-    (`lmms_eval/models/pangea.py`); one picture then reads the same as the picture part above.
+    In `{"role": "user", "content": text, "images": [...]}` the text has an `<image>` marker at the
+    place of each image. Without markers, the images come first, in one line, as in Pangea's
+    evaluation (`lmms_eval/models/pangea.py`). One image then gives the same prompt as the image
+    part above.
 
     Raises:
-      ValueError: a role or a content type that is not known, naming the message.
+      ValueError: a role or a content type is unknown; the message names its place.
     """
     system, turns, pictures = SYSTEM_PROMPT, [], []
     for i, message in enumerate(messages):
@@ -129,26 +131,26 @@ def from_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Turn
         if role == "system" and i == 0:
             system = text
         elif role == "system":
-            raise ValueError(f"messages[{i}]: only the first message may be the system's")
+            raise ValueError(f"messages[{i}].role is system; only messages[0] may be")
         else:
             turns.append(Turn(role, text))
     if not turns:
-        raise ValueError("there is no message of a user")
+        raise ValueError("messages has no user message; add one")
     return system, turns, pictures
 
 
 def _parts(message: Mapping[str, Any], name: str) -> tuple[str, list[Any]]:
-    """Text with marks, and pictures, of a message in parts."""
+    """The text with markers, and the images, of a message that consists of parts."""
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
     if not (isinstance(parts, Sequence) and all(isinstance(part, Mapping) for part in parts)):
         raise ValueError(
-            f"{name}.content is neither a text nor a list of parts but {reprlib.repr(content)}"
+            f"{name}.content must be a text or a list of parts, not {reprlib.repr(content)}"
         )
     lines, pictures = [], []
     for j, part in enumerate(parts):
         if part.get("type") == "text" and isinstance(part.get("text"), str):
-            # Spelled out in somebody's words the marker is no picture.
+            # A marker that somebody wrote in a text is not an image.
             lines.append(part["text"].replace(IMAGE_MARKER, "<image\u200b>"))
         else:
             pictures.append(_picture(part, f"{name}.content[{j}]"))
@@ -157,20 +159,20 @@ def _parts(message: Mapping[str, Any], name: str) -> tuple[str, list[Any]]:
 
 
 def _marked(message: Mapping[str, Any], name: str) -> tuple[str, list[Any]]:
-    """Text with marks, and pictures, of a message with `images`."""
+    """The text with markers, and the images, of a message with `images`."""
     text, pictures = message.get("content"), list(message["images"])
     if not isinstance(text, str):
-        raise ValueError(f"{name} has images beside its content, which must then be text")
+        raise ValueError(f"{name} has images, so its content must be a text")
     marks = text.count(IMAGE_MARKER)
     if not marks:
         text = " ".join([IMAGE_MARKER] * len(pictures)) + "\n" + text
     elif marks != len(pictures):
-        raise ValueError(f"{name} has {marks} {IMAGE_MARKER} marks, but {len(pictures)} images")
+        raise ValueError(f"{name} has {marks} {IMAGE_MARKER} markers, but {len(pictures)} images")
     return text, pictures
 
 
 def _picture(part: Mapping[str, Any], name: str) -> Any:
-    """What `pangea_jax.data.image.decode` takes, of a part of a message."""
+    """The image of a message part, in a form that `pangea_jax.data.image.decode` takes."""
     kind = part.get("type")
     if kind == "image_url" and part.get("image_url"):
         url = part["image_url"]
@@ -194,7 +196,7 @@ def _from_data_url(url: str, name: str) -> bytes:
     header, comma, data = str(url).partition(",")
     if not (comma and header.startswith("data:") and header.endswith(";base64")):
         raise ValueError(
-            f"{name}: a picture is given as data:image/...;base64,..., not as {header[:60]!r}; "
+            f"{name}: expected an image as data:image/...;base64,..., got {header[:60]!r}; "
             "download it first"
         )
     return _from_base64(data, name)
@@ -204,13 +206,13 @@ def _from_base64(data: str, name: str) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
     except ValueError as error:  # binascii.Error is one
-        raise ValueError(f"{name}: the picture's base64 is broken ({error})") from None
+        raise ValueError(f"{name}: the image is not valid base64 ({error})") from None
 
 
 def marker_first(text: str) -> str:
-    """The text with its only `<image>` in front, as LLaVA-NeXT's `preprocess_multimodal` moves it.
+    """Moves the only `<image>` of a text to its start, as LLaVA-NeXT's `preprocess_multimodal`.
 
-    Texts with no marker, with several, or that begin with one stay as they are.
+    A text with no marker, with several, or with one at its start does not change.
 
     >>> marker_first("What is this?\\n<image>")
     '<image>\\nWhat is this?'
@@ -221,16 +223,16 @@ def marker_first(text: str) -> str:
 
 
 class _Span(NamedTuple):
-    """Words between pictures: their ids, and which of them are trained. Shared, so read-only."""
+    """Words between images: their ids, and which are trained. Read-only, because it is shared."""
 
     tokens: Int[np.ndarray, "T"]
     trained: Bool[np.ndarray, "T"]
 
 
 def _message(tokenizer, role, text, loss_mask) -> tuple[_Span, ...]:
-    """One message as the spans between its pictures; a picture stands between any two."""
-    # Header and text go through the tokenizer as one string, as in the reference: a text that
-    # starts with a newline shares a token with the header's.
+    """One message as spans; there is one image between two neighbouring spans."""
+    # Header and text are tokenised as one string, as in the reference: if the text starts with a
+    # newline, it shares a token with the newline of the header.
     pieces = [
         tokenizer.encode(piece) if piece else [] for piece in f"{role}\n{text}".split(IMAGE_MARKER)
     ]
@@ -268,7 +270,7 @@ def _span(tokenizer, loss_mask, tokens, trained) -> _Span:
 
 
 def _assemble(messages, layouts, image_id) -> Rendered:
-    """Spans and pictures in turn, one after the other in arrays of their own."""
+    """Joins the spans of all messages, with the images between them, into new arrays."""
     layouts = iter(layouts)
     parts = []  # (tokens or a constant, trained or a constant, image_index or a constant, length)
     for spans in messages:
@@ -291,7 +293,7 @@ def _assemble(messages, layouts, image_id) -> Rendered:
 
 
 def _shifted(layouts, tiles_per_image, patches):
-    """Each picture's index moved behind the tiles of the pictures before it; newlines (0) stay."""
+    """Shifts each image's index behind the tiles of earlier images; newlines (0) stay 0."""
     if len(layouts) < 2:
         return layouts
     first_tiles = np.cumsum([0, *tiles_per_image[:-1]])

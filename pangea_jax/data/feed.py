@@ -1,4 +1,4 @@
-"""The end of the pipeline: batches with their bookkeeping, and where to go on after a restart."""
+"""The end of the pipeline: batches with their statistics, and the position for a restart."""
 
 import asyncio
 import collections
@@ -12,30 +12,30 @@ import numpy as np
 from absl import logging
 
 _STATE_FORMAT = 2
-# A budget says nothing about the first few records.
+# The limit is a share of at least this many records, so that one early bad record does not exceed it.
 _BUDGET_FROM = 1_000
-# Bad records that the log names, of each run and process.
+# Number of bad records that the log names, for each run and process.
 _NAMED = 20
 
 
 class RestartError(RuntimeError):
-    """A saved position does not belong to this pipeline; says what differs and what can be done."""
+    """A saved position does not belong to this pipeline; the message says what differs."""
 
 
 class BadRecordsError(RuntimeError):
-    """More bad records than `max_bad_fraction` allows; lists the reasons."""
+    """More bad records than `max_bad_fraction` allows; the message lists the reasons."""
 
 
 @dataclasses.dataclass
 class Notes:
-    """What the host wants to know of a batch and the device does not.
+    """Statistics of a batch that only the host needs.
 
     Attributes:
-      languages, sources: examples by canonical code and by record source.
-      language_tokens: their tokens, places of pictures included.
-      tiles: tiles in use.
-      cut: examples that were cut to fit a row.
-      dropped: examples left out because they do not fit one.
+      languages, sources: number of examples by canonical code, and by record source.
+      language_tokens: number of tokens by canonical code, image tokens included.
+      tiles: number of used tiles.
+      cut: number of examples that were cut to fit a row.
+      dropped: number of examples that fit no row and were left out.
       bad: (reason, message) of every record that could not be used.
     """
 
@@ -62,7 +62,7 @@ class Notes:
 
 
 def _fault(error: Exception) -> str:
-    """A phrase that is the same for the same fault."""
+    """A fixed phrase for each kind of fault."""
     for name in ("fault", "reason"):
         if hasattr(error, name):
             return getattr(error, name)
@@ -70,7 +70,7 @@ def _fault(error: Exception) -> str:
 
 
 class Counters:
-    """Sums of `Notes` since the start of training, and since the last look; of this process's rows."""
+    """Sums of this process's `Notes`, since the start of training and since the last `flush`."""
 
     def __init__(self):
         self._total = self._zero()
@@ -108,12 +108,12 @@ class Counters:
         total["bad"].update(reason for reason, _ in notes.bad)
 
     def flush(self) -> dict[str, Any]:
-        """What the batches since the last call held, for a log line.
+        """The totals of the batches since the last call, for a log line.
 
         Returns:
           `padding` and `tile_fill` as shares of the slots; `examples_per_language`,
-          `tokens_per_language`, `examples_per_source`, `bad_records` by reason, `cut`, `dropped`; and since the
-          start of training `total_tokens` and `total_examples`.
+          `tokens_per_language`, `examples_per_source`, `bad_records` by reason, `cut`, `dropped`;
+          and, since the start of training, `total_tokens` and `total_examples`.
         """
         total, shown = self._total, self._shown
         new = {name: total[name] - shown[name] for name in total}
@@ -144,8 +144,8 @@ class Counters:
             )
 
     def get_state(self) -> dict[str, Any]:
-        """The sums, and as `shown` what the last look saw: the next one then tells of as many batches as
-        it would have without a restart."""
+        """The sums, and `shown`: the totals at the last log line. With `shown`, the next log line
+        after a restart covers the same batches as without one."""
         return _copies(self._total) | {"shown": _copies(self._shown)}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -175,14 +175,14 @@ class Feed(grain.IterDataset):
     """Batches of one process, from a stream of (batch, Notes).
 
     Args:
-      open_stream: makes the stream from batch n on if `seekable`, else from example n on.
-      num_batches: how many there are, None where only the end tells.
-      dropped: examples that were left out before the first batch.
-      identity: all that the order of the examples depends on. It is part of the state; a state of
-        another identity is refused.
-      seekable: whether batch n can be reached without those before it; else the stream's own state
-        says where it is.
-      max_bad_fraction: of the records read, see `Counters.check`.
+      open_stream: makes the stream that starts at batch n if `seekable`, else at example n.
+      num_batches: number of batches, None if it is not known beforehand.
+      dropped: number of examples that were left out before the first batch.
+      identity: everything on which the order of the examples depends. It is part of the state; a
+        state with another identity is refused.
+      seekable: whether the stream can start at batch n directly. Otherwise the stream's own state
+        holds the position.
+      max_bad_fraction: allowed share of bad records, see `Counters.check`.
     """
 
     def __init__(
@@ -211,10 +211,10 @@ class Feed(grain.IterDataset):
 
 
 class FeedIterator(grain.DatasetIterator):
-    """Iterator of `Feed`: a batch a time, the counters beside it.
+    """Iterator of `Feed`.
 
     Attributes:
-      counters: of the batches handed out, and of those before a restart.
+      counters: totals of all batches so far, including those before a restart.
     """
 
     def __init__(self, feed: Feed):
@@ -250,14 +250,14 @@ class FeedIterator(grain.DatasetIterator):
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `state` was taken.
+        """Continues at the position of `state`.
 
         Raises:
-          RestartError: it was taken from a pipeline with another order of examples.
+          RestartError: `state` comes from a pipeline with another order of examples.
         """
         if state.get("format") != _STATE_FORMAT:
             raise RestartError(
-                f"the data state has format {state.get('format')!r}, this version reads {_STATE_FORMAT}"
+                f"the data state has format {state.get('format')!r}; this version reads {_STATE_FORMAT}"
             )
         feed = self._feed
         differing = [
@@ -267,10 +267,10 @@ class FeedIterator(grain.DatasetIterator):
         ]
         if differing and not feed._approximate:
             raise RestartError(
-                "the order of the examples is not the one that was saved: "
+                "the order of the examples is not the saved one: "
                 + "; ".join(differing)
-                + ". Restore that, or accept that some examples are repeated and others left out "
-                "(--approximate_restart)"
+                + ". Set the old values again, or pass --approximate_restart, which repeats some "
+                "examples and leaves others out"
             )
         self.close_stream()
         self.counters.set_state(state["counters"])
@@ -282,7 +282,7 @@ class FeedIterator(grain.DatasetIterator):
             self._open(0)
             self._stream.set_state(state["stream"])
         else:
-            # Another packing's identity does not say how many processes there were: as many as now.
+            # Other packings do not store the number of processes; then assume the present one.
             now = feed._identity["process_count"]
             was = state["identity"].get("process_count", now)
             self._open(state["counters"]["examples"] * was // now)
@@ -298,10 +298,10 @@ class FeedIterator(grain.DatasetIterator):
         super().close()
 
     async def load(self, directory):
-        """Orbax's protocol: sets the state that `save` wrote, by however many processes.
+        """Part of Orbax's protocol: loads the state that any number of processes saved.
 
-        Each process writes its state. With another number of processes than then, the first one's
-        position is taken, and the first process goes on with the counts of all.
+        Each process writes its own state. If the number of processes has changed, all take the
+        position of the first one, and the first process continues with the summed counts of all.
         """
 
         async def read():
@@ -309,7 +309,7 @@ class FeedIterator(grain.DatasetIterator):
             mine = directory / f"process_{index}-of-{count}.json"
             paths = sorted(directory.glob("process_*-of-*.json"))
             if not paths:
-                raise RestartError(f"{directory} holds no state of the data")
+                raise RestartError(f"{directory} has no saved position of the data")
             if mine in paths:
                 paths = [mine]
             states = [json.loads(await asyncio.to_thread(path.read_text)) for path in paths]
@@ -322,7 +322,7 @@ class FeedIterator(grain.DatasetIterator):
 
 
 def _process() -> tuple[int, int]:
-    # Worker processes import this module and have no use for JAX.
+    # Worker processes import this module but do not need JAX.
     import jax
 
     return jax.process_index(), jax.process_count()

@@ -1,4 +1,4 @@
-"""Pictures: bytes to RGB within limits, and RGB to the tiles that the tower sees."""
+"""Images: decodes bytes to RGB within limits, and cuts RGB into tiles for the vision tower."""
 
 import io
 import math
@@ -11,18 +11,18 @@ from PIL import Image, UnidentifiedImageError
 
 from pangea_jax.anyres import Size, best_resolution
 
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs
-# Formats of pictures only: Pillow also opens containers that run other programs (EPS, Ghostscript).
+MAX_PIXELS = 89_478_485  # above this Pillow warns of decompression bombs
+# Only image formats: Pillow also opens containers that run other programs (EPS, Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; names the file or key and the reason.
+    """An image that cannot be used; the message names the file or key, and the reason.
 
     Attributes:
       name: the file or store key, empty if unknown.
       reason: what is wrong with it.
-      fault: a short fixed phrase, the same for the same fault, so that faults can be counted.
+      fault: a short fixed phrase for each kind of fault, so that faults can be counted.
     """
 
     def __init__(self, name: str, reason: str, fault: str = "picture is damaged"):
@@ -40,17 +40,17 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] | None = None,
 ) -> Image.Image:
-    """Decodes a picture to 8-bit RGB as the reference does, `Image.open(...).convert("RGB")`.
+    """Decodes an image to 8-bit RGB as the reference does, `Image.open(...).convert("RGB")`.
 
-    EXIF orientation is not applied. Of an animation the first frame is taken. 16-bit grey, which
-    `convert` would clip to white, is scaled.
+    EXIF orientation is not applied. An animation gives its first frame. 16-bit grey is scaled,
+    because `convert` would clip it to white.
 
     Args:
-      source: encoded bytes, a path, or a picture already opened.
-      name: what errors call the picture; a path by default.
-      max_pixels: larger pictures are refused from their header, before anything is decoded.
-      background: colour shown through transparent parts. None, as in the reference, drops the alpha
-        channel and so shows whatever colour lies beneath it.
+      source: encoded bytes, a path, or an opened image.
+      name: the image's name in errors; the path by default.
+      max_pixels: larger images are refused after reading the header, before decoding.
+      background: the colour behind transparent parts. None drops the alpha channel, as the
+        reference does, and so shows the hidden colour.
 
     Raises:
       ImageError: unreadable, truncated, too large or of an unsupported kind.
@@ -62,12 +62,12 @@ def decode(
 def check(
     source: bytes | str | os.PathLike, *, name: str = "", max_pixels: int = MAX_PIXELS
 ) -> Size:
-    """The (width, height) of a picture that `decode` can decode.
+    """The (width, height) of an image that `decode` can decode.
 
-    Every byte is read, but a JPEG is decoded at an eighth of its size: 2 to 4 times as fast.
+    It reads every byte, but decodes a JPEG at an eighth of its size: 2 to 4 times as fast.
 
     Raises:
-      ImageError: what `decode` raises.
+      ImageError: as `decode`.
     """
     return _load(source, name, max_pixels, least=1)[1]
 
@@ -79,29 +79,29 @@ def preview(
     name: str = "",
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[Image.Image, Size]:
-    """A picture as RGB, and its (width, height) in the file.
+    """A reduced image as RGB, and the (width, height) of the full image.
 
-    Every byte is read, but a JPEG is decoded at a half, a quarter or an eighth of its size where both
+    It reads every byte. It decodes a JPEG at a half, a quarter or an eighth of its size, if both
     sides then still have `least` pixels.
 
     Raises:
-      ImageError: what `decode` raises.
+      ImageError: as `decode`.
     """
     image, size = _load(source, name, max_pixels, least=least)
     return _to_rgb(image, None), size
 
 
 def header_size(source: bytes | str | os.PathLike, *, name: str = "") -> Size:
-    """The (width, height) that a picture's header states; nothing is decoded.
+    """The (width, height) in an image's header, without decoding.
 
     Raises:
-      ImageError: the header is not one of a known format.
+      ImageError: the header has no known format.
     """
     return _load(source, name, math.inf, header=True)[1]
 
 
 def _load(source, name, max_pixels, least=0, header=False) -> tuple[Image.Image, Size]:
-    """The picture with its pixels, and its size in the file."""
+    """The image with its pixels, and its size in the file."""
     if not name and isinstance(source, str | os.PathLike):
         name = os.fspath(source)
     try:
@@ -120,8 +120,8 @@ def _load(source, name, max_pixels, least=0, header=False) -> tuple[Image.Image,
         reason = f"cannot be decoded: not a whole file of {', '.join(FORMATS)}"
         raise ImageError(name, reason, "picture of no known format") from None
     except Image.DecompressionBombError as error:
-        raise _too_large(name, f"over the limit of pixels: {error}") from None
-    # Decoders of broken data raise whatever they trip over: struct.error, IndexError, SyntaxError.
+        raise _too_large(name, f"over the limit of Pillow: {error}") from None
+    # On broken data, decoders raise many types: struct.error, IndexError, SyntaxError.
     except Exception as error:
         raise ImageError(name, f"cannot be decoded: {error}") from error
     if image.mode in ("I", "F"):
@@ -141,7 +141,8 @@ def _open(source) -> Image.Image:
 
 def _to_rgb(image: Image.Image, background) -> Image.Image:
     if image.mode.startswith("I;16"):
-        # Transparency of 16-bit grey is one grey level, which the loss of the low byte blurs.
+        # Transparency of 16-bit grey marks one grey level. It cannot be kept, because without the
+        # low byte several levels become equal.
         high_bytes = np.asarray(image).astype(np.uint16) >> 8
         return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
@@ -154,7 +155,7 @@ def _to_rgb(image: Image.Image, background) -> Image.Image:
 
 
 def resize_and_pad(image: Image.Image, canvas: Size) -> Image.Image:
-    """The whole picture, aspect ratio kept, in the middle of a black canvas of (width, height)."""
+    """Fits the whole image, with its aspect ratio, into the middle of a black canvas."""
     (width, height), (canvas_width, canvas_height) = image.size, canvas
     scale_width, scale_height = canvas_width / width, canvas_height / height
     if scale_width < scale_height:
@@ -170,18 +171,19 @@ def resize_and_pad(image: Image.Image, canvas: Size) -> Image.Image:
 def views(
     image: Image.Image, pinpoints: Sequence[Size], tile_size: int
 ) -> UInt8[np.ndarray, "N {tile_size} {tile_size} 3"]:
-    """The tiles of a picture in the order of `pangea_jax.anyres.layout`.
+    """The tiles of an image in the order of `pangea_jax.anyres.layout`.
 
-    Tile 0, the base view, is the whole picture stretched to a square (aspect ratio not kept, as in
-    the reference `process_anyres_image`); the others cut the padded canvas row by row.
+    Tile 0, the base view, is the whole image stretched to a square (without its aspect ratio, as in
+    the reference `process_anyres_image`). The other tiles are cut from the padded canvas, row by
+    row.
 
     Args:
       image: RGB.
-      pinpoints: canvases as (width, height); none for the base view alone.
+      pinpoints: canvases as (width, height); empty for the base view alone.
       tile_size: side of a tile in pixels.
     """
     if image.mode != "RGB":
-        raise ValueError(f"views() takes RGB pictures, not mode {image.mode}; call decode() first")
+        raise ValueError(f"views() takes RGB images, not mode {image.mode}; call decode() first")
     base = np.asarray(image.resize((tile_size, tile_size), Image.Resampling.BICUBIC))[None]
     if not pinpoints:
         return base

@@ -1,10 +1,10 @@
-"""Which examples are trained on, and how often: the engine of the ablations, from the index alone.
+"""Selects training examples, and how often each is used, from the index alone.
 
-The three ablations of the paper in terms of `Mixture`:
+The ablations use it. Fields of `Mixture` for the three ablations of the paper:
 
-    share of English (section 5, Figure 6)   en_ratio, and design for the question asked
+    share of English (section 5, Figure 6)   en_ratio and design
     popularity of a language (Figure 7)      language_alpha or weights, and rotate
-    number of samples (Figure 5)             num_examples: for one seed the smaller are subsets
+    number of samples (Figure 5)             num_examples; for one seed, smaller sets are subsets
 """
 
 import dataclasses
@@ -37,25 +37,25 @@ class Mixture:
     """What to draw. The natural mixture is `Mixture(None, language_alpha=1.0, text_ratio=None)`.
 
     Attributes:
-      num_examples: the total, see `design`; None: as many as there are records to draw from.
-      en_ratio: share of English in [0, 1]; None treats English as any other language.
-      languages: canonical codes to draw from; None: all of the index.
-      sources: record sources to draw from, with `*` and `?` as in file names; None: all. Where
-        `text_ratio` is a number they are those of the pictured records.
-      text_ratio: share of text-only records within every language; None: as they come.
-      max_repeat: how often one record may be drawn before this is an error, not a mixture.
-      seed: decides which records are drawn. For one seed a smaller total draws a subset.
-      language_alpha: shares of the languages in proportion to n ** alpha of their n records: 1 as they
-        come, 0 the same for all (the default).
-      weights: shares of the languages by code instead, in any unit.
-      rotate: language i gets the share of language i + rotate (English aside where `en_ratio` is
-        set), so that share and language can be told apart.
-      design: "fixed_total": English takes from the others, so that their scores mostly follow their own
-        numbers. "fixed_multilingual": `num_examples` counts the others, whose examples stay the
-        same while English is added; what changes is transfer or interference.
-      categories: record categories to draw from, with `*` and `?`; None: all.
-      exclude_sources, exclude_categories: not to draw from, with `*` and `?`.
-      exclude_ids: records to leave out, such as those of an evaluation set, see `read_ids`.
+      num_examples: the total, see `design`; None means the number of available records.
+      en_ratio: share of English in [0, 1]; None treats English like any other language.
+      languages: canonical codes to draw from; None means all in the index.
+      sources: record sources to draw from, with `*` and `?` as in file names; None means all. If
+        `text_ratio` is a number, this applies only to records with images.
+      text_ratio: share of text-only records within every language; None keeps the natural share.
+      max_repeat: how often one record may be drawn; more is an error.
+      seed: decides which records are drawn. For one seed, a smaller total draws a subset.
+      language_alpha: gives a language with n records a share in proportion to n ** alpha: 1 is
+        natural, 0 is uniform (the default).
+      weights: shares of the languages by code, in any unit; replaces `language_alpha`.
+      rotate: language i gets the share of language i + rotate, so that the effects of share and
+        language can be separated. English is left out if `en_ratio` is set.
+      design: "fixed_total": English takes examples from the others, so their scores mostly follow
+        their own numbers. "fixed_multilingual": `num_examples` counts only the others, which stay
+        fixed while English is added; changes then come from transfer or interference.
+      categories: record categories to draw from, with `*` and `?`; None means all.
+      exclude_sources, exclude_categories: what not to draw from, with `*` and `?`.
+      exclude_ids: ids to leave out, such as those of an evaluation dataset, see `read_ids`.
     """
 
     num_examples: int | None
@@ -77,14 +77,14 @@ class Mixture:
     def __post_init__(self):
         for name in _NAMES:
             names = getattr(self, name)
-            if isinstance(names, str):  # whose letters would be the names
+            if isinstance(names, str):  # its letters would be taken as names
                 raise ValueError(f"mixture.{name} must be a tuple of names, not {names!r}")
-            # What a command line makes of `ocr,cultural`, and no record is of.
+            # `ocr,cultural` on a command line becomes one name, which no record has.
             joined = [n for n in names or () if "," in n] if name != "exclude_ids" else []
             if joined:
                 raise ValueError(
-                    f"mixture.{name}: {joined[0]!r} is one name; write {tuple(joined[0].split(','))}, "
-                    "and `?` for a comma within a name"
+                    f"mixture.{name}: {joined[0]!r} is one name; write {tuple(joined[0].split(','))}. "
+                    "If a name contains a comma, write `?` in its place"
                 )
         if self.languages is not None:
             codes = tuple(_code("languages", tag) for tag in self.languages)
@@ -109,7 +109,7 @@ class Mixture:
             raise ValueError(f"mixture.design {self.design!r} is not one of {DESIGNS}")
         if self.design == "fixed_multilingual" and (self.en_ratio is None or self.en_ratio == 1):
             raise ValueError(
-                'mixture.design="fixed_multilingual" adds English to a number of other examples: '
+                'mixture.design="fixed_multilingual" adds English to the examples of the others: '
                 f"en_ratio must lie in [0, 1), not be {self.en_ratio}"
             )
 
@@ -131,10 +131,10 @@ def _code(field: str, tag: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What was drawn: rows of the index (grouped, not shuffled), and the realised counts.
+    """The drawn rows of the index (grouped, not shuffled), and the resulting counts.
 
     Attributes:
-      repeat_factor: examples drawn per record there is, by `language/kind`.
+      repeat_factor: drawn examples per available record, by `language/kind`.
     """
 
     rows: Int[np.ndarray, "num_examples"]
@@ -154,16 +154,16 @@ class Choice:
 
 
 def read_ids(path: str | Path) -> tuple[str, ...]:
-    """Ids of a text file, one a line, for `Mixture.exclude_ids`; blank lines and `#` lines are skipped."""
+    """Reads ids for `Mixture.exclude_ids`, one per line; skips blank lines and `#` lines."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     ids = (line.strip() for line in lines)
     return tuple(id for id in ids if id and not id.startswith("#"))
 
 
 def column_codes(index: pa.Table, name: str) -> tuple[Int32[np.ndarray, "n"], list[str]]:
-    """A column of labels as numbers, and what they stand for; -1 where there is none.
+    """A column of labels as (codes, labels); -1 means no label.
 
-    A few bytes a row, where Python strings of millions of rows would take gigabytes.
+    This takes a few bytes per row; Python strings of millions of rows would take gigabytes.
     """
     column = index[name]
     if not pa.types.is_dictionary(column.type):
@@ -204,10 +204,10 @@ def shares(mixture: Mixture, available: Mapping[str, int] | None = None) -> dict
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:
-    """Whole numbers in proportion to `shares` that sum to `total`; none shrinks when `total` grows.
+    """Integers in proportion to `shares` with the sum `total`; none shrinks when `total` grows.
 
-    Webster's method: rounding to the nearest, with the common divisor that makes the sum right. Of
-    equals the first gets the odd one.
+    This is Webster's method: round to the nearest integer, with a common divisor that makes the sum
+    right. Among equal shares, the first gets the extra one.
 
     >>> apportion(10, [0.4, 0.2, 0.2, 0.2])
     [4, 2, 2, 2]
@@ -217,7 +217,7 @@ def apportion(total: int, shares: Sequence[float]) -> list[int]:
     shares = np.asarray(shares, np.float64) / np.sum(shares)
     counts = np.floor(shares * total + 0.5).astype(np.int64)
     with np.errstate(divide="ignore"):
-        # Rounded, so that equal claims are equal however they were computed.
+        # Rounding makes equal claims equal, in whatever way they were computed.
         while counts.sum() < total:
             counts[np.argmax(np.round(shares * total / (counts + 0.5), 9))] += 1
         while counts.sum() > total:
@@ -231,7 +231,7 @@ def counts(mixture: Mixture, total: int, available: Mapping[str, int]) -> dict[s
     """Examples per language. The share of English is kept to the nearest whole example.
 
     Args:
-      total: what `mixture.num_examples` counts.
+      total: the number that `mixture.num_examples` means.
       available: number of records per language.
     """
     table = shares(mixture, available)
@@ -250,19 +250,19 @@ def counts(mixture: Mixture, total: int, available: Mapping[str, int]) -> dict[s
 
 
 def choose(index: pa.Table, mixture: Mixture) -> Choice:
-    """Draws rows of the index, exactly as many as the mixture says.
+    """Draws rows of the index, exactly as many as the mixture asks for.
 
-    Within a language the records are taken in an order that depends on the seed alone, again from
-    the start when they run out.
+    The order of the records of a language depends only on the seed. When they run out, the same
+    records are drawn again in a new order.
 
     Args:
-      index: the store's index, columns `language`, `kind`, `source`, and `category` and `id` if the
-        mixture names any; where it has `source_language`, text records that translate from a
-        language outside of the mixture are left out.
+      index: the store's index, with the columns `language`, `kind` and `source`, and with
+        `category` and `id` if the mixture names any. If it has `source_language`, text records that
+        translate from a language outside the mixture are left out.
 
     Raises:
-      ValueError: a language has no record of a kind asked for, or would repeat more than
-        `max_repeat` times.
+      ValueError: a language has no record of a requested kind, or its records would repeat more
+        than `max_repeat` times.
     """
     language, codes = column_codes(index, "language")
     pools = _pools(index, mixture)
@@ -332,7 +332,7 @@ def _matching(index, name, wanted, unwanted) -> Bool[np.ndarray, "n"]:
         (wanted is None or matches(label, wanted)) and not matches(label, unwanted)
         for label in (label or "" for label in labels)
     ]
-    # The last place is where a row without a label looks itself up (-1).
+    # A row without a label has code -1, which reads the last entry.
     return np.array([*good, wanted is None], bool)[codes]
 
 
@@ -359,12 +359,12 @@ def _check_pool(pool, count, kind, code, mixture):
 def _described(mixture) -> str:
     text = f"sources {mixture.sources or 'of any name'}"
     if mixture.categories or mixture.exclude_categories or mixture.exclude_sources:
-        text += f", categories {mixture.categories or 'of any name'}, and with what is excluded"
+        text += f", categories {mixture.categories or 'of any name'} and the exclusions"
     return text
 
 
 def _draw(pool, count, seed):
-    """`count` of `pool`: whole seeded permutations, one after the other."""
+    """`count` rows of `pool`: seeded permutations of the whole pool, one after the other."""
     rng = np.random.default_rng(seed)
     passes = -(-count // len(pool))
     return np.concatenate([rng.permutation(pool) for _ in range(passes)])[:count]

@@ -1,7 +1,7 @@
 """Rows of several conversations: which conversations share a row, and how a row is filled.
 
-An example here is a dict of arrays as `pangea_jax.data.pipeline.render_example` makes it. What counts
-of it is its size: (tokens, tiles, targets); a row has a capacity of each.
+An example is a dict of arrays from `pangea_jax.data.pipeline.render_example`. Packing looks only at
+its size, (tokens, tiles, targets), and a row has a capacity for each.
 """
 
 import bisect
@@ -34,12 +34,12 @@ def fill_rows(
     patches: int,
     template: Example | None = None,
 ) -> dict[str, np.ndarray]:
-    """A batch whose row r holds the examples `rows[r]`, one after the other, then padding.
+    """A batch: row r holds the examples `rows[r]`, one after the other, and then padding.
 
     Args:
       row_tokens, row_tiles: capacity of a row (T and N).
-      patches: patches a tile, which moves each `image_index` to where its tiles lie in the row.
-      template: an example to take types and shapes from where there may be none in `rows`.
+      patches: patches per tile; shifts each `image_index` to the tiles of its example in the row.
+      template: an example that gives types and shapes, needed if `rows` may be empty.
 
     Returns:
       `tokens`, `targets`, `weights`, `image_index`, `positions`, `segment_ids` [B, T] and `tiles` or
@@ -75,16 +75,16 @@ def fill_rows(
 
 
 def pad_row(example: Example, row_tokens: int, row_tiles: int) -> dict[str, np.ndarray]:
-    """One conversation as a row of its own."""
+    """A row with one conversation."""
     batch = fill_rows([[example]], row_tokens, row_tiles, 0)
     return {name: rows[0] for name, rows in batch.items()}
 
 
 def balance(sizes: Sequence[Size], num_rows: int, capacity: Size) -> list[list[int]] | None:
-    """All of some examples in `num_rows` rows, each to the row with most room left, the longest first.
+    """Spreads examples over `num_rows` rows: the longest first, each to the row with most room.
 
     Returns:
-      Which of them each row has, or None if they do not fit.
+      The examples of each row, or None if they do not fit.
     """
     room = [list(capacity) for _ in range(num_rows)]
     rows: list[list[int]] = [[] for _ in range(num_rows)]
@@ -104,7 +104,7 @@ def balance(sizes: Sequence[Size], num_rows: int, capacity: Size) -> list[list[i
 
 
 class Plan:
-    """Which examples share which row, settled before any of them is read.
+    """Which examples share a row, decided before any example is read.
 
     Attributes:
       members: positions of the examples, row after row.
@@ -122,17 +122,17 @@ class Plan:
 
 
 def plan_rows(sizes: Int[np.ndarray, "n 3"], capacity: Size, *, seed: int, window: int) -> Plan:
-    """Best-fit decreasing within windows of the shuffled examples; the rows of a window are shuffled.
+    """Best-fit decreasing within windows of shuffled examples; each window's rows are shuffled.
 
-    Sorted by length the short fill the holes that the long leave, which no packer can do that must
-    take examples as they come. The window bounds how far sorting moves an example: to at most
-    `window` places from where the shuffle put it. Takes about 2 us an example.
+    After sorting by length, short examples fill the gaps that long ones leave. A packer that takes
+    examples in their order cannot do this. Sorting moves an example at most `window` places from
+    its shuffled position. It takes about 2 us per example.
 
     Args:
-      sizes: (tokens, tiles, targets) of every example; one with 0 tokens is left out.
+      sizes: (tokens, tiles, targets) of every example; examples with 0 tokens are left out.
       capacity: of a row.
       seed: decides both shuffles.
-      window: examples sorted at a time.
+      window: number of examples that are sorted together.
 
     Raises:
       ValueError: an example is larger than a row.
@@ -160,14 +160,14 @@ def plan_batches(
 ) -> Plan:
     """Batches of `examples` shuffled examples each, spread evenly over their `rows` rows.
 
-    Where chance has put too many long ones into a batch, it exchanges the largest for the smallest
-    of the next batches, until it fits.
+    If a batch has too many long examples by chance, it exchanges its largest example for the
+    smallest one of the next batches, until it fits.
 
     Args:
-      sizes, capacity: as of `plan_rows`.
+      sizes, capacity: see `plan_rows`.
 
     Raises:
-      ValueError: so many examples do not fit so many rows, however they are exchanged.
+      ValueError: the examples do not fit the rows, even after all exchanges.
     """
     order = np.random.default_rng(seed).permutation(np.flatnonzero(sizes[:, 0] > 0))
     batches = order[: len(order) // examples * examples].reshape(-1, examples).tolist()
@@ -209,7 +209,7 @@ def plan_batches(
 
 
 def _best_fit(numbers, sizes, capacity) -> list[list[int]]:
-    """Each example, in order, to the open row where it leaves the fewest tokens free."""
+    """Puts each example, in order, into the open row in which it leaves the fewest free tokens."""
     rows: list[list[int]] = []
     room: list[tuple[int, int, int, int]] = []  # sorted (tokens, tiles, targets, row)
     for number, (tokens, tiles, targets) in zip(numbers, sizes, strict=True):

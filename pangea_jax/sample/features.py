@@ -1,6 +1,7 @@
-"""Features of a frozen tower, computed once: many steps then share one pass of the tower.
+"""Features of a frozen vision tower, computed once and then shared by many steps.
 
-Worth it where pictures are few and seen often, as in the embedded sample; PangeaIns' 784 GB are not.
+This is useful for few images that are seen often, as in the embedded sample, but not for the 784 GB
+of PangeaIns.
 """
 
 import hashlib
@@ -38,14 +39,14 @@ def frozen_features(
     batch_size: int = 256,
     cache: Path | None = None,
 ) -> dict[str, Float[np.ndarray, "views P E"]]:
-    """float16 features of every picture: view 0 as it is, then `augmented` random views.
+    """float16 features of every image: view 0 is the original, then `augmented` random views.
 
-    A random view depends on the seed, its number and the place of its key in `keys` only, so the
+    A random view depends only on the seed, its number and the position of its key in `keys`. So the
     result is the same on every mesh and in every process.
 
     Args:
-      cache: a folder that keeps the features for the next run with the same tower and pictures, and
-        gives them back as a memory map. Not used by a run of several processes, nor if it cannot be
+      cache: a folder that keeps the features for the next run with the same tower and images, which
+        reads them as a memory map. It is not used with several processes, or if it cannot be
         written.
     """
     if cache is None or jax.process_count() > 1:
@@ -57,15 +58,15 @@ def frozen_features(
             try:
                 _save(file, values)
             except OSError as error:
-                logging.warning("the features of pictures are not kept in %s: %s", cache, error)
+                logging.warning("cannot keep the features of images in %s: %s", cache, error)
                 return dict(zip(keys, values, strict=True))
         values = np.load(file, mmap_mode="r", allow_pickle=False)
-        logging.info("features of %d pictures, %d views each: %s", len(keys), len(values[0]), file)
+        logging.info("features of %d images, %d views each: %s", len(keys), len(values[0]), file)
     return dict(zip(keys, values, strict=True))
 
 
 def _digest(tower, store, keys, augmented, seed) -> str:
-    """Names everything that features depend on."""
+    """A hash of everything on which the features depend."""
     digest = hashlib.sha256(repr((tower.config, augmented, seed, jax.__version__)).encode())
     for name, value in sorted(model_params.split(tower)[1].items()):
         digest.update(name.encode())
@@ -77,7 +78,7 @@ def _digest(tower, store, keys, augmented, seed) -> str:
 
 
 def _save(file: Path, values: np.ndarray) -> None:
-    """Whole or not at all, also when two runs do it at once."""
+    """Writes the file completely or not at all, even if two runs do it at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = atomic.partial_path(file)
     try:
@@ -105,7 +106,7 @@ def _compute(
     def run(make_tiles):
         parts = []
         for start in range(0, len(keys), batch_size):
-            # The last batch is filled up by going round, so that one shape is compiled, not two.
+            # The first images fill up the last batch, so that only one shape is compiled.
             places = np.arange(start, start + batch_size) % len(keys)
             parts.append(np.asarray(encode(params, jax.device_put(make_tiles(places), rows))))
         return np.concatenate(parts)[: len(keys)]

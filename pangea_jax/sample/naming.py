@@ -1,10 +1,11 @@
-"""How well a model names what emoji artwork shows, per language: the sample's evaluation.
+"""The sample's evaluation: how well a model names the things in emoji artwork, for each language.
 
-Two scores, each beside its image-blind floor (the same scoring with the picture of something else):
+There are two scores:
   exact match      greedy decoding gives the CLDR name, letter by letter;
-  rank accuracy    of ten names in the same language the true one has the highest log-likelihood
+  rank accuracy    of ten names in the same language, the true one has the highest log-likelihood
                    (chance 10 %).
-A language model can lower its loss without looking; a score above its floor cannot be had that way.
+Each has an image-blind floor: the same scoring with the image of something else. A language model
+can lower its loss without looking at images, but it cannot rise above that floor.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ METRICS = ("exact_match", "rank_accuracy", "image_blind_exact_match", "image_bli
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One question: a picture in a language, ten names of which the first is true."""
+    """One question about an image in one language, with ten names; the first name is true."""
 
     split: str
     language: str
@@ -52,7 +53,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the model said to an item, with the picture and with another one in its place."""
+    """The model's answers to an item, with its image and with another image (blind)."""
 
     item: Item
     text: str
@@ -71,13 +72,13 @@ def make_items(
     limit: int | None = None,
     seed: int = 0,
 ) -> list[Item]:
-    """The questions of a split: every thing in every language, drawn by one of `artists` in turn.
+    """The questions of a split: every thing in every language, with drawings by `artists` in turn.
 
-    The nine wrong names, and the thing shown in the image-blind run, are the same in all languages,
-    so that languages differ in nothing but themselves; the blind picture shows none of the ten.
+    The nine wrong names, and the thing in the image-blind run, are the same in all languages. So
+    only the language differs. The blind image shows none of the ten named things.
 
     Args:
-      limit: things asked for, a seeded choice of all.
+      limit: number of things to ask about, a seeded random choice.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {SPLITS}")
@@ -129,7 +130,7 @@ def _image_keys(store: RecordStore) -> frozenset[str]:
 
 
 class Namer:
-    """Answers items with a model; one compiled function a shape, rows over the data axes of the mesh."""
+    """Answers items with a model: compiles one function per shape, with rows over the mesh."""
 
     def __init__(
         self,
@@ -152,7 +153,7 @@ class Namer:
     def __call__(
         self, params: Mapping[str, Array], items: Sequence[Item], views: CachedViews
     ) -> list[Answer]:
-        """Answers every item, with its picture and blind; `views` gives each picture's view 0."""
+        """Answers every item, with its own image and blind; `views` gives view 0 of each image."""
         order = sorted(range(len(items)), key=lambda i: self._name_tokens(items[i]))
         answers: list[Answer | None] = [None] * len(items)
         for start in range(0, len(items), self._batch_size):
@@ -167,7 +168,7 @@ class Namer:
         return answers
 
     def _run(self, params, items, images, views) -> list[tuple[str, bool]]:
-        """(greedy text, true name ranked first) for each item under the given pictures."""
+        """(greedy text, whether the true name ranks first) for each item with the given images."""
         rows = [
             self._prompt(item, views(key, None), views)
             for item, key in zip(items, images, strict=True)
@@ -199,7 +200,8 @@ class Namer:
         )
         if len(rendered.tokens) > self._prompt_tokens:
             raise ValueError(
-                f"a prompt of {len(rendered.tokens)} tokens; eval.prompt_tokens is {self._prompt_tokens}"
+                f"a prompt has {len(rendered.tokens)} tokens, but config.eval.prompt_tokens is "
+                f"{self._prompt_tokens}; raise it"
             )
         example = {
             "tokens": rendered.tokens,
@@ -220,7 +222,7 @@ class Namer:
         return max(len(self._encode(name)) for name in item.names)
 
     def _names(self, items):
-        """Candidate tokens and mask [batch, 10, A]; A in few sizes, for few compilations."""
+        """Candidate tokens and mask [batch, 10, A]; A has few sizes, for few compilations."""
         longest = max(map(self._name_tokens, items))
         width = next(w for w in (8, 16, 32, 64, 128) if w >= longest)
         tokens = np.zeros((self._batch_size, CHOICES, width), np.int32)
@@ -244,7 +246,7 @@ def _score(
 ) -> tuple[Int[Array, "B M"], Float[Array, "B J"]]:
     """Greedy tokens, and the log-likelihood of every candidate name with its end token.
 
-    The prompt is read once; the J candidates of a row start from copies of its cache.
+    The model reads the prompt once; the J candidates of a row start from copies of its cache.
     """
     model = model_params.merge(graphdef, params)
     if jax.default_backend() == "cpu":
@@ -287,13 +289,14 @@ def evaluate(
     seed: int,
     cache: Path | None = None,
 ) -> tuple[dict[str, dict], dict[str, list[Answer]]]:
-    """Scores of every split, see `summarize`, and every answer.
+    """Scores of every split (see `summarize`) and all answers.
 
-    Seen artwork is fresh augmentation of drawings by `artists`; the test artist's are as they are.
+    Seen artwork is new augmented views of drawings by `artists`; unseen artwork is the test
+    artist's original drawings.
 
     Args:
-      limit: things asked for in each split, None for all.
-      seed: of the augmentation; another than the training's.
+      limit: number of things to ask about in each split, None for all.
+      seed: of the augmentation; must differ from the seed of training.
       cache: see `pangea_jax.sample.features.frozen_features`.
     """
     tower = model_params.merge(graphdef, params).vision
@@ -322,7 +325,7 @@ def evaluate(
 def sheet_examples(
     answers: Sequence[Answer], store: RecordStore, *, count: int, seed: int
 ) -> list[AnswerExample]:
-    """A seeded choice of answers for the answer sheet: languages in turn, each of another thing."""
+    """A seeded choice of answers for the answer sheet: languages in turn, each with a new thing."""
     rng = np.random.default_rng(seed)
     shuffled = [answers[i] for i in rng.permutation(len(answers))]
     languages = sorted({answer.item.language for answer in answers})
@@ -349,8 +352,11 @@ def sheet_examples(
 
 
 def summarize(answers: Sequence[Answer], languages: Sequence[str]) -> dict:
-    """Scores in [0, 1] of one split: `english`, `multilingual` (mean over the other languages) and
-    every language; either of the first two is None where there is no such language."""
+    """Scores of one split, in [0, 1].
+
+    They are `english`, `multilingual` (the mean over the other languages) and `languages` (each
+    language). The first two are None if the split has no such language.
+    """
     by_language = {}
     for code in languages:
         mine = [a for a in answers if a.item.language == code]

@@ -1,4 +1,4 @@
-"""The training loop: draw a batch, step, watch, log, save; leave when asked to."""
+"""The training loop: reads a batch, runs a step, checks, logs and saves; stops when asked to."""
 
 import collections
 import dataclasses
@@ -19,21 +19,23 @@ from pangea_jax.train.telemetry import Profiler, Speed, StepTimer, Telemetry, Wi
 
 @dataclasses.dataclass
 class Loop:
-    """Steps from where a state is to `total_steps`.
+    """Runs steps, from the step of a state to `total_steps`.
 
-    The host is one step ahead of the devices, no more: while they work on a step, it has read the metrics
-    of the one before and draws the next batch. Nothing moves between host and devices but the batch, the
-    metrics and checkpoints; an implicit transfer is an error.
+    The host is at most one step ahead of the devices: while they compute a step, it reads the
+      metrics of the step before and prepares the next batch. Only batches, metrics and checkpoints
+      move between host and devices; an implicit transfer is an error.
 
     Attributes:
-      step_fn: of `make_train_step`.
+      step_fn: made by `make_train_step`.
       log_every, save_every: in steps.
-      extra: what a log line holds besides, given the step and the digest of this process's rows since the last
-        line: the sum of the CRC-32 of the tokens of each, begun at its step. Summed over processes
-        it is the same wherever the same rows came at the same steps.
-      on_first_batch: sees this process's rows of the very first batch of a run.
-      stop: asked after every step, which it is given, by all processes; true ends the loop after a save.
-      stopped: whether `stop` has ended it, be it after the last step.
+      extra: gives more values for a log line, from the step and a digest of this process's rows
+        since the last line. The digest is the sum of the CRC-32 of each row's tokens, started at
+        the step. Its sum over all processes is equal in two runs that saw the same rows at the same
+        steps.
+      on_first_batch: called with this process's rows of the very first batch of a run.
+      stop: called by all processes after every step, with its number; true ends the loop after a
+        save.
+      stopped: whether `stop` ended the loop, also if that was after the last step.
     """
 
     step_fn: Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
@@ -58,7 +60,7 @@ class Loop:
         self.stopped = False
 
     def run(self, state: TrainState, data: Iterator[Mapping[str, np.ndarray]]) -> TrainState:
-        """The state after the last step, or after the one at which it was asked to stop: saved.
+        """Runs and saves; returns the state after the last step or after the requested stop.
 
         Raises:
           BadStepsError: see `Guard`.
@@ -80,7 +82,7 @@ class Loop:
                     self._unread.append((step, rows, metrics))
                     self._read(0 if step == first else 1, timed=step > first)
                 if step == first:
-                    self.speed.flush()  # what the first batch took is no step's
+                    self.speed.flush()  # the time of the first batch belongs to no step
                 last = step + 1 == self.total_steps
                 self.stopped = self.stop(step)
                 if last or (step + 1) % self.log_every == 0:
@@ -94,7 +96,7 @@ class Loop:
         return state
 
     def _read(self, ahead: int, *, timed: bool = True) -> None:
-        """Waits for all steps but the last `ahead`, and looks at what they brought."""
+        """Waits for all steps except the last `ahead`, and checks and adds their metrics."""
         while len(self._unread) > ahead:
             step, rows, metrics = self._unread.popleft()
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -127,7 +129,7 @@ class Loop:
         }
 
     def set_progress(self, progress: Mapping[str, Any]) -> None:
-        """Goes on where a checkpoint was saved; the clock belongs to the timer, which is made with it."""
+        """Restores the progress of a checkpoint, without the clock: the caller gives it to the timer."""
         self.window.set_state(progress["window"])
         self.guard.set_state(progress["guard"])
         self._digest = int(progress["digest"]) if jax.process_index() == 0 else 0

@@ -1,8 +1,9 @@
-"""Checkpoints with Orbax: model, optimiser, step, data iterator and progress in one; saved in the background.
+"""Orbax checkpoints of a run: model, optimiser, step, data iterator and progress together.
 
-A checkpoint appears under its name when it is whole: a kill meanwhile leaves a temporary folder, which the next
-start removes. What a disk does to it afterwards is found out when it is read: metadata and arrays must decode,
-and the sums of their bits must be those that the devices had before it was written.
+They are saved in the background. A checkpoint appears under its name only when it is complete. A
+kill during the save leaves a temporary folder, which the next start removes. Reading a checkpoint
+detects later damage: metadata and arrays must decode, and the sums of the arrays' bits must equal
+those on the devices before the save.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from pangea_jax.checkpoints import CheckpointError
 from pangea_jax.train.state import TrainState
 
 SET_ASIDE = ".damaged"
-# What reading torn or overwritten files raises; a device out of memory, or a file that may not be read, does not.
+# Errors from reading incomplete or overwritten files. Missing memory and missing permission raise others.
 _UNREADABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError, FileNotFoundError)
 
 
@@ -34,12 +35,12 @@ class _Damaged(Exception):
 class Checkpoints:
     """The checkpoints of one run, in `directory`/<step>/.
 
-    Restoring continues the run exactly, on any mesh: the same state, and the batch after the last one
-    trained on.
+    Restoring continues the run exactly, on any mesh: with the same state, and with the batch after
+      the last trained one.
 
     Args:
-      keep: so many of the newest stay.
-      keep_every: those of steps that divide by it stay for good; None: no others.
+      keep: number of newest checkpoints to keep.
+      keep_every: also keep, for good, every checkpoint whose step is a multiple of this.
     """
 
     def __init__(self, directory: str | Path, *, keep: int, keep_every: int | None = None):
@@ -56,16 +57,17 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint, if any."""
+        """The step of the newest complete checkpoint, or None."""
         latest = self._orbax.latest
         return None if latest is None else latest.step
 
     def save(self, state: TrainState, data: Iterator, progress: Mapping[str, Any]) -> None:
-        """Copies the state to the host, then writes in the background.
+        """Copies the state to the host, then writes it in the background.
 
         Args:
-          data: the Grain iterator, not yet advanced past the batch of this step.
-          progress: what else the run needs to go on as if it had never stopped; JSON-able.
+          data: the Grain iterator; the batch of this step is the last that it gave.
+          progress: everything else that the run needs to continue as if it had never stopped, as
+            JSON values.
         """
         step = int(jax.device_get(state.step))
         if step == self.latest_step:
@@ -73,21 +75,23 @@ class Checkpoints:
         sums = [int(n) for n in jax.device_get(bit_sums(state))]
         text = json.dumps({"progress": dict(progress), "bit_sums": sums})
         parts = {"state": state, "data": data, "progress": {"json": text}}
-        # Without force Orbax skips a save, the last of a run included, while another is being written.
+        # Without force Orbax skips a save, even a run's last one, while it still writes another.
         self._orbax.save_checkpointables_async(step, parts, force=True)
 
     def restore(
         self, abstract_state: TrainState, data: Iterator
     ) -> tuple[TrainState, dict[str, Any]] | None:
-        """State and progress of the newest sound checkpoint, None in a new run.
+        """State and progress of the newest intact checkpoint; None in a new run.
 
-        The state goes onto the shardings of `abstract_state`; `data` is set in place. A damaged checkpoint
-        is reported, renamed to <step>.damaged, and the one before it taken. A job of several
-        processes, of which perhaps only one saw the damage, ends there and has to be started again.
+        The state gets the shardings of `abstract_state`; `data` is set in place. If a checkpoint is
+        damaged, this logs an error, renames it to <step>.damaged and takes the one before it. With
+        several processes, perhaps only one saw the damage, so the job ends there and must be
+        started again.
 
         Raises:
-          CheckpointError: every checkpoint is damaged, or it is one of another model or optimiser.
-          RestartError: the data are not those of the checkpoint.
+          CheckpointError: every checkpoint is damaged, or the checkpoint belongs to another model
+            or optimiser.
+          RestartError: the data differs from the data of the checkpoint.
         """
         while self.latest_step is not None:
             step = self.latest_step
@@ -99,19 +103,19 @@ class Checkpoints:
         if aside:
             raise CheckpointError(
                 f"every checkpoint in {self._directory} is damaged: {', '.join(p.name for p in aside)}; "
-                "bring back a sound one, or move these away to start again from step 0"
+                "restore an intact one, or move these away to start again from step 0"
             )
         return None
 
     def close(self) -> None:
-        """Waits for what is still being written."""
+        """Waits until all saves are written."""
         self._orbax.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_) -> None:
-        # Whoever presses Ctrl-C twice does not want to wait.
+        # After a second Ctrl-C, do not wait.
         if error_type is None or issubclass(error_type, Exception):
             self.close()
 
@@ -129,29 +133,27 @@ class Checkpoints:
         except (*_UNREADABLE, StopIteration) as error:
             raise _Damaged(_first_line(error)) from error
         if written != [int(n) for n in jax.device_get(bit_sums(state))]:
-            raise _Damaged(
-                "the bits of its arrays do not sum up to what they did when it was saved"
-            )
+            raise _Damaged("the sums of its arrays' bits differ from those at the time of the save")
         if int(jax.device_get(state.step)) != step:
             raise _Damaged(f"it holds step {int(jax.device_get(state.step))}")
         asyncio.run(_load_data(data, folder / "data"))
         return state, progress["progress"]
 
     def _check_model(self, step, abstract_state):
-        """A state of other shapes is a mistake of the caller, not of the disk."""
+        """Raises CheckpointError for other shapes: this is the caller's mistake, not damage."""
         try:
             metadata = self._orbax.checkpointables_metadata(step).metadata["state"]
             there = sorted(_shapes(metadata))
         except _UNREADABLE as error:
             raise _Damaged(_first_line(error)) from error
-        if not there:  # Orbax has logged why
+        if not there:  # Orbax has logged the reason
             raise _Damaged("its metadata cannot be read")
         here = sorted(_shapes(abstract_state))
         if there != here:
             only = [f"{shape} of {dtype}" for shape, dtype in here if (shape, dtype) not in there]
             raise CheckpointError(
                 f"{self._directory / str(step)} is a checkpoint of another model or optimiser: it has "
-                f"{len(there)} arrays and the run {len(here)}"
+                f"{len(there)} arrays, and the run has {len(here)}"
                 + (f", among them {', '.join(only[:3])}" if only else "")
                 + "; give another --workdir"
             )
@@ -167,20 +169,23 @@ class Checkpoints:
             folder.rename(target)
         said = f"checkpoint {folder} is damaged ({damage}); it is kept as {target.name}"
         if jax.process_count() > 1:
-            raise CheckpointError(f"{said}; start the job again to go on from the one before")
-        logging.error("%s, and the one before it is taken", said)
+            raise CheckpointError(f"{said}; start the job again to continue from the one before")
+        logging.error("%s; the run continues from the one before", said)
         self._orbax.reload()
 
 
 async def _load_data(data, folder):
-    """By Orbax's protocol but not through Orbax, which would hide what the data have to say."""
+    """Follows Orbax's protocol without Orbax, which would hide the error messages of the data."""
     await (await data.load(epath.Path(folder)))
 
 
 @jax.jit
 def bit_sums(state: Any) -> list[UInt32[Array, ""]]:
-    """For every array the sum of its bits read as integers, modulo 2^32: the same on every mesh, and
-    another if one value changes. It costs one pass over the memory of the devices."""
+    """For every array, the sum modulo 2^32 of its values' bits, read as integers.
+
+    It is the same on every mesh, and it changes if one value changes. It costs one pass over the
+    memory of the devices.
+    """
 
     def one(x):
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
@@ -196,6 +201,6 @@ def _shapes(tree) -> Iterator[tuple[tuple[int, ...], str]]:
 
 
 def _first_line(error: Exception) -> str:
-    """The first clause of a message: TensorStore's go on with a list of source lines."""
+    """The first part of a message; TensorStore's messages continue with a list of source lines."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0].split(" [")[0]
     return text[:300]

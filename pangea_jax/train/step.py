@@ -28,20 +28,20 @@ def make_train_step(
     impl: AttentionImpl | str = "auto",
     accumulation: int = 1,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
-    """`step(state, batch) -> (state, metrics)`; the state given is donated.
+    """Makes `step(state, batch) -> (state, metrics)`, which donates the old state.
 
-    Metrics are float32 scalars over the global batch: `loss` (mean over trained tokens),
-    `accuracy` (teacher-forced, per trained token), `grad_norm` before clipping, of all and of each part
-    (`grad_norm/language`), the counts `target_tokens`, `tokens` (without padding) and `examples`, and
-    `skipped`: 1 if the loss or a gradient was not finite. Such a step counts but changes neither
-    parameters nor optimiser.
+    Metrics are float32 scalars over the global batch: `loss` (mean over trained tokens), `accuracy`
+      (teacher-forced, per trained token), `grad_norm` before clipping (of all parameters and of
+      each part, as `grad_norm/language`), the counts `target_tokens`, `tokens` (without padding)
+      and `examples`, and `skipped`, which is 1 if the loss or a gradient was not finite. Such a
+      step increases the step number but changes neither parameters nor optimiser.
 
     Args:
       max_targets: see `cross_entropy`.
       keep, impl: see `Pangea.hidden`.
-      accumulation: parts of the batch that are computed one after another. Every token weighs the
-        same whichever part it is in, so the step is that of the whole batch; memory is a part's.
-        Rows of a device must divide by it.
+      accumulation: number of parts of the batch, computed one after another. Every token has the
+        same weight in any part, so the step equals that of the whole batch, but needs only the
+        memory of one part. It must divide the number of rows of a device.
     """
 
     def loss_fn(trainable, frozen, batch, total):
@@ -55,7 +55,7 @@ def make_train_step(
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def gradients(state, batch, total):
-        """(loss, accuracy, gradients), each a sum over the parts."""
+        """(loss, accuracy, gradients), each summed over the parts."""
         if accumulation == 1:
             (loss, accuracy), grads = grad_fn(state.trainable, state.frozen, batch, total)
             return loss, accuracy, grads
@@ -75,12 +75,12 @@ def make_train_step(
 
     def step(state, batch):
         total = jnp.maximum(batch["weights"].sum(), 1)
-        # Attention kernels split themselves over the mesh they find in context.
+        # Attention kernels read the mesh from the context and split themselves over it.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             loss, accuracy, grads = gradients(state, batch, total)
         norms = _norms(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
-        # A branch, not a choice between old and new: for that XLA copies the optimiser's state first.
+        # A branch, because selecting between old and new makes XLA copy the optimiser's state first.
         trainable, opt_state = jax.lax.cond(
             finite, update, lambda _, *kept: kept, grads, state.trainable, state.opt_state
         )
@@ -106,7 +106,7 @@ def make_train_step(
 
 
 def _norms(grads):
-    """Of all gradients and of those of each part of the model, the first word of a parameter's name."""
+    """Norms of all gradients and of each part; a part is the first word of a parameter's name."""
     parts = {}
     for name, value in grads.items():
         part = name.partition(".")[0].removesuffix("_d")
@@ -117,21 +117,21 @@ def _norms(grads):
 
 
 def _parts(batch, count, mesh):
-    """[B, ...] to [count, B / count, ...] without moving a row to another device.
+    """Splits [B, ...] into [count, B / count, ...] without moving a row to another device.
 
     Raises:
-      ValueError: the rows of a device do not divide.
+      ValueError: `count` does not divide the rows of a device.
     """
     rows = len(batch["tokens"])
     devices = row_shards(mesh)
     if rows % (devices * count):
         raise ValueError(
-            f"{rows} rows on {devices} devices do not divide into accumulation={count} parts; "
+            f"{rows} rows on {devices} devices cannot be split into accumulation={count} parts; "
             "change config.accumulation or config.pipeline.rows"
         )
 
     def split(x):
-        # A device holds neighbouring rows: the part is the fast index.
+        # A device holds neighbouring rows, so the part must be the fast index.
         x = x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, *BATCH_SPEC)))
 

@@ -81,7 +81,7 @@ def test_each_picture_is_moved_behind_those_before_it(letters):
 
 
 def test_markers_and_pictures_must_agree(letters):
-    with pytest.raises(ValueError, match="1 <image> markers in the turns, but 2 pictures"):
+    with pytest.raises(ValueError, match="1 <image> markers in the turns, but 2 images"):
         render(TURNS, letters, [LAYOUT, LAYOUT])
     with pytest.raises(ValueError, match="loss_mask 'all' is not one of"):
         render(TURNS, letters, [LAYOUT], loss_mask="all")
@@ -171,19 +171,25 @@ def test_messages_of_other_libraries():
     [
         ([{"role": "tool", "content": "x"}], r"messages\[0\].role is 'tool', not system, user"),
         ([{"role": "user", "content": [{"type": "video"}]}], r"content\[0\] is neither"),
-        ([{"role": "user", "content": {"text": "x"}}], r"\[0\].content is neither .*'text': 'x'"),
+        (
+            [{"role": "user", "content": {"text": "x"}}],
+            r"\[0\].content must be a text or a list of parts, not .*'text': 'x'",
+        ),
         (
             [{"role": "user", "content": ["x"]}],
-            r"messages\[0\].content is neither a text nor a list",
+            r"messages\[0\].content must be a text or a list",
         ),
-        ([{"role": "user", "content": 3}], r"messages\[0\].content is neither a text nor a list"),
+        ([{"role": "user", "content": 3}], r"messages\[0\].content must be a text or a list"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"detail": "low"}}]}],
-            r"content\[0\]: a picture is given as data:image",
+            r"content\[0\]: expected an image as data:image",
         ),
         ([{"role": "user", "content": []}], r"messages\[0\].content is empty"),
-        ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "only the first"),
-        ([{"role": "system", "content": "b"}], "no message of a user"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}],
+            r"messages\[1\].role is system",
+        ),
+        ([{"role": "system", "content": "b"}], "no user message"),
     ],
 )
 def test_messages_that_cannot_be_read(messages, message):

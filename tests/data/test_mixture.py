@@ -169,7 +169,7 @@ def test_too_many_repeats_and_missing_records_are_errors(index):
         ({"languages": "es"}, "languages must be a tuple of names, not 'es'"),
         ({"exclude_categories": "ocr"}, "exclude_categories must be a tuple of names, not 'ocr'"),
         ({"exclude_ids": "exclude_ids.txt"}, "exclude_ids must be a tuple of names"),
-        ({"exclude_categories": ("ocr,cultural",)}, r"write \('ocr', 'cultural'\), and `\?` for"),
+        ({"exclude_categories": ("ocr,cultural",)}, r"write \('ocr', 'cultural'\)\. If a name"),
     ],
 )
 def test_a_mixture_that_makes_no_sense(changes, message):

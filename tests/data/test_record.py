@@ -311,7 +311,7 @@ def test_language_of_hardly_any_words_is_not_guessed(text):
 
 def test_identified_language_must_be_one_of_ours():
     record = pangeains_record(language=None)
-    with pytest.raises(RecordError, match="words look like is"):
+    with pytest.raises(RecordError, match="text looks like is"):
         Conversation.from_pangeains(record, default_language=lambda text: "is")
 
 

@@ -77,7 +77,7 @@ def test_workers_change_nothing_and_restore_to_the_byte(
 
 def test_another_order_is_refused(source, views, letters):
     state = iter(dataset(source, letters, views)).get_state()
-    with pytest.raises(RestartError, match=r"seed was 5 and is 6. Restore that, or accept"):
+    with pytest.raises(RestartError, match=r"seed was 5 and is 6. Set the old values again"):
         iter(dataset(source, letters, views, seed=6)).set_state(state)
     shorter = RowSource(source._store, np.arange(20))
     with pytest.raises(RestartError, match="source was '"):
@@ -155,7 +155,7 @@ def test_a_checkpoint_of_two_processes_is_read_by_one(tmp_path, source, views, l
     async def load(directory):
         await (await alone.load(directory))
 
-    with pytest.raises(RestartError, match="holds no state of the data"):
+    with pytest.raises(RestartError, match="has no saved position of the data"):
         asyncio.run(load(tmp_path / "empty"))
     asyncio.run(load(tmp_path))
     whole = iter(dataset(source, letters, views, PLANNED))

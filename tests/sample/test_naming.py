@@ -202,7 +202,9 @@ def test_a_model_that_looks_scores_one_and_blind_zero(
 
 def test_a_prompt_that_is_too_long_is_an_error(untrained, mesh, items, views, emoji_tokenizer):
     short = Namer(untrained.graphdef, emoji_tokenizer, mesh, prompt_tokens=8)
-    with pytest.raises(ValueError, match=r"a prompt of \d+ tokens; eval.prompt_tokens is 8"):
+    with pytest.raises(
+        ValueError, match=r"a prompt has \d+ tokens, but config.eval.prompt_tokens is 8"
+    ):
         short(untrained.start, items[:1], views)
 
 

@@ -209,7 +209,7 @@ def test_a_changed_value_is_damage_even_if_all_of_it_decodes(run, two_steps, tmp
     shutil.move(other / "state", folder / "2" / "state")
     state, _ = Checkpoints(folder, keep=2).restore(run.abstract, run.data)
     assert int(state.step) == 1
-    assert "do not sum up to what they did" in caplog.text
+    assert "sums of its arrays' bits differ" in caplog.text
 
 
 def test_without_a_sound_checkpoint_nothing_starts_again(run, two_steps, tmp_path):
@@ -235,7 +235,7 @@ def test_another_model_is_no_damage(run, two_steps, tiny_config, letters):
 
 def test_other_data_are_no_damage(run, two_steps, tiny_config, letters):
     other = Run(tiny_config, letters, examples=8)
-    with pytest.raises(RestartError, match="order of the examples is not the one"):
+    with pytest.raises(RestartError, match="order of the examples is not the saved one"):
         Checkpoints(two_steps, keep=2).restore(other.abstract, other.data)
     assert sorted(path.name for path in two_steps.iterdir()) == ["1", "2"]
 

@@ -79,7 +79,7 @@ def test_a_mesh_trains_as_one_device_does(tiny_config, batches, one_device):
 
 
 def test_parts_that_do_not_divide_are_an_error(tiny_config, batches):
-    with pytest.raises(ValueError, match="8 rows on 8 devices do not divide into accumulation=3"):
+    with pytest.raises(ValueError, match="8 rows on 8 devices cannot be split into accumulation=3"):
         run(tiny_config, batches[:1], sharding.make_mesh(1, 8, 1), accumulation=3)
 
 

@@ -112,7 +112,7 @@ def test_several_pictures_stand_where_their_marks_are(engine, pictures):
 def test_pictures_without_a_mark_are_the_papers(engine, pictures):
     request = _request("Only <image> is shown.", images=pictures)
     (response,) = _ask(CheckpointModel(engine, "m"), [request])
-    assert isinstance(response, Failed) and "1 <image> marks, but 2 images" in response.reason
+    assert isinstance(response, Failed) and "1 <image> markers, but 2 images" in response.reason
     (response,) = _ask(CheckpointModel(engine, "m", profile="paper"), [request])
     first = _request("Only <image> is shown.", images=pictures[:1])
     assert [response] == _ask(CheckpointModel(engine, "m"), [first])

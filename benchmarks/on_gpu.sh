@@ -32,7 +32,7 @@ part attention 60 benchmarks.attention
 part decode 120 benchmarks.decode --alone --repetitions=3
 part lora 130 benchmarks.mfu --config=$finetune:lora=16 --steps=5 --config.pipeline.rows=2 --config.accumulation=1
 part finetune 150 benchmarks.mfu --config=$finetune --steps=5 --config.optimizer.name=adafactor \
-  --config.pipeline.rows=1 --config.remat=products
+  --config.pipeline.rows=1 --config.keep=products
 part pretrain 130 benchmarks.mfu --config=configs/pangea_7b_pretrain.py --steps=5 --config.pipeline.rows=4 \
-  --config.remat=products
+  --config.keep=products
 exit "$failed"

@@ -40,13 +40,14 @@ def start(workdir, *flags, steps=12, devices=1, command=TRAIN, log=None, **envir
 def run_interrupted(script, function, flags):
     """A script with Ctrl-C pressed where it calls a function; both as it is called, a dotted name."""
     module, _, name = function.rpartition(".")
+    module_name = script.removesuffix(".py").replace("/", ".")
     program = f"""
 import runpy, sys, {module}
 def interrupt(*_, **__):
     raise KeyboardInterrupt
 {module}.{name} = interrupt
 sys.argv = {[script, *flags]!r}
-runpy.run_path({script!r}, run_name="__main__")
+runpy.run_module({module_name!r}, run_name="__main__", alter_sys=True)
 """
     return subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True, timeout=300

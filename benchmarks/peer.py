@@ -207,7 +207,7 @@ def in_turn(ours: Callable[[], object], theirs: Callable[[], object], repetition
 
 
 def forward_flops(config: PangeaConfig, rows: int, tokens: int, tiles: int, heads: int) -> float:
-    """Floating-point operations of the matrix products of one forward pass.
+    """Floating-point operations of the matrix products of one forward pass, counted as for training.
 
     Args:
       tokens, tiles: of a row.
@@ -215,8 +215,7 @@ def forward_flops(config: PangeaConfig, rows: int, tokens: int, tiles: int, head
     """
     shapes = model_params.abstract(lambda: Pangea(config, rngs=nnx.Rngs(0)))[1]
     totals = dict(tokens=rows * tokens, tiles=rows * tiles, targets=rows * heads)
-    forward_only = dict(frozen=(r".*",), causal=False)
-    return train_flops(config, shapes, row_tokens=tokens, **totals, **forward_only)["total"]
+    return train_flops(config, shapes, row_tokens=tokens, **totals, frozen=(r".*",))["total"]
 
 
 def matmul_flops(n: int = 2048) -> float:

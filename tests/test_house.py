@@ -33,14 +33,6 @@ CLIMBING = {
     # The tokenizer file of the sample and its colours; a policy saved with the model replaces them.
     ("pangea_jax.generate.engine", "pangea_jax.sample.emoji"),
     ("pangea_jax.checkpoints.folder", "pangea_jax.sample.emoji"),
-    # Counts of a data set, which the figure draws.
-    ("pangea_jax.figures.composition", "pangea_jax.curation.accounting"),
-}
-# (importing module, imported module) without which there is no circle, each to be removed.
-CIRCLES = {
-    # What the kernels share belongs in a module below them.
-    ("pangea_jax.model.attention.blockwise", "pangea_jax.model.attention.kernels"),
-    ("pangea_jax.model.attention.triton", "pangea_jax.model.attention.kernels"),
 }
 # File names that several modules may have.
 RECURRING = {
@@ -119,15 +111,10 @@ def test_no_import_climbs(top):
 
 
 def test_no_import_goes_in_a_circle():
-    kept = {
-        m: {other for other in found if (m, other) not in CIRCLES} for m, found in IMPORTS.items()
-    }
     try:
-        graphlib.TopologicalSorter(kept).prepare()
+        graphlib.TopologicalSorter(IMPORTS).prepare()
     except graphlib.CycleError as error:
         pytest.fail("imports go in a circle: " + " <- ".join(error.args[1]))
-    gone = {pair for pair in CIRCLES if pair[1] not in IMPORTS.get(pair[0], ())}
-    assert gone == set(), "remove these from CIRCLES: they are gone"
 
 
 def test_one_name_means_one_job():

@@ -219,7 +219,7 @@ def test_without_a_sound_checkpoint_nothing_starts_again(run, two_steps, tmp_pat
         truncate(ARRAYS(folder / step))
     for _ in range(2):  # nor the second time
         with pytest.raises(
-            CheckpointError, match=r"is damaged: 1\.damaged, 2\.damaged; bring back"
+            CheckpointError, match=r"is damaged: 1\.damaged, 2\.damaged; restore an intact"
         ):
             Checkpoints(folder, keep=2).restore(run.abstract, run.data)
     assert Checkpoints(tmp_path / "new", keep=2).restore(run.abstract, run.data) is None

@@ -27,6 +27,7 @@ from eval.bench.responses import in_order
 from eval.bench.task import Document, Generation, Prompt
 from eval.bench.tasks import ALL_TASKS
 from pangea_jax.checkpoints import SpecialTokens
+from pangea_jax.data.reader import ReadingPolicy
 from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.generate.engine import Engine
 from pangea_jax.sample import emoji
@@ -42,7 +43,7 @@ def make_pair():
     pad = tokenizer.pad_id
     model, theirs = peer.make_pair(config, SpecialTokens(tokenizer.image_id, end=pad, pad=pad))
     model.language.unstack()  # as `pangea_jax.load` does on a CPU
-    return Engine(model, tokenizer, rounding="transformers"), theirs
+    return Engine(model, tokenizer, policy=ReadingPolicy(rounding="transformers")), theirs
 
 
 class Endless:

@@ -43,32 +43,30 @@ from pangea_jax.data.packing import plan_rows
 from pangea_jax.data.record import Conversation, Turn
 from pangea_jax.data.store import RecordStore
 from pangea_jax.data.tokenizer import Tokenizer, load_tokenizer
+from pangea_jax.experiment import Experiment, make_reader
 from pangea_jax.model import PINPOINTS
 from pangea_jax.sample import emoji
+from pangea_jax.typed_config import build
 
 TILE, GRID = 336, 24
 PEER_BATCH, TURNS, MANY = 4, 4, 500_000
+EXPERIMENT = build(Experiment, pangea_7b_finetune.get_config())
 # As Pangea is fine-tuned, in batches that a laptop holds.
-FEED = pipeline.PipelineConfig(
-    **{**pangea_7b_finetune.get_config().pipeline, "rows": 2, "row_tiles": 20, "threads": 1}
-)
+FEED = dataclasses.replace(EXPERIMENT.pipeline, rows=2, row_tiles=20, threads=1)
 
 
 class Data:
-    """The records that every part reads, and what the pipeline needs to render them.
-
-    The one place that calls the data pipeline.
-    """
+    """The records that every part reads, and the reader. Only this class calls the data pipeline."""
 
     def __init__(self, store: RecordStore, tokenizer: Tokenizer):
-        self.store, self.tokenizer = store, tokenizer
+        self.store = store
         self.source = self.repeated(len(store.index))
-        self.views = pipeline.Views(store, PINPOINTS, TILE, GRID, background=None)
+        self.reader = make_reader(EXPERIMENT, store, tokenizer)
         self.sizes = self.measure(self.source)
 
     def measure(self, records: Sequence[Conversation], config=FEED) -> np.ndarray:
         """Tokens, tiles and targets of each record [n, 3]."""
-        return pipeline.measure(records, self.tokenizer, self.views, config)
+        return pipeline.measure(records, self.reader, config)
 
     def repeated(self, length: int) -> pipeline.RowSource:
         """The records again and again, up to `length`."""
@@ -78,8 +76,7 @@ class Data:
         """Batches of `length` examples."""
         return pipeline.train_dataset(
             self.repeated(length),
-            self.tokenizer,
-            self.views,
+            self.reader,
             dataclasses.replace(FEED, workers=workers),
             seed=0,
             sizes=np.resize(self.sizes, (length, 3)),

@@ -12,6 +12,7 @@ loading, checkpoints and logging are not in it. FLOPs are counted as pangea_jax/
 """
 
 import collections
+import dataclasses
 import json
 import statistics
 import time
@@ -22,11 +23,11 @@ import numpy as np
 from absl import flags
 
 from launch import common
-from pangea_jax import sharding
+from pangea_jax import experiment, sharding
+from pangea_jax.experiment import Experiment
 from pangea_jax.train import optimizer as optim
 from pangea_jax.train.flops import PEAK_FLOPS
 from pangea_jax.train.state import init_state
-from pangea_jax.train.step import make_train_step
 
 CONFIG = common.define_config("configs/pangea_7b_finetune.py")
 STEPS = flags.DEFINE_integer("steps", 10, "Timed steps.", lower_bound=1)
@@ -43,9 +44,9 @@ CONVERSATION_TOKENS, PANGEAINS_CONVERSATIONS = 2222, 6_150_624
 TRAINED_SHARE = 0.15
 
 
-def make_batch(config, model, mesh) -> dict[str, np.ndarray]:
+def make_batch(exp: Experiment, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     """Full rows of equal conversations: a picture first, in an equal share of the tiles, then words."""
-    shapes = common.batch_shapes(config, model, mesh)
+    shapes, model = experiment.batch_shapes(exp, mesh), exp.model
     rng = np.random.default_rng(0)
     rows, T = shapes["tokens"].shape
     segments = max(1, round(T / CONVERSATION_TOKENS))
@@ -59,7 +60,7 @@ def make_batch(config, model, mesh) -> dict[str, np.ndarray]:
     index = np.where(positions < features, 1 + offset + positions, -1)
     tokens = rng.integers(0, model.language.vocab_size, (rows, T), dtype=np.int32)
     trained = (index < 0) & (rng.random(T) < TRAINED_SHARE)
-    limit = config.pipeline.get("max_targets") or T
+    limit = exp.pipeline.max_targets or T
     trained &= np.cumsum(trained) <= limit
     batch = {
         "tokens": tokens,
@@ -88,16 +89,15 @@ def longest_kernels(folder: str, count: int = 25) -> list[tuple[str, float, int]
     return [(name, ns / busy, calls[name]) for name, ns in spent.most_common(count)]
 
 
-def measure(config, steps: int, profile: str | None = None) -> dict:
+def measure(exp: Experiment, steps: int, profile: str | None = None) -> dict:
     """Compiles, warms up, and times steps one by one; JSON-able."""
-    mesh = sharding.make_mesh(**config.mesh)
-    model = common.model_config(config)
-    optimizer = optim.make_optimizer(optim.OptimizerConfig(**config.optimizer), 1000)
-    graphdef, state, shardings = init_state(model, optimizer, mesh, seed=0, frozen=config.frozen)
-    step = make_train_step(graphdef, optimizer, shardings, mesh, **common.step_options(config))
-    batch = sharding.to_global(make_batch(config, model, mesh), mesh)
+    mesh = sharding.make_mesh(**dataclasses.asdict(exp.mesh))
+    optimizer = optim.make_optimizer(exp.optimizer, 1000)
+    graphdef, state, shardings = init_state(exp.model, optimizer, mesh, seed=0, frozen=exp.frozen)
+    step = experiment.make_step(exp, graphdef, optimizer, shardings, mesh)
+    batch = sharding.to_global(make_batch(exp, mesh), mesh)
     rows, T = batch["tokens"].shape
-    flops = common.step_flops(config, model, state.params, rows)
+    flops = experiment.step_flops(exp, state.params, rows)
     counts = {
         name: sum(value.size for value in part.values())
         for name, part in (("trained", state.trainable), ("frozen", state.frozen))
@@ -130,9 +130,9 @@ def measure(config, steps: int, profile: str | None = None) -> dict:
         "parameters": counts,
         "rows": rows,
         "row_tokens": T,
-        "tiles": 0 if "features" in batch else rows * config.pipeline.row_tiles,
-        "optimizer": config.optimizer.get("name", "adamw"),
-        "keep": config.keep,
+        "tiles": 0 if "features" in batch else rows * exp.pipeline.row_tiles,
+        "optimizer": exp.optimizer.name,
+        "keep": exp.keep,
         "compile_s": round(compile_s, 1),
         "step_s": step_s,
         "fastest_step_s": min(seconds[2:]),
@@ -182,7 +182,7 @@ def describe(found: dict) -> str:
 def main(argv):
     common.no_arguments(argv)
     common.use_compile_cache()
-    found = measure(CONFIG.value, STEPS.value, PROFILE.value)
+    found = measure(CONFIG(), STEPS.value, PROFILE.value)
     print(json.dumps(found) if JSON.value else describe(found))
 
 

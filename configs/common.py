@@ -1,18 +1,7 @@
-"""Arguments of configs, as in `--config=configs/x.py:en_ratio=0.8,languages=all`; shared keys."""
+"""Arguments of configs, as in `--config=configs/x.py:en_ratio=0.8,languages=all`."""
 
 import difflib
 from typing import Any
-
-from ml_collections import ConfigDict, config_dict
-
-
-def add_run_keys(config: ConfigDict, *, log_every: int, checkpoint_every: int, keep: int) -> None:
-    """Sets what a run writes and when it stops; see `Checkpoints`, `GuardConfig`, docs/training.md."""
-    config.steps = config_dict.placeholder(int)  # by default as many as the examples make
-    config.log_every = log_every
-    config.checkpoint = dict(every=checkpoint_every, keep=keep, keep_every=0)
-    config.guards = dict(max_bad_steps=5, spike=8.0)
-    config.wandb = ""  # a project name of Weights & Biases
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:

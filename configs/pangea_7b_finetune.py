@@ -29,12 +29,12 @@ Expect the scores of Tables 2 and 3 (multimodal 59.9 in English, 52.8 in the oth
 1,344 hours of an H100, 168 h on 8 of them.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
-from configs.common import add_run_keys, choice, parse_arg
-from pangea_jax.model import PINPOINTS, LanguageConfig, VisionConfig, lora
+from configs.common import choice, parse_arg
+from pangea_jax.experiment import Experiment
+from pangea_jax.model import lora
+from pangea_jax.typed_config import section
 
 BATCHES = ("64", "128", "512")
 CONVERSATIONS_PER_ROW = 4
@@ -48,39 +48,30 @@ def get_config(arg: str | None = None) -> ConfigDict:
         )
     batch = args["batch"] or 128
     choice("batch", str(batch), BATCHES)
-    config = ConfigDict()
-    config.title = "Pangea-7B"
-    config.seed = args["seed"]
-    config.model = dict(
-        vision=dataclasses.asdict(VisionConfig()),  # CLIP ViT-L/14-336
-        language=dataclasses.asdict(LanguageConfig()),  # Qwen2-7B-Instruct
-        pinpoints=PINPOINTS,
-        dtype="bfloat16",
-    )
-    config.data = dict(store="data/pangeains", tokenizer="checkpoints/Pangea-7B-hf", verify=False)
+    # The model is Pangea-7B, the default: CLIP ViT-L/14-336, Qwen2-7B-Instruct, five canvases.
+    config = section(Experiment, title="Pangea-7B", seed=args["seed"])
+    config.data.update(store="data/pangeains", tokenizer="checkpoints/Pangea-7B-hf", verify=False)
     config.pretrained = ("runs/pangea_7b_pretrain/model:vision+projector+language",)
     config.frozen = ()
-    config.mixture = dict(
+    config.mixture.update(
         num_examples=args["num_examples"] or None,
         language_alpha=1.0,
         text_ratio=None,
         exclude_categories=("ocr",),
     )
-    config.pipeline = dict(
+    config.pipeline.update(
         rows=batch // CONVERSATIONS_PER_ROW,
         row_tokens=8192,
         row_tiles=16,
         max_targets=None,
         packing="planned",
         loss_mask="pangea",
-        move_marker_first=True,
-        multi_image="padded",
         overlong="truncate",
         max_bad_fraction=0.001,
         threads=16,
     )
-    config.augmented_views = 0
-    config.optimizer = dict(
+    config.reading.update(marker_first=True, multi_image="padded")
+    config.optimizer.update(
         name="adamw",
         mu_dtype="float32",
         learning_rate=2e-5,
@@ -89,16 +80,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         weight_decay=0.0,
         clip_norm=1.0,
     )
-    config.attention = dict(name="auto")
-    config.keep = "none"
-    config.accumulation = 1
-    config.mesh = dict(data=1, fsdp=-1, tensor=1)
     # The released script saves every 5 % of the steps: 2,600 at a batch of 128.
-    add_run_keys(config, log_every=10, checkpoint_every=2500, keep=3)
+    config.checkpoint.update(every=2500, keep=3)
     if args["lora"]:
         config.model.language.lora.update(rank=args["lora"], alpha=2.0 * args["lora"])
         config.pretrained, config.frozen = ("neulab/Pangea-7B-hf",), lora.FROZEN
         config.optimizer.update(learning_rate=2e-4, lr_scale=())
         config.pipeline.rows, config.accumulation, config.keep = 16, 8, "products"
-    config.eval = dict()
     return config

@@ -21,6 +21,8 @@ from ml_collections import ConfigDict
 
 from configs import pangea_7b_finetune
 from configs.common import parse_arg
+from pangea_jax.data.pipeline import PipelineConfig
+from pangea_jax.typed_config import section
 
 TOWER = "checkpoints/clip-vit-large-patch14-336"
 DECODER = "checkpoints/Qwen2-7B-Instruct"
@@ -36,7 +38,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.frozen = (r"vision\..*", r"language\..*", "newline_d")
     config.mixture.num_examples = args["num_examples"]
     # 32 rows of four captions are the batch of 128. Their images take 4 * 577 tokens of a row.
-    config.pipeline = dict(
+    config.pipeline = section(
+        PipelineConfig,
         rows=32,
         row_tokens=4096,
         row_tiles=4,
@@ -44,10 +47,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         packing="balanced",
         examples_per_row=4,
         loss_mask="pangea",
-        move_marker_first=True,
         overlong="truncate",
         max_bad_fraction=0.001,
         threads=16,
     )
+    config.reading.multi_image = "anyres"
     config.optimizer.update(learning_rate=1e-3, lr_scale=())
     return config

@@ -11,8 +11,11 @@ train the parts it starts from.
 
 from ml_collections import ConfigDict
 
-from configs.common import add_run_keys, parse_arg
+from configs.common import parse_arg
 from pangea_jax import languages
+from pangea_jax.experiment import Experiment
+from pangea_jax.sample.naming import Evaluation
+from pangea_jax.typed_config import section
 
 LANGUAGES = ("en", "es", "sw", "ru", "ar", "hi", "zh", "ko")
 
@@ -20,10 +23,8 @@ LANGUAGES = ("en", "es", "sw", "ru", "ar", "hi", "zh", "ko")
 def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(arg, en_ratio=0.4, languages="default", num_examples=0, seed=0)
     codes = _languages(args["languages"])
-    config = ConfigDict()
-    config.title = "Sample model"
-    config.seed = args["seed"]
-    config.model = dict(
+    config = section(Experiment, title="Sample model", seed=args["seed"])
+    config.model.update(
         vision=dict(
             image_size=48,
             patch_size=8,
@@ -51,10 +52,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         pinpoints=(),
         dtype="float32",
     )
-    config.data = dict(store="emoji", tokenizer="emoji", verify=True)
+    config.data.update(store="emoji", tokenizer="emoji", verify=True)
     config.pretrained = ("tower", "stage1")
     config.frozen = (r"vision\..*",)
-    config.mixture = dict(
+    config.mixture.update(
         # Names are learned by repetition, and for 38 languages a model of this size needs still more examples. The
         # measured mean rank accuracy on seen drawings is 16 % for 37 other languages (floor 11), 47 % for 7 others.
         num_examples=args["num_examples"] or max(16_000, 2_000 * len(codes)),
@@ -63,17 +64,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
         sources=("emoji/noto", "emoji/fluent", "emoji/emojione", "emoji/openmoji"),
         text_ratio=0.1,
     )
-    config.pipeline = dict(
+    config.pipeline.update(
         rows=8, row_tokens=144, row_tiles=3, max_targets=40, packing="balanced", examples_per_row=2
     )
+    config.reading.background = (255, 255, 255)  # the drawings are transparent
     config.augmented_views = 12
-    config.optimizer = dict(learning_rate=1e-3, b2=0.98, weight_decay=0.01)
-    config.attention = dict(name="auto")
+    config.optimizer.update(learning_rate=1e-3, b2=0.98, weight_decay=0.01)
     config.keep = "all"
-    config.accumulation = 1
-    config.mesh = dict(data=1, fsdp=-1, tensor=1)
-    add_run_keys(config, log_every=10, checkpoint_every=250, keep=2)
-    config.eval = dict(limit=100, batch_size=64, prompt_tokens=56, max_new_tokens=32)
+    config.eval = section(Evaluation, limit=100, batch_size=64, prompt_tokens=56, max_new_tokens=32)
     return config
 
 

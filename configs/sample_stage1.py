@@ -14,6 +14,8 @@ take 20 to 40 minutes on two CPU cores. The result is shipped as
 from ml_collections import ConfigDict
 
 from configs import sample
+from pangea_jax.data.pipeline import PipelineConfig
+from pangea_jax.typed_config import section
 
 
 def get_config() -> ConfigDict:
@@ -27,10 +29,18 @@ def get_config() -> ConfigDict:
     config.translation_passes = 2
     config.picture_passes = 40
     config.augmented_views = base.augmented_views
-    config.pipeline = dict(
-        rows=10, row_tokens=160, row_tiles=4, max_targets=60, packing="balanced", examples_per_row=3
+    config.reading = base.reading
+    config.pipeline = section(
+        PipelineConfig,
+        rows=10,
+        row_tokens=160,
+        row_tiles=4,
+        max_targets=60,
+        packing="balanced",
+        examples_per_row=3,
     )
-    config.optimizer = dict(learning_rate=2e-3, b2=0.98, weight_decay=0.01)
+    config.optimizer = base.optimizer
+    config.optimizer.learning_rate = 2e-3
     config.mesh = base.mesh
     config.log_every = 20
     return config

@@ -21,6 +21,8 @@ from ml_collections import ConfigDict
 from configs import pangea_7b_finetune, sample
 from configs.common import choice, parse_arg
 from pangea_jax import languages
+from pangea_jax.data.mixture import Mixture
+from pangea_jax.typed_config import section
 
 SCALES = ("sample", "pangea_7b")
 # The paper's translated data has 17 languages, which it does not list; these are the 17 largest of its Table 5.
@@ -79,7 +81,8 @@ def base(args: Mapping[str, Any]) -> ConfigDict:
         number = f",num_examples={args['num_examples']}" if args["num_examples"] else ""
         return sample.get_config(f"languages={args['languages']},seed={args['seed']}{number}")
     config = pangea_7b_finetune.get_config(f"seed={args['seed']}")
-    config.mixture = dict(
+    config.mixture = section(
+        Mixture,
         num_examples=args["num_examples"] or 500_000,
         en_ratio=0.4,
         languages=_languages(args["languages"]),

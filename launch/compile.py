@@ -17,6 +17,7 @@ does not fit here. Topologies are those of `jax.experimental.topologies`: v5e:2x
 `--output` keeps the program for `launch/train.py --executable`.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -41,11 +42,11 @@ from absl import flags
 from jax.experimental import topologies
 
 from launch import common, executable
-from pangea_jax import sharding
+from pangea_jax import experiment, sharding
+from pangea_jax.experiment import Experiment
 from pangea_jax.train import hlo
 from pangea_jax.train import optimizer as optim
 from pangea_jax.train.state import abstract_state
-from pangea_jax.train.step import make_train_step
 
 CONFIG = common.define_config("configs/pangea_7b_finetune.py")
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "What to compile for, GENERATION:SHAPE.")
@@ -77,7 +78,7 @@ def topology_mesh(name: str, slices: int, sizes) -> tuple[jax.sharding.Mesh, flo
     if generation == "cpu" and shape.isdecimal() and slices == 1:
         jax.config.update("jax_num_cpu_devices", int(shape))
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-        return sharding.make_mesh(**sizes), round(memory / int(shape), 2)
+        return sharding.make_mesh(**dataclasses.asdict(sizes)), round(memory / int(shape), 2)
     if generation not in HBM_GIB:
         raise common.UserError(
             f"--topology={name}: the generation is one of {', '.join(HBM_GIB)}, as in v5e:4x4; or cpu:8"
@@ -94,17 +95,18 @@ def topology_mesh(name: str, slices: int, sizes) -> tuple[jax.sharding.Mesh, flo
         )
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         raise common.UserError(f"--topology={name}: libtpu says {error}") from None
-    return sharding.make_mesh(**sizes, devices=topology.devices), HBM_GIB[generation]
+    return sharding.make_mesh(**dataclasses.asdict(sizes), devices=topology.devices), HBM_GIB[
+        generation
+    ]
 
 
-def lower(config, mesh, steps):
+def lower(exp: Experiment, mesh, steps):
     """The lowered step, and its model FLOPs."""
-    model = common.model_config(config)
-    optimizer = optim.make_optimizer(optim.OptimizerConfig(**config.optimizer), steps)
-    graphdef, state, shardings = abstract_state(model, optimizer, mesh, frozen=config.frozen)
-    step = make_train_step(graphdef, optimizer, shardings, mesh, **common.step_options(config))
-    batch = common.batch_shapes(config, model, mesh)
-    flops = common.step_flops(config, model, state.params, len(batch["tokens"]))
+    optimizer = optim.make_optimizer(exp.optimizer, steps)
+    graphdef, state, shardings = abstract_state(exp.model, optimizer, mesh, frozen=exp.frozen)
+    step = experiment.make_step(exp, graphdef, optimizer, shardings, mesh)
+    batch = experiment.batch_shapes(exp, mesh)
+    flops = experiment.step_flops(exp, state.params, len(batch["tokens"]))
     return step.lower(state, batch), flops
 
 
@@ -123,25 +125,27 @@ def _prepare(output: Path) -> None:
         raise common.UserError(f"--output={output} cannot be written: {error}") from None
 
 
-def measure(config, topology: str, slices: int = 1, output: str | None = None, steps=None) -> dict:
+def measure(
+    exp: Experiment, topology: str, slices: int = 1, output: str | None = None, steps=None
+) -> dict:
     """Compiles and reads off the program; JSON-able. A program that does not fit has no collectives.
 
     Args:
       output: where to write the program.
       steps: of the run, which it then needs to know.
     """
-    mesh, hbm = topology_mesh(topology, slices, config.mesh)
+    mesh, hbm = topology_mesh(topology, slices, exp.mesh)
     shards = sharding.row_shards(mesh)
-    lowered, flops = lower(config, mesh, steps or SCHEDULE_STEPS)
+    lowered, flops = lower(exp, mesh, steps or SCHEDULE_STEPS)
     found = {
         "topology": topology,
         "slices": slices,
         "chips": mesh.size,
         "mesh": dict(mesh.shape),
-        "row_tokens": config.pipeline.row_tokens,
-        "rows_per_shard": math.ceil(config.pipeline.rows / shards),
-        "keep": config.keep,
-        "accumulation": config.accumulation,
+        "row_tokens": exp.pipeline.row_tokens,
+        "rows_per_shard": math.ceil(exp.pipeline.rows / shards),
+        "keep": exp.keep,
+        "accumulation": exp.accumulation,
         "hbm_gib": hbm,
     }
     start = time.perf_counter()
@@ -156,7 +160,7 @@ def measure(config, topology: str, slices: int = 1, output: str | None = None, s
     else:
         found |= _read(compiled, hbm)
         if output and found["fits"]:
-            executable.save(Path(output), lowered, compiled, mesh, config, steps)
+            executable.save(Path(output), lowered, compiled, mesh, exp, steps)
     return found | {
         "compile_s": round(time.perf_counter() - start, 1),
         "model_flops_per_step": flops["total"],
@@ -185,27 +189,26 @@ def _needed_gib(message: str) -> float | None:
     return used and round(float(used[1]) * 1024 ** ("KMGT".index(used[2]) - 2), 2)
 
 
-def search(config, topology: str, slices: int = 1) -> dict:
+def search(exp: Experiment, topology: str, slices: int = 1) -> dict:
     """The measurement of the most rows a chip that fit, under the policy of these that computes least again.
 
     Raises:
       UserError: not even one row a shard fits.
     """
-    mesh, _ = topology_mesh(topology, slices, config.mesh)
+    mesh, _ = topology_mesh(topology, slices, exp.mesh)
     shards = sharding.row_shards(mesh)
-    config = config.copy_and_resolve_references()
-    config.accumulation = 1
 
     def attempt(rows, keep):
-        config.pipeline.rows, config.keep = rows * shards, keep
-        found = measure(config, topology, slices)
+        shape = dataclasses.replace(exp.pipeline, rows=rows * shards)
+        tried = dataclasses.replace(exp, pipeline=shape, keep=keep, accumulation=1)
+        found = measure(tried, topology, slices)
         print(one_line(found), file=sys.stderr)
         return found
 
     best = attempt(1, "none")
     if not best["fits"]:
         raise common.UserError(
-            f"not even one row of {config.pipeline.row_tokens} tokens a shard fits {topology}: "
+            f"not even one row of {exp.pipeline.row_tokens} tokens a shard fits {topology}: "
             f'{best["peak_hbm_gib"]:.1f} of {best["hbm_gib"]:.2f} GiB with keep "none"; '
             "choose more chips"
         )
@@ -264,7 +267,8 @@ def main(argv):
     common.no_arguments(argv)
     # What comes out of the compile cache took no time to compile, and XLA cannot write it out again.
     jax.config.update("jax_enable_compilation_cache", False)
-    config, steps = CONFIG.value, STEPS.value or CONFIG.value.get("steps")
+    exp = CONFIG()
+    steps = STEPS.value or exp.steps
     if OUTPUT.value and (SEARCH.value or not steps):
         raise common.UserError(
             "--output takes --steps=N, the steps of the run, and not --search: the schedule of the learning "
@@ -273,9 +277,9 @@ def main(argv):
     if OUTPUT.value:
         _prepare(Path(OUTPUT.value))
     if SEARCH.value:
-        found = search(config, TOPOLOGY.value, SLICES.value)
+        found = search(exp, TOPOLOGY.value, SLICES.value)
     else:
-        found = measure(config, TOPOLOGY.value, SLICES.value, OUTPUT.value, steps)
+        found = measure(exp, TOPOLOGY.value, SLICES.value, OUTPUT.value, steps)
     print(json.dumps(found) if JSON.value else describe(found))
     if OUTPUT.value and not found["fits"]:
         raise common.UserError(

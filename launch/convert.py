@@ -6,7 +6,8 @@
     python launch/convert.py --from=runs/lora --to=My-adapters --format=peft --base=neulab/Pangea-7B-hf
 
 `--from` is a folder in any layout, the work directory of a training run (its newest step), or a name on the
-Hugging Face hub. The result holds weights, config, tokenizer and processor; `pangea_jax.load` takes either form,
+Hugging Face hub. The result holds weights, config, tokenizer, processor and how the
+model reads a conversation (`reading.json`); `pangea_jax.load` takes either form,
 transformers and vLLM take `--format=hf`. The whole model is never in memory. A conversion that is cut off leaves only
 `<to>.partial`; repeat the command. `--format=peft` writes only a run's adapters, for the peft library; `--base` names
 the model that the run started from.

@@ -20,6 +20,7 @@ from jax.experimental.mosaic.dialects import tpu
 from jax.extend.mlir import ir
 
 from launch import common
+from pangea_jax.experiment import Experiment
 from pangea_jax.work import atomic
 
 
@@ -28,7 +29,7 @@ def save(
     lowered: jax.stages.Lowered,
     compiled: jax.stages.Compiled,
     mesh: jax.sharding.Mesh,
-    config: common.Config,
+    config: Experiment,
     steps: int,
 ) -> None:
     """Writes whole or not at all.
@@ -49,7 +50,7 @@ def load(
     step: Callable,
     arguments: tuple,
     mesh: jax.sharding.Mesh,
-    config: common.Config,
+    config: Experiment,
     steps: int,
 ) -> Callable:
     """What `step` of `make_train_step` does, by the program in the file. `step` is traced, to know that it is
@@ -120,7 +121,7 @@ def _facts(lowered, mesh, config, steps) -> dict[str, Any]:
             "order": _digest(json.dumps(places)),
         },
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "config": json.loads(config.to_json()) | {"steps": steps},
+        "config": common.to_json(config) | {"steps": steps},
         "program": _digest(without_locations(lowered.as_text())),
     }
 

@@ -19,7 +19,8 @@ from absl import flags, logging
 from rich.console import Console
 
 from launch import common
-from pangea_jax.data import batch_view, mixture, pipeline
+from pangea_jax import experiment
+from pangea_jax.data import batch_view
 
 CONFIG = common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string(
@@ -29,26 +30,15 @@ ROWS = flags.DEFINE_integer("n", 8, "Rows to show.", lower_bound=1)
 SKIP = flags.DEFINE_integer("skip", 0, "Batches to go past first.", lower_bound=0)
 
 
-def batches(config) -> tuple[pipeline.Feed, object, int]:
-    """The feed of a config on one process, the tokenizer, and patches a tile."""
-    store, tokenizer = common.open_data(config)
-    choice = mixture.choose(store.index, mixture.Mixture(seed=config.seed, **config.mixture))
-    logging.info("mixture: %s", json.dumps(choice.summary()))
-    vision = common.model_config(config).vision
-    views = pipeline.Views(store, config.model.pinpoints, vision.image_size, vision.grid)
-    feed = dataclasses.replace(pipeline.PipelineConfig(**config.pipeline), workers=0)
-    source = pipeline.RowSource(store, choice.rows)
-    return (
-        pipeline.train_dataset(source, tokenizer, views, feed, seed=config.seed),
-        tokenizer,
-        vision.grid**2,
-    )
-
-
 def main(argv):
     common.no_arguments(argv)
-    config = CONFIG.value
-    feed, tokenizer, patches = batches(config)
+    exp = CONFIG()
+    exp = dataclasses.replace(exp, pipeline=dataclasses.replace(exp.pipeline, workers=0))
+    store, tokenizer = experiment.open_data(exp)
+    choice = experiment.choose_records(exp, store)
+    logging.info("mixture: %s", json.dumps(choice.summary()))
+    reader = experiment.make_reader(exp, store, tokenizer)
+    feed, patches = experiment.make_feed(exp, store, choice, reader), reader.pictures.patches
     there = feed.num_batches
     data = iter(feed)
     is_there = there is None or SKIP.value < there  # else all of them would be read first
@@ -56,10 +46,10 @@ def main(argv):
     if batch is None:
         raise common.UserError(
             f"there is no batch after --skip={SKIP.value}: the examples chosen make "
-            f"{'fewer' if there is None else there} of {config.pipeline.rows} rows; lower --skip or "
+            f"{'fewer' if there is None else there} of {exp.pipeline.rows} rows; lower --skip or "
             "config.pipeline.rows, or raise config.mixture.num_examples"
         )
-    workdir = Path(WORKDIR.value or common.default_workdir(CONFIG))
+    workdir = Path(WORKDIR.value or common.default_workdir())
     console = Console()
     batch_view.print_batch(batch, tokenizer, patches, console, rows=ROWS.value)
     batch_view.save_batch(batch, tokenizer, patches, workdir, rows=ROWS.value, name="batch")

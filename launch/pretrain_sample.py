@@ -3,6 +3,7 @@
 Config: configs/sample_stage1.py.
 """
 
+import dataclasses
 from pathlib import Path
 
 if not __package__:  # run as a file of a clone
@@ -13,10 +14,13 @@ import numpy as np
 from absl import flags, logging
 
 from launch import common
-from pangea_jax import sharding
+from pangea_jax import assets, experiment, sharding
 from pangea_jax.checkpoints import SpecialTokens, huggingface
 from pangea_jax.data import mixture, pipeline
+from pangea_jax.data.reader import CachedFeatures, Reader, ReadingPolicy
 from pangea_jax.data.tokenizer import load_tokenizer
+from pangea_jax.experiment import MeshConfig
+from pangea_jax.model import PangeaConfig
 from pangea_jax.model import params as model_params
 from pangea_jax.sample import emoji
 from pangea_jax.sample.features import frozen_features
@@ -25,7 +29,38 @@ from pangea_jax.train.state import init_state
 from pangea_jax.train.step import make_train_step
 from pangea_jax.train.telemetry import Speed, StepTimer, Telemetry, Window
 
-CONFIG = common.define_config("configs/sample_stage1.py")
+
+@dataclasses.dataclass(frozen=True)
+class Stage1:
+    """What configs/sample_stage1.py declares; fields that `Experiment` has too mean the same.
+
+    Attributes:
+      languages: to translate between.
+      sources: of the pictures that are named in English.
+      translation_passes, picture_passes: how often each translation and each picture is seen.
+    """
+
+    model: PangeaConfig
+    reading: ReadingPolicy
+    pipeline: pipeline.PipelineConfig
+    optimizer: optim.OptimizerConfig
+    languages: tuple[str, ...]
+    sources: tuple[str, ...]
+    translation_passes: int
+    picture_passes: int
+    augmented_views: int
+    frozen: tuple[str, ...] = ()
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+    log_every: int = 20
+
+    @property
+    def artists(self) -> tuple[str, ...]:
+        """The artists of the sources, such as "emoji/noto"."""
+        return tuple(source.removeprefix("emoji/") for source in self.sources)
+
+
+CONFIG = common.define_config("configs/sample_stage1.py", Stage1)
 WORKDIR = flags.DEFINE_string("workdir", "runs/sample_stage1", "Where results are written.")
 
 
@@ -37,19 +72,14 @@ class Lessons:
         pictures = mixture.choose(
             store.index,
             mixture.Mixture(
-                num_examples=config.picture_passes * self._drawings(store, config.sources),
-                en_ratio=None,
+                num_examples=config.picture_passes * len(emoji.picture_keys(store, config.artists)),
                 languages=("en",),
                 sources=config.sources,
-                seed=config.seed,
             ),
+            config.seed,
         )
         self._parts = (translations, pipeline.RowSource(store, pictures.rows))
         self._translations = config.translation_passes * len(translations)
-
-    @staticmethod
-    def _drawings(store, sources) -> int:
-        return len(emoji.picture_keys(store, common.artists(sources)))
 
     def __len__(self) -> int:
         return self._translations + len(self._parts[1])
@@ -64,35 +94,36 @@ class Lessons:
 
 
 def main(_):
-    config, workdir = CONFIG.value, Path(WORKDIR.value)
+    config, workdir = CONFIG(), Path(WORKDIR.value)
     common.claim_workdir(workdir, config)
     common.use_compile_cache()
-    mesh = sharding.make_mesh(**config.mesh)
-    model, feed = common.model_config(config), pipeline.PipelineConfig(**config.pipeline)
-    store, tokenizer = emoji.open_store(), load_tokenizer(emoji.DIRECTORY)
+    mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
+    model, feed = config.model, config.pipeline
+    store, tokenizer = emoji.open_store(), load_tokenizer(assets.EMOJI)
     lessons = Lessons(store, config)
     steps = len(lessons) // feed.examples
     logging.info("%d examples, %d steps", len(lessons), steps)
-    optimizer = optim.make_optimizer(optim.OptimizerConfig(**config.optimizer), steps)
+    optimizer = optim.make_optimizer(config.optimizer, steps)
     graphdef, state, shardings = init_state(
         model,
         optimizer,
         mesh,
         seed=config.seed,
         frozen=config.frozen,
-        pretrained=common.load_pretrained(model, ("tower",), mesh),
+        pretrained=experiment.load_pretrained(model, ("tower",), mesh),
     )
     features = frozen_features(
         model_params.merge(graphdef, state.params).vision,
         store,
-        emoji.picture_keys(store, common.artists(config.sources)),
+        emoji.picture_keys(store, config.artists),
         mesh,
+        config.reading,
         augmented=config.augmented_views,
         seed=config.seed,
         cache=common.cache_directory("features"),
     )
-    views = pipeline.CachedViews(features)
-    dataset = pipeline.train_dataset(lessons, tokenizer, views, feed, seed=config.seed)
+    reader = Reader(tokenizer, CachedFeatures(features, config.reading, newline=model.newline))
+    dataset = pipeline.train_dataset(lessons, reader, feed, seed=config.seed)
     step_fn = make_train_step(graphdef, optimizer, shardings, mesh, max_targets=feed.max_targets)
     timer, window = StepTimer(), Window()
     speed = Speed(timer)

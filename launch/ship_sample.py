@@ -20,16 +20,15 @@ if not __package__:  # run as a file of a clone
 
 import numpy as np
 
-from pangea_jax.checkpoints import SpecialTokens, config_from_folder, load, save
+from pangea_jax.assets import EMOJI, SAMPLE_MODEL
+from pangea_jax.checkpoints import SpecialTokens, config_from_folder, load, load_policy, save
 from pangea_jax.data.tokenizer import load_tokenizer
-from pangea_jax.generate.engine import SAMPLE_MODEL
-from pangea_jax.sample import emoji
 
 
 def ship_model(run: Path) -> None:
     """Copies the config and all weights but the tower from a run of `launch/train.py`."""
     config = config_from_folder(run / "model")
-    tokenizer = load_tokenizer(emoji.DIRECTORY)
+    tokenizer = load_tokenizer(EMOJI)
     tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
     only = ("projector", "newline", "language")
     with tempfile.TemporaryDirectory() as folder:
@@ -37,6 +36,7 @@ def ship_model(run: Path) -> None:
         save(state, config, folder, dtype=np.dtype("float16"), tokens=tokens, only=only)
         for file in ("model.safetensors", "config.json"):
             shutil.copyfile(Path(folder) / file, SAMPLE_MODEL / file)
+    load_policy(run / "model").save(SAMPLE_MODEL)
 
 
 def main():

@@ -35,7 +35,7 @@ if not __package__:  # run as a file of a clone
     import _clone  # noqa: F401
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
@@ -43,9 +43,11 @@ from rich.table import Column, Table
 from eval.ablation import intervals, summary
 from eval.ablation.intervals import RESULTS_FILE, SWEEP_FILE
 from launch import common, distributed
+from pangea_jax import typed_config
+from pangea_jax.experiment import Experiment
 from pangea_jax.work import atomic
 
-CONFIG = common.define_config("configs/ablate_en_ratio.py")
+common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all results; default runs/<config>.")
 SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each point, with seeds 0, 1, ...", lower_bound=1)
 JOBS = flags.DEFINE_integer(
@@ -73,7 +75,7 @@ class Job:
     point: str
     seed: int
     workdir: Path
-    config: ConfigDict
+    config: Experiment
     flags: tuple[str, ...]
     state: str = "waiting"
     process: subprocess.Popen | None = None
@@ -117,7 +119,7 @@ def make_plan() -> Plan:
     Raises:
       UserError: the config is not an ablation, sets point or seed, or lacks a point of --points.
     """
-    holder = flags.FLAGS[CONFIG.name]
+    holder = flags.FLAGS["config"]
     path, _, arg = config_flags.get_config_filename(holder).partition(":")
     module = _module(path)
     if not hasattr(module, "points"):
@@ -132,13 +134,14 @@ def make_plan() -> Plan:
     unknown = [point for point in POINTS.value if point not in known]
     if unknown:
         raise common.UserError(f"--points: {unknown[0]!r} is not one of {', '.join(known)}")
-    workdir = Path(WORKDIR.value or common.default_workdir(CONFIG))
+    workdir = Path(WORKDIR.value or common.default_workdir())
     jobs = []
     for seed in range(SEEDS.value):
         for point in dict.fromkeys(POINTS.value or known):
             full = ",".join(filter(None, (arg, f"point={point}", f"seed={seed}")))
             config = module.get_config(full)
             config.update_from_flattened_dict(overrides)
+            config = typed_config.build(Experiment, config)
             words = (f"--config={path}:{full}", *_override_flags(overrides))
             jobs.append(Job(point, seed, workdir / f"{point}_seed{seed}", config, words))
     return Plan(module, path, arg, overrides, workdir, jobs)

@@ -22,19 +22,18 @@ from absl import flags, logging
 from rich.console import Console
 
 from launch import common, distributed, executable
-from pangea_jax import sharding
+from pangea_jax import experiment, sharding
 from pangea_jax.checkpoints import SpecialTokens, huggingface, processor, tokenizer_files
-from pangea_jax.data import batch_view, mixture, pipeline
+from pangea_jax.data import batch_view, feed
+from pangea_jax.experiment import Experiment
 from pangea_jax.model import params as model_params
-from pangea_jax.sample import emoji, figures, naming
-from pangea_jax.sample.features import frozen_features
+from pangea_jax.sample import naming
 from pangea_jax.train import optimizer as optim
 from pangea_jax.train.flops import PEAK_FLOPS
-from pangea_jax.train.guards import Guard, GuardConfig, dump_batch
+from pangea_jax.train.guards import Guard, dump_batch
 from pangea_jax.train.loop import Loop
 from pangea_jax.train.resume import Checkpoints
 from pangea_jax.train.state import init_state
-from pangea_jax.train.step import make_train_step
 from pangea_jax.train.telemetry import Profiler, Speed, StepTimer, Telemetry, gather, record_start
 from pangea_jax.work import atomic
 
@@ -60,7 +59,7 @@ PROFILE = flags.DEFINE_string(
 class Run:
     """What the phases of a run share."""
 
-    config: common.Config
+    exp: Experiment
     workdir: Path
     mesh: jax.sharding.Mesh
     timer: StepTimer
@@ -72,55 +71,40 @@ class Run:
         return jax.process_index() == 0
 
 
-def training_views(run, model, pretrained, store) -> pipeline.CachedViews | pipeline.Views:
-    """How training sees pictures: cached features of a frozen tower, or tiles for one that trains."""
-    config = run.config
-    if not config.augmented_views:
-        return pipeline.Views(store, model.pinpoints, model.vision.image_size, model.vision.grid)
-    with run.timer.phase("features"):
-        features = frozen_features(
-            common.frozen_tower(config, model.vision, pretrained),
-            store,
-            emoji.picture_keys(store, common.artists(config.mixture.sources)),
-            run.mesh,
-            augmented=config.augmented_views,
-            seed=config.seed,
-            cache=common.cache_directory("features"),
-        )
-    return pipeline.CachedViews(features)
-
-
-def make_speed(run, model, state, started) -> Speed:
+def make_speed(run, state, started) -> Speed:
     """MFU is left out on a device whose peak is not known."""
-    config, device = run.config, run.mesh.devices.flat[0]
-    rows = len(common.batch_shapes(config, model, run.mesh)["tokens"])
+    device = run.mesh.devices.flat[0]
+    rows = len(experiment.batch_shapes(run.exp, run.mesh)["tokens"])
     peak = PEAK_FLOPS.get(device.device_kind)
     if peak is None:
         logging.info("no MFU: the peak of a device of kind %r is not known", device.device_kind)
     return Speed(
         run.timer,
-        flops_per_step=common.step_flops(config, model, state.params, rows)["total"],
+        flops_per_step=experiment.step_flops(run.exp, state.params, rows)["total"],
         peak_flops=peak and peak * run.mesh.size,
         started=started,
     )
 
 
-def train(run, model, optimizer, graphdef, state, shardings, batches, total_steps, tokenizer):
+def train(run, optimizer, graphdef, state, shardings, batches, total_steps, reader):
     """From the newest checkpoint, or the beginning, to the last step; returns the final state.
 
     Raises:
       Interrupted: it was asked to stop before, and has saved itself.
     """
-    config = run.config
+    exp = run.exp
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
     )
-    step = make_train_step(graphdef, optimizer, shardings, run.mesh, **common.step_options(config))
+    step = experiment.make_step(exp, graphdef, optimizer, shardings, run.mesh)
     if EXECUTABLE.value:
-        shapes = abstract, common.batch_shapes(config, model, run.mesh)
-        step = executable.load(EXECUTABLE.value, step, shapes, run.mesh, config, total_steps)
-    kept = {name: config.checkpoint[name] for name in ("keep", "keep_every")}
-    checkpoints = Checkpoints(run.workdir / "checkpoints", **kept)
+        shapes = abstract, experiment.batch_shapes(exp, run.mesh)
+        step = executable.load(EXECUTABLE.value, step, shapes, run.mesh, exp, total_steps)
+    checkpoints = Checkpoints(
+        run.workdir / "checkpoints",
+        keep=exp.checkpoint.keep,
+        keep_every=exp.checkpoint.keep_every,
+    )
     data = iter(batches)
     if checkpoints.latest_step is not None:
         jax.tree.map(lambda x: x.delete(), state)  # there may be no room for two
@@ -131,41 +115,43 @@ def train(run, model, optimizer, graphdef, state, shardings, batches, total_step
         logging.info("resumed from step %d of %d", int(state.step), total_steps)
     first = int(state.step)
     started = record_start(run.workdir, first) if run.is_main else None
-    schedule = optim.make_schedule(optim.OptimizerConfig(**config.optimizer), total_steps)
+    schedule = optim.make_schedule(exp.optimizer, total_steps)
 
     def extra(step, digest):
-        own = common.feed_metrics(data.counters.flush()) | {"data/digest": digest}
-        return {"learning_rate": float(schedule(step))} | gather(own, mean=common.FEED_SHARES)
+        own = feed.metrics(data.counters.flush()) | {"data/digest": digest}
+        return {"learning_rate": float(schedule(step))} | gather(own, mean=feed.SHARES)
 
     def show(rows):
         if run.is_main:
-            seen = batch_view.save_batch(rows, tokenizer, model.vision.patches, run.workdir)
+            seen = batch_view.save_batch(
+                rows, reader.tokenizer, reader.pictures.patches, run.workdir
+            )
             logging.info("first batch: %s", seen)
 
     def dump(step, rows):
-        return dump_batch(rows, step, tokenizer, model.vision.patches, run.workdir)
+        return dump_batch(rows, step, reader.tokenizer, reader.pictures.patches, run.workdir)
 
-    wandb = dict(project=config.wandb, name=run.workdir.name, config=config.to_dict())
+    wandb = dict(project=exp.wandb, name=run.workdir.name, config=common.to_json(exp))
     telemetry = Telemetry(
         run.workdir,
         total_steps,
         start_step=first,
         is_main=run.is_main,
         console=run.console,
-        wandb=wandb if config.wandb else None,
+        wandb=wandb if exp.wandb else None,
     )
     with telemetry, distributed.StopSignal() as stop:
         loop = Loop(
             step,
             run.mesh,
             total_steps,
-            log_every=config.log_every,
-            save_every=config.checkpoint.every,
+            log_every=exp.log_every,
+            save_every=exp.checkpoint.every,
             checkpoints=checkpoints,
             telemetry=telemetry,
             timer=run.timer,
-            speed=make_speed(run, model, state, started),
-            guard=Guard(GuardConfig(**config.guards), dump),
+            speed=make_speed(run, state, started),
+            guard=Guard(exp.guards, dump),
             extra=extra,
             on_first_batch=show,
             stop=stop.reached,
@@ -182,8 +168,8 @@ def train(run, model, optimizer, graphdef, state, shardings, batches, total_step
 
 def evaluate(run, graphdef, params, store, tokenizer):
     """Scores per split and language, and every answer; nothing without `config.eval`."""
-    config = run.config
-    if not config.eval:
+    exp = run.exp
+    if exp.eval is None:
         return {}, {}
     return naming.evaluate(
         graphdef,
@@ -191,17 +177,17 @@ def evaluate(run, graphdef, params, store, tokenizer):
         store,
         tokenizer,
         run.mesh,
-        languages=config.mixture.languages,
-        artists=common.artists(config.mixture.sources),
-        seed=config.seed + 1,
+        languages=exp.mixture.languages,
+        artists=experiment.artists(exp),
+        settings=exp.eval,
+        policy=exp.reading,
+        seed=exp.seed + 1,
         cache=common.cache_directory("features"),
-        **config.eval,
     )
 
 
 def write_processor(workdir, model, tokenizer):
-    """Tokenizer and processor beside the weights; a tokenizer that no public layout can hold is named, for the run
-    itself is done."""
+    """Writes tokenizer and processor beside the weights. If no public layout can hold the tokenizer, it warns."""
     folder = workdir / "model"
     try:
         for note in processor.write(folder, model, tokenizer, tokenizer_files(workdir)):
@@ -212,12 +198,16 @@ def write_processor(workdir, model, tokenizer):
 
 def write_report(run, results, answers, store):
     """The figures, and the tables on the console."""
+    from pangea_jax.sample import figures  # takes a second to import
+
     figures.plot_loss(run.workdir / "metrics.jsonl", run.workdir)
     if answers:
-        figures.plot_languages(results, run.workdir, run.config.title)
+        figures.plot_languages(results, run.workdir, run.exp.title)
         unseen = answers["unseen_artwork"]
-        examples = naming.sheet_examples(unseen, store, count=24, seed=run.config.seed)
-        title = f"{run.config.title}: drawings by an artist never trained on"
+        examples = naming.sheet_examples(
+            unseen, store, run.exp.reading, count=24, seed=run.exp.seed
+        )
+        title = f"{run.exp.title}: drawings by an artist never trained on"
         figures.answer_sheet(examples, run.workdir / "sheet", title)
         run.console.print(figures.results_table(results))
     run.console.print(figures.timing_table(results["timing"]))
@@ -226,47 +216,46 @@ def write_report(run, results, answers, store):
 
 
 def execute(run):
-    config = run.config
-    store, tokenizer = common.open_data(config)
-    choice = mixture.choose(store.index, mixture.Mixture(seed=config.seed, **config.mixture))
+    exp = run.exp
+    store, tokenizer = experiment.open_data(exp)
+    choice = experiment.choose_records(exp, store)
     if run.is_main:
-        common.claim_workdir(run.workdir, config)
+        common.claim_workdir(run.workdir, exp)
         logging.info("mixture: %s", json.dumps(choice.summary()))
-    model = common.model_config(config)
-    pretrained = common.load_pretrained(model, config.pretrained, run.mesh)
-    batches = pipeline.train_dataset(
-        pipeline.RowSource(store, choice.rows),
-        tokenizer,
-        training_views(run, model, pretrained, store),
-        pipeline.PipelineConfig(**config.pipeline),
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        approximate_restart=APPROXIMATE.value,
+    pretrained = experiment.load_pretrained(exp.model, exp.pretrained, run.mesh)
+    features = None
+    if exp.augmented_views:
+        with run.timer.phase("features"):
+            cache = common.cache_directory("features")
+            features = experiment.cached_features(exp, pretrained, store, run.mesh, cache)
+    reader = experiment.make_reader(exp, store, tokenizer, features)
+    batches = experiment.make_feed(
+        exp, store, choice, reader, approximate_restart=APPROXIMATE.value
     )
-    steps = common.number_of_steps(config, batches)
-    optimizer = optim.make_optimizer(optim.OptimizerConfig(**config.optimizer), steps)
+    steps = experiment.number_of_steps(exp, batches)
+    optimizer = optim.make_optimizer(exp.optimizer, steps)
     with run.timer.phase("compile"):
         graphdef, state, shardings = init_state(
-            model,
+            exp.model,
             optimizer,
             run.mesh,
-            seed=config.seed,
-            frozen=config.frozen,
+            seed=exp.seed,
+            frozen=exp.frozen,
             pretrained=pretrained,
         )
     shapes = jax.eval_shape(lambda: state.params)
     table = sharding.table(shapes, sharding.param_shardings(shapes, run.mesh))
     logging.info("parameters on mesh %s\n%s", dict(run.mesh.shape), table)
     del pretrained  # as large as the model
-    state = train(run, model, optimizer, graphdef, state, shardings, batches, steps, tokenizer)
+    state = train(run, optimizer, graphdef, state, shardings, batches, steps, reader)
     with run.timer.phase("evaluate"):
         splits, answers = evaluate(run, graphdef, state.params, store, tokenizer)
     tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
     params = model_params.unflatten(state.params)
-    huggingface.save(params, model, run.workdir / "model", tokens=tokens)
+    huggingface.save(params, exp.model, run.workdir / "model", tokens=tokens)
     if run.is_main:
-        write_processor(run.workdir, model, tokenizer)
+        exp.reading.save(run.workdir / "model")
+        write_processor(run.workdir, exp.model, tokenizer)
         results = {
             "splits": splits,
             "mixture": choice.summary(),
@@ -284,15 +273,18 @@ def _count(params) -> int:
 
 def main(argv):
     common.no_arguments(argv)
-    config = CONFIG.value
-    common.check_keys(config, evaluation=naming.evaluate)
-    workdir = Path(WORKDIR.value or common.default_workdir(CONFIG))
+    exp = CONFIG()
+    workdir = Path(WORKDIR.value or common.default_workdir())
     distributed.initialize()
     common.use_compile_cache()
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = sharding.make_mesh(**dataclasses.asdict(exp.mesh))
     profiler = Profiler(PROFILE.value, workdir / "profile")
-    execute(Run(config, workdir, mesh, StepTimer(), profiler, Console()))
+    execute(Run(exp, workdir, mesh, StepTimer(), profiler, Console()))
+
+
+def cli():
+    common.run(main)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli()

@@ -25,7 +25,8 @@ def load(name: str | os.PathLike, *, dtype=None, mesh: "MeshChoice" = None, **kw
       dtype: of parameters and activations; by default bfloat16, for the sample float32.
       mesh: devices to lay the model over: a mesh, `{"tensor": 4}`, or "auto" for all of this process,
         see `pangea_jax.generate.engine.choose_mesh`; by default one.
-      kwargs: of `pangea_jax.generate.engine.Engine`.
+      kwargs: fields of `pangea_jax.data.reader.ReadingPolicy` that replace those saved with the model, such as
+        `orientation="upright"`.
 
     Raises:
       CheckpointError, ValueError: the folder lacks something, or holds what the model has not.

@@ -14,7 +14,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 DATA = PROJECT["tool"]["setuptools"]["package-data"]
 
 
-@pytest.mark.parametrize("command", ["pangea-eval"])
+@pytest.mark.parametrize("command", ["pangea-train", "pangea-eval"])
 def test_a_command_calls_a_function_that_is_there(command):
     module, _, function = PROJECT["project"]["scripts"][command].partition(":")
     tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"))

@@ -2,7 +2,14 @@
 
 from pangea_jax.checkpoints.config import SpecialTokens, config_from_folder
 from pangea_jax.checkpoints.files import CheckpointError
-from pangea_jax.checkpoints.folder import load, load_model, load_tokenizer, resolve, tokenizer_files
+from pangea_jax.checkpoints.folder import (
+    load,
+    load_model,
+    load_policy,
+    load_tokenizer,
+    resolve,
+    tokenizer_files,
+)
 from pangea_jax.checkpoints.huggingface import save
 
 __all__ = [
@@ -11,6 +18,7 @@ __all__ = [
     "config_from_folder",
     "load",
     "load_model",
+    "load_policy",
     "load_tokenizer",
     "resolve",
     "save",

@@ -18,7 +18,7 @@ from pangea_jax.checkpoints.files import (
     require_new,
     write,
 )
-from pangea_jax.checkpoints.folder import open_weights
+from pangea_jax.checkpoints.folder import load_policy, open_weights
 from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.model import PangeaConfig
 from pangea_jax.work.atomic import write_json
@@ -40,7 +40,8 @@ def convert(
     layout: str = "transformers-4",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Writes the model in `source` to `target`: weights, config, tokenizer and processor.
+    """Writes the model in `source` to `target`: weights, config, tokenizer, processor and how
+    the model reads a conversation.
 
     The files go to `<target>.partial`, which is renamed when it is complete. One left by an earlier call is removed.
 
@@ -66,6 +67,7 @@ def convert(
         if value not in allowed:
             raise ValueError(f"{value!r} is not one of {', '.join(allowed)}")
     require_new(target)
+    policy = load_policy(source)
     config, weights = _open(source)
     _check_vocabulary(source, config, tokenizer)
     tokens = config_file.SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
@@ -94,6 +96,7 @@ def convert(
     notes = processor.write(partial, config, tokenizer, tokenizer_files)
     write_json(partial / "generation_config.json", config_file.generation_config(tokens))
     write_json(partial / "config.json", content)
+    policy.save(partial)
     for file in partial.rglob("*"):
         if file.is_file():
             with open(file, "rb") as stream:

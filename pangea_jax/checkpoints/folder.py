@@ -1,5 +1,6 @@
 """Loads a model by folder or hub name, in any form."""
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pangea_jax import assets
 from pangea_jax.checkpoints import huggingface, orbax
 from pangea_jax.checkpoints.config import (
     PANGEA_TOKENS,
@@ -19,9 +21,9 @@ from pangea_jax.checkpoints.config import (
 )
 from pangea_jax.checkpoints.files import CheckpointError
 from pangea_jax.data import tokenizer as tokenizers
+from pangea_jax.data.reader import POLICY_FILE, ReadingPolicy
 from pangea_jax.model import Pangea, PangeaConfig
 from pangea_jax.model.params import flatten, unflatten
-from pangea_jax.sample import emoji
 
 # Pickled weights are not fetched: unpickling runs code.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
@@ -131,7 +133,31 @@ def tokenizer_files(path: str | os.PathLike) -> Path:
     named = data.get("tokenizer") if isinstance(data, dict) else None
     if named is None:
         return Path(path)
-    return emoji.DIRECTORY if named == "emoji" else Path(named)
+    return assets.EMOJI if named == "emoji" else Path(named)
+
+
+def load_policy(path: str | os.PathLike) -> ReadingPolicy:
+    """How the model in a folder reads conversations: as it was trained to, where that was saved.
+
+    It lies in `reading.json` beside the weights, or in the config of a training run. A model without either was
+    imported, and reads as the reference does.
+
+    Raises:
+      ValueError: what was saved is damaged; names the file.
+    """
+    path = Path(path)
+    file = (path if path.is_dir() else path.parent) / POLICY_FILE
+    if file.is_file():
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: not JSON ({error})") from None
+        return ReadingPolicy.from_json(content, str(file))
+    config_file, config = read_config(path)
+    reading = config.get("reading")
+    if reading is None:
+        return ReadingPolicy()
+    return ReadingPolicy.from_json(reading, f"{config_file}, field 'reading'")
 
 
 def load_tokenizer(

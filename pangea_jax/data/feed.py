@@ -326,3 +326,22 @@ def _process() -> tuple[int, int]:
     import jax
 
     return jax.process_index(), jax.process_count()
+
+
+# The metrics below that are shares, not numbers.
+SHARES = ("data/padding", "data/tile_fill")
+
+
+def metrics(counts: Mapping[str, Any]) -> dict[str, float]:
+    """The data pipeline's counters as metrics: one number a language and source."""
+    found = {"examples": counts["total_examples"]}
+    for name in ("padding", "tile_fill", "cut", "dropped"):
+        found[f"data/{name}"] = counts[name]
+    for group in (
+        "examples_per_language",
+        "tokens_per_language",
+        "examples_per_source",
+        "bad_records",
+    ):
+        found |= {f"data/{group}/{label}": n for label, n in counts[group].items()}
+    return found

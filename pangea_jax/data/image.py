@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pangea_jax.anyres import Size, best_resolution
 
 MAX_PIXELS = 89_478_485  # above this Pillow warns of decompression bombs
+ORIENTATIONS = ("stored", "upright")
 # Only image formats: Pillow also opens containers that run other programs (EPS, Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
@@ -39,10 +40,11 @@ def decode(
     name: str = "",
     max_pixels: int = MAX_PIXELS,
     background: tuple[int, int, int] | None = None,
+    orientation: str = "stored",
 ) -> Image.Image:
     """Decodes an image to 8-bit RGB as the reference does, `Image.open(...).convert("RGB")`.
 
-    EXIF orientation is not applied. An animation gives its first frame. 16-bit grey is scaled,
+    An animation gives its first frame. 16-bit grey is scaled,
     because `convert` would clip it to white.
 
     Args:
@@ -51,12 +53,16 @@ def decode(
       max_pixels: larger images are refused after reading the header, before decoding.
       background: the colour behind transparent parts. None drops the alpha channel, as the
         reference does, and so shows the hidden colour.
+      orientation: "stored" keeps the pixels as they are in the file, as the reference does. "upright"
+        turns them as the EXIF tag says.
 
     Raises:
       ImageError: unreadable, truncated, too large or of an unsupported kind.
     """
     image, _ = _load(source, name, max_pixels)
-    return _to_rgb(image, background)
+    return _to_rgb(
+        ImageOps.exif_transpose(image) if orientation == "upright" else image, background
+    )
 
 
 def check(
@@ -91,13 +97,25 @@ def preview(
     return _to_rgb(image, None), size
 
 
-def header_size(source: bytes | str | os.PathLike, *, name: str = "") -> Size:
+def header_size(
+    source: bytes | str | os.PathLike, *, name: str = "", orientation: str = "stored"
+) -> Size:
     """The (width, height) in an image's header, without decoding.
+
+    Args:
+      orientation: as of `decode`.
 
     Raises:
       ImageError: the header has no known format.
     """
-    return _load(source, name, math.inf, header=True)[1]
+    image, (width, height) = _load(source, name, math.inf, header=True)
+    if orientation == "upright" and image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE:
+        return height, width
+    return width, height
+
+
+# The EXIF tag, and its values that exchange width and height.
+_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)
 
 
 def _load(source, name, max_pixels, least=0, header=False) -> tuple[Image.Image, Size]:

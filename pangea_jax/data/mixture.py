@@ -44,7 +44,6 @@ class Mixture:
         `text_ratio` is a number, this applies only to records with images.
       text_ratio: share of text-only records within every language; None keeps the natural share.
       max_repeat: how often one record may be drawn; more is an error.
-      seed: decides which records are drawn. For one seed, a smaller total draws a subset.
       language_alpha: gives a language with n records a share in proportion to n ** alpha: 1 is
         natural, 0 is uniform (the default).
       weights: shares of the languages by code, in any unit; replaces `language_alpha`.
@@ -64,7 +63,6 @@ class Mixture:
     sources: tuple[str, ...] | None = None
     text_ratio: float | None = 0.0
     max_repeat: float = 100.0
-    seed: int = 0
     language_alpha: float | None = None
     weights: Mapping[str, float] | None = None
     rotate: int = 0
@@ -249,11 +247,11 @@ def counts(mixture: Mixture, total: int, available: Mapping[str, int]) -> dict[s
     return ({"en": english} if "en" in table else {}) | result
 
 
-def choose(index: pa.Table, mixture: Mixture) -> Choice:
+def choose(index: pa.Table, mixture: Mixture, seed: int = 0) -> Choice:
     """Draws rows of the index, exactly as many as the mixture asks for.
 
-    The order of the records of a language depends only on the seed. When they run out, the same
-    records are drawn again in a new order.
+    The order of the records of a language depends only on the seed. So a smaller total draws a
+    subset. When the records run out, the same ones are drawn again in a new order.
 
     Args:
       index: the store's index, with the columns `language`, `kind` and `source`, and with
@@ -286,7 +284,7 @@ def choose(index: pa.Table, mixture: Mixture) -> Choice:
             _check_pool(pool, count, kind, code, mixture)
             repeats[f"{code}/{kind}"] = round(count / len(pool), 3)
             number = sorted(language_table.LANGUAGES).index(code)
-            rows.append(_draw(pool, count, (mixture.seed, number, _KINDS.index(kind))))
+            rows.append(_draw(pool, count, (seed, number, _KINDS.index(kind))))
     rows = np.concatenate(rows)
     kinds = {"image": 0, "text": 0} | _count(index, "kind", rows)
     per_source = dict(sorted(_count(index, "source", rows).items()))

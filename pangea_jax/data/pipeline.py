@@ -17,29 +17,16 @@ import pyarrow.compute as pc
 from absl import flags, logging
 from jaxtyping import Int
 
-from pangea_jax.data import chat, image
+from pangea_jax.data import image
 from pangea_jax.data.feed import Feed, Notes
 from pangea_jax.data.mixture import column_codes
-from pangea_jax.data.packing import Example, fill_rows, pad_row, plan_batches, plan_rows, size
+from pangea_jax.data.packing import Example, fill_rows, plan_batches, plan_rows, size
+from pangea_jax.data.reader import Reader
 from pangea_jax.data.record import Conversation, RecordError
 from pangea_jax.data.store import RecordStore, StoreError
-from pangea_jax.data.tokenizer import Tokenizer
-from pangea_jax.data.views import CachedViews, Views
-
-__all__ = [
-    "CachedViews",
-    "PipelineConfig",
-    "RowSource",
-    "Views",
-    "measure",
-    "pad_row",
-    "render_example",
-    "train_dataset",
-]
 
 PACKINGS = ("none", "balanced", "best_fit", "planned")
 OVERLONG = ("error", "drop", "truncate")
-MULTI_IMAGE = ("anyres", "padded")
 # Fields that are counts of something there must be.
 _POSITIVE = (
     "rows",
@@ -73,9 +60,7 @@ class PipelineConfig:
       examples_per_row: for "balanced".
       packing_bins: for "best_fit", rows packed at a time; more waste less and mix the order more.
       packing_window: for "planned", examples sorted by length at a time.
-      loss_mask, move_marker_first: see `pangea_jax.data.chat.render`.
-      multi_image: how a conversation of several pictures sees them. "padded": one view of each,
-        padded to a square, as Pangea was trained. "anyres": tiles, as a single picture has them.
+      loss_mask: see `pangea_jax.data.chat.render`.
       overlong: what becomes of a conversation larger than a row. "error": it is a bad record.
         "drop": it is left out. "truncate": it is cut, before a picture rather than within it.
       max_bad_fraction: records that cannot be read are skipped and counted, up to this fraction. At
@@ -93,19 +78,13 @@ class PipelineConfig:
     packing_bins: int = 64
     packing_window: int = 4096
     loss_mask: str = "answer"
-    move_marker_first: bool = False
-    multi_image: str = "anyres"
     overlong: str = "error"
     max_bad_fraction: float = 0.0
     threads: int = 2
     workers: int = 0
 
     def __post_init__(self):
-        for name, known in (
-            ("packing", PACKINGS),
-            ("overlong", OVERLONG),
-            ("multi_image", MULTI_IMAGE),
-        ):
+        for name, known in (("packing", PACKINGS), ("overlong", OVERLONG)):
             if getattr(self, name) not in known:
                 raise ValueError(f"pipeline.{name} {getattr(self, name)!r} is not one of {known}")
         for name in _POSITIVE:
@@ -155,7 +134,7 @@ class RowSource(Sequence[Conversation]):
         return digest.hexdigest()[:16]
 
     def indexed_sizes(
-        self, views: Views | CachedViews, config: PipelineConfig
+        self, reader: Reader, config: PipelineConfig
     ) -> Int[np.ndarray, "n 3"] | None:
         """(tokens, tiles, 0) of every example from the index alone, None where it does not tell.
 
@@ -163,7 +142,9 @@ class RowSource(Sequence[Conversation]):
         pictured examples are taken to be `_SLACK` tokens longer.
         """
         index = self._store.index
-        if not {"num_tokens", "image_sizes"} <= set(index.column_names):
+        known = {"num_tokens", "image_sizes"} <= set(index.column_names)
+        # The index has the sizes of pictures as they are stored.
+        if not known or reader.policy.orientation != "stored":
             return None
         chosen = index.select(["num_tokens", "image_sizes"]).take(self._rows)
         if chosen["num_tokens"].null_count or config.max_targets is not None:
@@ -173,13 +154,13 @@ class RowSource(Sequence[Conversation]):
         counts = pc.list_value_length(pictures).fill_null(0).to_numpy()
         owner = np.repeat(np.arange(len(counts)), counts)
         flat = pictures.flatten().flatten().to_numpy().reshape(-1, 2)
-        padded = (counts > 1)[owner] & (config.multi_image == "padded")
-        kinds, kind = np.unique(np.c_[flat, padded], axis=0, return_inverse=True)
-        cost = [views.cost((int(w), int(h)), padded=bool(one)) for w, h, one in kinds]
+        kinds, kind = np.unique(np.c_[flat, (counts > 1)[owner]], axis=0, return_inverse=True)
+        places = [reader.pictures.place((int(w), int(h)), bool(many)) for w, h, many in kinds]
+        cost = [(tiles, len(image_index)) for tiles, image_index in places]
         cost = np.array(cost, np.int64).reshape(-1, 2)[kind.ravel()]
         tiles = np.bincount(owner, cost[:, 0], len(counts)).astype(np.int64)
         tokens += np.bincount(owner, cost[:, 1], len(counts)).astype(np.int64)
-        tokens += _SLACK * (counts > 0) * config.move_marker_first
+        tokens += _SLACK * (counts > 0) * reader.policy.marker_first
         return np.stack([tokens, tiles, np.zeros_like(tokens)], axis=1)
 
     def __getstate__(self):
@@ -193,8 +174,7 @@ class RowSource(Sequence[Conversation]):
 def render_example(
     conversation: Conversation,
     rng: np.random.Generator | None,
-    tokenizer: Tokenizer,
-    views: Views | CachedViews,
+    reader: Reader,
     config: PipelineConfig,
 ) -> dict[str, np.ndarray]:
     """One conversation, unpadded: `tokens`, `targets` (the next token), `weights`, `image_index` [t],
@@ -204,28 +184,19 @@ def render_example(
       RecordError: it does not fit a row and `config.overlong` is not "truncate", or what is left of
         it has no trained token.
     """
-    return _render(conversation, rng, tokenizer, views, config)[0]
+    return _render(conversation, rng, reader, config)[0]
 
 
-def _render(conversation, rng, tokenizer, views, config):
+def _render(conversation, rng, reader, config):
     """`render_example`, and whether the example was cut."""
-    padded = _is_padded(conversation, config)
-    pictures = [views(key, rng, padded=padded) for key in conversation.images]
-    layouts = [(len(tiles), index) for tiles, index in pictures]
-    words, num_tiles, cut = _words(conversation, layouts, tokenizer, views.patches, config)
-    tiles = [tiles for tiles, _ in pictures] or [np.zeros((0, *views.shape), views.dtype)]
-    tiles = tiles[0] if len(tiles) == 1 else np.concatenate(tiles)
-    return words | {views.field: tiles[:num_tiles]}, cut
-
-
-def _is_padded(conversation, config) -> bool:
-    return len(conversation.images) > 1 and config.multi_image == "padded"
+    looks = reader.look(conversation, rng)
+    words, num_tiles, cut = _words(conversation, [look.place for look in looks], reader, config)
+    return words | {reader.pictures.field: reader.cut(looks)[:num_tiles]}, cut
 
 
 def measure(
     conversations: Iterable[Conversation],
-    tokenizer: Tokenizer,
-    views: Views | CachedViews,
+    reader: Reader,
     config: PipelineConfig,
 ) -> Int[np.ndarray, "n 3"]:
     """(tokens, tiles, targets) of every example without decoding a picture: what rows are planned by.
@@ -240,9 +211,8 @@ def measure(
     sizes = []
     for conversation in conversations:
         try:
-            padded = _is_padded(conversation, config)
-            layouts = [views.layout(key, padded=padded) for key in conversation.images]
-            words, tiles, _ = _words(conversation, layouts, tokenizer, views.patches, config)
+            places = reader.places(conversation)
+            words, tiles, _ = _words(conversation, places, reader, config)
             sizes.append((len(words["tokens"]), tiles, np.count_nonzero(words["weights"])))
         except _BAD_RECORD as error:
             if not (_is_dropped(error, config) or config.max_bad_fraction):
@@ -251,29 +221,21 @@ def measure(
     return np.array(sizes, np.int64).reshape(-1, 3)
 
 
-def _words(conversation, layouts, tokenizer, patches, config):
+def _words(conversation, places, reader, config):
     """All of an example but its pictures, how many tiles it keeps, and whether it was cut."""
-    rendered = chat.render(
-        conversation.turns,
-        tokenizer,
-        [index for _, index in layouts],
-        tiles_per_image=[count for count, _ in layouts],
-        patches=patches,
-        loss_mask=config.loss_mask,
-        move_marker_first=config.move_marker_first,
-    )
+    rendered = reader.words(conversation.turns, places, loss_mask=config.loss_mask)
     length = len(rendered.tokens)
     targets = np.empty_like(rendered.tokens)
-    targets[:-1], targets[-1] = rendered.tokens[1:], tokenizer.pad_id
+    targets[:-1], targets[-1] = rendered.tokens[1:], reader.tokenizer.pad_id
     weights = np.zeros(length, np.float32)
     weights[:-1] = rendered.trained[1:]
-    num_tiles = sum(count for count, _ in layouts)
+    num_tiles = sum(count for count, _ in places)
     needed = length, num_tiles, int(np.count_nonzero(weights))
     cut = any(n > limit for n, limit in zip(needed, config.capacity, strict=True))
     if cut:
         if config.overlong != "truncate":
             raise _does_not_fit(conversation, needed, config)
-        length, num_tiles = _cut(rendered, weights, layouts, config.capacity)
+        length, num_tiles = _cut(rendered, weights, places, config.capacity)
         # The token after the cut is not there to be predicted.
         weights[length - 1 : length] = 0
         if not weights[:length].any():
@@ -287,16 +249,16 @@ def _words(conversation, layouts, tokenizer, patches, config):
     return {name: values[:length] for name, values in words.items()}, num_tiles, cut
 
 
-def _cut(rendered, weights, layouts, capacity):
+def _cut(rendered, weights, places, capacity):
     """(tokens, tiles) that fit `capacity`, no picture in part."""
     max_tokens, max_tiles, max_targets = capacity
     # The last token of a cut example predicts nothing, so one target more may stand there.
     over = np.flatnonzero(np.cumsum(weights) > max_targets)
     end = min(len(weights), max_tokens, over[0] + 1 if len(over) else len(weights))
-    places = np.flatnonzero(rendered.image_index >= 0)
+    pictured = np.flatnonzero(rendered.image_index >= 0)
     first = tiles = 0
-    for count, index in layouts:
-        start, stop = places[first], places[first + len(index) - 1] + 1
+    for count, index in places:
+        start, stop = pictured[first], pictured[first + len(index) - 1] + 1
         if start < end and (stop > end or tiles + count > max_tiles):
             end = start
         if start >= end:
@@ -332,16 +294,16 @@ class _Read:
     dropped: bool = False
 
 
-class _Reader:
+class _Batcher:
     """Reads, renders and batches; every worker process holds a copy."""
 
-    def __init__(self, source, tokenizer, views, config):
-        self.source, self.tokenizer, self.views, self.config = source, tokenizer, views, config
+    def __init__(self, source, reader, config):
+        self.source, self.reader, self.config = source, reader, config
 
     def read(self, position: int, rng: np.random.Generator) -> _Read:
         try:
             conversation = self.source[position]
-            example, cut = _render(conversation, rng, self.tokenizer, self.views, self.config)
+            example, cut = _render(conversation, rng, self.reader, self.config)
         except _BAD_RECORD as error:
             dropped = _is_dropped(error, self.config)
             if not (dropped or self.config.max_bad_fraction):
@@ -372,21 +334,20 @@ class _Reader:
                 notes.add(read.language, read.source, tokens=tokens, tiles=tiles, cut=read.cut)
         examples = [[read.example for read in row if read.example is not None] for row in rows]
         batch = fill_rows(
-            examples, config.row_tokens, config.row_tiles, self.views.patches, self._empty
+            examples, config.row_tokens, config.row_tiles, self.reader.pictures.patches, self._empty
         )
         return batch, notes
 
     @functools.cached_property
     def _empty(self) -> Example:
         empty = {name: np.zeros(0, np.int32) for name in ("tokens", "targets", "image_index")}
-        tiles = np.zeros((0, *self.views.shape), self.views.dtype)
-        return empty | {"weights": np.zeros(0, np.float32), self.views.field: tiles}
+        tiles = {self.reader.pictures.field: self.reader.no_tiles}
+        return empty | tiles | {"weights": np.zeros(0, np.float32)}
 
 
 def train_dataset(
     source: Sequence[Conversation],
-    tokenizer: Tokenizer,
-    views: Views | CachedViews,
+    reader: Reader,
     config: PipelineConfig,
     *,
     seed: int,
@@ -413,20 +374,20 @@ def train_dataset(
         raise ValueError(
             f"pipeline.rows={config.rows} does not divide over {process_count} processes"
         )
-    reader = _Reader(source, tokenizer, views, config)
+    batcher = _Batcher(source, reader, config)
     part = _Part(process_index, process_count, config.rows // process_count)
     planned = config.packing in ("planned", "balanced")
     if planned and sizes is None:
-        sizes = _sizes(source, tokenizer, views, config)
+        sizes = _sizes(source, reader, config)
     dropped = 0 if sizes is None else int(np.count_nonzero(sizes[:, 0] == 0))
     if dropped:
         logging.warning("%d of %d examples do not fit a row: left out", dropped, len(sizes))
-    identity = _identity(source, sizes, config, seed, process_count)
+    identity = _identity(source, reader, sizes, config, seed, process_count)
     if config.packing == "best_fit":
-        num_batches, open_stream = None, _streamed(reader, part, seed)
+        num_batches, open_stream = None, _streamed(batcher, part, seed)
     else:
         make = _planned if planned else _one_a_row
-        batches = make(reader, part, seed, sizes)
+        batches = make(batcher, part, seed, sizes)
         num_batches = len(batches)
 
         def open_stream(start: int) -> grain.IterDataset:
@@ -452,22 +413,22 @@ class _Part:
     rows: int
 
 
-def _sizes(source, tokenizer, views, config) -> Int[np.ndarray, "n 3"]:
-    sizes = source.indexed_sizes(views, config) if isinstance(source, RowSource) else None
+def _sizes(source, reader, config) -> Int[np.ndarray, "n 3"]:
+    sizes = source.indexed_sizes(reader, config) if isinstance(source, RowSource) else None
     if sizes is None:
         logging.info("measuring %d examples", len(source))
-        return measure(source, tokenizer, views, config)
-    _check_index(source, sizes, tokenizer, views, config)
+        return measure(source, reader, config)
+    _check_index(source, sizes, reader, config)
     return _within_capacity(sizes, config)
 
 
-def _check_index(source, sizes, tokenizer, views, config) -> None:
+def _check_index(source, sizes, reader, config) -> None:
     """Raises ValueError if examples are longer than their index says."""
     few = np.unique(np.linspace(0, len(source) - 1, _CHECKED).astype(int)).tolist()
     anything = dataclasses.replace(
         config, row_tokens=1 << 30, row_tiles=1 << 30, max_bad_fraction=1.0
     )
-    measured = measure((source[i] for i in few), tokenizer, views, anything)
+    measured = measure((source[i] for i in few), reader, anything)
     worst = int((measured[:, 0] - sizes[few, 0]).max(initial=0))
     if worst > 0:
         raise ValueError(
@@ -487,10 +448,11 @@ def _within_capacity(sizes, config):
     return np.where(too_large[:, None] & (config.max_bad_fraction > 0), [1, 0, 0], sizes)
 
 
-def _identity(source, sizes, config, seed, process_count):
+def _identity(source, reader, sizes, config, seed, process_count):
     """What the order of the examples depends on."""
     free = ("threads", "workers", "max_bad_fraction")
     identity = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
+    identity |= {"reading": dataclasses.asdict(reader.policy)}
     identity |= {"seed": seed, "source": getattr(source, "digest", len(source))}
     if sizes is not None:
         identity["sizes"] = hashlib.sha256(np.ascontiguousarray(sizes)).hexdigest()[:16]
@@ -499,17 +461,17 @@ def _identity(source, sizes, config, seed, process_count):
     return identity
 
 
-def _one_a_row(reader, part, seed, sizes) -> grain.MapDataset:
+def _one_a_row(batcher, part, seed, sizes) -> grain.MapDataset:
     """Batches of rows with one example each."""
-    batches = _shuffled(reader, part, seed).batch(part.rows, drop_remainder=True, batch_fn=list)
+    batches = _shuffled(batcher, part, seed).batch(part.rows, drop_remainder=True, batch_fn=list)
     # The first processes may have one batch more than the last, which nobody could join.
-    batches = batches.map(lambda reads: reader.batch([[read] for read in reads]))
-    return batches[: len(reader.source) // reader.config.rows]
+    batches = batches.map(lambda reads: batcher.batch([[read] for read in reads]))
+    return batches[: len(batcher.source) // batcher.config.rows]
 
 
-def _planned(reader, part, seed, sizes) -> grain.MapDataset:
+def _planned(batcher, part, seed, sizes) -> grain.MapDataset:
     """Batches of planned rows. Process p of P has the p-th of P equal parts of every batch."""
-    config = reader.config
+    config = batcher.config
     if config.packing == "balanced":
         plan = plan_batches(
             sizes, config.capacity, rows=config.rows, examples=config.examples, seed=seed
@@ -520,15 +482,15 @@ def _planned(reader, part, seed, sizes) -> grain.MapDataset:
     def batch(number):
         first = number * config.rows + part.index * part.rows
         rows = range(first, first + part.rows)
-        return reader.batch([reader.planned_row(plan[row].tolist(), seed) for row in rows])
+        return batcher.batch([batcher.planned_row(plan[row].tolist(), seed) for row in rows])
 
     return grain.MapDataset.source(range(len(plan) // config.rows)).map(batch)
 
 
-def _streamed(reader, part, seed):
+def _streamed(batcher, part, seed):
     """Rows packed by Grain while examples stream by."""
-    config = reader.config
-    examples = _shuffled(reader, part, seed)
+    config = batcher.config
+    examples = _shuffled(batcher, part, seed)
     capacity = dict(zip(("tokens", "tiles", "targets"), config.capacity, strict=True))
 
     def measured(read):
@@ -548,14 +510,14 @@ def _streamed(reader, part, seed):
         )
         # A smaller last batch would have another shape: one more compilation for part of a step.
         batches = rows.batch(part.rows, drop_remainder=True, batch_fn=list)
-        return batches.map(lambda rows: reader.batch([row["read"] for row in rows]))
+        return batches.map(lambda rows: batcher.batch([row["read"] for row in rows]))
 
     return open_stream
 
 
-def _shuffled(reader, part, seed) -> grain.MapDataset:
-    positions = grain.MapDataset.source(range(len(reader.source))).seed(seed).shuffle()
-    return positions[part.index :: part.count].random_map(reader.read)
+def _shuffled(batcher, part, seed) -> grain.MapDataset:
+    positions = grain.MapDataset.source(range(len(batcher.source))).seed(seed).shuffle()
+    return positions[part.index :: part.count].random_map(batcher.read)
 
 
 def _in_workers(dataset: grain.MapDataset, config, buffer: int) -> grain.IterDataset:

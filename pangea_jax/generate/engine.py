@@ -2,13 +2,11 @@
 
 import collections
 import dataclasses
-import filecmp
 import itertools
 import operator
 import os
 import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -18,9 +16,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from pangea_jax import anyres, checkpoints, sharding
-from pangea_jax.data import chat, image
-from pangea_jax.data.pipeline import pad_row
+from pangea_jax import checkpoints, sharding
+from pangea_jax.assets import EMOJI, SAMPLE_MODEL
+from pangea_jax.data import chat
+from pangea_jax.data.packing import pad_row
+from pangea_jax.data.reader import REFERENCE, Geometry, Reader, ReadingPolicy, Tiles
 from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.generate import batching, likelihood
 from pangea_jax.generate.decode import Sampling
@@ -29,9 +29,7 @@ from pangea_jax.generate.programs import Programs
 from pangea_jax.generate.prompt import Prompt
 from pangea_jax.model import Pangea, PangeaConfig
 from pangea_jax.model import params as model_params
-from pangea_jax.sample import emoji
 
-SAMPLE_MODEL = Path(__file__).parents[1] / "assets" / "sample_model"
 Conversation = Sequence[Mapping[str, Any]]
 
 
@@ -41,10 +39,7 @@ class Engine:
     stands, without the template of a chat; or either as `read` has prepared it.
 
     Args:
-      background: what shows through transparent pictures; None as the reference does (the colour
-        hidden under the transparency). Models with the vocabulary of the embedded drawings are loaded
-        with white.
-      rounding: how the picture geometry rounds, see `pangea_jax.anyres.layout`.
+      policy: how the model reads conversations; it should be the one that it was trained with.
       mesh: devices that the model lies on (`pangea_jax.sharding`); rows go over its data axes. With
         several processes each must make the same calls.
     """
@@ -54,12 +49,12 @@ class Engine:
         model: Pangea,
         tokenizer: Tokenizer,
         *,
-        background: tuple[int, int, int] | None = None,
-        rounding: str = "llava",
+        policy: ReadingPolicy = REFERENCE,
         mesh: Mesh | None = None,
     ):
         self.config, self.tokenizer, self.mesh = model.config, tokenizer, mesh
-        self._background, self._rounding = background, rounding
+        self._tiles = Tiles(Geometry.of(model.config), policy)
+        self.reader = Reader(tokenizer, self._tiles)
         self._programs = Programs(model, mesh)
 
     def read(self, conversation: Conversation | str, max_new_tokens: int = 0) -> Prompt:
@@ -270,14 +265,12 @@ class Engine:
         self, messages: Conversation | str | Prompt, max_new_tokens: int, name: str
     ) -> Prompt:
         """Reads a conversation; of one that is too long, before its tiles are cut."""
-        vision = self.config.vision
-        none = np.zeros((0, vision.image_size, vision.image_size, 3), np.uint8)
         if isinstance(messages, Prompt | str):
             if isinstance(messages, str):
                 _check_text(messages, name)
                 ids = self.tokenizer.encode(messages) or [self.tokenizer.pad_id]
                 tokens = np.asarray(ids, np.int32)
-                messages = Prompt(tokens, np.full_like(tokens, -1), none)
+                messages = Prompt(tokens, np.full_like(tokens, -1), self.reader.no_tiles)
             self._check_length(len(messages.tokens), max_new_tokens, name)
             return messages
         if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
@@ -288,32 +281,18 @@ class Engine:
         system, turns, pictures = chat.from_messages(messages)
         for text in (system, *(turn.text for turn in turns)):
             _check_text(text, name)
-        decoded = [
-            self._decode(picture, f"{name}, image {i + 1}") for i, picture in enumerate(pictures)
+        looks = [
+            self._tiles.given(picture, _name(picture, f"{name}, image {i + 1}"), len(pictures) > 1)
+            for i, picture in enumerate(pictures)
         ]
-        layouts = [
-            anyres.layout(
-                picture.size,
-                self.config.pinpoints,
-                vision.image_size,
-                vision.grid,
-                self._rounding,
-                newline=self.config.newline,
-            )
-            for picture in decoded
-        ]
-        rendered = chat.render(
+        rendered = self.reader.words(
             turns,
-            self.tokenizer,
-            [layout.image_index for layout in layouts],
-            tiles_per_image=[layout.num_tiles for layout in layouts],
-            patches=vision.patches,
+            [look.place for look in looks],
             system=system,
             answer_next=turns[-1].role == "user",
         )
         self._check_length(len(rendered.tokens), max_new_tokens, name)
-        tiles = [image.views(p, self.config.pinpoints, vision.image_size) for p in decoded]
-        return Prompt(rendered.tokens, rendered.image_index, np.concatenate([*tiles, none]))
+        return Prompt(rendered.tokens, rendered.image_index, self.reader.cut(looks))
 
     def _check_length(self, length: int, max_new_tokens: int, name: str) -> None:
         context = self.config.language.max_positions
@@ -322,15 +301,6 @@ class Engine:
                 f"{name}: {length} prompt tokens and {max_new_tokens} new ones exceed the model's "
                 f"context of {context}"
             )
-
-    def _decode(self, picture, place: str):
-        """A picture in RGB; errors call it by its path, or by its place."""
-        is_path = isinstance(picture, str | os.PathLike)
-        name = os.fspath(picture) if is_path else place
-        decoded = image.decode(picture, name=name, background=self._background)
-        if min(decoded.size) < 1:
-            raise image.ImageError(name, "{} x {} has no pixels".format(*decoded.size))
-        return decoded
 
     def _batch(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """Right-padded rows on the devices. Rows, tokens and tiles are rounded up, so that few shapes
@@ -378,6 +348,11 @@ def bucket(size: int) -> int:
     return size + -size % step
 
 
+def _name(picture: Any, place: str) -> str:
+    """What errors call a picture: its path, or its place."""
+    return os.fspath(picture) if isinstance(picture, str | os.PathLike) else place
+
+
 def _check_text(text: str, name: str) -> None:
     """Tokenizers stop at a half of a surrogate pair, as broken JSON and bytes of a shell have it."""
     try:
@@ -411,26 +386,26 @@ MeshChoice = Mesh | Mapping[str, int] | Literal["auto"] | None
 
 
 def load_folder(
-    path: str | os.PathLike, *, dtype=None, mesh: MeshChoice = None, **kwargs
+    path: str | os.PathLike, *, dtype=None, mesh: MeshChoice = None, **reading: Any
 ) -> Engine:
     """A checkpoint in any form that `pangea_jax.checkpoints` reads, with its tokenizer beside it.
 
     Args:
       dtype: of parameters and activations; by default bfloat16, as published.
       mesh: devices to lay the parameters over, each tensor straight to its place; see `choose_mesh`.
-      kwargs: of `Engine`.
+      reading: fields of `ReadingPolicy` to replace in the model's own.
     """
     config = checkpoints.config_from_folder(path)
     config = dataclasses.replace(config, dtype=_dtype_name(dtype or config.dtype))
     tokenizer = checkpoints.load_tokenizer(path)
+    policy = dataclasses.replace(checkpoints.load_policy(path), **reading)
     mesh = choose_mesh(mesh, config)
     targets = None if mesh is None else _shardings(config, mesh)
     model = checkpoints.load_model(path, config, dtype=jnp.dtype(config.dtype), shardings=targets)
-    settings = _settings(checkpoints.tokenizer_files(path)) | kwargs
-    return Engine(_for_this_machine(model, mesh), tokenizer, mesh=mesh, **settings)
+    return Engine(_for_this_machine(model, mesh), tokenizer, policy=policy, mesh=mesh)
 
 
-def load_sample(*, dtype=None, mesh: MeshChoice = None, **kwargs) -> Engine:
+def load_sample(*, dtype=None, mesh: MeshChoice = None, **reading: Any) -> Engine:
     """The sample model: the shipped tower and the default point of the English-share ablation."""
     config = checkpoints.config_from_folder(SAMPLE_MODEL)
     config = dataclasses.replace(config, dtype=_dtype_name(dtype or "float32"))
@@ -449,16 +424,9 @@ def load_sample(*, dtype=None, mesh: MeshChoice = None, **kwargs) -> Engine:
         params |= model_params.flatten(state)
     graphdef, _ = _abstract(config)
     model = _for_this_machine(model_params.merge(graphdef, params), mesh)
-    tokenizer = checkpoints.load_tokenizer(SAMPLE_MODEL, emoji.DIRECTORY)
-    return Engine(model, tokenizer, mesh=mesh, **_settings(emoji.DIRECTORY) | kwargs)
-
-
-def _settings(tokenizer_files: Path) -> dict[str, Any]:
-    """Of models of the embedded drawings, which their vocabulary tells: these are transparent, and what is
-    hidden there was never trained on."""
-    file = tokenizer_files / emoji.TOKENIZER if tokenizer_files.is_dir() else tokenizer_files
-    theirs = file.is_file() and filecmp.cmp(file, emoji.DIRECTORY / emoji.TOKENIZER, shallow=False)
-    return {"background": (255, 255, 255)} if theirs else {}
+    tokenizer = checkpoints.load_tokenizer(SAMPLE_MODEL, EMOJI)
+    policy = dataclasses.replace(checkpoints.load_policy(SAMPLE_MODEL), **reading)
+    return Engine(model, tokenizer, policy=policy, mesh=mesh)
 
 
 def choose_mesh(mesh: MeshChoice, config: PangeaConfig) -> Mesh | None:

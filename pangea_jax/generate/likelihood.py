@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pangea_jax.generate.decode import last_hidden
-from pangea_jax.model import Pangea
+from pangea_jax.model import KVCache, Pangea
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +93,32 @@ def score(
 
     The model reads each prompt once; every tail then continues from a copy of its cache.
     """
-    B, A, S = tails.shape
-    hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + S - 1)
+    hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + tails.shape[-1] - 1)
     last, lengths = last_hidden(hidden, jnp.asarray(batch["segment_ids"]))
+    return score_tails(model, last, lengths, cache, tails, scored)
+
+
+def score_tails(
+    model: Pangea,
+    last: Float[Array, "B D"],
+    lengths: Int[Array, "B"],
+    cache: KVCache,
+    tails: Int[Array, "B A S"],
+    scored: Bool[Array, "B A S"],
+) -> tuple[Float[Array, "B A"], Bool[Array, "B A"]]:
+    """`score` of prompts that have been read.
+
+    Args:
+      last, lengths: see `pangea_jax.generate.decode.last_hidden`.
+      cache: of the prompts, with at least S - 1 free slots.
+    """
+    B, A, S = tails.shape
     before = jnp.broadcast_to(last[:, None, None], (B, A, 1, last.shape[-1]))
     if S > 1:
         cache = cache.repeat(A)
         read = tails[..., :-1].reshape(B * A, S - 1)
         positions = jnp.repeat(lengths, A)[:, None] + jnp.arange(S - 1)
-        x = model.language.embed(read, hidden.dtype)
+        x = model.language.embed(read, last.dtype)
         x, _ = model.language.extend(x, positions, jnp.ones_like(positions), cache)
         before = jnp.concatenate([before, x.reshape(B, A, S - 1, -1)], axis=2)
 

@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from pangea_jax import languages
+from pangea_jax import assets, languages
 from pangea_jax.data.record import IMAGE_MARKER, Conversation, Turn
 from pangea_jax.data.store import RecordStore
 from pangea_jax.sample import questions
 
-DIRECTORY = Path(__file__).parents[1] / "assets" / "emoji"
+DIRECTORY = assets.EMOJI
 TRAIN_ARTISTS = ("noto", "fluent", "emojione")
 SPLIT_OF_ARTIST = dict.fromkeys(TRAIN_ARTISTS, "train") | {
     "openmoji": "dev_artwork",

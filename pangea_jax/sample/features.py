@@ -16,9 +16,9 @@ from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
-from PIL import Image
+from PIL import Image, ImageOps
 
-from pangea_jax.data.pipeline import Views
+from pangea_jax.data.reader import Geometry, ReadingPolicy, Tiles
 from pangea_jax.data.store import RecordStore
 from pangea_jax.model import VisionTower
 from pangea_jax.model import params as model_params
@@ -33,6 +33,7 @@ def frozen_features(
     store: RecordStore,
     keys: Sequence[str],
     mesh: jax.sharding.Mesh,
+    policy: ReadingPolicy,
     *,
     augmented: int,
     seed: int = 0,
@@ -45,16 +46,17 @@ def frozen_features(
     result is the same on every mesh and in every process.
 
     Args:
+      policy: how the model reads pictures, see `pangea_jax.data.reader`.
       cache: a folder that keeps the features for the next run with the same tower and images, which
         reads them as a memory map. It is not used with several processes, or if it cannot be
         written.
     """
     if cache is None or jax.process_count() > 1:
-        values = _compute(tower, store, keys, mesh, augmented, seed, batch_size)
+        values = _compute(tower, store, keys, mesh, policy, augmented, seed, batch_size)
     else:
-        file = cache / f"{_digest(tower, store, keys, augmented, seed)}.npy"
+        file = cache / f"{_digest(tower, store, keys, policy, augmented, seed)}.npy"
         if not file.exists():
-            values = _compute(tower, store, keys, mesh, augmented, seed, batch_size)
+            values = _compute(tower, store, keys, mesh, policy, augmented, seed, batch_size)
             try:
                 _save(file, values)
             except OSError as error:
@@ -65,9 +67,9 @@ def frozen_features(
     return dict(zip(keys, values, strict=True))
 
 
-def _digest(tower, store, keys, augmented, seed) -> str:
+def _digest(tower, store, keys, policy, augmented, seed) -> str:
     """A hash of everything on which the features depend."""
-    digest = hashlib.sha256(repr((tower.config, augmented, seed, jax.__version__)).encode())
+    digest = hashlib.sha256(repr((tower.config, policy, augmented, seed, jax.__version__)).encode())
     for name, value in sorted(model_params.split(tower)[1].items()):
         digest.update(name.encode())
         digest.update(np.asarray(value).tobytes())
@@ -90,7 +92,7 @@ def _save(file: Path, values: np.ndarray) -> None:
 
 
 def _compute(
-    tower, store, keys, mesh, augmented, seed, batch_size
+    tower, store, keys, mesh, policy, augmented, seed, batch_size
 ) -> Float[np.ndarray, "pictures views P E"]:
     size = tower.config.image_size
     graphdef, params = model_params.split(tower)
@@ -111,9 +113,11 @@ def _compute(
             parts.append(np.asarray(encode(params, jax.device_put(make_tiles(places), rows))))
         return np.concatenate(parts)[: len(keys)]
 
-    clean = Views(store, (), size, tower.config.grid)
-    views = [run(lambda places: np.concatenate([clean(keys[i], None)[0] for i in places]))]
-    drawings = np.stack([_rgba(store.image(key)) for key in keys]) if augmented else None
+    clean = Tiles(Geometry((), size, tower.config.grid), policy, store)
+    views = [
+        run(lambda places: np.concatenate([clean.stored(keys[i], False).cut() for i in places]))
+    ]
+    drawings = np.stack([_rgba(store.image(key), policy) for key in keys]) if augmented else None
     for view in range(1, augmented + 1):
         root = jax.random.fold_in(jax.random.key(seed), view)
         random_keys = jax.random.split(root, len(keys))
@@ -127,5 +131,8 @@ def _compute(
     return np.stack(views, axis=1)
 
 
-def _rgba(encoded: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGBA"))
+def _rgba(encoded: bytes, policy: ReadingPolicy) -> np.ndarray:
+    picture = Image.open(io.BytesIO(encoded))
+    if policy.orientation == "upright":
+        picture = ImageOps.exif_transpose(picture)
+    return np.asarray(picture.convert("RGBA"))

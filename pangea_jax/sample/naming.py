@@ -22,12 +22,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from pangea_jax.data import chat, image
-from pangea_jax.data.pipeline import CachedViews, pad_row
+from pangea_jax.data import image
+from pangea_jax.data.packing import pad_row
+from pangea_jax.data.reader import CachedFeatures, Reader, ReadingPolicy
 from pangea_jax.data.record import IMAGE_MARKER, Turn
 from pangea_jax.data.store import RecordStore
 from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.generate.decode import complete, last_hidden, until
+from pangea_jax.generate.likelihood import score_tails
 from pangea_jax.model import params as model_params
 from pangea_jax.sample import emoji
 from pangea_jax.sample.features import frozen_features
@@ -37,6 +39,29 @@ from pangea_jax.sharding import BATCH_SPEC
 SPLITS = ("seen_artwork", "unseen_artwork")
 CHOICES = 10
 METRICS = ("exact_match", "rank_accuracy", "image_blind_exact_match", "image_blind_rank_accuracy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How a model is evaluated; `config.eval` of the sample's configs.
+
+    Attributes:
+      prompt_tokens: length that questions are padded to.
+      limit: number of things to ask about in each split; None: all.
+      batch_size: questions answered at a time.
+      max_new_tokens: longest answer.
+    """
+
+    prompt_tokens: int
+    limit: int | None = None
+    batch_size: int = 64
+    max_new_tokens: int = 16
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value < 1:
+                raise ValueError(f"eval.{field.name} is {value}; expected 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,42 +162,40 @@ class Namer:
         graphdef: nnx.GraphDef,
         tokenizer: Tokenizer,
         mesh: jax.sharding.Mesh,
-        *,
-        prompt_tokens: int,
-        max_new_tokens: int = 16,
-        batch_size: int = 64,
+        settings: Evaluation,
     ):
-        self._tokenizer, self._mesh = tokenizer, mesh
-        self._prompt_tokens, self._batch_size = prompt_tokens, batch_size + -batch_size % mesh.size
+        self._tokenizer, self._mesh, self._prompt_tokens = tokenizer, mesh, settings.prompt_tokens
+        self._batch_size = settings.batch_size + -settings.batch_size % mesh.size
         self._rows = NamedSharding(mesh, BATCH_SPEC)
         score = functools.partial(
-            _score, graphdef, max_new_tokens=max_new_tokens, stop_id=tokenizer.im_end_id
+            _score,
+            graphdef,
+            max_new_tokens=settings.max_new_tokens,
+            stop_id=tokenizer.im_end_id,
         )
         self._score = jax.jit(score, out_shardings=NamedSharding(mesh, P()))
 
     def __call__(
-        self, params: Mapping[str, Array], items: Sequence[Item], views: CachedViews
+        self, params: Mapping[str, Array], items: Sequence[Item], pictures: CachedFeatures
     ) -> list[Answer]:
-        """Answers every item, with its own image and blind; `views` gives view 0 of each image."""
+        """Answers every item, with its own image and blind; of each image it sees view 0."""
+        reader = Reader(self._tokenizer, pictures)
         order = sorted(range(len(items)), key=lambda i: self._name_tokens(items[i]))
         answers: list[Answer | None] = [None] * len(items)
         for start in range(0, len(items), self._batch_size):
             places = order[start : start + self._batch_size]
             batch = [items[i] for i in places]
-            seen = self._run(params, batch, [item.image for item in batch], views)
-            blind = self._run(params, batch, [item.other_image for item in batch], views)
+            seen = self._run(params, batch, [item.image for item in batch], reader)
+            blind = self._run(params, batch, [item.other_image for item in batch], reader)
             for place, item, a, b in zip(places, batch, seen, blind, strict=True):
                 answers[place] = Answer(
                     item, a[0], _same(a[0], item), a[1], _same(b[0], item), b[1]
                 )
         return answers
 
-    def _run(self, params, items, images, views) -> list[tuple[str, bool]]:
+    def _run(self, params, items, images, reader) -> list[tuple[str, bool]]:
         """(greedy text, whether the true name ranks first) for each item with the given images."""
-        rows = [
-            self._prompt(item, views(key, None), views)
-            for item, key in zip(items, images, strict=True)
-        ]
+        rows = [self._prompt(item, key, reader) for item, key in zip(items, images, strict=True)]
         names, mask = self._names(items)
         filler = self._batch_size - len(items)
         batch = {k: np.stack([row[k] for row in rows] + [rows[-1][k]] * filler) for k in rows[0]}
@@ -188,31 +211,19 @@ class Namer:
             for i in range(len(items))
         ]
 
-    def _prompt(self, item, picture, views):
-        tiles, image_index = picture
-        rendered = chat.render(
-            item.question,
-            self._tokenizer,
-            [image_index],
-            tiles_per_image=[1],
-            patches=views.patches,
-            answer_next=True,
-        )
+    def _prompt(self, item, key, reader):
+        look = reader.pictures.stored(key, several=False)
+        rendered = reader.words(item.question, [look.place], answer_next=True)
         if len(rendered.tokens) > self._prompt_tokens:
             raise ValueError(
                 f"a prompt has {len(rendered.tokens)} tokens, but config.eval.prompt_tokens is "
                 f"{self._prompt_tokens}; raise it"
             )
-        example = {
-            "tokens": rendered.tokens,
-            "image_index": rendered.image_index,
-            views.field: tiles,
-        }
-        unused = np.zeros_like(rendered.tokens)
-        row = pad_row(example | {"targets": unused, "weights": unused}, self._prompt_tokens, 1)
-        return {
-            k: row[k] for k in ("tokens", "image_index", "positions", "segment_ids", views.field)
-        }
+        field, unused = reader.pictures.field, np.zeros_like(rendered.tokens)
+        example = {"tokens": rendered.tokens, "image_index": rendered.image_index}
+        example |= {"targets": unused, "weights": unused, field: reader.cut([look])}
+        row = pad_row(example, self._prompt_tokens, 1)
+        return {k: row[k] for k in ("tokens", "image_index", "positions", "segment_ids", field)}
 
     @functools.cache  # noqa: B019 - lives as long as the run
     def _encode(self, name: str) -> list[int]:
@@ -251,22 +262,13 @@ def _score(
     model = model_params.merge(graphdef, params)
     if jax.default_backend() == "cpu":
         model.language.unstack()
-    B, J, A = names.shape
-    hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + max(max_new_tokens, A))
+    hidden, cache = model.prefill(
+        batch, batch["tokens"].shape[1] + max(max_new_tokens, names.shape[-1])
+    )
     last, lengths = last_hidden(hidden, batch["segment_ids"])
     settings = {"max_new_tokens": max_new_tokens, "stop_ids": jnp.array([stop_id])}
     tokens = complete(model, last, lengths, cache, **settings)
-    flat = names.reshape(B * J, A)
-    positions = jnp.repeat(lengths, J)[:, None] + jnp.arange(A - 1)
-    x = model.language.embed(flat[:, :-1], last.dtype)
-    x, _ = model.language.extend(
-        x, positions, mask.reshape(B * J, A)[:, :-1].astype(jnp.int32), cache.repeat(J)
-    )
-    x = jnp.concatenate([jnp.repeat(last, J, axis=0)[:, None], x], axis=1)
-    logits = model.language.logits(x)
-    right = jnp.take_along_axis(logits, flat[..., None], axis=-1)[..., 0]
-    log_likelihoods = (right - jax.nn.logsumexp(logits, axis=-1)).reshape(B, J, A)
-    return tokens, jnp.sum(log_likelihoods * mask, axis=-1)
+    return tokens, score_tails(model, last, lengths, cache, names, mask)[0]
 
 
 def _same(text: str, item: Item) -> bool:
@@ -282,10 +284,8 @@ def evaluate(
     *,
     languages: Sequence[str],
     artists: Sequence[str],
-    limit: int | None,
-    prompt_tokens: int,
-    max_new_tokens: int,
-    batch_size: int,
+    settings: Evaluation,
+    policy: ReadingPolicy,
     seed: int,
     cache: Path | None = None,
 ) -> tuple[dict[str, dict], dict[str, list[Answer]]]:
@@ -295,35 +295,33 @@ def evaluate(
     artist's original drawings.
 
     Args:
-      limit: number of things to ask about in each split, None for all.
+      policy: how the model reads conversations.
       seed: of the augmentation; must differ from the seed of training.
       cache: see `pangea_jax.sample.features.frozen_features`.
     """
     tower = model_params.merge(graphdef, params).vision
-    namer = Namer(
-        graphdef,
-        tokenizer,
-        mesh,
-        prompt_tokens=prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-    )
+    namer = Namer(graphdef, tokenizer, mesh, settings)
     splits, answers = {}, {}
     for split, shown_by in zip(SPLITS, (artists, (emoji.TEST_ARTIST,)), strict=True):
-        items = make_items(store, split, languages, shown_by, limit=limit)
+        items = make_items(store, split, languages, shown_by, limit=settings.limit)
         fresh = int(split == "seen_artwork")
         keys = emoji.picture_keys(store, shown_by)
         features = frozen_features(
-            tower, store, keys, mesh, augmented=fresh, seed=seed, cache=cache
+            tower, store, keys, mesh, policy, augmented=fresh, seed=seed, cache=cache
         )
-        views = CachedViews({key: value[fresh:] for key, value in features.items()})
-        answers[split] = namer(params, items, views)
+        views = {key: value[fresh:] for key, value in features.items()}
+        answers[split] = namer(params, items, CachedFeatures(views, policy))
         splits[split] = summarize(answers[split], languages)
     return splits, answers
 
 
 def sheet_examples(
-    answers: Sequence[Answer], store: RecordStore, *, count: int, seed: int
+    answers: Sequence[Answer],
+    store: RecordStore,
+    policy: ReadingPolicy,
+    *,
+    count: int,
+    seed: int,
 ) -> list[AnswerExample]:
     """A seeded choice of answers for the answer sheet: languages in turn, each with a new thing."""
     rng = np.random.default_rng(seed)
@@ -340,7 +338,13 @@ def sheet_examples(
         chosen.append(answer)
     return [
         AnswerExample(
-            picture=np.asarray(image.decode(store.image(a.item.image), background=(255, 255, 255))),
+            picture=np.asarray(
+                image.decode(
+                    store.image(a.item.image),
+                    background=policy.background,
+                    orientation=policy.orientation,
+                )
+            ),
             language=a.item.language,
             question=a.item.question[-1].text.replace(IMAGE_MARKER, "").strip(),
             answer=a.text,

@@ -5,8 +5,9 @@ import pytest
 
 from benchmarks import mfu
 from configs import ablate_en_ratio, rehearsal
-from launch import common
-from pangea_jax import sharding
+from pangea_jax import experiment, sharding
+from pangea_jax.experiment import Experiment
+from pangea_jax.typed_config import build
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def config():
 
 
 def test_steps_are_measured(config):
-    found = mfu.measure(config, steps=2)
+    found = mfu.measure(build(Experiment, config), steps=2)
     assert found["rows"] == 8 and found["row_tokens"] == 64  # filled up to eight devices
     assert found["tokens_per_s"] == pytest.approx(8 * 64 / found["step_s"])
     assert found["mfu"] is None  # the peak of a CPU is not known
@@ -33,16 +34,15 @@ def test_steps_are_measured(config):
 
 @pytest.mark.parametrize("make", [rehearsal.get_config, ablate_en_ratio.get_config])
 def test_the_batch_is_full_rows_of_whole_conversations(make):
-    config = make()
-    model, mesh = common.model_config(config), sharding.make_mesh()
-    batch = mfu.make_batch(config, model, mesh)
-    shapes = common.batch_shapes(config, model, mesh)
+    exp, mesh = build(Experiment, make()), sharding.make_mesh()
+    batch = mfu.make_batch(exp, mesh)
+    shapes = experiment.batch_shapes(exp, mesh)
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
         name: (x.shape, x.dtype) for name, x in shapes.items()
     }
     assert batch["segment_ids"].min() > 0
     pictures = batch["features"] if "features" in batch else batch["tiles"]
-    assert batch["image_index"].max() <= pictures.shape[1] * model.vision.patches
+    assert batch["image_index"].max() <= pictures.shape[1] * exp.model.vision.patches
     assert not np.any(batch["weights"][batch["image_index"] >= 0])
-    targets = config.pipeline.get("max_targets")
+    targets = exp.pipeline.max_targets
     assert targets is None or (batch["weights"] > 0).sum(axis=1).max() <= targets

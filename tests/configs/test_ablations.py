@@ -1,6 +1,5 @@
 """Every point of every ablation, at both scales: what is varied, and that nothing else is."""
 
-import dataclasses
 import importlib
 import itertools
 import json
@@ -12,14 +11,14 @@ import pytest
 from flax import nnx
 
 from configs import pangea_7b_finetune, pangea_7b_pretrain, scales
-from launch import common
 from pangea_jax import languages
 from pangea_jax.data.mixture import Mixture, choose
-from pangea_jax.data.pipeline import PipelineConfig
+from pangea_jax.experiment import Experiment, choose_records
 from pangea_jax.model import Pangea
 from pangea_jax.model import params as model_params
 from pangea_jax.sample import emoji
-from pangea_jax.train.optimizer import OptimizerConfig, make_schedule
+from pangea_jax.train.optimizer import make_schedule
+from pangea_jax.typed_config import build
 
 ABLATIONS = (
     "en_ratio",
@@ -62,7 +61,8 @@ def test_an_argument_without_effect_is_an_error(make, arg, says):
 
 
 def counts(config, index=None):
-    chosen = choose(index or emoji.open_store().index, Mixture(seed=config.seed, **config.mixture))
+    exp = build(Experiment, config)
+    chosen = choose(index or emoji.open_store().index, exp.mixture, exp.seed)
     assert len(chosen.rows) == sum(chosen.examples_per_language.values())
     return chosen.examples_per_language
 
@@ -95,11 +95,7 @@ def test_points_differ_in_what_is_varied_alone(name, scale, design):
     plain = [json.loads(config.to_json()) for config in configs]
     allowed = VARIED.get((name, design))
     for config, values in zip(configs, plain, strict=True):
-        assert config.seed == 3
-        Mixture(seed=3, **config.mixture)
-        PipelineConfig(**config.pipeline)
-        OptimizerConfig(**config.optimizer)
-        common.model_config(config)
+        assert build(Experiment, config).seed == 3
         changed = differing(plain[0], values) - {".title"}
         if allowed is None:
             assert all(key.startswith(".mixture.weights.") for key in changed)
@@ -180,7 +176,7 @@ def test_samples_are_nested():
     chosen = []
     for point, percent in module("num_samples").points().items():
         config = get("num_samples", point, seed=2)
-        rows = choose(store.index, Mixture(seed=config.seed, **config.mixture)).rows
+        rows = choose_records(build(Experiment, config), store).rows
         assert len(rows) == round(percent / 100 * get("num_samples").mixture.num_examples)
         chosen.append(np.bincount(rows, minlength=len(store.index)))
     for smaller, larger in itertools.pairwise(chosen):
@@ -193,13 +189,14 @@ def test_one_run_stops_on_the_way():
     part = get("num_samples", "samples_030", design="one_run")
     assert part.steps == round(0.3 * whole.steps)
     assert whole.steps == scales.steps(whole) == whole.optimizer.schedule_steps
-    ours = make_schedule(OptimizerConfig(**part.optimizer), part.steps)
-    theirs = make_schedule(OptimizerConfig(**whole.optimizer), whole.steps)
-    alone = make_schedule(OptimizerConfig(**get("num_samples").optimizer), part.steps)
+    optimizer = lambda config: build(Experiment, config).optimizer  # noqa: E731
+    ours = make_schedule(optimizer(part), part.steps)
+    theirs = make_schedule(optimizer(whole), whole.steps)
+    alone = make_schedule(optimizer(get("num_samples")), part.steps)
     assert float(ours(part.steps)) == float(theirs(part.steps)) > 0
     assert float(alone(part.steps)) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match=r"schedule_steps is .*, but the run has"):
-        make_schedule(OptimizerConfig(**part.optimizer), whole.steps + 1)
+        make_schedule(optimizer(part), whole.steps + 1)
 
 
 def published_index():
@@ -268,13 +265,13 @@ def test_7b_mixtures_come_exactly_from_released_records(name, scale, design, rel
     for point in module(name).points(f"scale={scale},design={design},{shared}"):
         config = get(name, point, scale=scale, design=design, **few)
         config.mixture.max_repeat = 1000.0
-        mixture = Mixture(seed=config.seed, **config.mixture)
+        mixture = build(Mixture, config.mixture)
         if point in ("cultural", "translated"):
             # Five cultural records are there, none in these languages: refused, nothing trains.
             with pytest.raises(ValueError, match="no records in language"):
-                choose(released_sample, mixture)
+                choose(released_sample, mixture, config.seed)
             continue
-        chosen = choose(released_sample, mixture)
+        chosen = choose(released_sample, mixture, config.seed)
         drawn = released_sample.take(chosen.rows)
         codes = drawn["language"].to_pylist()
         for code, count in chosen.examples_per_language.items():
@@ -287,7 +284,7 @@ def test_7b_mixtures_come_exactly_from_released_records(name, scale, design, rel
 def test_pangea_7b_is_the_published_model():
     """Sizes as counted in the four shards of the release."""
     config = pangea_7b_finetune.get_config()
-    model = common.model_config(config)
+    model = build(Experiment, config).model
     _, shapes = model_params.abstract(lambda: Pangea(model, rngs=nnx.Rngs(0)))
     sizes = {name: int(np.prod(value.shape)) for name, value in shapes.items()}
     part = lambda prefix: sum(n for name, n in sizes.items() if name.startswith(prefix))  # noqa: E731
@@ -307,33 +304,24 @@ def test_pangea_7b_is_the_published_model():
 
 def test_stages_follow_table_1():
     first, second = pangea_7b_pretrain.get_config(), pangea_7b_finetune.get_config()
-    ours = OptimizerConfig(**second.optimizer)
+    one, two = build(Experiment, first), build(Experiment, second)
+    ours = two.optimizer
     assert (ours.learning_rate, dict(ours.lr_scale)) == (2e-5, {r"vision\..*": 0.1})
     assert (ours.warmup_ratio, ours.weight_decay, ours.clip_norm) == (0.03, 0, 1)
-    assert OptimizerConfig(**first.optimizer).learning_rate == 1e-3
-    shape = PipelineConfig(**first.pipeline)
-    assert shape.examples == 128
+    assert one.optimizer.learning_rate == 1e-3
+    assert one.pipeline.examples == 128
     assert scales.steps(first) == 558_128 // 128 == 4360
     assert first.pretrained[0].endswith(":vision")
     rows = [pangea_7b_finetune.get_config(f"batch={b}").pipeline.rows for b in (64, 128, 512)]
     assert rows == [16, 32, 128]
     assert second.pipeline.row_tokens == 8192
-    assert PipelineConfig(**second.pipeline).loss_mask == "pangea"
+    assert two.pipeline.loss_mask == "pangea"
     with pytest.raises(ValueError, match="batch='100' is not one of"):
         pangea_7b_finetune.get_config("batch=100")
 
 
 def test_ablations_at_7b_scale_have_128_examples_a_step():
     config = get("en_ratio", scale="pangea_7b")
-    assert PipelineConfig(**config.pipeline).examples == 128
+    assert build(Experiment, config).pipeline.examples == 128
     assert scales.steps(config) == 3906
     assert config.mixture.languages[0] == "en"
-    fields = {field.name for field in dataclasses.fields(Mixture)}
-    assert set(config.mixture) <= fields
-
-
-def test_both_scales_have_the_keys_that_training_reads():
-    ours, theirs = get("en_ratio"), get("en_ratio", scale="pangea_7b")
-    assert set(ours) == set(theirs)
-    assert set(ours) == set(pangea_7b_pretrain.get_config())
-    assert set(ours.pipeline) <= set(theirs.pipeline)

@@ -1,13 +1,10 @@
-import dataclasses
-
 import pytest
 
 from configs import sample
 from configs.common import choice, parse_arg
 from pangea_jax import languages
-from pangea_jax.data.mixture import Mixture
-from pangea_jax.data.pipeline import PipelineConfig
-from pangea_jax.train.optimizer import OptimizerConfig
+from pangea_jax.experiment import Experiment
+from pangea_jax.typed_config import build
 
 DEFAULTS = {"en_ratio": 0.4, "num_examples": 40_000, "small": False, "scale": "sample"}
 
@@ -51,15 +48,12 @@ def test_choice():
         choice("scale", "8b", ("sample", "7b"))
 
 
-def test_the_sample_config_fits_the_types_it_fills():
-    config = sample.get_config("languages=all,num_examples=100,seed=3")
-    assert Mixture(seed=config.seed, **config.mixture).languages == languages.EMOJI
-    assert config.mixture.num_examples == 100
-    assert config.seed == 3
-    shape = PipelineConfig(**config.pipeline)
-    assert shape.max_targets <= shape.row_tokens
-    OptimizerConfig(**config.optimizer)
-    assert dataclasses.is_dataclass(shape)
+def test_arguments_reach_the_experiment():
+    exp = build(Experiment, sample.get_config("languages=all,num_examples=100,seed=3"))
+    assert exp.mixture.languages == languages.EMOJI
+    assert exp.mixture.num_examples == 100
+    assert exp.seed == 3
+    assert exp.pipeline.max_targets <= exp.pipeline.row_tokens
 
 
 @pytest.mark.parametrize(("chosen", "number"), [("default", 8), ("all", 38)])

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from pangea_jax.data.build.write_store import write_store
-from pangea_jax.data.pipeline import RowSource, Views, render_example
+from pangea_jax.data.pipeline import RowSource, render_example
 from pangea_jax.data.store import RecordStore
-from tests.data.made import CONFIG, CONVERSATIONS, SIZES, picture, text_of
+from tests.data.made import CONFIG, CONVERSATIONS, SIZES, picture, reader_of, text_of
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +27,8 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def views(store, tiny_config):
-    vision = tiny_config.vision
-    return Views(store, tiny_config.pinpoints, vision.image_size, vision.grid)
+def reader(store, tiny_config, letters):
+    return reader_of(tiny_config, letters, store)
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +37,7 @@ def source(store):
 
 
 @pytest.fixture(scope="session")
-def examples(views, letters):
+def examples(reader, letters):
     """Every conversation on its own, by the words that only it has."""
-    rendered = [render_example(c, None, letters, views, CONFIG) for c in CONVERSATIONS]
+    rendered = [render_example(c, None, reader, CONFIG) for c in CONVERSATIONS]
     return {text_of(letters, example["tokens"]): example for example in rendered}

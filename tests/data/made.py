@@ -9,6 +9,7 @@ from PIL import Image
 
 from pangea_jax.data.build.write_store import Picture
 from pangea_jax.data.pipeline import PipelineConfig, train_dataset
+from pangea_jax.data.reader import Geometry, Reader, ReadingPolicy, Tiles
 from pangea_jax.data.record import Conversation, Turn
 
 SIZES = [(16, 16), (40, 20), (12, 50), (30, 31), (9, 16)]
@@ -53,8 +54,13 @@ def text_of(letters, tokens):
     return letters.decode(tokens.tolist())
 
 
-def dataset(source, letters, views, config=CONFIG, **changes):
-    return train_dataset(source, letters, views, config, **({"seed": 5} | changes))
+def dataset(source, reader, config=CONFIG, **changes):
+    return train_dataset(source, reader, config, **({"seed": 5} | changes))
+
+
+def reader_of(model, tokenizer, store, **policy):
+    """Reads with the geometry of a model; `policy` are fields of `ReadingPolicy`."""
+    return Reader(tokenizer, Tiles(Geometry.of(model), ReadingPolicy(**policy), store))
 
 
 def conversations(batches, letters):

@@ -8,7 +8,7 @@ import pytest
 from pangea_jax.data import image
 from pangea_jax.data.build.write_store import write_store
 from pangea_jax.data.feed import BadRecordsError
-from pangea_jax.data.pipeline import PipelineConfig, RowSource, Views, measure, render_example
+from pangea_jax.data.pipeline import PipelineConfig, RowSource, measure, render_example
 from pangea_jax.data.record import Conversation, RecordError, Turn
 from pangea_jax.data.store import RecordStore
 from tests.data.made import (
@@ -22,6 +22,7 @@ from tests.data.made import (
     conversations,
     dataset,
     picture,
+    reader_of,
     rows,
 )
 
@@ -34,31 +35,31 @@ from tests.data.made import (
         ({"max_targets": 2}, r"5 targets, a row holds 2"),
     ],
 )
-def test_what_does_not_fit_a_row_is_an_error(views, letters, changes, what):
+def test_what_does_not_fit_a_row_is_an_error(reader, letters, changes, what):
     config = dataclasses.replace(CONFIG, **changes)
     with pytest.raises(RecordError, match=f"'c2', field conversations: does not fit a row .{what}"):
-        render_example(CONVERSATIONS[2], None, letters, views, config)
+        render_example(CONVERSATIONS[2], None, reader, config)
 
 
 @pytest.mark.parametrize("config", [PACKED, BALANCED, PLANNED], ids=lambda c: c.packing)
-def test_no_packed_row_has_more_targets_than_the_head_computes(source, views, letters, config):
+def test_no_packed_row_has_more_targets_than_the_head_computes(source, reader, letters, config):
     limit = 20
-    free = [row for batch in dataset(source, letters, views, config) for row in rows(batch)]
+    free = [row for batch in dataset(source, reader, config) for row in rows(batch)]
     bounded = dataclasses.replace(config, max_targets=limit)
-    batches = list(dataset(source, letters, views, bounded))
+    batches = list(dataset(source, reader, bounded))
     assert max(row["weights"].sum() for batch in batches for row in rows(batch)) <= limit
     assert batches[0].keys() == free[0].keys()
     if config is PACKED:
         assert max(row["weights"].sum() for row in free) > limit
 
 
-def test_a_balanced_batch_that_does_not_fit_is_an_error(source, views, letters):
+def test_a_balanced_batch_that_does_not_fit_is_an_error(source, reader, letters):
     config = dataclasses.replace(BALANCED, max_targets=8)
     with pytest.raises(ValueError, match=r"6 conversations do not fit 2 rows .* raise pipeline"):
-        list(dataset(source, letters, views, config))
+        list(dataset(source, reader, config))
 
 
-def test_a_long_conversation_is_cut_before_a_picture_not_within_it(views, letters):
+def test_a_long_conversation_is_cut_before_a_picture_not_within_it(reader, letters):
     turns = (
         Turn("user", "<image>one"),
         Turn("assistant", "first"),
@@ -67,17 +68,17 @@ def test_a_long_conversation_is_cut_before_a_picture_not_within_it(views, letter
     )
     long = Conversation("long", "made", "en", "", ("made/1", "made/2"), turns)
     config = dataclasses.replace(CONFIG, row_tokens=400)
-    whole = render_example(long, None, letters, views, config)
+    whole = render_example(long, None, reader, config)
     places = np.flatnonzero(whole["image_index"] >= 0)
     gap = np.flatnonzero(np.diff(places) > 1)[0]
     second, end = places[gap + 1], places[-1] + 1
     with pytest.raises(RecordError, match="does not fit a row"):
-        render_example(long, None, letters, views, dataclasses.replace(config, row_tokens=end))
-    tiles = [len(views(key, None)[0]) for key in long.images]
+        render_example(long, None, reader, dataclasses.replace(config, row_tokens=end))
+    tiles = [len(reader.pictures.stored(key, several=True).cut()) for key in long.images]
 
     def cut(**changes):
         return render_example(
-            long, None, letters, views, dataclasses.replace(config, overlong="truncate", **changes)
+            long, None, reader, dataclasses.replace(config, overlong="truncate", **changes)
         )
 
     for limit, length, kept in (
@@ -97,8 +98,7 @@ def test_a_long_conversation_is_cut_before_a_picture_not_within_it(views, letter
         size = (len(example["tokens"]), len(example["tiles"]), int(example["weights"].sum()))
         measured = measure(
             [long],
-            letters,
-            views,
+            reader,
             dataclasses.replace(config, overlong="truncate", row_tokens=int(limit)),
         )
         assert measured.tolist() == [list(size)]
@@ -111,7 +111,7 @@ def test_a_long_conversation_is_cut_before_a_picture_not_within_it(views, letter
 
 @pytest.mark.parametrize("packing", ["none", "best_fit", "planned"])
 def test_conversations_that_do_not_fit_are_left_out_or_cut(
-    source, views, letters, examples, packing
+    source, reader, letters, examples, packing
 ):
     base = PipelineConfig(rows=1, row_tokens=150, row_tiles=10, packing=packing)
     short = [text for text, e in examples.items() if len(e["tokens"]) <= 150]
@@ -119,7 +119,7 @@ def test_conversations_that_do_not_fit_are_left_out_or_cut(
 
     def run(overlong):
         """What comes out; how many were cut, and how many dropped, by a plan or on the way."""
-        feed = dataset(source, letters, views, dataclasses.replace(base, overlong=overlong))
+        feed = dataset(source, reader, dataclasses.replace(base, overlong=overlong))
         data = iter(feed)
         texts = conversations(list(data), letters)
         told = data.counters.flush()
@@ -132,7 +132,7 @@ def test_conversations_that_do_not_fit_are_left_out_or_cut(
     assert cut + dropped == len(examples) - len(short)
     assert len(texts) == len(short) + cut
     with pytest.raises(RecordError, match="does not fit a row"):
-        list(dataset(source, letters, views, base))
+        list(dataset(source, reader, base))
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +164,10 @@ def damaged(tmp_path_factory):
 
 @CONFIGS
 def test_bad_records_are_skipped_and_counted_up_to_a_limit(damaged, tiny_config, letters, config):
-    vision = tiny_config.vision
-    views = Views(damaged, tiny_config.pinpoints, vision.image_size, vision.grid)
+    reader = reader_of(tiny_config, letters, damaged)
     source = RowSource(damaged, np.arange(24))
     lenient = dataclasses.replace(config, rows=1, max_bad_fraction=0.1)
-    data = iter(dataset(source, letters, views, lenient))
+    data = iter(dataset(source, reader, lenient))
     texts = conversations(list(data), letters)
     assert len(texts) == 20
     told = data.counters.flush()
@@ -176,19 +175,18 @@ def test_bad_records_are_skipped_and_counted_up_to_a_limit(damaged, tiny_config,
     assert len(told["bad_records"]) == 2
     assert told["total_examples"] == 20
     with pytest.raises(image.ImageError, match=r"picture 'made/(0|nothing)'"):
-        list(dataset(source, letters, views, dataclasses.replace(lenient, max_bad_fraction=0.0)))
+        list(dataset(source, reader, dataclasses.replace(lenient, max_bad_fraction=0.0)))
     # The limit is a share of at least a thousand records: 3 of them here.
     with pytest.raises(
         BadRecordsError, match=r"4 of \d+ records are bad, more than .*=0.003: .* x "
     ):
-        list(dataset(source, letters, views, dataclasses.replace(lenient, max_bad_fraction=0.003)))
+        list(dataset(source, reader, dataclasses.replace(lenient, max_bad_fraction=0.003)))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"overlong": "wrap"}, r"overlong 'wrap' is not one of \('error', 'drop', 'truncate'\)"),
-        ({"multi_image": "grid"}, "multi_image 'grid' is not one of"),
         ({"max_bad_fraction": 2.0}, r"max_bad_fraction must lie in \[0, 1\], not 2.0"),
         ({"rows": 0}, "pipeline.rows must be positive, not 0"),
         ({"max_targets": 0}, "pipeline.max_targets must be positive, not 0"),

@@ -16,7 +16,8 @@ import pytest
 from pangea_jax.anyres import layout
 from pangea_jax.data import chat
 from pangea_jax.data.image import check, decode, views
-from pangea_jax.data.pipeline import PipelineConfig, Views, measure, render_example
+from pangea_jax.data.pipeline import PipelineConfig, measure, render_example
+from pangea_jax.data.reader import Geometry, Reader, ReadingPolicy, Tiles
 from pangea_jax.data.record import Conversation
 from pangea_jax.data.tokenizer import load_tokenizer
 
@@ -27,9 +28,9 @@ PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 MEAN = np.array((0.48145466, 0.4578275, 0.40821073))
 STD = np.array((0.26862954, 0.26130258, 0.27577711))
 SPLIT_OFF, IGNORED = -200, -100
-CONFIG = PipelineConfig(
-    rows=1, row_tokens=8192, row_tiles=20, loss_mask="pangea", move_marker_first=True
-)
+CONFIG = PipelineConfig(rows=1, row_tokens=8192, row_tiles=20, loss_mask="pangea")
+# As configs/pangea_7b_finetune.py trains; tests/test_reading.py holds that it is so.
+POLICY = ReadingPolicy(marker_first=True, multi_image="padded")
 
 pytestmark = pytest.mark.skipif(
     not (SAMPLE / "golden_labels.jsonl.gz").is_file() or not (QWEN3 / "tokenizer.json").is_file(),
@@ -43,7 +44,7 @@ def golden(name):
 
 
 class Folder:
-    """As much of a store as `Views` wants, over a folder of pictures."""
+    """As much of a store as `Tiles` wants, over a folder of pictures."""
 
     def image(self, key):
         return (SAMPLE / key).read_bytes()
@@ -110,13 +111,13 @@ def test_tiles_grids_and_token_counts_of_every_picture(records):
 
 def test_examples_are_the_reference_with_pictures_put_in(records, tokenizer):
     """What training gets: shifted by one, every placeholder as many tokens as the reference counts."""
-    maker = Views(Folder(), PINPOINTS, 336, 24, background=None)
+    reader = Reader(tokenizer, Tiles(Geometry(PINPOINTS, 336, 24), POLICY, Folder()))
     pictures = golden("images")
     image_tokens = {one["index"]: one["image_tokens"] for one in pictures}
     views_of = {one["index"]: one["views"] for one in pictures}
     for expected in golden("labels")[::5]:
         record = records[expected["index"]]
-        example = render_example(record, None, tokenizer, maker, CONFIG)
+        example = render_example(record, None, reader, CONFIG)
         width = image_tokens.get(expected["index"], 0)
         ids, labels = [], []
         for id, label in zip(expected["input_ids"], expected["labels"], strict=True):
@@ -133,8 +134,8 @@ def test_examples_are_the_reference_with_pictures_put_in(records, tokenizer):
 
 def test_the_lengths_of_the_sample_are_measured_without_decoding(records, tokenizer):
     few = records[::9]
-    maker = Views(Index(few), PINPOINTS, 336, 24)
-    sizes = measure(few, tokenizer, maker, CONFIG)
+    reader = Reader(tokenizer, Tiles(Geometry(PINPOINTS, 336, 24), POLICY, Index(few)))
+    sizes = measure(few, reader, CONFIG)
     image_tokens = {one["index"]: one for one in golden("images")}
     labels = {one["index"]: one for one in golden("labels")}
     for i, (tokens, tiles, targets) in zip(range(0, 135, 9), sizes.tolist(), strict=True):

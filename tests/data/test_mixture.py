@@ -126,7 +126,7 @@ def test_apportionment_is_websters_divisor_method():
 
 def test_the_seed_decides(index):
     def rows(seed):
-        return choose(index, mixture(seed=seed, num_examples=60)).rows
+        return choose(index, mixture(num_examples=60), seed).rows
 
     assert np.array_equal(rows(3), rows(3))
     assert not np.array_equal(np.sort(rows(3)), np.sort(rows(4)))
@@ -295,7 +295,7 @@ def test_sources_categories_and_ids_in_and_out(uneven):
 
 
 def test_counts_are_those_of_the_rows(uneven):
-    choice = choose(uneven, natural(num_examples=123, language_alpha=0.3, max_repeat=2, seed=4))
+    choice = choose(uneven, natural(num_examples=123, language_alpha=0.3, max_repeat=2), seed=4)
     for name, told in (
         ("language", choice.examples_per_language),
         ("source", choice.examples_per_source),

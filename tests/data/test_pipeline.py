@@ -9,14 +9,9 @@ from PIL import Image
 
 from pangea_jax import anyres
 from pangea_jax.data import image
-from pangea_jax.data.pipeline import (
-    CachedViews,
-    PipelineConfig,
-    RowSource,
-    pad_row,
-    render_example,
-    train_dataset,
-)
+from pangea_jax.data.packing import pad_row
+from pangea_jax.data.pipeline import PipelineConfig, RowSource, render_example, train_dataset
+from pangea_jax.data.reader import CachedFeatures, Reader
 from pangea_jax.model import params as model_params
 from pangea_jax.train.loss import cross_entropy
 from tests.data.made import (
@@ -28,6 +23,7 @@ from tests.data.made import (
     PLANNED,
     conversations,
     dataset,
+    reader_of,
     rows,
     same,
     text_of,
@@ -39,13 +35,14 @@ def test_row_source_reads_across_splits(store):
     assert list(RowSource(store, chosen)) == [CONVERSATIONS[i] for i in chosen]
 
 
-def test_views_are_the_tiles_and_their_order(store, views, tiny_config):
-    tiles, index = views("made/1", None)
+def test_views_are_the_tiles_and_their_order(store, reader, tiny_config):
+    look = reader.pictures.stored("made/1", several=False)
+    tiles, (count, index) = look.cut(), look.place
     decoded = image.decode(store.image("made/1"))
     layout = anyres.layout((40, 20), tiny_config.pinpoints, 16, 4)
     assert np.array_equal(tiles, image.views(decoded, tiny_config.pinpoints, 16))
     assert np.array_equal(index, layout.image_index)
-    assert tiles.shape == (layout.num_tiles, 16, 16, 3)
+    assert tiles.shape == (count, 16, 16, 3) == (layout.num_tiles, 16, 16, 3)
     assert tiles.dtype == np.uint8
 
 
@@ -61,12 +58,12 @@ def test_an_example_predicts_the_next_token(examples, letters):
         assert targets[np.flatnonzero(weights)[-1]] == letters.im_end_id
 
 
-def test_two_pictures_of_one_conversation_use_their_own_tiles(views, letters):
-    example = render_example(CONVERSATIONS[2], None, letters, views, CONFIG)
+def test_two_pictures_of_one_conversation_use_their_own_tiles(reader, letters):
+    example = render_example(CONVERSATIONS[2], None, reader, CONFIG)
     assert CONVERSATIONS[2].images == ("made/2", "made/3")
-    (first, first_index), (second, second_index) = (
-        views(name, None) for name in ("made/2", "made/3")
-    )
+    looks = [reader.pictures.stored(name, several=True) for name in ("made/2", "made/3")]
+    first, second = (look.cut() for look in looks)
+    first_index, second_index = (look.place[1] for look in looks)
     index = example["image_index"][example["image_index"] >= 0]
     assert np.array_equal(example["tiles"], np.concatenate([first, second]))
     moved = np.where(second_index > 0, second_index + 16 * len(first), 0)
@@ -96,8 +93,8 @@ def test_a_padded_row_field_by_field():
 
 
 @CONFIGS
-def test_an_epoch_holds_every_conversation_once(source, views, letters, examples, config):
-    batches = list(dataset(source, letters, views, dataclasses.replace(config, rows=1)))
+def test_an_epoch_holds_every_conversation_once(source, reader, letters, examples, config):
+    batches = list(dataset(source, reader, dataclasses.replace(config, rows=1)))
     assert sorted(conversations(batches, letters)) == sorted(examples)
     if config in (PACKED, PLANNED):
         assert len(batches) < len(examples) / 2
@@ -120,9 +117,9 @@ def check_segment(row, segment, example, patches=16):
 
 
 @CONFIGS
-def test_every_picture_place_points_at_its_own_tile(source, views, letters, examples, config):
+def test_every_picture_place_points_at_its_own_tile(source, reader, letters, examples, config):
     later = 0
-    for batch in dataset(source, letters, views, config):
+    for batch in dataset(source, reader, config):
         for row in rows(batch):
             padding = row["segment_ids"] == 0
             assert (row["image_index"][padding] == -1).all()
@@ -135,9 +132,9 @@ def test_every_picture_place_points_at_its_own_tile(source, views, letters, exam
 
 
 @pytest.fixture(scope="module", params=[PACKED, BALANCED, PLANNED], ids=lambda c: c.packing)
-def packed_row(request, source, views, letters, examples):
+def packed_row(request, source, reader, letters, examples):
     """A row of several conversations, of which several have pictures, and its parts alone."""
-    batches = dataset(source, letters, views, request.param)
+    batches = dataset(source, reader, request.param)
     candidates = [row for batch in batches for row in rows(batch)]
     row = max(candidates, key=lambda row: len(set(row["segment_ids"][row["image_index"] > 0])))
     texts = [
@@ -179,11 +176,10 @@ def test_a_packed_row_equals_its_parts_run_alone(packed_row, tiny_model):
     assert np.abs(grads["vision.patch_kernel_hwcd"]).max() > 1e-3 * scale
 
 
-def test_a_plan_gives_every_process_its_part_of_the_same_batches(source, views, letters):
-    whole = list(dataset(source, letters, views, PLANNED))
+def test_a_plan_gives_every_process_its_part_of_the_same_batches(source, reader, letters):
+    whole = list(dataset(source, reader, PLANNED))
     parts = [
-        list(dataset(source, letters, views, PLANNED, process_index=i, process_count=2))
-        for i in range(2)
+        list(dataset(source, reader, PLANNED, process_index=i, process_count=2)) for i in range(2)
     ]
     for batch, *halves in zip(whole, *parts, strict=True):
         joined = {name: np.concatenate([half[name] for half in halves]) for name in batch}
@@ -192,20 +188,18 @@ def test_a_plan_gives_every_process_its_part_of_the_same_batches(source, views, 
 
 @pytest.mark.parametrize("config", [CONFIG, BALANCED, PLANNED], ids=lambda c: c.packing)
 @pytest.mark.parametrize("process_count", [1, 2])
-def test_the_number_of_steps_is_known(source, views, letters, config, process_count):
+def test_the_number_of_steps_is_known(source, reader, letters, config, process_count):
     chosen = RowSource(source._store, np.arange(23))
     for index in range(process_count):
-        batches = dataset(
-            chosen, letters, views, config, process_index=index, process_count=process_count
-        )
+        batches = dataset(chosen, reader, config, process_index=index, process_count=process_count)
         assert len(list(batches)) == batches.num_batches > 0
     if config.examples:
         assert batches.num_batches == 23 // config.examples
 
 
 @CONFIGS
-def test_counters_are_those_of_the_batches(source, views, letters, examples, config):
-    data = iter(dataset(source, letters, views, config))
+def test_counters_are_those_of_the_batches(source, reader, letters, examples, config):
+    data = iter(dataset(source, reader, config))
     batches = [next(data)]
     first = data.counters.flush()
     batches.append(next(data))
@@ -225,50 +219,52 @@ def test_counters_are_those_of_the_batches(source, views, letters, examples, con
     assert data.counters.flush()["examples_per_language"] == {}
 
 
-def test_the_seed_decides_the_order(source, views, letters):
+def test_the_seed_decides_the_order(source, reader, letters):
     def order(seed):
-        return conversations(dataset(source, letters, views, seed=seed), letters)
+        return conversations(dataset(source, reader, seed=seed), letters)
 
     assert order(1) == order(1)
     assert order(1) != order(2)
 
 
-def test_processes_share_the_epoch(source, views, letters, examples):
+def test_processes_share_the_epoch(source, reader, letters, examples):
     parts = [
-        conversations(dataset(source, letters, views, process_index=i, process_count=2), letters)
+        conversations(dataset(source, reader, process_index=i, process_count=2), letters)
         for i in range(2)
     ]
     assert not set(parts[0]) & set(parts[1])
     assert sorted(parts[0] + parts[1]) == sorted(examples)
-    batch = next(iter(dataset(source, letters, views, process_index=0, process_count=2)))
+    batch = next(iter(dataset(source, reader, process_index=0, process_count=2)))
     assert len(batch["tokens"]) == CONFIG.rows // 2
     with pytest.raises(ValueError, match="rows=2 does not divide over 3 processes"):
-        dataset(source, letters, views, process_count=3)
+        dataset(source, reader, process_count=3)
 
 
 def test_cached_views_are_drawn_at_random_but_not_in_evaluation(letters):
     features = {f"made/{i}": np.full((3, 4, 2), i, np.float16) for i in range(5)}
     for value in features.values():
         value += np.arange(3, dtype=np.float16)[:, None, None] / 4
-    views = CachedViews(features)
-    clean, index = views("made/2", None)
+    pictures = CachedFeatures(features)
+    look = pictures.stored("made/2", several=False)
+    clean, (count, index) = look.cut(), look.place
+    assert count == 1
     assert index.tolist() == [1, 2, 3, 4, 0]
     assert clean.shape == (1, 4, 2)
     assert (clean == 2).all()
     source = [CONVERSATIONS[i] for i in (1, 4, 7, 10, 13, 16, 19, 22)] * 8
-    config = PipelineConfig(rows=1, row_tokens=80, row_tiles=1)
-    batches = list(train_dataset(source, letters, views, config, seed=0))
+    config, reader = PipelineConfig(rows=1, row_tokens=80, row_tiles=1), Reader(letters, pictures)
+    batches = list(train_dataset(source, reader, config, seed=0))
     drawn = {float(batch["features"][0, 0, 0, 0]) % 1 for batch in batches}
     assert drawn == {0, 0.25, 0.5}
-    again = list(train_dataset(source, letters, views, config, seed=0))
+    again = list(train_dataset(source, reader, config, seed=0))
     assert all(np.array_equal(a["features"], b["features"]) for a, b in zip(batches, again))
 
 
-def test_several_pictures_are_padded_squares_where_asked(store, views, letters):
+def test_several_pictures_are_padded_squares_where_asked(store, tiny_config, letters):
     """Against the reference: a square of CLIP's mean colour, the picture in the middle, one view."""
-    config = dataclasses.replace(CONFIG, multi_image="padded")
+    reader = reader_of(tiny_config, letters, store, multi_image="padded")
     two = dataclasses.replace(CONVERSATIONS[2], images=("made/1", "made/2"))
-    example = render_example(two, None, letters, views, config)
+    example = render_example(two, None, reader, CONFIG)
     assert len(example["tiles"]) == 2
     assert (example["image_index"] >= 0).sum() == 2 * (16 + 1)
     for key, tile in zip(two.images, example["tiles"], strict=True):
@@ -281,4 +277,4 @@ def test_several_pictures_are_padded_squares_where_asked(store, views, letters):
         expected = Image.fromarray(square).resize((16, 16), Image.Resampling.BICUBIC)
         assert np.array_equal(tile, np.asarray(expected))
     alone = dataclasses.replace(CONVERSATIONS[1], images=("made/1",))
-    assert len(render_example(alone, None, letters, views, config)["tiles"]) > 1
+    assert len(render_example(alone, None, reader, CONFIG)["tiles"]) > 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pangea_jax.data.feed import RestartError
-from pangea_jax.data.pipeline import RowSource, Views
+from pangea_jax.data.pipeline import RowSource
 from tests.data.made import (
     ALL,
     BALANCED,
@@ -20,14 +20,15 @@ from tests.data.made import (
     PLANNED,
     conversations,
     dataset,
+    reader_of,
     same,
 )
 
 
 @CONFIGS
-def test_a_restored_iterator_goes_on_byte_for_byte(source, views, letters, config):
+def test_a_restored_iterator_goes_on_byte_for_byte(source, reader, letters, config):
     """Stopped at any step; what a checkpoint holds of the position is JSON."""
-    batches = dataset(source, letters, views, dataclasses.replace(config, rows=1))
+    batches = dataset(source, reader, dataclasses.replace(config, rows=1))
     straight = iter(batches)
     states, expected = [], []
     for _ in range(4):
@@ -35,7 +36,7 @@ def test_a_restored_iterator_goes_on_byte_for_byte(source, views, letters, confi
         expected.append(next(straight))
     counted = straight.counters.get_state()
     for start, state in enumerate(states):
-        again = iter(dataset(source, letters, views, dataclasses.replace(config, rows=1)))
+        again = iter(dataset(source, reader, dataclasses.replace(config, rows=1)))
         next(again)
         again.set_state(state)
         assert all(same(next(again), batch) for batch in expected[start:])
@@ -47,13 +48,12 @@ def test_workers_change_nothing_and_restore_to_the_byte(
     store, tiny_config, emoji_tokenizer, config
 ):
     """The same batches with 0, 1 and 4 worker processes, also where one number takes over from another."""
-    vision = tiny_config.vision
     source = RowSource(store, np.arange(len(CONVERSATIONS)))
-    views = Views(store, tiny_config.pinpoints, vision.image_size, vision.grid)
+    reader = reader_of(tiny_config, emoji_tokenizer, store)
 
     def batches(workers):
         changed = dataclasses.replace(config, rows=1, workers=workers)
-        return contextlib.closing(iter(dataset(source, emoji_tokenizer, views, changed)))
+        return contextlib.closing(iter(dataset(source, reader, changed)))
 
     with batches(0) as data:
         expected = [next(data)]
@@ -75,49 +75,46 @@ def test_workers_change_nothing_and_restore_to_the_byte(
         assert all(map(same, rest, expected[1:]))
 
 
-def test_another_order_is_refused(source, views, letters):
-    state = iter(dataset(source, letters, views)).get_state()
+def test_another_order_is_refused(source, reader, letters):
+    state = iter(dataset(source, reader)).get_state()
     with pytest.raises(RestartError, match=r"seed was 5 and is 6. Set the old values again"):
-        iter(dataset(source, letters, views, seed=6)).set_state(state)
+        iter(dataset(source, reader, seed=6)).set_state(state)
     shorter = RowSource(source._store, np.arange(20))
     with pytest.raises(RestartError, match="source was '"):
-        iter(dataset(shorter, letters, views)).set_state(state)
+        iter(dataset(shorter, reader)).set_state(state)
     with pytest.raises(RestartError, match="packing was 'none' and is 'planned'"):
-        iter(dataset(source, letters, views, PLANNED)).set_state(state)
+        iter(dataset(source, reader, PLANNED)).set_state(state)
     with pytest.raises(RestartError, match="format None"):
-        iter(dataset(source, letters, views)).set_state({})
+        iter(dataset(source, reader)).set_state({})
     # How fast it is read is nobody's business.
     faster = dataclasses.replace(CONFIG, threads=7)
-    iter(dataset(source, letters, views, faster)).set_state(state)
+    iter(dataset(source, reader, faster)).set_state(state)
 
 
 @pytest.mark.parametrize("config", [CONFIG, BALANCED, PLANNED], ids=lambda c: c.packing)
 def test_going_on_with_another_number_of_processes_is_exact(
-    source, views, letters, examples, config
+    source, reader, letters, examples, config
 ):
     """Two processes stop, one goes on: every conversation once, none twice."""
     one = dataclasses.replace(config, examples_per_row=2 if config is BALANCED else 1)
-    pair = [
-        iter(dataset(source, letters, views, one, process_index=i, process_count=2))
-        for i in range(2)
-    ]
+    pair = [iter(dataset(source, reader, one, process_index=i, process_count=2)) for i in range(2)]
     seen = []
     for _ in range(2):
         seen += conversations([next(process) for process in pair], letters)
-    alone = iter(dataset(source, letters, views, one))
+    alone = iter(dataset(source, reader, one))
     alone.set_state(pair[1].get_state())
     seen += conversations(list(alone), letters)
     assert len(seen) == len(set(seen))
-    whole = conversations(list(dataset(source, letters, views, one)), letters)
+    whole = conversations(list(dataset(source, reader, one)), letters)
     assert sorted(seen) == sorted(whole)
     assert set(whole) <= set(examples)
 
 
-def test_a_stream_refuses_another_number_of_processes(source, views, letters):
+def test_a_stream_refuses_another_number_of_processes(source, reader, letters):
     config = dataclasses.replace(PACKED, packing_bins=1)
 
     def make(count, **changes):
-        return iter(dataset(source, letters, views, config, process_count=count, **changes))
+        return iter(dataset(source, reader, config, process_count=count, **changes))
 
     two = make(2)
     next(two)
@@ -134,23 +131,22 @@ def test_a_stream_refuses_another_number_of_processes(source, views, letters):
 
 @pytest.mark.parametrize("now", ALL, ids=lambda c: c.packing)
 @pytest.mark.parametrize("was", ALL, ids=lambda c: c.packing)
-def test_near_the_same_place_with_another_packing(source, views, letters, was, now):
-    before = iter(dataset(source, letters, views, was))
+def test_near_the_same_place_with_another_packing(source, reader, letters, was, now):
+    before = iter(dataset(source, reader, was))
     next(before)
-    after = iter(dataset(source, letters, views, now, approximate_restart=True))
+    after = iter(dataset(source, reader, now, approximate_restart=True))
     after.set_state(before.get_state())
     assert 0 < len(conversations(list(after), letters)) < len(CONVERSATIONS)
 
 
-def test_a_checkpoint_of_two_processes_is_read_by_one(tmp_path, source, views, letters):
+def test_a_checkpoint_of_two_processes_is_read_by_one(tmp_path, source, reader, letters):
     batches = [
-        iter(dataset(source, letters, views, PLANNED, process_index=i, process_count=2))
-        for i in range(2)
+        iter(dataset(source, reader, PLANNED, process_index=i, process_count=2)) for i in range(2)
     ]
     for i, process in enumerate(batches):
         next(process)
         (tmp_path / f"process_{i}-of-2.json").write_text(json.dumps(process.get_state()))
-    alone = iter(dataset(source, letters, views, PLANNED))
+    alone = iter(dataset(source, reader, PLANNED))
 
     async def load(directory):
         await (await alone.load(directory))
@@ -158,7 +154,7 @@ def test_a_checkpoint_of_two_processes_is_read_by_one(tmp_path, source, views, l
     with pytest.raises(RestartError, match="has no saved position of the data"):
         asyncio.run(load(tmp_path / "empty"))
     asyncio.run(load(tmp_path))
-    whole = iter(dataset(source, letters, views, PLANNED))
+    whole = iter(dataset(source, reader, PLANNED))
     next(whole)
     counted, wanted = (data.counters.flush() for data in (alone, whole))
     assert counted == wanted

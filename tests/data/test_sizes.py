@@ -8,11 +8,19 @@ import pytest
 
 from pangea_jax.data import chat
 from pangea_jax.data.pipeline import RowSource, measure
-from tests.data.made import CONFIG, CONVERSATIONS, PLANNED, SIZES, conversations, dataset
+from tests.data.made import (
+    CONFIG,
+    CONVERSATIONS,
+    PLANNED,
+    SIZES,
+    conversations,
+    dataset,
+    reader_of,
+)
 
 
-def test_sizes_are_measured_without_decoding(views, letters, examples):
-    sizes = measure(CONVERSATIONS, letters, views, CONFIG)
+def test_sizes_are_measured_without_decoding(reader, letters, examples):
+    sizes = measure(CONVERSATIONS, reader, CONFIG)
     assert sizes.shape == (24, 3)
     for (tokens, tiles, targets), example in zip(sizes, examples.values(), strict=True):
         assert tokens == len(example["tokens"])
@@ -55,27 +63,27 @@ def indexed(store, letters):
 
 
 @pytest.mark.parametrize("multi_image", ["anyres", "padded"])
-def test_the_index_plans_without_reading(indexed, views, letters, multi_image):
-    config = dataclasses.replace(PLANNED, multi_image=multi_image)
-    sizes = indexed().indexed_sizes(views, config)
-    measured = measure(CONVERSATIONS[::-1], letters, views, config)
+def test_the_index_plans_without_reading(indexed, store, tiny_config, letters, multi_image):
+    reader = reader_of(tiny_config, letters, store, multi_image=multi_image)
+    sizes = indexed().indexed_sizes(reader, PLANNED)
+    measured = measure(CONVERSATIONS[::-1], reader, PLANNED)
     assert np.array_equal(sizes[:, :2], measured[:, :2])
-    planned = list(dataset(indexed(), letters, views, config))
+    planned = list(dataset(indexed(), reader, PLANNED))
     assert len(conversations(planned, letters)) > 15
 
 
-def test_an_index_of_another_tokenizer_is_noticed(indexed, views, letters):
+def test_an_index_of_another_tokenizer_is_noticed(indexed, reader, letters):
     with pytest.raises(
         ValueError, match=r"up to 3 tokens more than num_tokens .* another tokenizer"
     ):
-        dataset(indexed(-3), letters, views, PLANNED)
+        dataset(indexed(-3), reader, PLANNED)
 
 
-def test_what_a_plan_has_no_room_for_is_dropped_and_counted(source, views, letters):
+def test_what_a_plan_has_no_room_for_is_dropped_and_counted(source, reader, letters):
     """A plan from sizes that are too small still makes rows of the right shape."""
-    sizes = measure(source, letters, views, PLANNED)
+    sizes = measure(source, reader, PLANNED)
     sizes[:, 0] //= 2
-    data = iter(dataset(source, letters, views, dataclasses.replace(PLANNED, rows=1), sizes=sizes))
+    data = iter(dataset(source, reader, dataclasses.replace(PLANNED, rows=1), sizes=sizes))
     batches = list(data)
     counted = data.counters.get_state()
     assert counted["dropped"] > 0

@@ -15,6 +15,7 @@ from PIL import Image
 import pangea_jax
 from pangea_jax import anyres, checkpoints, sharding
 from pangea_jax.data.image import ImageError
+from pangea_jax.data.reader import ReadingPolicy
 from pangea_jax.generate import engine as engine_module
 from pangea_jax.generate.engine import Engine, bucket
 from pangea_jax.model.vision import normalize
@@ -48,7 +49,7 @@ def engine(reference):
     config = dataclasses.replace(config, dtype="float32")
     model = checkpoints.load_model(reference.folder, config)
     model.language.unstack()
-    return Engine(model, Characters(), rounding="transformers")
+    return Engine(model, Characters(), policy=ReadingPolicy(rounding="transformers"))
 
 
 @pytest.fixture(scope="module")
@@ -315,17 +316,21 @@ def test_what_is_no_conversation_is_refused(engine):
             engine.stream(conversation)
 
 
-def test_models_of_the_drawings_show_them_on_white(make_random_model, emoji_tokenizer, tmp_path):
-    """A run's own model as the sample's: what is hidden under transparency was never trained on."""
+def test_a_saved_policy_decides_what_lies_under_transparency(
+    make_random_model, emoji_tokenizer, tmp_path
+):
+    """The sample's drawings were seen on white in training; colours hidden under transparency never were."""
     model, tokens = make_random_model(), emoji_tokenizer
     ids = checkpoints.SpecialTokens(tokens.image_id, tokens.im_end_id, tokens.pad_id)
     checkpoints.save(model, model.config, tmp_path, tokens=ids)
     shutil.copy(emoji.DIRECTORY / emoji.TOKENIZER, tmp_path)
+    ReadingPolicy(background=(255, 255, 255)).save(tmp_path)
     clear = [user(Image.new("RGBA", (64, 64)))]
     for name in ("sample", tmp_path):
         assert (pangea_jax.load(name).read(clear).tiles == 255).all()
     assert (pangea_jax.load(tmp_path, background=None).read(clear).tiles == 0).all()
-    assert engine_module._settings(tmp_path.parent) == {}
+    (tmp_path / "reading.json").unlink()
+    assert (pangea_jax.load(tmp_path).read(clear).tiles == 0).all()
 
 
 @pytest.mark.parametrize("text", ["caf\udce9", "\ud83d"])

@@ -117,7 +117,9 @@ def test_an_unknown_generation_is_named():
 
 SEARCH = """
 import json, sys
-from launch import common, compile
+from launch import compile
+from pangea_jax.typed_config import build
+from pangea_jax.experiment import Experiment
 from tests.launch import tiny
 
 def search(limit, kept):
@@ -129,7 +131,7 @@ def search(limit, kept):
         return dict(topology=topology, rows_per_shard=rows, row_tokens=128, keep=keep,
                     peak_hbm_gib=needed, hbm_gib=limit, fits=needed <= limit, compile_s=1.0)
     compile.measure = measure
-    found = compile.search(tiny.get_config(), "cpu:8")
+    found = compile.search(build(Experiment, tiny.get_config()), "cpu:8")
     return found["rows_per_shard"], found["keep"], tried
 
 cases = json.loads(sys.argv[1])

@@ -1,5 +1,6 @@
 """A step that launch/compile.py keeps and launch/train.py runs; and every way in which it may be another one."""
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -16,7 +17,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
 from launch import common, executable
 from pangea_jax import sharding
@@ -76,7 +76,13 @@ def plan(mesh, factor=1.0, width=16):
     return step, (state, batch)
 
 
-CONFIG = ConfigDict({"title": "one", "keep": "none", "optimizer": {"learning_rate": 0.1}})
+@dataclasses.dataclass(frozen=True)
+class Config:
+    title: str = "one"
+    keep: str = "none"
+
+
+CONFIG = Config()
 
 
 @pytest.fixture
@@ -124,9 +130,7 @@ def test_the_loaded_step_computes_and_donates(file, mesh):
 
 
 def test_what_changes_no_program_is_allowed(file, mesh):
-    config = ConfigDict(CONFIG)
-    config.title = "another"
-    assert executable.load(file, *plan(mesh), mesh, config, STEPS)
+    assert executable.load(file, *plan(mesh), mesh, Config(title="another"), STEPS)
 
 
 def refusal(file, mesh, config=CONFIG, steps=STEPS, **changed):
@@ -136,9 +140,7 @@ def refusal(file, mesh, config=CONFIG, steps=STEPS, **changed):
 
 
 def test_another_program_is_refused_by_what_made_it_so(file, mesh):
-    config = ConfigDict(CONFIG)
-    config.keep = "qkv"
-    said = refusal(file, mesh, config, steps=7, factor=2.0)
+    said = refusal(file, mesh, Config(keep="qkv"), steps=7, factor=2.0)
     assert "config.keep is 'none' there and 'qkv' here; config.steps is 4 there and 7 here" in said
     assert "compiled from other code" in refusal(file, mesh, factor=2.0)
     assert "compiled from other code" in refusal(file, mesh, width=32)

@@ -22,5 +22,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optimizer.eps = 1e-3  # Adam divides rounding errors by the root of tiny gradients
     config.log_every = 2
     config.checkpoint.every = 5
-    config.eval = dict()
+    config.eval = None
     return config

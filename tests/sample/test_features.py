@@ -8,6 +8,7 @@ from PIL import Image
 
 from pangea_jax import sharding
 from pangea_jax.data.build.write_store import Picture, write_store
+from pangea_jax.data.reader import ReadingPolicy
 from pangea_jax.data.store import RecordStore
 from pangea_jax.model import VisionTower
 from pangea_jax.model.vision import normalize
@@ -15,6 +16,7 @@ from pangea_jax.sample.augment import augment
 from pangea_jax.sample.emoji import image_record, load_concepts
 from pangea_jax.sample.features import frozen_features
 
+WHITE = ReadingPolicy(background=(255, 255, 255))
 KEYS = [f"noto/{concept.codepoint}" for concept in load_concepts()[:5]]
 
 
@@ -50,7 +52,7 @@ def tower(tiny_config):
 @pytest.fixture(scope="module")
 def features(tower, store):
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    return frozen_features(tower, store, KEYS, mesh, augmented=2, seed=7, batch_size=3)
+    return frozen_features(tower, store, KEYS, mesh, WHITE, augmented=2, seed=7, batch_size=3)
 
 
 def test_view_zero_is_the_picture_as_it_is(features, tower):
@@ -77,7 +79,9 @@ def test_random_views_are_drawn_as_documented(features, tower):
 @pytest.mark.parametrize(("sizes", "batch_size"), [((2, 4, 1), 8), ((1, 4, 2), 256)])
 def test_mesh_and_batch_size_change_nothing(features, tower, store, sizes, batch_size):
     mesh = sharding.make_mesh(*sizes)
-    again = frozen_features(tower, store, KEYS, mesh, augmented=2, seed=7, batch_size=batch_size)
+    again = frozen_features(
+        tower, store, KEYS, mesh, WHITE, augmented=2, seed=7, batch_size=batch_size
+    )
     assert list(again) == KEYS
     for key in KEYS:
         np.testing.assert_allclose(again[key], features[key], atol=0.02)
@@ -85,11 +89,11 @@ def test_mesh_and_batch_size_change_nothing(features, tower, store, sizes, batch
 
 def test_another_seed_gives_other_views_of_the_same_pictures(features, tower, store):
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    other = frozen_features(tower, store, KEYS, mesh, augmented=1, seed=8, batch_size=3)
+    other = frozen_features(tower, store, KEYS, mesh, WHITE, augmented=1, seed=8, batch_size=3)
     for key in KEYS:
         assert np.array_equal(other[key][0], features[key][0])
         assert np.abs(other[key][1] - features[key][1]).max() > 0.1
-    plain = frozen_features(tower, store, KEYS[:2], mesh, augmented=0, batch_size=3)
+    plain = frozen_features(tower, store, KEYS[:2], mesh, WHITE, augmented=0, batch_size=3)
     assert [value.shape[0] for value in plain.values()] == [1, 1]
 
 
@@ -97,15 +101,15 @@ def test_the_cache_gives_the_same_and_is_told_apart(features, tower, store, tmp_
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     arguments = dict(augmented=2, batch_size=3, cache=tmp_path)
     for _ in range(2):
-        cached = frozen_features(tower, store, KEYS, mesh, seed=7, **arguments)
+        cached = frozen_features(tower, store, KEYS, mesh, WHITE, seed=7, **arguments)
         assert list(cached) == KEYS
         for key in KEYS:
             np.testing.assert_array_equal(cached[key], features[key])
         assert len(list(tmp_path.iterdir())) == 1
-    frozen_features(tower, store, KEYS, mesh, seed=8, **arguments)
+    frozen_features(tower, store, KEYS, mesh, WHITE, seed=8, **arguments)
     other = jax.jit(lambda: VisionTower(tower.config, rngs=nnx.Rngs(1)))()
-    frozen_features(other, store, KEYS, mesh, seed=7, **arguments)
-    frozen_features(tower, store, KEYS[:4], mesh, seed=7, **arguments)
+    frozen_features(other, store, KEYS, mesh, WHITE, seed=7, **arguments)
+    frozen_features(tower, store, KEYS[:4], mesh, WHITE, seed=7, **arguments)
     assert len({file.suffix for file in tmp_path.iterdir()}) == 1
     assert len(list(tmp_path.iterdir())) == 4
 
@@ -118,7 +122,7 @@ def test_a_full_disk_costs_the_cache_alone(features, tower, store, tmp_path, mon
     monkeypatch.setattr("pangea_jax.sample.features.np.save", save)
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     found = frozen_features(
-        tower, store, KEYS, mesh, augmented=2, seed=7, batch_size=3, cache=tmp_path
+        tower, store, KEYS, mesh, WHITE, augmented=2, seed=7, batch_size=3, cache=tmp_path
     )
     for key in KEYS:
         np.testing.assert_array_equal(found[key], features[key])
@@ -128,7 +132,7 @@ def test_a_full_disk_costs_the_cache_alone(features, tower, store, tmp_path, mon
 def test_features_come_from_the_cache(tower, store, tmp_path, monkeypatch):
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     arguments = dict(augmented=0, batch_size=3, cache=tmp_path)
-    first = frozen_features(tower, store, KEYS, mesh, **arguments)
+    first = frozen_features(tower, store, KEYS, mesh, WHITE, **arguments)
     monkeypatch.setattr("pangea_jax.sample.features._compute", None)
-    second = frozen_features(tower, store, KEYS, mesh, **arguments)
+    second = frozen_features(tower, store, KEYS, mesh, WHITE, **arguments)
     np.testing.assert_array_equal(first[KEYS[0]], second[KEYS[0]])

@@ -10,12 +10,13 @@ from PIL import Image
 from pangea_jax import sharding
 from pangea_jax.data import chat
 from pangea_jax.data.build.write_store import Picture, write_store
-from pangea_jax.data.pipeline import CachedViews, PipelineConfig, RowSource, train_dataset
+from pangea_jax.data.pipeline import PipelineConfig, RowSource, train_dataset
+from pangea_jax.data.reader import CachedFeatures, Reader
 from pangea_jax.data.record import Turn
 from pangea_jax.data.store import RecordStore
 from pangea_jax.model import params as model_params
 from pangea_jax.sample import emoji, naming
-from pangea_jax.sample.naming import Answer, Item, Namer, make_items, summarize
+from pangea_jax.sample.naming import Answer, Evaluation, Item, Namer, make_items, summarize
 from pangea_jax.train.optimizer import OptimizerConfig, make_optimizer
 from pangea_jax.train.state import init_state
 from pangea_jax.train.step import make_train_step
@@ -56,7 +57,9 @@ def store(concepts, tmp_path_factory):
 def views(store):
     rng = np.random.default_rng(0)
     keys = store.image_index["key"].to_pylist()
-    return CachedViews({k: rng.normal(size=(1, PATCHES, WIDTH)).astype(np.float16) for k in keys})
+    return CachedFeatures(
+        {k: rng.normal(size=(1, PATCHES, WIDTH)).astype(np.float16) for k in keys}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,7 @@ class Trainer:
         shape = PipelineConfig(
             rows=store.index.num_rows, row_tokens=48, row_tiles=1, max_targets=TARGETS
         )
-        batches = train_dataset(source, tokenizer, views, shape, seed=0)
+        batches = train_dataset(source, Reader(tokenizer, views), shape, seed=0)
         for _, batch in zip(range(self.steps), batches):
             self.state, metrics = step(self.state, sharding.to_global(batch, self.mesh))
         return jax.device_get(self.state.params), float(metrics["loss"])
@@ -104,14 +107,8 @@ def untrained(config):
 
 @pytest.fixture(scope="module")
 def namer(untrained, mesh, emoji_tokenizer):
-    return Namer(
-        untrained.graphdef,
-        emoji_tokenizer,
-        mesh,
-        prompt_tokens=PROMPT,
-        max_new_tokens=TARGETS,
-        batch_size=12,
-    )
+    settings = Evaluation(prompt_tokens=PROMPT, max_new_tokens=TARGETS, batch_size=12)
+    return Namer(untrained.graphdef, emoji_tokenizer, mesh, settings)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +123,8 @@ def brute_force(untrained, views, emoji_tokenizer):
 
     def run(params, item, key):
         tokenizer = emoji_tokenizer
-        features, index = views(key, None)
+        look = views.stored(key, several=False)
+        features, (_, index) = look.cut(), look.place
         prompt = chat.render(item.question, tokenizer, [index], patches=PATCHES, answer_next=True)
         names = [[*tokenizer.encode(name), tokenizer.im_end_id] for name in item.names]
         size = len(prompt.tokens)
@@ -153,10 +151,12 @@ def brute_force(untrained, views, emoji_tokenizer):
     return run
 
 
-def test_log_likelihoods_equal_brute_force(untrained, namer, items, views, brute_force):
-    params = untrained.start
+def test_log_likelihoods_equal_brute_force(
+    untrained, namer, items, views, brute_force, emoji_tokenizer
+):
+    params, reader = untrained.start, Reader(emoji_tokenizer, views)
     chosen = items[:5]
-    prompts = [namer._prompt(item, views(item.image, None), views) for item in chosen]
+    prompts = [namer._prompt(item, item.image, reader) for item in chosen]
     batch = {name: np.stack([prompt[name] for prompt in prompts]) for name in prompts[0]}
     names, mask = (values[: len(chosen)] for values in namer._names(chosen))
     _, scores = namer._score(params, batch, names, mask)
@@ -201,7 +201,7 @@ def test_a_model_that_looks_scores_one_and_blind_zero(
 
 
 def test_a_prompt_that_is_too_long_is_an_error(untrained, mesh, items, views, emoji_tokenizer):
-    short = Namer(untrained.graphdef, emoji_tokenizer, mesh, prompt_tokens=8)
+    short = Namer(untrained.graphdef, emoji_tokenizer, mesh, Evaluation(prompt_tokens=8))
     with pytest.raises(
         ValueError, match=r"a prompt has \d+ tokens, but config.eval.prompt_tokens is 8"
     ):

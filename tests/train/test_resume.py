@@ -10,7 +10,8 @@ from orbax.checkpoint import v1 as ocp
 from pangea_jax import sharding
 from pangea_jax.checkpoints import CheckpointError
 from pangea_jax.data.feed import RestartError
-from pangea_jax.data.pipeline import CachedViews, PipelineConfig, train_dataset
+from pangea_jax.data.pipeline import PipelineConfig, train_dataset
+from pangea_jax.data.reader import CachedFeatures, Reader
 from pangea_jax.data.record import Conversation, Turn
 from pangea_jax.train.optimizer import OptimizerConfig, make_optimizer
 from pangea_jax.train.resume import Checkpoints, bit_sums
@@ -37,8 +38,7 @@ class Run:
         self.data = iter(
             train_dataset(
                 [conversation(number) for number in range(examples)],
-                letters,
-                CachedViews(views),
+                Reader(letters, CachedFeatures(views)),
                 PipelineConfig(rows=8, row_tokens=96, row_tiles=1),
                 seed=0,
             )

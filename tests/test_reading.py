@@ -1,0 +1,245 @@
+"""Training and answering read a conversation alike: the same tokens, places and tiles, for every config and policy."""
+
+import dataclasses
+import importlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from launch import common
+from pangea_jax import checkpoints, experiment
+from pangea_jax.data.build.write_store import Picture, write_store
+from pangea_jax.data.pipeline import render_example
+from pangea_jax.data.reader import REFERENCE, ReadingPolicy
+from pangea_jax.data.record import Conversation, Turn
+from pangea_jax.data.store import RecordStore
+from pangea_jax.experiment import Experiment
+from pangea_jax.generate.engine import Engine
+from pangea_jax.model import Pangea
+from pangea_jax.typed_config import build
+from tests.data.test_golden import POLICY as GOLDEN_POLICY
+
+CONFIGS = [
+    "sample",
+    "rehearsal",
+    "pangea_7b_finetune",
+    "pangea_7b_pretrain",
+    *(f"ablate_{name}" for name in ("en_ratio", "language_popularity", "num_samples")),
+    *(f"ablate_{name}" for name in ("vision_tower", "loss_mask", "anyres", "data_origin")),
+]
+POLICIES = {
+    "reference": REFERENCE,
+    "background": ReadingPolicy(background=(255, 255, 255)),
+    "rounding": ReadingPolicy(rounding="transformers"),
+    "padded": ReadingPolicy(multi_image="padded"),
+    "marker_first": ReadingPolicy(marker_first=True),
+    "upright": ReadingPolicy(orientation="upright"),
+}
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def encoded(image, form="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def noise(width, height):
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def turned(image):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    return encoded(image, "JPEG", exif=exif)
+
+
+PICTURES = {
+    "made/clear": (encoded(Image.new("RGBA", (90, 60), (*RED, 0))), (90, 60)),
+    "made/turned": (turned(noise(400, 150)), (400, 150)),
+    "made/wide": (encoded(noise(701, 233)), (701, 233)),
+    "made/small": (encoded(noise(31, 47)), (31, 47)),
+}
+
+
+def conversation(name, *turns, images=()):
+    roles = ("user", "assistant") * len(turns)
+    turns = tuple(Turn(role, text) for role, text in zip(roles, turns, strict=False))
+    return Conversation(name, "made", "en", "", images, turns)
+
+
+CONVERSATIONS = [
+    conversation("text", "How are you?", "Well.", "Good.", "Yes."),
+    *(conversation(key, "<image>\nWhat is it?", "A noise.", images=(key,)) for key in PICTURES),
+    conversation("last", "What is in this picture? <image>", "Noise.", images=("made/wide",)),
+    conversation("two", "<image> <image>\nAlike?", "No.", images=("made/wide", "made/small")),
+    conversation(
+        "later", "Here: <image>", "Ah.", "And <image>?", "Oh.", images=("made/clear", "made/turned")
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("store")
+    write_store(
+        directory,
+        name="made",
+        build="python launch/build_data.py made",
+        records={"train": ((c, {}) for c in CONVERSATIONS)},
+        images={"made": iter(Picture(k, data, *size) for k, (data, size) in PICTURES.items())},
+        columns=(),
+    )
+    return RecordStore(directory)
+
+
+def answering(exp, tokenizer, **changes):
+    """An engine of the experiment's reading and picture geometry; its layers are small and random."""
+    vision = dataclasses.replace(exp.model.vision, width=16, layers=2, heads=2, mlp=16)
+    language = dataclasses.replace(
+        exp.model.language,
+        vocab_size=tokenizer.vocab_size,
+        width=16,
+        layers=1,
+        heads=1,
+        kv_heads=1,
+        head_width=16,
+        mlp=16,
+    )
+    model = dataclasses.replace(exp.model, vision=vision, language=language, **changes)
+    return Engine(Pangea(model, rngs=nnx.Rngs(0)), tokenizer, policy=exp.reading)
+
+
+def as_messages(record):
+    """What a user of the engine writes to ask the same."""
+    left, messages = list(record.images), []
+    for turn in record.turns:
+        message = {"role": turn.role, "content": turn.text}
+        if count := turn.text.count("<image>"):
+            message["images"] = [PICTURES[key][0] for key in left[:count]]
+            left = left[count:]
+        messages.append(message)
+    return messages
+
+
+def assert_alike(exp, store, tokenizer):
+    engine, reader = answering(exp, tokenizer), experiment.make_reader(exp, store, tokenizer)
+    roomy = dataclasses.replace(exp.pipeline, row_tokens=16_384, row_tiles=20, max_targets=None)
+    for record in CONVERSATIONS:
+        trained = render_example(record, None, reader, roomy)
+        asked = engine.read(as_messages(record))
+        for name in ("tokens", "image_index", "tiles"):
+            np.testing.assert_array_equal(trained[name], getattr(asked, name), record.id)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_config_trains_as_it_answers(name, store, emoji_tokenizer):
+    exp = build(Experiment, importlib.import_module(f"configs.{name}").get_config())
+    assert_alike(exp, store, emoji_tokenizer)
+
+
+def test_every_config_is_here():
+    files = Path(common.__file__).parents[1].glob("configs/*.py")
+    others = {"__init__", "common", "scales", "sample_stage1", "sample_tower"}
+    assert {file.stem for file in files} - others == set(CONFIGS)
+
+
+@pytest.fixture
+def pangea():
+    from configs import pangea_7b_finetune
+
+    return build(Experiment, pangea_7b_finetune.get_config())
+
+
+@pytest.mark.parametrize("one_view", [False, True], ids=["anyres", "llava-1.5"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_each_policy_trains_as_it_answers(policy, one_view, store, emoji_tokenizer, pangea):
+    exp = dataclasses.replace(pangea, reading=POLICIES[policy])
+    if one_view:
+        model = dataclasses.replace(exp.model, pinpoints=(), newline=False)
+        exp = dataclasses.replace(exp, model=model)
+    assert_alike(exp, store, emoji_tokenizer)
+
+
+def test_stored_features_take_the_places_of_tiles(store, emoji_tokenizer):
+    """The sample trains on features of a frozen tower; when it answers, the tower runs."""
+    from configs import sample
+
+    exp = build(Experiment, sample.get_config())
+    engine = answering(exp, emoji_tokenizer)
+    vision = exp.model.vision
+    features = {key: np.zeros((2, vision.patches, 8), np.float32) for key in PICTURES}
+    reader = experiment.make_reader(exp, store, emoji_tokenizer, features)
+    roomy = dataclasses.replace(exp.pipeline, row_tokens=4096, row_tiles=4, max_targets=None)
+    for record in CONVERSATIONS:
+        trained = render_example(record, np.random.default_rng(0), reader, roomy)
+        asked = engine.read(as_messages(record))
+        np.testing.assert_array_equal(trained["tokens"], asked.tokens)
+        np.testing.assert_array_equal(trained["image_index"], asked.image_index)
+        assert len(trained["features"]) == len(asked.tiles)
+
+
+def read(exp, record, tokenizer):
+    (found,) = [c for c in CONVERSATIONS if c.id == record]
+    return answering(exp, tokenizer).read(as_messages(found))
+
+
+def test_what_a_policy_means(emoji_tokenizer, pangea):
+    """The cases that training and answering once read differently."""
+    colours = {}
+    for name in ("reference", "background"):
+        exp = dataclasses.replace(pangea, reading=POLICIES[name])
+        colours[name] = tuple(read(exp, "made/clear", emoji_tokenizer).tiles[0, 168, 168])
+    assert colours == {"reference": RED, "background": WHITE}
+
+    model = dataclasses.replace(pangea.model, pinpoints=(), newline=False)
+    places = read(
+        dataclasses.replace(pangea, model=model), "made/wide", emoji_tokenizer
+    ).image_index
+    assert np.count_nonzero(places >= 0) == 24**2
+
+    tiles = {name: read(dataclasses.replace(pangea, reading=POLICIES[name]), "two", emoji_tokenizer)
+             for name in ("reference", "padded")}  # fmt: skip
+    assert {name: len(prompt.tiles) for name, prompt in tiles.items()} == {
+        "reference": 4 + 3,
+        "padded": 2,
+    }
+
+
+def test_pangea_trains_as_the_golden_records_are_read(pangea):
+    assert pangea.reading == GOLDEN_POLICY
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_is_saved_with_a_model(policy, tmp_path, pangea):
+    exp = dataclasses.replace(pangea, reading=POLICIES[policy])
+    common.claim_workdir(tmp_path / "run", exp)
+    assert checkpoints.load_policy(tmp_path / "run") == exp.reading
+    exp.reading.save(tmp_path)
+    assert checkpoints.load_policy(tmp_path) == exp.reading
+
+
+def test_an_imported_model_reads_as_the_reference(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')
+    assert checkpoints.load_policy(tmp_path) == ReadingPolicy()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "reading.json: not JSON"),
+        ("[]", "expected an object"),
+        ('{"colour": 1}', "unknown field 'colour'; known are background"),
+        ('{"rounding": "up"}', "reading.rounding 'up' is not one of"),
+        ('{"background": [1, 2]}', r"reading.background is \(1, 2\); expected"),
+    ],
+)
+def test_a_damaged_policy_is_refused(content, says, tmp_path):
+    (tmp_path / "reading.json").write_text(content)
+    with pytest.raises(ValueError, match=says):
+        checkpoints.load_policy(tmp_path)

@@ -112,7 +112,7 @@ class Pictures:
     def sizes(self, keys: Iterable[str]) -> dict[str, tuple[int, int]]:
         """key -> (width, height) of those of the given pictures that are stored.
 
-        Reads all rows of the index each time: a few seconds for PangeaIns, in constant memory.
+        Reads the rows of all pictures each time: about a second for 3 million of them, in 130 MiB of memory.
         """
         files = [str(path) for path in sorted((self.build.work / "images").glob("*.parquet"))]
         wanted = ds.field("key").isin(pa.array(keys, pa.string()))

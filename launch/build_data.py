@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -27,11 +29,11 @@ from rich.progress import (
     track,
 )
 from rich.table import Table
+from rich.text import Text
 
 from pangea_jax import languages
 from pangea_jax.data import image
 from pangea_jax.data.build import pangeains, rejections
-from pangea_jax.data.build.release import ReleaseError
 from pangea_jax.data.build.write_store import Picture, write_store
 from pangea_jax.data.store import INDEX, RecordStore
 from pangea_jax.figures import composition
@@ -39,7 +41,7 @@ from pangea_jax.sample import emoji, licences, sources, vocabulary
 from pangea_jax.sample.emoji import Concept
 from pangea_jax.sample.sources import ARTISTS, Annotations, Artwork
 from pangea_jax.work import runners
-from pangea_jax.work.runners import RunnerError
+from pangea_jax.work.restart import WorkError
 
 console = Console()
 
@@ -126,56 +128,34 @@ def fraction(text: str) -> float:
     return float(text)
 
 
-class Bar:
-    """A progress bar: how far, records a second, time left."""
+class Amount(ProgressColumn):
+    """How much of a stage is done, and the records a second."""
 
-    def __init__(self):
-        columns = (
-            TextColumn("{task.description:18}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[what]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(*columns, console=console)
-        self._task, self._unit, self._records = None, "", 0
-
-    def __enter__(self):
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_):
-        self._progress.stop()
-
-    def start(self, stage: str, total: int | None, unit: str) -> None:
-        if self._task is not None:
-            done = self._progress.tasks[self._task].completed
-            self._progress.update(self._task, total=max(done, 1), completed=max(done, 1))
-        self._task = self._progress.add_task(stage, total=total, what="")
-        self._unit, self._records = unit, 0
-
-    def advance(self, amount: int) -> None:
-        self._progress.advance(self._task, amount)
-        self._show()
-
-    def count(self, records: int) -> None:
-        self._records += records
-        self._show()
-
-    def _show(self) -> None:
-        task = self._progress.tasks[self._task]
-        parts = []
-        if self._unit == "bytes":
+    def render(self, task: Task) -> Text:
+        unit, parts = task.fields["unit"], []
+        if unit == "bytes":
             parts.append(f"{task.completed / 1e6:,.1f} of {task.total / 1e6:,.1f} MB")
-        elif task.total is not None:
-            parts.append(f"{task.completed:,.0f} of {task.total:,.0f} {self._unit}")
-        if self._records:
-            rate = self._records / max(task.elapsed or 0, 1e-3)
-            what = "members" if self._unit == "members" else "records"
-            parts.append(f"{self._records:,} {what}, {rate:,.0f}/s")
-        self._progress.update(self._task, what=", ".join(parts))
+        elif unit == "members":
+            parts.append(f"{task.completed:,.0f} members")
+        else:
+            parts.append(f"{task.completed:,.0f} of {task.total:,.0f} {unit}")
+        if records := task.fields.get("records"):
+            parts.append(f"{records:,} records, {records / max(task.elapsed or 0, 1e-3):,.0f}/s")
+        return Text(", ".join(parts))
+
+
+def progress_bar() -> Progress:
+    """A line for each stage of `pangeains.build`: how far, records a second, time left."""
+    return Progress(
+        TextColumn("{task.description:18}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        Amount(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def build_pangeains(arguments: argparse.Namespace) -> None:
@@ -190,7 +170,7 @@ def build_pangeains(arguments: argparse.Namespace) -> None:
         max_pixels=arguments.max_pixels,
     )
     allowed = arguments.max_bad_fraction
-    with Bar() as bar:
+    with progress_bar() as bar:
         if arguments.runner:
             options = [f"--runner={arguments.runner}", *arguments.pipeline_options]
             run = runners.Beam(options)
@@ -201,7 +181,7 @@ def build_pangeains(arguments: argparse.Namespace) -> None:
     columns = ["category", "source", "language"]
     index = pq.read_table(build.out / INDEX, columns=columns)
     report = composition.write(index, build.out / "report", summary)
-    # As it is: a path may hold what the console takes for markup, and stays on its line.
+    # Not with the console, which wraps lines and may take parts of a path for markup.
     print(
         f"{summary['kept']:,} of {summary['total']:,} records, {summary['pictures']:,} pictures, "
         f"{summary['picture_bytes'] / 1e9:,.2f} GB in {build.out}"
@@ -288,12 +268,10 @@ def main() -> None:
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
-        sys.exit("build_data.py: stopped; the same command goes on")
+        sys.exit("build_data.py: stopped; run the same command again to go on")
     except (
         sources.SourceError,
-        pangeains.BuildError,
-        ReleaseError,
-        RunnerError,
+        WorkError,
         OSError,
         sqlite3.Error,
         ValueError,

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pangea_jax.data.record import RecordError
 from pangea_jax.data.store import StoreError
 from pangea_jax.experiment import Experiment
 from pangea_jax.train.guards import BadStepsError
-from pangea_jax.work import atomic
+from pangea_jax.work import atomic, restart
 
 # By the signal that a run was asked to stop with: 128 and its number, as shells have it. A preemption notice
 # counts as SIGTERM.
@@ -38,7 +38,15 @@ class UserError(Exception):
 
 
 # What is wrong with the input rather than with the program.
-ERRORS = (UserError, StoreError, RecordError, RestartError, BadRecordsError, BadStepsError)
+ERRORS = (
+    UserError,
+    restart.WorkError,
+    StoreError,
+    RecordError,
+    RestartError,
+    BadRecordsError,
+    BadStepsError,
+)
 
 
 class Interrupted(Exception):
@@ -213,7 +221,8 @@ def claim_workdir(workdir: Path, config: Any) -> None:
       config: a dataclass, written as config.json.
 
     Raises:
-      UserError: it cannot be written, or a run of another config has begun there.
+      UserError: it cannot be written.
+      WorkError: a run of another config has begun there.
     """
     path = workdir / "config.json"
     mine = to_json(config)
@@ -222,16 +231,13 @@ def claim_workdir(workdir: Path, config: Any) -> None:
         # A config that was refused has left nothing else; log.txt is of launch/sweep.py.
         begun = {file.name for file in workdir.iterdir()} - {path.name, "log.txt"}
         if path.exists() and begun:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-            found = atomic.differences(theirs, mine)
-            differing = clauses({k: v for k, v in found.items() if not _FREE.fullmatch(k)})
-            if differing:
-                raise UserError(
-                    f"{workdir} holds a run of another config ({'; '.join(differing[:4])}); "
-                    "give another --workdir, or remove that one"
-                )
+            holds = "a run of another config"
+            found = restart.compare(
+                atomic.read_json(path), mine, workdir, holds=holds, flag="--workdir", free=_FREE
+            )
             if found:
-                logging.info("the run goes on with another config: %s", "; ".join(clauses(found)))
+                changed = "; ".join(restart.clauses(found))
+                logging.info("the run goes on with another config: %s", changed)
         atomic.write_json(path, mine, ensure_ascii=False)
     except OSError as error:
         raise UserError(
@@ -241,13 +247,6 @@ def claim_workdir(workdir: Path, config: Any) -> None:
         raise UserError(
             f"{path} is not JSON, so {workdir} is no work directory of ours; give another --workdir"
         ) from None
-
-
-def clauses(differing: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    """What `atomic.differences` found, one clause a key."""
-    return [
-        f"{key} is {theirs!r} there and {mine!r} here" for key, (theirs, mine) in differing.items()
-    ]
 
 
 def cache_directory(name: str) -> Path | None:

@@ -6,8 +6,8 @@ python launch/curate.py ocr --config=configs/curation/ocr.py --out=data/ocr
 python launch/curate.py stats data/translated --bench=data/pangeabench
 
 --config.key=value overrides one leaf of a config. --runner names an Apache Beam runner (DirectRunner, this machine, is
-the default; DataflowRunner, FlinkRunner, ...); further flags are its pipeline options. Killed or stopped, the same
-command goes on, and no answer is paid for twice.
+the default; DataflowRunner, FlinkRunner, ...); further flags are its pipeline options. After a stop, run the
+same command again to go on; no answer is paid for twice.
 """
 
 import argparse
@@ -26,14 +26,13 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from pangea_jax.curation import pipeline, reply_store
-from pangea_jax.data.build.release import ReleaseError
+from pangea_jax.curation import reply_store, workflow
 from pangea_jax.data.store import StoreError
-from pangea_jax.work.runners import RunnerError
+from pangea_jax.work.restart import WorkError
 
 console = Console(soft_wrap=True)
 
-# Each module is imported by its own command only: none needs the packages of the others.
+# Each command imports only its own module, so it does not need the packages of the others.
 PIPELINES = {name: f"pangea_jax.curation.{name}" for name in ("translate", "cultural", "ocr")}
 EXIT_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 1, os.EX_TEMPFAIL, 130
 
@@ -59,7 +58,7 @@ def run_pipeline(command: str, arguments: list[str]) -> None:
     module = importlib.import_module(PIPELINES[command])
     report = module.run(_CONFIG.value, out, options)
     print((out / "report.md").read_text(encoding="utf-8"))
-    print(f"{report['kept']:,} records in {out / pipeline.RECORDS}")
+    print(f"{report['kept']:,} records in {out / workflow.RECORDS}")
 
 
 def run_statistics(arguments: list[str]) -> None:
@@ -74,7 +73,7 @@ def run_statistics(arguments: list[str]) -> None:
     if arguments.images is not None and not arguments.images.is_dir():
         raise UsageError(f"--images={arguments.images}: no such folder")
     out = Path(_OUT.value or (data if data.is_dir() else data.parent) / "statistics")
-    out.mkdir(parents=True, exist_ok=True)  # fails now or not at all
+    out.mkdir(parents=True, exist_ok=True)  # an error here comes before the long work
     benchmarks = None
     if arguments.bench:
         with console.status("reading benchmarks"):
@@ -91,7 +90,7 @@ def run_statistics(arguments: list[str]) -> None:
                 workers=arguments.workers,
                 progress=lambda count: bar.advance(task, count),
             )
-        except (ReleaseError, StoreError) as error:
+        except StoreError as error:
             raise UsageError(str(error)) from None
     held = composition.Composition(found.index())
     composition.write_figure(held, out)
@@ -130,7 +129,7 @@ def main(argv: list[str]) -> None:
 
 
 def _guarded(argv: list[str]) -> None:
-    # Of the libraries only what is wrong: Beam and the HTTP client report every step and request.
+    # Only warnings of libraries: Beam and the HTTP client report every step and request.
     logging.set_verbosity(logging.WARNING)
     python_logging.getLogger("pangea_jax").setLevel(python_logging.INFO)
     logging.get_absl_handler().addFilter(
@@ -142,13 +141,11 @@ def _guarded(argv: list[str]) -> None:
         print(f"{stop}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except (
         UsageError,
-        pipeline.JobError,
-        ReleaseError,
-        RunnerError,
+        WorkError,
         ImportError,
         OSError,
         sqlite3.Error,
@@ -161,7 +158,7 @@ def _guarded(argv: list[str]) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Our flags; the rest stays in place: Beam's options, and what `stats` takes."""
+    """Parses our flags; leaves the rest: Beam's options and the arguments of `stats`."""
     try:
         return flags.FLAGS(argv, known_only=True)
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:

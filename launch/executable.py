@@ -21,7 +21,7 @@ from jax.extend.mlir import ir
 
 from launch import common
 from pangea_jax.experiment import Experiment
-from pangea_jax.work import atomic
+from pangea_jax.work import atomic, restart
 
 
 def save(
@@ -162,8 +162,8 @@ def _differing(theirs, mine) -> list[str]:
     for part in ("devices", "versions"):
         found = atomic.differences(theirs.get(part), mine[part], part)
         if found:
-            return common.clauses(found)
+            return restart.clauses(found)
     if theirs.get("program") == mine["program"]:
         return []
     config = atomic.differences(theirs.get("config"), mine["config"], "config")
-    return common.clauses(config) or ["the same config, compiled from other code"]
+    return restart.clauses(config) or ["the same config, compiled from other code"]

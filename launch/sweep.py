@@ -17,7 +17,6 @@ file system that the jobs share. `report` draws the runs that have finished.
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.util
 import json
 import re
@@ -26,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import IO
@@ -45,7 +44,7 @@ from eval.ablation.intervals import RESULTS_FILE, SWEEP_FILE
 from launch import common, distributed
 from pangea_jax import typed_config
 from pangea_jax.experiment import Experiment
-from pangea_jax.work import atomic
+from pangea_jax.work import atomic, restart
 
 common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all results; default runs/<config>.")
@@ -197,24 +196,6 @@ def write_plan(plan: Plan) -> None:
 def _asked(command: str) -> set[str]:
     """The words that identify a sweep: all but the folder and the number of seeds."""
     return {w for w in shlex.split(command) if not w.startswith(("--workdir=", "--seeds="))}
-
-
-@contextlib.contextmanager
-def claim(workdir: Path, console: Console) -> Iterator[IO]:
-    """Locks the work directory, or waits until it is free.
-
-    Yields the lock file. The runs inherit it: they may outlive a killed sweep, and then the next
-    sweep has to wait for them too.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            said = f"{workdir} is in use by another sweep or its runs; waiting until they end"
-            console.print(said, soft_wrap=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, lock: IO, console: Console) -> bool:
@@ -383,7 +364,11 @@ def report(directories: Sequence[str], page: str | None, console: Console) -> No
 
 
 def run_sweep(plan: Plan, console: Console) -> None:
-    with claim(plan.workdir, console) as lock:
+    waiting = f"{plan.workdir} is in use by another sweep or its runs; waiting until they end"
+    # The runs inherit the lock: they may outlive a killed sweep, and then the next sweep waits for them, too.
+    with restart.claim(
+        plan.workdir / ".lock", on_wait=lambda: console.print(waiting, soft_wrap=True)
+    ) as lock:
         write_plan(plan)
         stopped = run_jobs(plan.jobs, JOBS.value, lock, console)
     finished = [job for job in plan.jobs if job.state == "finished"]

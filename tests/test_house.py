@@ -38,8 +38,8 @@ RECURRING = {
     # configs/curation/NAME.py holds the settings of pangea_jax/curation/NAME.py.
     *("cultural", "ocr", "translate"),
     # Two jobs under one name, to be renamed: settings of an endpoint and its client; what configs share and
-    # what launch scripts share; a checkpoint's folder and a build's; curation and training.
-    *("endpoint", "common", "folder", "pipeline"),
+    # what launch scripts share.
+    *("endpoint", "common"),
 }
 
 

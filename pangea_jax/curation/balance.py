@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from pangea_jax.curation.accounting import Dropped, Outcome, Passed
-from pangea_jax.curation.pipeline import Job
+from pangea_jax.curation.workflow import Job
 
 
 @dataclasses.dataclass(frozen=True)

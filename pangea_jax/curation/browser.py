@@ -24,7 +24,7 @@ from xml.sax.saxutils import escape
 from PIL import Image
 
 from pangea_jax.curation import web
-from pangea_jax.curation.pipeline import JobError
+from pangea_jax.curation.workflow import JobError
 from pangea_jax.data import image
 from pangea_jax.work.atomic import write_bytes
 

@@ -30,16 +30,16 @@ import numpy as np
 from PIL import Image
 
 from pangea_jax import languages
-from pangea_jax.curation import image_text, llm, near_duplicates, pipeline
+from pangea_jax.curation import image_text, llm, near_duplicates, workflow
 from pangea_jax.curation.accounting import Dropped, Entered, Outcome, Passed
 from pangea_jax.curation.balance import Balance, balanced
 from pangea_jax.curation.filters import ClipScorer, Filters, Scorer, language_code
 from pangea_jax.curation.image_scores import ScoreAltTexts
 from pangea_jax.curation.image_text import Fault, Pair, Part, Place
 from pangea_jax.curation.instructions import CATEGORY, MakeInstructions
-from pangea_jax.curation.pipeline import Job
 from pangea_jax.curation.prompts import PROMPTS
 from pangea_jax.curation.web import Fetch, FetchError
+from pangea_jax.curation.workflow import Job
 from pangea_jax.data import image
 from pangea_jax.data.record import identify_language
 from pangea_jax.work import runners
@@ -50,7 +50,7 @@ STAGES = (
     *("scoring", "quality", "country", "balance", "accessible", "alike when fetched"),
     *("recaption", "captions kept", "instructions", "checks"),
 )
-PARTS = ("filter", "unique", "score", "balance", "fetch", "fetched", pipeline.RECORDS)
+PARTS = ("filter", "unique", "score", "balance", "fetch", "fetched", workflow.RECORDS)
 PUBLISHED = {
     "read": "10M pairs sampled from LAION-Multi",
     "quality": "below 4 of 5 dropped",
@@ -97,12 +97,12 @@ def run(
 
     Raises:
       reply_store.Stop: the budget is spent or the endpoint gone; the same call goes on.
-      pipeline.JobError, ValueError: settings that cannot be carried out.
+      workflow.JobError, ValueError: settings that cannot be carried out.
     """
     job, settings = Job(out, STAGES, config["shard_size"]), _Settings.of(config)
     source = Path(config["source"])
     if not source.exists():
-        raise pipeline.JobError(f"config.source={source}: no such file or folder")
+        raise workflow.JobError(f"config.source={source}: no such file or folder")
     if scorer is None and config["clip_model"]:
         scorer = functools.partial(_clip_scorer, config["clip_model"])
     parts = image_text.find_parts(source)
@@ -122,12 +122,12 @@ def run(
             side=config["picture_side"],
             seed=config["seed"],
         )
-        job.map(run_on, pipeline.RECORDS, "fetched", make)
+        job.map(run_on, workflow.RECORDS, "fetched", make)
         return job.report(
             PARTS,
             title="Cultural instructions from image/alt-text pairs",
             published=PUBLISHED,
-            sections=_sections(out, job.shards(pipeline.RECORDS)),
+            sections=_sections(out, job.shards(workflow.RECORDS)),
             usage=llm.client(settings.llm, job.replies).usage(),
         )
 
@@ -182,8 +182,8 @@ def _filters(config: Mapping[str, Any]) -> Filters:
     filters = _section(config, "filters", Filters, without=("languages", "blocked"))
     return dataclasses.replace(
         filters,
-        nsfw=tuple(tag.upper() for tag in pipeline.split_names(filters.nsfw)),
-        languages=pipeline.language_codes(config) or languages.PANGEAINS,
+        nsfw=tuple(tag.upper() for tag in workflow.split_names(filters.nsfw)),
+        languages=workflow.language_codes(config) or languages.PANGEAINS,
         blocked=blocked,
     )
 
@@ -194,11 +194,11 @@ def _section(config: Mapping[str, Any], name: str, kind: type, without: Sequence
     Raises:
       JobError: it has a key that the class has not.
     """
-    values = pipeline.plain(config[name])
+    values = workflow.plain(config[name])
     fields = {field.name for field in dataclasses.fields(kind)} - {*without}
     unknown = values.keys() - fields
     if unknown:
-        raise pipeline.JobError(
+        raise workflow.JobError(
             f"config.{name}: unknown {', '.join(sorted(unknown))}; it may have {', '.join(sorted(fields))}"
         )
     return kind(**values)
@@ -206,9 +206,9 @@ def _section(config: Mapping[str, Any], name: str, kind: type, without: Sequence
 
 def _plan(config: Mapping[str, Any], filters: Filters, parts: Sequence[Part]) -> dict[str, Any]:
     paths = [Path(path) for path in dict.fromkeys(part.path for part in parts)]
-    plan = pipeline.plan(config, paths) | {"prompts": PROMPTS}
+    plan = workflow.plan(config, paths) | {"prompts": PROMPTS}
     plan["blocked_words"] = hashlib.sha256("\n".join(sorted(filters.blocked)).encode()).hexdigest()
-    plan["scoring_llm"] = pipeline.plan({"llm": pipeline.plain(config["scoring_llm"])})["llm"]
+    plan["scoring_llm"] = workflow.plan({"llm": workflow.plain(config["scoring_llm"])})["llm"]
     return plan
 
 

@@ -29,7 +29,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from pangea_jax import languages
-from pangea_jax.curation import pipeline
+from pangea_jax.curation import workflow
 from pangea_jax.curation.accounting import Added, Dropped, Kept, Outcome, Passed
 from pangea_jax.curation.browser import Browser, BrowserConfig, Device, OpenPage, PageError
 from pangea_jax.curation.ocr_pages import Page, nearest_language, page_files, read_pages
@@ -459,7 +459,7 @@ def make_config(config: Mapping[str, Any]) -> OcrConfig:
     values = {name: config[name] for name in ("views_per_page", "seed", "instructions")}
     try:
         return OcrConfig(
-            languages=pipeline.language_codes(config),
+            languages=workflow.language_codes(config),
             devices=tuple(Device(name, **size) for name, size in config["devices"].items()),
             browser=BrowserConfig(**config["browser"]),
             choice=Choice(**config["choice"]),
@@ -475,7 +475,7 @@ def run(config, out: Path, runner_options: Sequence[str]) -> dict[str, Any]:
 
     Args:
       config: an ml_collections config, see `configs/curation/ocr.py`.
-      out: folder of the results, see `pangea_jax.curation.pipeline`.
+      out: folder of the results, see `pangea_jax.curation.workflow`.
       runner_options: Beam's.
 
     Returns:
@@ -487,17 +487,17 @@ def run(config, out: Path, runner_options: Sequence[str]) -> dict[str, Any]:
     """
     ours, source = make_config(config.to_dict()), Path(config.pages)
     if not source.exists() or next(read_pages(source), None) is None:
-        raise pipeline.JobError(
+        raise workflow.JobError(
             f"config.pages: no pages in {source}; name a folder of *.html or a list"
         )
     # Pictures depend on the browser's version: one run has one.
-    plan = pipeline.plan(config, page_files(source)) | {"chromium": asyncio.run(_version(ours))}
-    job = pipeline.Job(out, STAGES, config.shard_size)
+    plan = workflow.plan(config, page_files(source)) | {"chromium": asyncio.run(_version(ours))}
+    job = workflow.Job(out, STAGES, config.shard_size)
     with job.started(plan):
         job.split("views", _view_outcomes(read_pages(source), ours))
-        job.map(runners.Beam(runner_options), pipeline.RECORDS, "views", _TakeShard(ours))
+        job.map(runners.Beam(runner_options), workflow.RECORDS, "views", _TakeShard(ours))
         title = "Text in screenshots of web pages"
-        return job.report(("views", pipeline.RECORDS), title=title, sections=_sections(out))
+        return job.report(("views", workflow.RECORDS), title=title, sections=_sections(out))
 
 
 async def _version(config: OcrConfig) -> str:

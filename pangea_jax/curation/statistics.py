@@ -26,7 +26,7 @@ from pangea_jax.data import image
 from pangea_jax.data.build import archives, release
 from pangea_jax.data.record import Conversation, RecordError, identify_language
 from pangea_jax.data.store import MANIFEST, RecordStore
-from pangea_jax.work.runners import RunnerError
+from pangea_jax.work.restart import WorkError
 
 _CHUNK = 512
 _PICTURES_REMEMBERED = 65_536
@@ -313,7 +313,7 @@ def measure(
 
     Raises:
       ReleaseError, StoreError: the data set cannot be read.
-      RunnerError: a worker was killed.
+      WorkError: a worker was killed.
     """
     source = folder / "records" if (folder / "provenance").is_dir() else folder
     lying = images or (source.parent if source.is_file() else source)
@@ -355,7 +355,7 @@ def _results(records: _Records, workers: int) -> Iterator[_Result]:
                 yield pending.popleft().result()
     except futures.process.BrokenProcessPool:
         problem = "a worker was killed, perhaps for want of memory; try fewer --workers"
-        raise RunnerError(problem) from None
+        raise WorkError(problem) from None
 
 
 def _provenance(folder: Path) -> Iterator[Mapping[str, Any]]:

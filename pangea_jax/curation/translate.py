@@ -28,14 +28,13 @@ from pangea_jax import languages
 from pangea_jax.curation import language_check, llm, markup
 from pangea_jax.curation.accounting import Added, Dropped, Kept, Outcome, Passed
 from pangea_jax.curation.markup import Fault
-from pangea_jax.curation.pipeline import (
+from pangea_jax.curation.workflow import (
     RECORDS,
     Job,
     JobError,
     language_codes,
     plain,
     plan,
-    source_files,
     split_names,
 )
 from pangea_jax.data.build import release
@@ -83,7 +82,7 @@ def run(config: Mapping[str, Any], out: Path, runner_options: Sequence[str]) -> 
       reply_store.Stop: the budget is spent or the endpoint gone; the same call goes on.
     """
     translation = Translation.from_config(config, out)
-    job, files = translation.job, source_files(Path(config["source"]))
+    job, files = translation.job, release.record_files(Path(config["source"]))
     run_on = runners.Beam(runner_options)
     with job.started(plan(config, files) | {"prompts": VERSION}):
         job.split("input", translation.read(files))

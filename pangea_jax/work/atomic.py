@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whoever is killed while writing; and where two of JSON differ."""
+"""Files that are either whole or missing, even if the process that writes them is killed; and JSON values."""
 
 import json
 import os
@@ -11,23 +11,23 @@ import pyarrow.parquet as pq
 
 
 def partial_path(path: Path) -> Path:
-    """Where to write a file that is then renamed to `path`.
+    """Where to write a file that is then renamed to `path`. Makes the folder if it is missing.
 
-    The name is new every time: a worker that outlives its killed build, or that Beam runs twice,
-    never writes into the file of another.
+    The name is new every time. So two workers never write to the same file, even if one outlives its
+    killed job or Beam runs one twice.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file; its folder must be there."""
     partial = partial_path(path)
     partial.write_bytes(data)
     os.replace(partial, path)
 
 
 def write_json(path: Path, value: Any, *, ensure_ascii: bool = True) -> None:
-    """Writes a file of JSON, indented as transformers does; its folder must be there."""
+    """Writes JSON, indented as transformers does."""
     text = json.dumps(value, indent=2, ensure_ascii=ensure_ascii) + "\n"
     write_bytes(path, text.encode())
 
@@ -42,14 +42,19 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def as_json(value: Any) -> Any:
+    """The value as it comes back from JSON; what JSON has no type for becomes a text."""
+    return json.loads(json.dumps(value, default=str))
+
+
 def differences(theirs: Any, ours: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
-    """Where two JSON values differ.
+    """Finds where two JSON values differ.
 
     Args:
-      key: that of the values themselves, of which the others begin.
+      key: the name of the values themselves; the keys inside begin with it.
 
     Returns:
-      key, as `llm.model`, to what is there and here; None where one has no such key.
+      key, such as `llm.model` -> (their value, our value); None stands for a missing key.
     """
     if isinstance(theirs, dict) and isinstance(ours, dict):
         found = {}

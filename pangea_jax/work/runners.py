@@ -1,19 +1,17 @@
-"""Where numbered pieces of work are done: processes of this machine, or Apache Beam."""
+"""Runs numbered pieces of work in processes of this machine or on Apache Beam."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from multiprocessing import get_context
 
+from pangea_jax.work.restart import WorkError
+
 Run = Callable[[Callable[[int], None], Iterable[int]], Iterator[int]]
-"""Runs a function on every item, wherever; yields an item when it is done."""
-
-
-class RunnerError(RuntimeError):
-    """The work cannot be run; says what to do."""
+"""Runs a function on every item; yields each item when it is done."""
 
 
 class Local:
-    """Runs on this machine, in `workers` processes; with one, in this very process."""
+    """Runs on this machine in `workers` processes; with one worker, in the calling process."""
 
     def __init__(self, workers: int):
         self.workers = workers
@@ -21,9 +19,9 @@ class Local:
 
     def __enter__(self) -> "Local":
         if self.workers > 1:
-            # Not forked: Arrow and the tokenizer run threads, which do not survive a fork.
+            # Spawned, not forked: Arrow and the tokenizer have threads, which do not survive a fork.
             self._pool = futures.ProcessPoolExecutor(
-                self.workers, mp_context=get_context("spawn"), initializer=_leave_interrupts
+                self.workers, mp_context=get_context("spawn"), initializer=_ignore_interrupts
             )
         return self
 
@@ -46,8 +44,10 @@ class Local:
             while pending:
                 yield from self._finished(pending)
         except futures.process.BrokenProcessPool:
-            problem = "a worker was killed, perhaps for want of memory; try fewer --workers"
-            raise RunnerError(f"{problem}; the same command goes on") from None
+            raise WorkError(
+                "a worker was killed, perhaps because memory ran out; run the same command again to go on, "
+                "with fewer --workers if memory is short"
+            ) from None
 
     @staticmethod
     def _finished(pending: dict[futures.Future, int]) -> Iterator[int]:
@@ -58,7 +58,8 @@ class Local:
             yield item
 
 
-def _leave_interrupts() -> None:
+def _ignore_interrupts() -> None:
+    # Ctrl-C reaches all processes; the main process ends the others.
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -67,14 +68,14 @@ def _leave_interrupts() -> None:
 class Beam:
     """Runs every step as an Apache Beam pipeline: on one machine, Dataflow, Flink or Spark.
 
-    What is read and written must lie where all of its workers can reach it as files (NFS,
-    Filestore, a mounted bucket), and pangea_jax must be installed there.
+    All workers must reach the input and output as files (NFS, Filestore, a mounted bucket) and have
+    pangea_jax installed.
 
     Args:
       arguments: Beam's pipeline options, e.g. `["--runner=DirectRunner"]`.
 
     Raises:
-      RunnerError: Beam is not installed.
+      WorkError: Beam is not installed.
     """
 
     def __init__(self, arguments: Sequence[str]):
@@ -82,13 +83,14 @@ class Beam:
             import apache_beam
             from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
         except ImportError:
-            problem = "Apache Beam is missing; run: pip install apache-beam"
-            problem += ", or pip install -r requirements-curation.txt for launch/curate.py"
-            raise RunnerError(problem) from None
+            raise WorkError(
+                "Apache Beam is missing; run: pip install apache-beam, or pip install -r "
+                "requirements-curation.txt for launch/curate.py"
+            ) from None
         self._beam, self._options = apache_beam, PipelineOptions(list(arguments))
         standard = self._options.view_as(StandardOptions)
         if standard.runner in (None, "DirectRunner", "direct"):
-            # DirectRunner downloads another runner at every start, and takes this one if that fails.
+            # DirectRunner first tries to download another runner, at every start, and then takes this one.
             standard.runner = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 
     def __call__(self, function: Callable[[int], None], items: Iterable[int]) -> Iterator[int]:

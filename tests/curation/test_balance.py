@@ -2,7 +2,7 @@
 
 import pytest
 
-from pangea_jax.curation import balance, pipeline
+from pangea_jax.curation import balance, workflow
 from pangea_jax.curation.accounting import Passed
 
 
@@ -24,7 +24,7 @@ def test_thresholds_level_subjects_before_languages(per_subject, per_language, l
 
 @pytest.fixture
 def job(tmp_path):
-    found = pipeline.Job(tmp_path / "job", ("balance",), 8)
+    found = workflow.Job(tmp_path / "job", ("balance",), 8)
     with found.started({}):
         yield found
 

@@ -21,7 +21,7 @@ pytest.importorskip("protego", reason="Protego is in requirements-curation.txt")
 pytest.importorskip("rensa", reason="rensa is in requirements-curation.txt")
 
 from configs.curation import cultural as cultural_config
-from pangea_jax.curation import cultural, pipeline, reply_store
+from pangea_jax.curation import cultural, reply_store, workflow
 from pangea_jax.curation.accounting import Dropped, Entered, Passed
 from pangea_jax.curation.filters import Filters
 from pangea_jax.data.build import archives, pangeains
@@ -234,7 +234,7 @@ def test_settings_that_cannot_be_carried_out_say_so(tmp_path):
     config = make_config(crawl, types.SimpleNamespace(url="http://127.0.0.1:9/v1"), tmp_path)
 
     def problem(**changes):
-        with config.unlocked(), pytest.raises((pipeline.JobError, FileNotFoundError)) as caught:
+        with config.unlocked(), pytest.raises((workflow.JobError, FileNotFoundError)) as caught:
             config.update(changes)
             cultural.run(config, tmp_path / "out", RUNNER)
         return str(caught.value)

@@ -25,7 +25,7 @@ from pangea_jax.curation import contamination, filters, near_duplicates, statist
 from pangea_jax.curation.contamination import BenchmarkError, Benchmarks, Findings, Overlap
 from pangea_jax.data import mixture
 from pangea_jax.figures import composition
-from pangea_jax.work.runners import RunnerError
+from pangea_jax.work.restart import WorkError
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT.parent / "shared" / "data" / "pangeains_sample"
@@ -260,7 +260,7 @@ def test_a_folder_without_a_benchmark_is_an_error(tmp_path):
 
 def test_a_worker_that_is_killed_says_so():
     dying = types.SimpleNamespace(measure=os._exit, chunks=functools.partial(iter, [1, 2]))
-    with pytest.raises(RunnerError, match="a worker was killed"):
+    with pytest.raises(WorkError, match="a worker was killed"):
         list(statistics._results(dying, 2))
 
 

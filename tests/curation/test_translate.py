@@ -13,11 +13,11 @@ pytest.importorskip("openai", reason="openai is in requirements-curation.txt")
 pytest.importorskip("imagehash", reason="ImageHash is in requirements-curation.txt")
 
 from pangea_jax.curation import llm, markup, statistics, translate
-from pangea_jax.curation.pipeline import JobError
 from pangea_jax.data.build import pangeains
 from pangea_jax.data.record import Conversation
 from pangea_jax.data.store import RecordStore
 from pangea_jax.work import runners
+from pangea_jax.work.restart import WorkError
 
 from .samples import picture
 from .translator import (
@@ -271,7 +271,7 @@ def test_an_endpoint_that_is_gone_stops_the_run_and_loses_nothing(start_endpoint
 def test_wrong_configs_name_the_field(start_endpoint, tmp_path, change, message):
     config = make_config(tmp_path, start_endpoint(translator))
     config.update(change)
-    with pytest.raises(JobError, match=message):
+    with pytest.raises(WorkError, match=message):
         translate.run(config, tmp_path / "out", OPTIONS)
 
 

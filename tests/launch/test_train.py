@@ -18,6 +18,7 @@ from configs import sample
 from launch import common
 from pangea_jax.experiment import Experiment
 from pangea_jax.sample import emoji
+from pangea_jax.work.restart import WorkError
 from pangea_jax.typed_config import build
 
 ROOT = Path(__file__).parents[2]
@@ -213,7 +214,7 @@ def test_a_config_that_was_refused_leaves_the_work_directory_free(tmp_path):
     assert json.loads((workdir / "config.json").read_text())["steps"] == 50
     (workdir / "starts.jsonl").touch()
     config.steps = 60
-    with pytest.raises(common.UserError, match="steps is 50 there and 60 here"):
+    with pytest.raises(WorkError, match="steps is 50 there and 60 here"):
         common.claim_workdir(workdir, build(Experiment, config))
 
 
@@ -225,7 +226,7 @@ def test_a_run_may_go_on_with_what_changes_no_step(tmp_path):
     config.mesh.tensor, config.pipeline.threads, config.checkpoint.every = 2, 3, 50
     common.claim_workdir(tmp_path, build(Experiment, config))
     config.pipeline.rows = 4
-    with pytest.raises(common.UserError, match=r"config \(pipeline\.rows is 8 there and 4 here\)"):
+    with pytest.raises(WorkError, match=r"config \(pipeline\.rows is 8 there and 4 here\)"):
         common.claim_workdir(tmp_path, build(Experiment, config))
     assert json.loads((tmp_path / "config.json").read_text())["mesh"]["tensor"] == 2
 

@@ -40,14 +40,14 @@ class Place(NamedTuple):
       name: path of the file, or of the member, within the release.
       offset: byte of the archive at which its bytes begin.
       size: bytes it takes there.
-      deflated: whether zlib must unpack them.
+      deflated: 1 if zlib must unpack them, else 0.
     """
 
     archive: str
     name: str
     offset: int
     size: int
-    deflated: bool
+    deflated: int
 
 
 class JoinedFile(io.RawIOBase):
@@ -276,7 +276,7 @@ class Pictures:
         try:
             size = (self.source / path).stat().st_size
             if (self.source / path).is_file():
-                return path, Place("", path, 0, size, False)
+                return path, Place("", path, 0, size, 0)
         except OSError:  # no such file, or no possible name of one
             pass
         members = self._members(path)
@@ -303,7 +303,7 @@ class Pictures:
     def _members(self, path: str) -> list[Place]:
         """The members of that path, at most one of each archive."""
         query = "SELECT archive, path, offset, size, deflated FROM members WHERE path = ?"
-        return [Place(*r[:4], bool(r[4])) for r in self._connection.execute(query, (path,))]
+        return [Place(*row) for row in self._connection.execute(query, (path,))]
 
     def _named(self, path: str) -> dict[str, str]:
         """Archives that are to be unpacked into a folder of their own name which the path names, and what

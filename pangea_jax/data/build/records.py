@@ -2,52 +2,41 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.progress import Progress
 
-from pangea_jax.data.build import archives, rejections, release, write_store
 from pangea_jax.data import chat
-from pangea_jax.work.atomic import partial_path, read_json, write_json, write_parquet
-from pangea_jax.data.build.folder import Build, BuildError, Progress
-from pangea_jax.data.build.pictures import PLACE, Pictures, Sizes
-from pangea_jax.data.record import Conversation, RecordError, data_set, identify_language
+from pangea_jax.data.build import archives, rejections, release, write_store
+from pangea_jax.data.build.parts import RECORDS, SPLIT
+from pangea_jax.data.build.pictures import PLACE, Pictures
+from pangea_jax.data.build.plan import Build, BuildError
 from pangea_jax.data.build.rejections import Reasons
+from pangea_jax.data.record import Conversation, RecordError, data_set, identify_language
+from pangea_jax.work.atomic import partial_path, write_json, write_parquet
 
-SPLIT = "train"
 KEPT_EXAMPLES = 20
-"""How many rejected records are written out, from the first on."""
+"""The number of rejected records that are written out, from the first on."""
 
-_COUNT_EVERY = 256
-_TEXTS = [(name, pa.string()) for name in ("id", "source", "language", "category", "kind")]
-_REJECTED = [(name, pa.string()) for name in ("reason", "field", "detail", "raw")]
 _PARSED = pa.schema(
     [
         ("number", pa.int64()),
-        *_TEXTS,
+        *((name, pa.string()) for name in ("id", "source", "language", "category", "kind")),
         *((name, pa.int32()) for name in ("num_images", "num_turns", "num_tokens")),
         ("identified", pa.bool_()),
         ("keys", pa.list_(pa.string())),
         ("places", pa.list_(pa.struct(PLACE))),
         ("example", pa.binary()),
-        *_REJECTED,
+        *((name, pa.string()) for name in ("reason", "field", "detail")),
     ]
 )
-_OWN_COLUMNS = pa.schema(
-    [
-        ("num_tokens", pa.int32()),
-        ("image_sizes", pa.list_(pa.list_(pa.int32()))),
-        ("shard", pa.int32()),
-        ("row", pa.int32()),
-    ]
-)
-INDEX_SCHEMA = pa.schema([*write_store.record_schema(), *_OWN_COLUMNS])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,40 +46,42 @@ class Records:
     build: Build
 
     def split(self, progress: Progress) -> Iterator[int]:
-        """Cuts the records into chunks; yields a chunk's number when it is on disk.
+        """Cuts the records into chunks; yields a chunk's number when the chunk is on disk.
 
         Raises:
-          BuildError: there are none.
+          BuildError: there are no records.
           ReleaseError: the file is broken.
         """
-        build = self.build
-        done = build.work / "raw.json"
+        build, done = self.build, self.build.work / "raw.json"
         if done.is_file():
-            progress.start("checking records", build.chunks, "shards")
+            task = progress.add_task("checking records", total=build.chunks, unit="shards")
             for number in range(build.chunks):
                 yield number
-                progress.advance(1)
+                progress.advance(task)
             return
         files = release.record_files(build.source)
-        progress.start("reading records", sum(p.stat().st_size for p in files), "bytes")
-        records = _counted(
-            (r for path in files for r in release.read_records(path, progress.advance)), progress
-        )
+        size = sum(path.stat().st_size for path in files)
+        task = progress.add_task("reading records", total=size, unit="bytes")
+
+        def on_bytes(count: int) -> None:
+            progress.advance(task, count)
+
+        records = (r for path in files for r in release.read_records(path, on_bytes))
+        lines = map(_line, itertools.islice(records, build.limit))
         total = number = 0
-        while chunk := _take(records, self._room(total)):
+        while chunk := list(itertools.islice(lines, build.records_per_shard)):
             path = build.path("raw", number, "jsonl.zst")
-            first, chunk = chunk
-            count = _write_lines(path, first, chunk, skip=path.is_file())
-            total, number = total + count, number + 1
+            if not path.is_file():
+                partial = partial_path(path)
+                with pa.output_stream(partial, compression="zstd", buffer_size=1 << 20) as stream:
+                    stream.writelines(chunk)
+                os.replace(partial, path)
+            total, number = total + len(chunk), number + 1
+            progress.update(task, records=total)
             yield number - 1
         if not total:
             raise BuildError(f"{files[0]} holds no records")
         write_json(done, {"records": total, "chunks": number})
-
-    def _room(self, total: int) -> int:
-        build = self.build
-        left = build.records_per_shard if build.limit is None else build.limit - total
-        return max(0, min(build.records_per_shard, left))
 
     def _lines(self, chunk: int) -> Iterator[tuple[int, str]]:
         """(number in the release, JSON) of the records of a chunk."""
@@ -100,19 +91,17 @@ class Records:
             yield from enumerate(lines, chunk * self.build.records_per_shard)
 
     def parse(self, chunk: int) -> None:
-        """Validates the records of a chunk and finds their pictures: all of a record but its pixels."""
+        """Validates the records of a chunk and finds their pictures, without reading the pictures."""
         path = self.build.path("parsed", chunk, "parquet")
         if path.is_file():
             return
-        rows, kept = [], 0
+        rows = []
         for number, line in self._lines(chunk):
             raw = json.loads(line)
             try:
                 row = self._parsed(raw)
             except RecordError as error:
-                kept += 1
                 row = rejections.describe(raw, error)
-                row["raw"] = line if kept <= KEPT_EXAMPLES else None
             rows.append({"number": number} | row)
         write_parquet(path, rows, _PARSED)
 
@@ -123,7 +112,7 @@ class Records:
         )
         found = [self._find(path, conversation.id) for path in conversation.images]
         keys = tuple(key for key, _ in found)
-        # Where a picture was found says more than an absolute path does.
+        # The place where a picture was found names its data set better than an absolute path does.
         source = conversation.source if raw.get("source") else data_set(keys, conversation.id)
         category = conversation.category if raw.get("category") else source.partition("/")[0]
         conversation = dataclasses.replace(
@@ -148,7 +137,7 @@ class Records:
         return found
 
     def _count_tokens(self, conversation: Conversation) -> int | None:
-        """Tokens of the rendered conversation, each picture taking none."""
+        """Tokens of the rendered conversation, without those of its pictures."""
         tokenizer = self.build.load_tokenizer()
         if tokenizer is None:
             return None
@@ -159,66 +148,52 @@ class Records:
         return len(rendered.tokens)
 
     def store(self, chunk: int) -> None:
-        """Writes the shard of a chunk, its rows of the index and what was rejected."""
-        build = self.build
-        done = build.path("records", chunk, "json")
-        if done.is_file():
+        """Writes the shard of a chunk, its rows of the index, and the first rejected records."""
+        if RECORDS.is_stored(self.build, chunk):
             return
-        sizes = Pictures(build).open_sizes()
-        parsed = pq.read_table(build.path("parsed", chunk, "parquet"))
-        index, rejected = [], []
-        for row in parsed.to_pylist():
-            row = _with_sizes(row, sizes)
+        parsed = pq.read_table(self.build.path("parsed", chunk, "parquet")).to_pylist()
+        pictures, faults = Pictures(self.build), Pictures(self.build).faults()
+        sizes = pictures.sizes({key for row in parsed for key in row["keys"] or ()})
+        rows, rejected = [], []
+        for row in parsed:
+            row |= _fault_of_picture(row, faults)
             if row["reason"]:
                 rejected.append(row)
             else:
-                index.append(row | {"row": len(index), "split": SPLIT})
-        path = build.path("records", chunk, "array_record")
-        examples = (row["example"] for row in index)
-        count, num_bytes = write_store.write_shard(path, examples, write_store.RECORD_CODEC)
-        schema = pa.schema([f for f in INDEX_SCHEMA if f.name not in ("position", "shard")])
-        write_parquet(build.path("records", chunk, "parquet"), index, schema)
-        summary = {
-            "count": count,
-            "num_bytes": num_bytes,
-            "identified": sum(row["identified"] for row in index),
-            "reasons": rejections.count(rejected),
-            "examples": [self._example(row, chunk) for row in rejected[:KEPT_EXAMPLES]],
+                image_sizes = [sizes[key] for key in row["keys"]]
+                rows.append(row | {"split": SPLIT, "row": len(rows), "image_sizes": image_sizes})
+        facts = {
+            "identified": sum(row["identified"] for row in rows),
+            "examples": self._examples(chunk, rejected[:KEPT_EXAMPLES]),
         }
-        write_json(done, summary | write_store.fingerprint(path))
+        RECORDS.store(self.build, chunk, (row["example"] for row in rows), rows, facts)
 
-    def _example(self, row: dict[str, Any], chunk: int) -> dict[str, Any]:
-        """A rejected record as it was, for `rejected.jsonl`."""
-        raw = row["raw"]
-        if raw is None:
-            raw = next(line for number, line in self._lines(chunk) if number == row["number"])
-        fields = {name: row[name] for name in ("number", "id", "reason", "field", "detail")}
-        return fields | {"record": json.loads(raw)}
+    def _examples(self, chunk: int, rejected: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rejected records as they were released, for `rejected.jsonl`."""
+        if not rejected:
+            return []
+        wanted = {row["number"] for row in rejected}
+        raw = {number: line for number, line in self._lines(chunk) if number in wanted}
+        names = ("number", "id", "reason", "field", "detail")
+        return [
+            {name: row[name] for name in names} | {"record": json.loads(raw[row["number"]])}
+            for row in rejected
+        ]
 
-    def rejected_while_parsing(self, faults: Mapping[str, str] | None = None) -> Reasons:
-        """Of all parsed records; with `faults` (key of a picture -> fault) also those with such a picture."""
-        faults = faults or {}
-        found = []
-        for chunk in range(self.build.chunks):
-            path = self.build.path("parsed", chunk, "parquet")
-            for row in pq.read_table(path, columns=["reason", "id", "keys"]).to_pylist():
-                of_pictures = (faults[key] for key in row["keys"] or () if key in faults)
-                if reason := row["reason"] or next(of_pictures, None):
-                    found.append({"reason": reason, "id": row["id"]})
-        return rejections.count(found)
+    def rejected(self, faults: Mapping[str, tuple[str, str]]) -> Reasons:
+        """Counts the records that parsing has rejected, or of which a picture has a fault.
 
-    def rejected(self) -> Reasons:
-        """Of all stored chunks."""
-        build = self.build
-        return rejections.merge(
-            read_json(build.path("records", chunk, "json"))["reasons"]
-            for chunk in range(build.chunks)
+        Args:
+          faults: see `Pictures.faults`.
+        """
+        rows = (
+            row | _fault_of_picture(row, faults)
+            for chunk in range(self.build.chunks)
+            for row in pq.read_table(
+                self.build.path("parsed", chunk, "parquet"), columns=["reason", "id", "keys"]
+            ).to_pylist()
         )
-
-    def forget_stored(self) -> None:
-        """Removes what was made of the parsed records, so that the next run looks at it again."""
-        for path in (self.build.work / "records").glob("*.json"):
-            path.unlink()
+        return rejections.count(row for row in rows if row["reason"])
 
     def forget_rejected(self) -> None:
         """Removes the chunks in which parsing rejected a record, so that the next run parses them again."""
@@ -228,46 +203,16 @@ class Records:
                 path.unlink()
 
 
-def _with_sizes(row: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """A parsed row with the sizes of its pictures, or with the fault of the first that has one."""
-    if row["reason"]:
-        return row
-    seen = {key: sizes[key] for key in row["keys"]}
-    for key, (_, _, fault, detail) in seen.items():
-        if fault:
-            return row | {"reason": fault, "field": "image", "detail": f"{key}: {detail}"}
-    return row | {"image_sizes": [seen[key][:2] for key in row["keys"]]}
-
-
-def _counted(records: Iterable[Any], progress: Progress) -> Iterator[Any]:
-    for number, record in enumerate(records, 1):
-        if number % _COUNT_EVERY == 0:
-            progress.count(_COUNT_EVERY)
-        yield record
-
-
-def _take(records: Iterator[Any], count: int) -> tuple[Any, Iterator[Any]] | None:
-    """The next record and the `count` - 1 after it, None at the end; nothing is held in memory."""
-    if count == 0:
-        return None
-    for first in records:
-        return first, (record for _, record in zip(range(count - 1), records))
-    return None
-
-
-def _write_lines(path: Path, first: Any, rest: Iterator[Any], skip: bool) -> int:
-    """Writes records as lines of JSON; with `skip` only counts them."""
-    count = 1
-    if skip:
-        return count + sum(1 for _ in rest)
-    partial = partial_path(path)
-    with pa.output_stream(partial, compression="zstd", buffer_size=1 << 20) as stream:
-        stream.write(_line(first))
-        for record in rest:
-            stream.write(_line(record))
-            count += 1
-    os.replace(partial, path)
-    return count
+def _fault_of_picture(
+    row: Mapping[str, Any], faults: Mapping[str, tuple[str, str]]
+) -> dict[str, str]:
+    """The reason to reject a parsed row for its first picture with a fault; empty if there is none."""
+    if not row["reason"]:
+        for key in row["keys"]:
+            if key in faults:
+                fault, detail = faults[key]
+                return {"reason": fault, "field": "image", "detail": f"{key}: {detail}"}
+    return {}
 
 
 def _line(record: Any) -> bytes:

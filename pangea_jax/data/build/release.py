@@ -13,6 +13,8 @@ import ijson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pangea_jax.work.restart import WorkError
+
 RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
 RELEASED_NAME = "PangeaIns.json"
 _BLOCK = 1 << 18
@@ -21,7 +23,7 @@ _MAX_NESTING = 100  # of a record of PangeaIns: 3
 _TOO_DEEP = f"nested more than {_MAX_NESTING} levels deep"
 
 
-class ReleaseError(RuntimeError):
+class ReleaseError(WorkError):
     """The release cannot be read.
 
     Attributes:

@@ -15,7 +15,9 @@ from pangea_jax.sample import emoji
 from pangea_jax.data.build import pangeains
 from pangea_jax.data.image import decode
 from pangea_jax.data.build.pangeains import Build, BuildError, TooManyRejected
-from pangea_jax.work.runners import Beam, Local, RunnerError
+from pangea_jax.work import restart
+from pangea_jax.work.restart import WorkError
+from pangea_jax.work.runners import Beam, Local
 from pangea_jax.data.store import RecordStore
 from pangea_jax.data.tokenizer import load_tokenizer
 from tests.data.build.released import (
@@ -176,18 +178,19 @@ def test_what_is_done_is_not_done_again(source, tmp_path):
 
 def test_two_builds_in_one_folder_are_refused(source, tmp_path):
     build = Build(source, tmp_path / "o", **SMALL)
-    with build.claimed(), pytest.raises(BuildError, match="another process is writing"):
+    with restart.claim(build.work / "lock"), pytest.raises(WorkError, match="another process is"):
         make(source, tmp_path / "o", **SMALL)
     make(source, tmp_path / "o", **SMALL)
 
 
 def test_folder_of_another_build_is_refused(source, out):
-    with pytest.raises(BuildError, match="of other limit; give another --out"):
+    differing = r"other settings \(limit is None there and 3 here\); give another --out"
+    with pytest.raises(WorkError, match=differing):
         make(source, out, tokenizer=emoji.DIRECTORY, limit=3, **SMALL)
 
 
 def test_a_folder_of_pictures_that_is_not_there_claims_nothing(source, tmp_path):
-    with pytest.raises(BuildError, match=r"nowhere is no folder of pictures"):
+    with pytest.raises(BuildError, match=r"--images=.*nowhere: no such folder"):
         make(source, tmp_path / "o", images=tmp_path / "nowhere", **SMALL)
     make(source, tmp_path / "o", **SMALL)
 
@@ -411,7 +414,7 @@ def test_text_alone_needs_no_pictures(tmp_path):
 
 
 def test_worker_that_is_killed_says_so():
-    with Local(2) as run, pytest.raises(RunnerError, match="a worker was killed"):
+    with Local(2) as run, pytest.raises(WorkError, match="a worker was killed"):
         list(run(os._exit, [1, 2, 3]))
 
 

@@ -1,22 +1,20 @@
-"""What the pipelines share: work in shards on Beam, restart, results in files.
+"""One run of a curation pipeline: its parts, their shards, and the files of its results.
 
-A pipeline is a row of parts. Each part reads the shards of the one before it and yields, for every row it
-reads, exactly one outcome (`accounting.py`): `Passed` on to the next part, `Kept` as a record of PangeaIns,
-or `Dropped` for a reason. Beam spreads the shards over its workers; a shard is written whole, its counts
-last, and never made again. So what was killed goes on, and what it writes does not depend on how often it
-was.
+A pipeline is a row of parts. Each part reads the shards of the part before it. For every row that it reads, it
+yields exactly one outcome (`accounting.py`): `Passed` on to the next part, `Kept` as a record of PangeaIns,
+or `Dropped` for a reason. Beam spreads the shards over its workers. A finished shard is never made again, so a
+killed pipeline goes on, and its results do not depend on how often it was killed (`pangea_jax/work/restart.py`).
 
     OUT/records/00000.jsonl, images/    records, for launch/build_data.py pangeains --source=OUT/records
-    OUT/provenance/00000.jsonl          line for line: where a record comes from and what was found of it
-    OUT/dropped/PART-00000.jsonl        what was left out, at which stage, and why
+    OUT/provenance/00000.jsonl          line for line: where a record comes from and what was found out about it
+    OUT/dropped/PART-00000.jsonl        what was dropped, at which stage, and why
     OUT/report.json, report.md          every stage's yield
-    OUT/usage.json                      what was paid to the model
+    OUT/usage.json                      what the model has cost
     OUT/work                            shards between the parts, and the model's replies
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import logging
@@ -36,34 +34,34 @@ from pangea_jax.curation.accounting import (
     estimates,
     markdown,
 )
-from pangea_jax.data.build import release
 from pangea_jax.data.record import Conversation, RecordError, image_paths
-from pangea_jax.work import runners
-from pangea_jax.work.atomic import differences, read_json, write_bytes, write_json
+from pangea_jax.work import restart, runners
+from pangea_jax.work.atomic import as_json, read_json, write_bytes, write_json
 
 RECORDS = "records"
 """The part that makes the records."""
 
-# What of `config.llm` decides where and at what price answers come, not which.
+# Keys of `config.llm` that do not change the answers.
 _NOT_PLANNED = (
     *("base_url", "api_key_variable", "concurrency", "timeout", "retries", "patience", "journal"),
     *("price_in", "price_out", "image_tokens", "budget", "max_calls"),
 )
-_MOST_OUTCOMES = 64  # times the rows of a shard: where nearly all is dropped
+# A shard ends after 64 times its rows in outcomes, even if nearly all rows are dropped.
+_MOST_OUTCOMES = 64
 _log = logging.getLogger(__name__)
 
 
-class JobError(RuntimeError):
-    """The pipeline cannot run; says what to do."""
+class JobError(restart.WorkError):
+    """The pipeline cannot run; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run of a pipeline in its folder; picklable, the same to all workers.
+    """One run of a pipeline in its folder; picklable.
 
     Attributes:
-      out: folder of the results, on a file system that all workers can write.
-      stages: where a record may be dropped, in their order.
+      out: folder of the results, on a file system to which all workers can write.
+      stages: the stages at which a record may be dropped, in their order.
       shard_size: rows of a shard.
     """
 
@@ -73,7 +71,7 @@ class Job:
 
     @property
     def replies(self) -> Path:
-        """The model's replies; `started` makes the folder."""
+        """The database of the model's replies; `started` makes its folder."""
         return self.out / "work" / "replies.sqlite"
 
     @property
@@ -81,41 +79,31 @@ class Job:
         return self.out / "work" / "stopped.json"
 
     def _path(self, part: str, shard: int, suffix: str = "jsonl") -> Path:
-        return self.out / "work" / part / f"{shard:05d}.{suffix}"
+        return restart.shard_path(self.out / "work" / part, shard, suffix)
+
+    def _results(self, shard: int) -> tuple[Path, Path]:
+        """The files of a shard's records and of their provenance."""
+        folders = (self.out / RECORDS, self.out / "provenance")
+        return tuple(restart.shard_path(folder, shard, "jsonl") for folder in folders)
 
     def _end(self, part: str) -> Path:
         return self.out / "work" / part / "all.json"
 
     @contextlib.contextmanager
     def started(self, plan: Mapping[str, Any]) -> Iterator[None]:
-        """Claims the folder; a killed process leaves no claim behind.
+        """Claims the folder for a run of this plan.
 
         Args:
-          plan: all that decides what the results are, see `plan`.
+          plan: everything that decides the results, see `plan`.
 
         Raises:
-          JobError: somebody else writes here, or it holds results of another plan.
+          WorkError: another process writes here, or the folder holds results of another plan.
         """
         work = self.out / "work"
-        work.mkdir(parents=True, exist_ok=True)
-        with (work / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise JobError(f"another process is writing {self.out}") from None
-            plan = json.loads(json.dumps({**plan, "shard_size": self.shard_size}, default=str))
-            if (work / "plan.json").is_file():
-                differing = differences(read_json(work / "plan.json"), plan)
-                if differing:
-                    names = ", ".join(differing)
-                    raise JobError(
-                        f"{self.out} holds results of other settings ({names}); give another --out, or "
-                        "remove it"
-                    )
-            for half_written in self.out.rglob("*.partial"):
-                half_written.unlink(missing_ok=True)
+        with restart.claim(work / "lock"):
+            restart.settle(work / "plan.json", {**plan, "shard_size": self.shard_size}, self.out)
+            restart.remove_partial(self.out)
             self._stopped.unlink(missing_ok=True)
-            _write_json(work / "plan.json", plan)
             yield
 
     def read(self, part: str, shard: int) -> Iterator[dict[str, Any]]:
@@ -129,27 +117,25 @@ class Job:
 
     def kept(self, shard: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """(record, provenance) of a finished shard."""
-        records, provenance = (
-            self.out / name / f"{shard:05d}.jsonl" for name in (RECORDS, "provenance")
-        )
+        records, provenance = self._results(shard)
         with records.open(encoding="utf-8") as ours, provenance.open(encoding="utf-8") as theirs:
             for record, origin in zip(ours, theirs, strict=True):
                 yield json.loads(record), json.loads(origin)
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a file of the results, whole."""
-        _write_file(self.out / name, data)
+        """Writes a file of the results."""
+        write_bytes(self.out / name, data)
 
     def shards(self, part: str) -> int:
-        """How many shards a finished part has."""
+        """The number of shards of a finished part."""
         return read_json(self._end(part))["shards"]
 
     def split(self, part: str, outcomes: Iterable[Outcome], *, source: str | None = None) -> int:
-        """A part that goes through everything in order, in this process: reading, or comparing all with all.
+        """Runs a part in order in this process, such as reading, or comparing all rows with each other.
 
         Args:
-          outcomes: computed as they are asked for, the same ones every time.
-          source: the part whose rows they account for; None: what is read enters here.
+          outcomes: computed lazily; a second call must give the same ones.
+          source: the part whose rows the outcomes are for. None: the rows enter the pipeline here.
 
         Returns:
           the number of shards.
@@ -169,7 +155,7 @@ class Job:
         if source is not None:
             entered = self.accounting(source).left
             dataclasses.replace(total, entered=entered).check(f"part {part}")
-        _write_json(self._end(part), {"shards": shard})
+        write_json(self._end(part), {"shards": shard})
         return shard
 
     def _next_shard(self, outcomes: Iterator[Outcome]) -> list[Outcome]:
@@ -188,16 +174,16 @@ class Job:
         source: str,
         function: Callable[[Iterator[dict[str, Any]]], Iterator[Outcome]],
     ) -> None:
-        """A part that takes each shard for itself, on as many workers as `run` has.
+        """Runs a part on each shard alone, on the workers of `run`.
 
         Args:
           run: `runners.Beam(options)`.
-          function: gets the rows of a shard and yields the outcome of each; must be picklable and, given the
-            model's replies, deterministic.
+          function: gets the rows of a shard and yields the outcome of each. It must be picklable and, given
+            the model's replies, deterministic.
 
         Raises:
-          reply_store.Stop: the budget is spent or the endpoint gone; finished shards stay.
-          KeyboardInterrupt: likewise.
+          reply_store.Stop: the budget is spent or the endpoint does not answer; finished shards stay.
+          KeyboardInterrupt: a worker was interrupted; finished shards stay.
         """
         shards = self.shards(source)
         todo = [n for n in range(shards) if not self._path(part, n, "json").is_file()]
@@ -211,59 +197,58 @@ class Job:
             is_spent = stopped["kind"] == reply_store.BudgetExceeded.__name__
             kind = reply_store.BudgetExceeded if is_spent else llm.EndpointError
             raise kind(f"stopped with {done} of {shards} shards done: {stopped['problem']}")
-        _write_json(self._end(part), {"shards": shards})
+        write_json(self._end(part), {"shards": shards})
 
     def _write(
         self, part: str, shard: int, outcomes: Iterable[Outcome], counts: Accounting
     ) -> None:
-        """Writes a shard's files, whole, the counts last: they say that it is done."""
+        """Writes the files of a shard, the counts last: they say that it is finished."""
         dropped = [dataclasses.asdict(o) for o in outcomes if isinstance(o, Dropped)]
         unknown = {row["stage"] for row in dropped} | set(counts.added)
         if not unknown <= set(self.stages):
             raise AccountingError(f"part {part}: no stage {unknown - set(self.stages)}")
         path = self.out / "dropped" / f"{part}-{shard:05d}.jsonl"
-        path.unlink(missing_ok=True)  # of a try that was killed before its counts were written
+        path.unlink(missing_ok=True)  # from a try that was killed before it wrote its counts
         if dropped:
             _write_lines(path, dropped)
         kept = [o for o in outcomes if isinstance(o, Kept)]
         if part == RECORDS:
-            rows = [outcome.provenance for outcome in kept]
-            _write_lines(self.out / "provenance" / f"{shard:05d}.jsonl", rows)
-            rows = [outcome.record.to_pangeains() for outcome in kept]
-            _write_lines(self.out / RECORDS / f"{shard:05d}.jsonl", rows)
+            records, provenance = self._results(shard)
+            _write_lines(provenance, [outcome.provenance for outcome in kept])
+            _write_lines(records, [outcome.record.to_pangeains() for outcome in kept])
         elif kept:
             raise AccountingError(f"part {part}: only {RECORDS!r} can keep records")
         passed = [outcome.row for outcome in outcomes if isinstance(outcome, Passed)]
         _write_lines(self._path(part, shard), passed)
-        _write_json(self._path(part, shard, "json"), counts.to_json())
+        write_json(self._path(part, shard, "json"), counts.to_json())
 
     def _without_pictures(self, outcome: Outcome) -> Outcome:
-        """Writes a record's pictures at once: a shard of them may not fit into memory."""
+        """Writes a record's pictures at once, since those of a shard may not fit into memory."""
         if not isinstance(outcome, Kept) or not outcome.pictures:
             return outcome
         for name, data in outcome.pictures.items():
-            _write_file(self.out / RECORDS / name, data)
+            write_bytes(self.out / RECORDS / name, data)
         return dataclasses.replace(outcome, pictures={})
 
     def accounting(self, *parts: str) -> Accounting:
-        """Counts of consecutive finished parts: what entered the first, left the last, and was dropped.
+        """Counts of consecutive finished parts: entered the first one, left the last one, dropped on the way.
 
         Raises:
           AccountingError: a record was lost on the way.
         """
-        whole = Accounting()
-        for number, part in enumerate(parts):
+        whole, entered = Accounting(), None
+        for part in parts:
             counts = Accounting()
             for shard in range(self.shards(part)):
                 counts.merge(Accounting.from_json(read_json(self._path(part, shard, "json"))))
-            if number and counts.entered != whole.left:
+            if entered is None:
+                entered = counts.entered
+            elif counts.entered != whole.left:
                 raise AccountingError(
                     f"{whole.left} records left for part {part}, which read {counts.entered}"
                 )
-            entered = counts.entered if number == 0 else whole.entered
-            left = counts.left
             whole.merge(counts)
-            whole.entered, whole.left = entered, left
+            whole.entered, whole.left = entered, counts.left
         whole.check("all parts")
         return whole
 
@@ -279,16 +264,17 @@ class Job:
         """Writes report.json, report.md and usage.json.
 
         Args:
-          parts: all of the pipeline's, in order.
-          published: what the paper says of a stage's yield.
-          sections: heading -> what else was found, a table of names and values.
+          parts: all parts of the pipeline, in order.
+          published: stage -> its yield in the paper.
+          sections: heading -> a table of further names and values.
+          usage: purpose -> what the model's replies have cost.
 
         Returns:
           the contents of report.json.
         """
         accounting, sections = self.accounting(*parts), dict(sections or {})
         if usage is not None:
-            _write_json(self.out / "usage.json", {k: v._asdict() for k, v in usage.items()})
+            write_json(self.out / "usage.json", {k: v._asdict() for k, v in usage.items()})
             sections |= estimates(usage)
         report = {
             "title": title,
@@ -297,16 +283,16 @@ class Job:
             "dropped": accounting.num_dropped,
             "stages": accounting.rows(self.stages),
             "published": dict(published or {}),
+            "sections": {heading: dict(table) for heading, table in sections.items()},
         }
-        report |= {"sections": {k: dict(v) for k, v in sections.items()}}
-        _write_file(self.out / "report.md", markdown(report).encode())
-        _write_json(self.out / "report.json", report)
+        write_bytes(self.out / "report.md", markdown(report).encode())
+        write_json(self.out / "report.json", report, ensure_ascii=False)
         return report
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A part's work on one shard, as workers get it."""
+    """The work of a part on one shard, sent to the workers."""
 
     job: Job
     name: str
@@ -315,7 +301,7 @@ class _Part:
 
     def run_shard(self, shard: int) -> None:
         job = self.job
-        # A runner may give a shard out twice; and after one shard is stopped the others need not try.
+        # A runner may hand out a shard twice. After one shard has stopped, the others need not try.
         if job._path(self.name, shard, "json").is_file() or job._stopped.is_file():
             return
         counts, outcomes = Accounting(), []
@@ -330,17 +316,17 @@ class _Part:
                 outcome = job._without_pictures(_checked(outcome, job.stages[-1]))
                 counts.count(outcome)
                 outcomes.append(outcome)
-        # Beam would make something else of Ctrl-C, where it runs in the process that gets it.
+        # Beam would replace a KeyboardInterrupt by an error of its own.
         except (reply_store.Stop, KeyboardInterrupt) as stop:
-            _write_json(job._stopped, {"kind": type(stop).__name__, "problem": str(stop)})
+            write_json(job._stopped, {"kind": type(stop).__name__, "problem": str(stop)})
             return
         counts.check(f"part {self.name}, shard {shard}")
         job._write(self.name, shard, outcomes, counts)
-        _log.info("%s: shard %d done, %d of it dropped", self.name, shard, counts.num_dropped)
+        _log.info("%s: shard %d done, %d records dropped", self.name, shard, counts.num_dropped)
 
 
 def _checked(outcome: Outcome, last_stage: str) -> Outcome:
-    """Nothing is kept that launch/build_data.py would not take."""
+    """Drops a record that launch/build_data.py would reject."""
     if isinstance(outcome, Kept):
         try:
             Conversation.from_pangeains(outcome.record.to_pangeains())
@@ -352,8 +338,8 @@ def _checked(outcome: Outcome, last_stage: str) -> Outcome:
 
 
 def plan(config: Mapping[str, Any], sources: Iterable[Path] = ()) -> dict[str, Any]:
-    """What decides the results: the config without addresses, limits and prices, and the files read."""
-    config = json.loads(json.dumps(plain(config), default=str))
+    """What decides the results: the source files, and the config without addresses, limits and prices."""
+    config = as_json(plain(config))
     for name in _NOT_PLANNED:
         config.get("llm", {}).pop(name, None)
     found = [(path.name, path.stat()) for path in sources]
@@ -361,20 +347,8 @@ def plan(config: Mapping[str, Any], sources: Iterable[Path] = ()) -> dict[str, A
     return config | {"files": files}
 
 
-def source_files(source: Path) -> list[Path]:
-    """Files of records: one file, or those of a folder; see `release.record_files`.
-
-    Raises:
-      JobError: there are none.
-    """
-    try:
-        return release.record_files(source)
-    except release.ReleaseError as error:
-        raise JobError(str(error)) from None
-
-
 def plain(value: Any) -> Any:
-    """A section of a config, and those within it, as dicts."""
+    """A section of a config and its inner sections as dicts."""
     if hasattr(value, "to_dict"):
         return value.to_dict()
     return dict(value) if isinstance(value, Mapping) else value
@@ -390,26 +364,16 @@ def language_codes(config: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(languages.get(tag).code for tag in split_names(config["languages"]))
     except KeyError as error:
         raise JobError(
-            f"config.languages: {error.args[0]}; others take one line in pangea_jax/languages.py"
+            f"config.languages: {error.args[0]}; to add a language, add a line to pangea_jax/languages.py"
         ) from None
 
 
 def split_names(value: Sequence[str]) -> tuple[str, ...]:
-    """`("sw", "yo")`, also of the `("sw,yo",)` that a command line makes of `sw,yo`."""
+    """`("sw", "yo")`, also from `("sw,yo",)`, which is what `sw,yo` on a command line becomes."""
     return tuple(name for entry in value for name in entry.split(",") if name)
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    # Records are checked; what is said of them may quote half a surrogate pair, which JSON can escape.
-    _write_file(path, text.encode("utf-8", "backslashreplace"))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, value, ensure_ascii=False)
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, data)
+    # Records are valid Unicode, but details of faults may quote half a surrogate pair. JSON can escape it.
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))

@@ -8,11 +8,11 @@ import pytest
 
 pytest.importorskip("apache_beam", reason="apache-beam is in requirements-curation.txt")
 
-from pangea_jax.curation import pipeline, reply_store
+from pangea_jax.curation import reply_store, workflow
 from pangea_jax.curation.accounting import AccountingError, Added, Dropped, Kept, Passed
-from pangea_jax.curation.pipeline import Job
+from pangea_jax.curation.workflow import Job
 from pangea_jax.data.record import Conversation, Turn
-from pangea_jax.work import runners
+from pangea_jax.work import restart, runners
 
 STAGES = ("size", "words", "make")
 OPTIONS = ["--runner=DirectRunner"]
@@ -162,15 +162,16 @@ def test_records_that_the_builder_would_reject_are_dropped(job):
 
 def test_another_plan_is_refused_and_names_what_differs(job, tmp_path):
     _run(job)
-    with pytest.raises(pipeline.JobError, match=r"holds results of other settings \(number\)"):
+    differing = r"holds results of other settings \(number is 100 there and 50 here\)"
+    with pytest.raises(restart.WorkError, match=differing):
         _run(job, number=50)
-    with job.started({"number": 100}), pytest.raises(pipeline.JobError, match="another process"):
+    with job.started({"number": 100}), pytest.raises(restart.WorkError, match="another process"):
         _run(job)
 
 
 def test_plan_leaves_out_where_and_at_what_price():
     config = {"llm": {"model": "m", "base_url": "u", "budget": 3, "temperature": 0}, "x": (1, 2)}
-    assert pipeline.plan(config) == {
+    assert workflow.plan(config) == {
         "llm": {"model": "m", "temperature": 0},
         "x": [1, 2],
         "files": [],
@@ -181,10 +182,10 @@ def test_plan_knows_files_that_were_written_again(tmp_path):
     path, before = tmp_path / "a.json", 1_700_000_000_000_000_000
     path.write_text("[1]")
     os.utime(path, ns=(before, before))
-    first = pipeline.plan({}, [path])
+    first = workflow.plan({}, [path])
     assert first == {"files": [["a.json", 3, before]]}
     path.write_text("[2]")
-    assert pipeline.plan({}, [path]) != first
+    assert workflow.plan({}, [path]) != first
 
 
 def test_a_stop_leaves_finished_shards_and_the_rest_is_made_later(job, tmp_path):
@@ -231,5 +232,5 @@ def test_missing_beam_names_the_remedy(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    with pytest.raises(runners.RunnerError, match="pip install -r requirements-curation"):
+    with pytest.raises(restart.WorkError, match="pip install -r requirements-curation"):
         runners.Beam(OPTIONS)

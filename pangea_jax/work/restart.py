@@ -1,0 +1,111 @@
+"""Work that may be killed and goes on when the same command is run again.
+
+One process at a time works in a folder (`claim`), always with the same settings (`settle`). The work is
+cut into numbered shards (`shard_path`). Every file is written whole (`atomic.py`), and the file that says
+that a shard is finished is written last.
+"""
+
+import contextlib
+import fcntl
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from pangea_jax.work.atomic import as_json, differences, read_json, write_json
+
+_MOST_CLAUSES = 4
+
+
+class WorkError(RuntimeError):
+    """The work cannot start or go on; the message says what to do."""
+
+
+@contextlib.contextmanager
+def claim(lock: Path, *, on_wait: Callable[[], Any] | None = None) -> Iterator[IO]:
+    """Keeps other processes out of a folder. The claim of a killed process ends with the process.
+
+    Args:
+      lock: the file to lock. Its folder is made if it is missing.
+      on_wait: called once before waiting for another process. Without it, a claimed folder is an error.
+
+    Yields:
+      the locked file. Child processes that inherit it hold the claim, too.
+
+    Raises:
+      WorkError: another process has claimed the folder.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if on_wait is None:
+                raise WorkError(
+                    f"another process is writing {lock.parent}; wait until it ends"
+                ) from None
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def settle(path: Path, plan: Any, folder: Path) -> None:
+    """Writes the plan of a folder to the file `path`, or checks that the plan there is the same.
+
+    Raises:
+      WorkError: see `compare`.
+    """
+    if path.is_file():
+        compare(read_json(path), plan, folder)
+    write_json(path, as_json(plan), ensure_ascii=False)
+
+
+def compare(
+    theirs: Any,
+    ours: Any,
+    folder: Path,
+    *,
+    holds: str = "results of other settings",
+    flag: str = "--out",
+    free: re.Pattern[str] | None = None,
+) -> dict[str, tuple[Any, Any]]:
+    """Compares the plan of the work in a folder with the one that is to go on there.
+
+    Args:
+      holds: what the folder holds if they differ.
+      flag: the flag that names the folder.
+      free: matches keys that may differ.
+
+    Returns:
+      the differences in free keys, as `differences` gives them.
+
+    Raises:
+      WorkError: the plans differ in other keys; names them, with both values.
+    """
+    found = differences(theirs, as_json(ours))
+    differing = {key: values for key, values in found.items() if not (free and free.fullmatch(key))}
+    if differing:
+        raise WorkError(
+            f"{folder} holds {holds} ({'; '.join(clauses(differing)[:_MOST_CLAUSES])}); "
+            f"give another {flag}, or remove that one"
+        )
+    return found
+
+
+def clauses(differing: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """One clause for each key of `differences`; long values are cut."""
+    return [
+        f"{key} is {theirs!r:.80} there and {ours!r:.80} here"
+        for key, (theirs, ours) in differing.items()
+    ]
+
+
+def shard_path(folder: Path, number: int, suffix: str) -> Path:
+    """A file of one shard; `00012.parquet` is of shard 12."""
+    return folder / f"{number:05d}.{suffix}"
+
+
+def remove_partial(folder: Path, pattern: str = "**/*.partial") -> None:
+    """Removes the files that a killed process has half written."""
+    for path in folder.glob(pattern):
+        path.unlink(missing_ok=True)

@@ -371,7 +371,9 @@ class _Rules:
                 with self._lock:  # the host may soon be in order again
                     self._of[key] = now - _ROBOTS_SECONDS + _ROBOTS_RETRY_SECONDS, rules
         error = rules.exception()
-        if isinstance(error, FetchError):  # a new one each time: raising an error extends its traceback
+        if isinstance(
+            error, FetchError
+        ):  # a new one each time: raising an error extends its traceback
             raise FetchError(str(error))
         return rules.result()
 

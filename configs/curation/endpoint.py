@@ -1,4 +1,4 @@
-"""One model at one address, as the pages of the pipelines have it: all that `llm.ClientConfig` can be told."""
+"""The settings of a model at an endpoint, for the configs of the pipelines: the fields of `llm.ClientConfig`."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from ml_collections.config_dict import placeholder
 
 
 def client(**changes: Any) -> ConfigDict:
-    """The settings of a client, each of which a flag can set: `--config.llm.max_calls=100`."""
+    """The settings of a client. A flag can set each of them: `--config.llm.max_calls=100`."""
     config = ConfigDict()
-    config.model = ""  # as the endpoint names it
-    config.base_url = "http://localhost:8000/v1"  # any that speaks OpenAI's protocol
+    config.model = ""  # the endpoint's name of the model
+    config.base_url = "http://localhost:8000/v1"  # any endpoint with OpenAI's protocol
     config.api_key_variable = "OPENAI_API_KEY"
     config.concurrency = 32  # calls at once
     config.temperature = 0.0
@@ -18,10 +18,10 @@ def client(**changes: Any) -> ConfigDict:
     config.extra_body = {}  # further fields of a request, such as vLLM's
     config.timeout = 300.0  # seconds
     config.retries = 4
-    config.patience = 7_200.0  # seconds to wait for an endpoint that answers nobody
+    config.patience = 7_200.0  # seconds to wait while the endpoint answers no request
     config.price_in = 0.0  # dollars per million tokens
     config.price_out = 0.0
-    config.image_tokens = 3_000  # the most that a picture is charged as
+    config.image_tokens = 3_000  # maximum tokens of a picture, for the budget
     config.budget = placeholder(float)  # dollars; needs the prices
     config.max_calls = placeholder(int)
     config.journal = "wal"  # "delete" where machines share --out on a network file system

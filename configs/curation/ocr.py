@@ -1,4 +1,4 @@
-"""Text read in screenshots of web pages: the 500,000 samples of the paper's Appendix J (Figure 27).
+"""Reading text in screenshots of web pages: the 500,000 samples of the paper's Appendix J (Figure 27).
 
     pip install -r requirements.txt -r requirements-curation.txt "playwright>=1.50,<2"
     apt-get install chromium                     # or: playwright install chromium
@@ -6,18 +6,18 @@
     python launch/curate.py ocr --config=configs/curation/ocr.py --config.pages=urls.jsonl --out=data/ocr \\
         --config.browser.network=static
 
-PAGES is a folder of HTML files, best in folders called by their language (PAGES/hi/1.html). They are shown without a
-network: their scripts do not run and their pictures stay empty. `urls.jsonl` has lines like {"url": "https://...",
-"language": "hi"}; of such pages "static" loads style sheets, pictures and fonts and runs no script, "all" runs
-scripts too. Pages that robots.txt forbids are dropped, and what it forbids them to load stays out of the picture.
+PAGES is a folder of HTML files, best in subfolders named after their language (PAGES/hi/1.html). These pages are shown
+without a network: their scripts do not run and their pictures stay empty. Lines of `urls.jsonl` look like
+{"url": "https://...", "language": "hi"}. For such pages, "static" loads style sheets, pictures and fonts but runs no
+script; "all" runs scripts too. Pages that robots.txt forbids are dropped, and so is what it forbids them to load.
 
-The paper took 50,000 pages a language from CC-News in ten languages, at several devices and resolutions, and marked
-one element of each by a red box. Another language: add it to `languages`, and if you like questions in it.
+The paper took 50,000 pages per language from CC-News, in ten languages and on several devices and resolutions, and
+marked one element of each with a red box. To add a language, add it to `languages` and, if you like, to INSTRUCTIONS.
 
-Expect a record for nearly every view of an ordinary page; report.md says why others were dropped. A view takes 0.3 s
-of a core for small local pages, and the time of the network for others: --runner=DirectRunner
---direct_num_workers=16 --direct_running_mode=multi_processing sees sixteen at once. As root, or in a container without
-user namespaces, Chromium has no sandbox: --config.browser.sandbox=False, for pages you trust.
+Nearly every view of an ordinary page becomes a record; report.md says why the others were dropped. A small local page
+takes 0.3 s of a core; for other pages the network decides. --runner=DirectRunner --direct_num_workers=16
+--direct_running_mode=multi_processing runs sixteen browsers at once. As root, or in a container without user
+namespaces, Chromium has no sandbox: set --config.browser.sandbox=False, and only for pages that you trust.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -68,9 +68,9 @@ def get_config() -> ConfigDict:
     # A folder of HTML files, or a list (.jsonl, .txt) of files and addresses.
     config.pages = "data/pages"
     config.languages = ("en", "zh", "ja", "ko", "id", "hi", "es", "fr", "pt", "ar")
-    config.views_per_page = 1  # on so many of the devices each page is seen
+    config.views_per_page = 1  # number of devices on which each page is shown
     config.seed = 0
-    config.shard_size = 64  # views that one browser takes before a fresh one
+    config.shard_size = 64  # number of views for which one browser runs
     config.devices = dict(
         laptop=dict(width=1280, height=800),
         desktop=dict(width=1920, height=1080),
@@ -80,13 +80,13 @@ def get_config() -> ConfigDict:
     )
     config.instructions = INSTRUCTIONS
     config.browser = dict(
-        # Of a Chromium; else one on PATH, else Playwright's.
+        # Path of a Chromium; by default the one on PATH, else Playwright's.
         executable_path=config_dict.placeholder(str),
         sandbox=True,
-        network="none",  # what pages given by address may load: none, static, all
+        network="none",  # what pages from the web may load: none, static or all
         private_addresses=False,
         robots=True,  # whether robots.txt is obeyed
-        user_agent="pangea_jax",  # added to Chromium's own: say how you can be reached
+        user_agent="pangea_jax",  # added to Chromium's own; say in it how you can be reached
         load_seconds=20.0,
         page_seconds=60.0,
         max_html_bytes=8 << 20,

@@ -5,14 +5,14 @@
         --config.llm.model=NAME --config.llm.base_url=http://localhost:8000/v1
     python launch/build_data.py pangeains --source=data/translated/records --images=PangeaInstruct --out=data/store
 
-The endpoint is any that speaks OpenAI's protocol: vLLM (`vllm serve NAME`), Gemini's
-(https://generativelanguage.googleapis.com/v1beta/openai/), a hosted one; its key is in OPENAI_API_KEY. Start with
---config.limit=100 and read data/translated/report.md: what was dropped, why, and how well a sample reads when it is
-translated back. Stopped, killed or out of budget, the same command goes on and pays for nothing twice; with a higher
-limit give another --out.
+Any endpoint with OpenAI's protocol will do: vLLM (`vllm serve NAME`), Gemini's
+(https://generativelanguage.googleapis.com/v1beta/openai/), a hosted one. OPENAI_API_KEY holds the key. Start with
+--config.limit=100 and read data/translated/report.md. It says what was dropped and why, and how well a sample reads
+when it is translated back. After a stop, a kill or a spent budget, the same command continues and pays for nothing
+twice. For a higher limit give another --out.
 
-A new language takes its tag in `languages` (one that pangea_jax/languages.py lacks, a line there too; docs/data.md, "A
-new language"). What a model should know of it, such as its orthography, goes into `notes`. A config of your own:
+To add a language, add its tag to `languages` (if pangea_jax/languages.py lacks it, add a line there too; see
+docs/data.md, "A new language"). `notes` tells the model what it should know, such as the orthography. For example:
 
     from configs.curation import translate
 
@@ -23,8 +23,9 @@ new language"). What a model should know of it, such as its orthography, goes in
         return config
 
 Cost: the 60 English records of the official sample take 490 tokens of prompt on average, 194 of them instructions, and
-some 290 of reply in Latin letters, more in other scripts (Qwen's vocabulary). A million records in one language are
-then about $1,900 at $1 and $5 per million tokens, and what is asked twice. `budget` stops the run before it costs more.
+about 290 tokens of reply in Latin letters, more in other scripts (Qwen's vocabulary). A million records in one language
+then cost about $1,900 at $1 and $5 per million tokens, plus repeated requests. `budget` stops the run before it costs
+more.
 """
 
 from ml_collections import ConfigDict
@@ -38,17 +39,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = ConfigDict()
     config.source = ""  # PangeaIns.json, or any *.jsonl or *.parquet in its form
     config.source_language = "en"
-    # Which languages the paper translated into is not published.
+    # The paper does not say into which languages it translated.
     config.languages = (
         *("es", "de", "fr", "pt", "ru", "ar", "hi"),
         *("bn", "zh", "ja", "ko", "id", "sw"),
     )
-    config.notes = dict(no="Write Bokmål.")  # of languages that are in `languages`, or may be
-    config.limit = 0  # records from the first on; 0: all
-    config.longest = 20_000  # characters of a record
-    config.request = 6_000  # characters of a request: longer conversations take several
+    config.notes = dict(no="Write Bokmål.")  # only those for `languages` are used
+    config.limit = 0  # number of records to read, from the first on; 0: all
+    config.longest = 20_000  # maximum characters of a record
+    config.request = 6_000  # maximum characters of a request; longer conversations take several
     config.checks = ("structure", "language", "copy", "length")
-    config.quality = dict(sample=200, embedding_model="")  # "" for no similarity
+    config.quality = dict(sample=200, embedding_model="")  # "": no similarity
     config.shard_size = 256
     config.llm = endpoint.client(max_tokens=8192)
     return config

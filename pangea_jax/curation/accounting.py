@@ -1,21 +1,43 @@
-"""Every record accounted for: what may become of one, how many there were of each, and the report on it."""
+"""What can happen to a record, how many records met each fate, and the report on them."""
 
 import dataclasses
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pangea_jax.curation.reply_store import Usage
 from pangea_jax.data.record import Conversation
+from pangea_jax.figures.markdown import table
 
 
 class AccountingError(AssertionError):
-    """A record was lost or counted twice: a fault of the program, never of its input."""
+    """A record was lost or counted twice. The program is at fault, never its input."""
+
+
+class Unfit(Exception):
+    """A record that cannot be used.
+
+    Attributes:
+      reason: a short fixed phrase, so that it can be counted.
+      detail: what was found in this record.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
+        self.reason, self.detail = reason, detail
+        super().__init__(reason, detail)
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
+
+    def dropped(self, id: str, stage: str) -> "Dropped":
+        return Dropped(id, stage, self.reason, self.detail)
 
 
 @dataclasses.dataclass(frozen=True)
 class Passed:
-    """A row for the next part: whatever JSON can hold."""
+    """A row for the next part: any JSON object."""
 
     row: Mapping[str, Any]
 
@@ -25,9 +47,8 @@ class Kept:
     """A finished record.
 
     Attributes:
-      provenance: source id, prompts' version, model, scores, every check's verdict.
-      pictures: bytes of files to be written, by their name in `record.images`; pictures that lie elsewhere
-        already are not in it.
+      provenance: source id, version of the prompts, model, scores, verdict of every check.
+      pictures: name in `record.images` -> bytes of a file to write; empty if the pictures already exist.
     """
 
     record: Conversation
@@ -37,14 +58,13 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-    """What was left out.
+    """A record that was left out.
 
     Attributes:
-      id: of the record, or where it stood.
+      id: id of the record, or its place in the source.
       stage: one of the job's stages.
-      reason: a short fixed phrase, so that it can be counted.
-      detail: what was found in this one.
-      count: records, where it is known of several at once that they cannot be read.
+      reason, detail: see `Unfit`.
+      count: number of records, if several are left out together.
     """
 
     id: str
@@ -56,7 +76,7 @@ class Dropped:
 
 @dataclasses.dataclass(frozen=True)
 class Added:
-    """`count` more records enter `stage` than were read: one was made into several."""
+    """One record became several: `count` more records enter `stage` than were read."""
 
     stage: str
     count: int
@@ -64,7 +84,7 @@ class Added:
 
 @dataclasses.dataclass(frozen=True)
 class Entered:
-    """The row stood for a file, and this many records entered with it: in the place of the row."""
+    """The row was a file: `count` records entered in place of the row."""
 
     count: int
 
@@ -74,13 +94,13 @@ Outcome = Passed | Kept | Dropped | Added | Entered
 
 @dataclasses.dataclass
 class Accounting:
-    """Counts of records; `check` says that none was lost.
+    """Counts of records.
 
     Attributes:
-      entered: records read.
-      left: records passed on or kept.
-      added: stage -> records that one was made into, besides itself.
-      dropped: stage -> reason -> records.
+      entered: number of records read.
+      left: number of records passed on or kept.
+      added: stage -> number of further records that were made of one.
+      dropped: stage -> reason -> number of records.
     """
 
     entered: int = 0
@@ -123,7 +143,7 @@ class Accounting:
             self.dropped.setdefault(stage, Counter()).update(reasons)
 
     def rows(self, stages: Sequence[str]) -> list[dict[str, Any]]:
-        """Each stage's records in and out, and what it dropped by reason, the most frequent first."""
+        """For each stage: records in and out, and those dropped by reason, the most frequent first."""
         rows, count = [], self.entered
         for stage in stages:
             reasons = self.dropped.get(stage, Counter())
@@ -146,10 +166,10 @@ class Accounting:
 
 
 def estimates(usage: Mapping[str, Usage]) -> dict[str, dict[str, str]]:
-    """A section on calls whose cost is not known but bounded, if there are any."""
+    """A section of the report on replies whose cost is only an upper bound, if there are any."""
     rows = {
-        purpose: f"{row.estimated:,} of {row.calls:,} replies came without a count of tokens and are charged "
-        "as one a byte, the most that it can be"
+        purpose: f"{row.estimated:,} of {row.calls:,} replies came without a count of tokens; each of their "
+        "bytes is charged as one token, which is the maximum"
         for purpose, row in usage.items()
         if row.estimated
     }
@@ -157,32 +177,29 @@ def estimates(usage: Mapping[str, Usage]) -> dict[str, dict[str, str]]:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """report.md, of the contents of report.json."""
-    lines = [f"# {report['title']}", ""]
+    """report.md, made of the contents of report.json."""
     made = sum(stage["added"] for stage in report["stages"])
     equation = f"{report['entered']:,} records entered"
     equation += f", {made:,} more were made of them" if made else ""
+    lines = [f"# {report['title']}", ""]
     lines += [f"{equation}; {report['kept']:,} are kept, {report['dropped']:,} dropped.", ""]
-    lines += ["| stage | in | dropped | out | yield | the paper |", "|---|---:|---:|---:|---:|---|"]
+    stages, reasons = [], []
     for stage in report["stages"]:
-        dropped = stage["in"] - stage["out"]
-        share = f"{stage['out'] / stage['in']:.1%}" if stage["in"] else ""
-        numbers = f"{stage['in']:,} | {dropped:,} | {stage['out']:,} | {share}"
-        lines.append(
-            f"| {stage['stage']} | {numbers} | {report['published'].get(stage['stage'], '')} |"
-        )
-    lines += ["", "| dropped at | because | records |", "|---|---|---:|"]
-    for stage in report["stages"]:
-        for reason, count in stage["dropped"].items():
-            lines.append(f"| {stage['stage']} | {cell(reason)} | {count:,} |")
+        name, entered, left = stage["stage"], stage["in"], stage["out"]
+        share = f"{left / entered:.1%}" if entered else ""
+        counts = f"{entered:,}", f"{entered - left:,}", f"{left:,}"
+        stages.append((name, *counts, share, report["published"].get(name, "")))
+        reasons += [(name, why, f"{count:,}") for why, count in stage["dropped"].items()]
+    lines += table(("stage", "in", "dropped", "out", "yield", "the paper"), stages)
+    lines += ["", *table(("dropped at", "because", "records"), reasons, words=2)]
     for heading, values in report["sections"].items():
-        lines += ["", f"## {heading}", "", "| | |", "|---|---|"]
-        for name, value in values.items():
-            value = f"{value:,.4g}" if isinstance(value, float) else value
-            lines.append(f"| {cell(name)} | {cell(value)} |")
+        rows = [(k, f"{v:,.4g}" if isinstance(v, float) else v) for k, v in values.items()]
+        lines += ["", f"## {heading}", "", *table(("", ""), rows, words=2)]
     return "\n".join(lines) + "\n"
 
 
-def cell(value: Any) -> str:
-    """A value as a cell of a Markdown table, which neither its bars nor its lines can break."""
-    return " ".join(str(value).replace("\\", "\\\\").replace("|", "\\|").split())
+def provenance(out: Path) -> Iterator[dict[str, Any]]:
+    """What is known of every record that a pipeline kept in `out`, in their order."""
+    for path in sorted((out / "provenance").glob("*.jsonl")):
+        with path.open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)

@@ -1,37 +1,36 @@
-"""Asks a model for something that can be read, and once more if it cannot."""
+"""Asks a model until its answer can be read, at most twice."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pangea_jax.curation import llm
+from pangea_jax.curation.accounting import Unfit
 from pangea_jax.curation.filters import words
 
 
-class Unusable(ValueError):
-    """An answer that cannot be used, for a reason that can be counted.
+class Unusable(Unfit):
+    """An answer that cannot be used.
 
     Attributes:
-      rest: what is usable of it all the same, if no better answer comes.
+      rest: the usable part of it, in case no better answer comes.
     """
 
     def __init__(self, reason: str, detail: str = "", rest: Any = None):
-        self.reason, self.detail, self.rest = reason, detail, rest
-        super().__init__(f"{reason} ({detail})" if detail else reason)
+        super().__init__(reason, detail)
+        self.rest = rest
 
 
-def ask(
-    client: llm.Client,
-    messages: Sequence[Mapping[str, Any]],
-    purpose: str,
-    read: Callable[[str], Any],
-) -> Any:
-    """What `read` makes of the model's answer; an unusable one is asked for once more, warmer.
+def ask(client: llm.Client, content: Any, purpose: str, read: Callable[[str], Any]) -> Any:
+    """What `read` makes of the model's answer. After an unusable answer it asks once more, warmer.
+
+    Args:
+      content: of the user's message, in OpenAI's form: a text or a list of parts.
 
     Raises:
       Unusable: neither answer can be used.
       llm.Refused, reply_store.Stop: see `llm.Client.complete`.
     """
-    faults = []
+    faults, messages = [], [{"role": "user", "content": content}]
     for sampling in ({}, {"temperature": 0.7}):
         reply = client.complete(messages, purpose=purpose, **sampling)
         try:
@@ -47,10 +46,10 @@ def ask(
 
 
 def choice(value: str, choices: Sequence[str], reason: str) -> str:
-    """The one of `choices` that a model named, whatever its case and punctuation.
+    """The one of `choices` that a model named, in any case and punctuation.
 
     Raises:
-      Unusable: `reason`, it is none of them.
+      Unusable: for `reason`, if it is none of them.
     """
 
     def bare(text: str) -> str:

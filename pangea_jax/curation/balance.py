@@ -1,5 +1,6 @@
-"""Frequent subjects and languages thinned out, as MetaCLIP does its entries (Xu et al. 2024)."""
+"""Thins out frequent subjects and languages, as MetaCLIP does with its entries (Xu et al. 2024)."""
 
+import bisect
 import dataclasses
 import hashlib
 import heapq
@@ -15,8 +16,8 @@ class Balance:
     """How many pictures stay.
 
     Attributes:
-      per_subject: of one subject in one language; more frequent subjects are thinned out to it.
-      per_language: of one language; its subjects are cut at the level that leaves no more.
+      per_subject: at most this many of one subject in one language; None: no limit.
+      per_language: at most this many of one language; its most frequent subjects lose first. None: no limit.
       seed: decides which stay.
     """
 
@@ -26,32 +27,26 @@ class Balance:
 
 
 def balanced(job: Job, source: str, balance: Balance) -> Iterator[Outcome]:
-    """Thins out frequent subjects, as MetaCLIP (Xu et al. 2024) does its entries, and then frequent languages.
-
-    A row's place within its language and subject is drawn from its id and the seed; those beyond the
-    threshold of their kind go.
-    """
+    """The rows of a part that stay. Each row's rank in its language and subject is drawn from id and seed."""
     drawn: dict[tuple[str, str], list[bytes]] = defaultdict(list)
     for row in job.read_all(source):
         drawn[row["language"], row["subject"]].append(_draw(row["id"], balance.seed))
     cells = {cell: len(ranks) for cell, ranks in drawn.items()}
     limits = thresholds(cells, balance)
     last = {cell: heapq.nsmallest(limits[cell], ranks)[-1:] for cell, ranks in drawn.items()}
-    subject_limit = balance.per_subject
     for row in job.read_all(source):
         cell = row["language"], row["subject"]
         if limits[cell] and _draw(row["id"], balance.seed) <= last[cell][0]:
             yield Passed(row)
         else:
-            of_subject = limits[cell] == subject_limit
-            reason = "subject is frequent" if of_subject else "language is frequent"
-            yield Dropped(row["id"], "balance", reason)
+            frequent = "subject" if limits[cell] == balance.per_subject else "language"
+            yield Dropped(row["id"], "balance", f"{frequent} is frequent")
 
 
 def thresholds(
     cells: Mapping[tuple[str, str], int], balance: Balance
 ) -> dict[tuple[str, str], int]:
-    """(language, subject) -> how many stay of so many.
+    """How many stay of each (language, subject), given how many there are.
 
     >>> thresholds({("a", "x"): 9, ("a", "y"): 2, ("b", "x"): 3}, Balance(per_subject=6, per_language=6))
     {('a', 'x'): 4, ('a', 'y'): 2, ('b', 'x'): 3}
@@ -64,18 +59,15 @@ def thresholds(
 
 
 def _level(counts: Sequence[int], balance: Balance) -> int:
-    """The highest cut that leaves at most `per_subject` each and `per_language` together."""
+    """The highest limit that leaves at most `per_subject` of each and `per_language` in all."""
     most = max(counts) if balance.per_subject is None else min(max(counts), balance.per_subject)
     if balance.per_language is None:
         return most
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if sum(min(count, middle) for count in counts) <= balance.per_language:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+
+    def kept(limit: int) -> int:
+        return sum(min(count, limit) for count in counts)
+
+    return bisect.bisect_right(range(1, most + 1), balance.per_language, key=kept)
 
 
 def _draw(id: str, seed: int) -> bytes:
@@ -83,5 +75,5 @@ def _draw(id: str, seed: int) -> bytes:
 
 
 def share(id: str, seed: int, purpose: str) -> float:
-    """A number in [0, 1) that the id decides."""
+    """A number in [0, 1) that id, seed and purpose decide."""
     return int.from_bytes(_draw(f"{purpose}/{id}", seed)[:7], "big") / 2**56

@@ -1,9 +1,9 @@
-"""Web pages in a headless Chromium: loaded, measured and photographed, with the network closed or under rule.
+"""Loads, measures and photographs web pages in a headless Chromium, with no or restricted network access.
 
 Pages are data of unknown origin. A local page loads nothing, not even its own pictures, and its scripts
-do not run. What a page from the web may load is `BrowserConfig.network`; unless that is "all", Chromium has
-no network, and is handed what `web.Fetch` got. The project's own measuring script runs in a world of its
-own, which scripts of the page cannot see or change.
+do not run. `BrowserConfig.network` says what a page from the web may load. Unless it is "all", Chromium
+has no network and gets what `web.Fetch` fetched. Our measuring script runs in an isolated world, which
+the page's scripts cannot see or change.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from xml.sax.saxutils import escape
 from PIL import Image
 
 from pangea_jax.curation import web
+from pangea_jax.curation.accounting import Unfit
 from pangea_jax.curation.workflow import JobError
 from pangea_jax.data import image
 from pangea_jax.work.atomic import write_bytes
@@ -35,41 +36,29 @@ INSTALL = (
 COMMANDS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FONT_PACKAGES = ("manimgx_fonts", "noto_cjk_sans_jp_regular")  # in requirements.txt
 
-# Nothing resolves to an address: not for pictures, sockets, prefetching nor the browser itself.
+# No name resolves to an address, neither for pages nor for the browser itself.
 _CLOSED = "MAP * ~NOTFOUND"
-# The last one is every address written as IPv6, for which there are no shorter patterns.
+# The last pattern is every IPv6 address; there are no narrower patterns for them.
 _PRIVATE = (
-    "localhost",
-    "*.localhost",
-    "*.local",
-    "*.internal",
-    "0.*",
-    "10.*",
-    "127.*",
-    "169.254.*",
+    *("localhost", "*.localhost", "*.local", "*.internal", "0.*", "10.*", "127.*", "169.254.*"),
+    *(f"172.{n}.*" for n in range(16, 32)),
+    *("192.168.*", "*:*"),
 )
-_PRIVATE += (*(f"172.{n}.*" for n in range(16, 32)), "192.168.*", "*:*")
 _STATIC = ("stylesheet", "image", "font")
 _LOCAL_ADDRESS = "http://page.invalid/"
 _STOP_SECONDS = 10
 
 
 class BrowserError(JobError):
-    """There is no browser, or it cannot be started; says what to install or set."""
+    """There is no browser, or it does not start; the message says what to install or set."""
 
 
-class PageError(Exception):
-    """A page that cannot be used.
-
-    Attributes:
-      reason: a short fixed phrase, the same for the same fault, so that faults can be counted.
-      detail: what it was here.
-      stage: where it came out.
-    """
+class PageError(Unfit):
+    """A page that cannot be used; `stage` is the stage that found out."""
 
     def __init__(self, reason: str, detail: str = "", stage: str = "page"):
-        self.reason, self.detail, self.stage = reason, detail, stage
-        super().__init__(f"{reason} ({detail})" if detail else reason)
+        super().__init__(reason, detail)
+        self.stage = stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,19 +86,19 @@ class BrowserConfig:
     """How pages are shown.
 
     Attributes:
-      executable_path: of a Chromium; None looks on PATH and where Playwright keeps its own.
-      sandbox: Chromium's; cannot be had as root, and in few containers.
-      network: what pages given by URL may load. "none": such pages are refused. "static": the
-        document, style sheets, pictures and fonts, and no script runs; Chromium itself has no network, all
-        is fetched for it by `web.Fetch`. "all": what they ask for, by Chromium.
-      private_addresses: whether pages may load from addresses of this machine and of private networks. With
-        "all", Chromium looks up a name again that was checked, and may then be told otherwise.
-      robots: whether robots.txt is obeyed, for pages and for what they load. With "all" it is known only
-        afterwards where a redirection has led; a page that should not have been read is not used.
-      user_agent: added to what Chromium calls itself; robots.txt can name it.
-      load_seconds, page_seconds: for loading, and for everything done with one page.
+      executable_path: path of a Chromium; None looks on PATH, then for Playwright's own.
+      sandbox: whether Chromium uses its sandbox; root and most containers cannot.
+      network: what pages given by URL may load. "none": such pages are refused. "static": the document,
+        style sheets, pictures and fonts; no script runs, and `web.Fetch` fetches everything for Chromium.
+        "all": whatever they ask for, fetched by Chromium.
+      private_addresses: whether pages may load from this machine and private networks. With "all",
+        Chromium looks up a checked name again, and may get another address.
+      robots: whether robots.txt is obeyed, for pages and for what they load. With "all", redirections of a
+        page are checked after it has loaded; a forbidden page is then not used.
+      user_agent: added to Chromium's own; robots.txt can name it.
+      load_seconds, page_seconds: time limits for loading a page, and for all work on it.
       max_html_bytes: larger local pages are refused.
-      fonts: folders with fonts beside the system's and the Noto fonts of requirements.txt.
+      fonts: folders with fonts, besides the system's and the Noto fonts of requirements.txt.
     """
 
     executable_path: str | None = None
@@ -144,7 +133,7 @@ def find_chromium(executable_path: str | None = None) -> str:
         return executable_path
     found = next(filter(None, map(shutil.which, COMMANDS)), None)
     if found is None:
-        # In a thread of its own: Playwright's plain interface refuses to work beside a running event loop.
+        # In a thread, since Playwright's synchronous interface refuses to run beside an event loop.
         with futures.ThreadPoolExecutor(1) as pool:
             found = pool.submit(_playwrights_own).result()
     if not os.path.exists(found):
@@ -153,7 +142,7 @@ def find_chromium(executable_path: str | None = None) -> str:
 
 
 def _playwrights_own() -> str:
-    """Where `playwright install chromium` puts it, whether it is there or not."""
+    """The path that `playwright install chromium` uses, whether the file exists or not."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -161,15 +150,14 @@ def _playwrights_own() -> str:
 
 
 class OpenPage:
-    """A page as one device shows it."""
+    """A page on one device. `blocked` lists the addresses of what was not loaded."""
 
     def __init__(self, page, session, world: int, blocked: list[str]):
         self._page, self._session, self._world = page, session, world
         self.blocked = blocked
-        """Addresses of what was not loaded."""
 
     async def run(self, function: str, *arguments: Any) -> Any:
-        """Calls a JavaScript function, given as its source, on JSON values in the measuring world."""
+        """Calls a JavaScript function (its source) with JSON values, in the isolated world."""
         words = ", ".join(json.dumps(argument) for argument in arguments)
         answer = await self._session.send(
             "Runtime.evaluate",
@@ -192,10 +180,10 @@ class OpenPage:
 
 
 class Browser:
-    """A Chromium for pages of one kind, `async with`; it is started when needed, and again after a fall.
+    """A Chromium, used with `async with`. It starts when needed, and again after a crash.
 
     Args:
-      local: for local pages: nothing is loaded, whatever `config.network` says.
+      local: whether it is for local pages, which load nothing, whatever `config.network` says.
     """
 
     def __init__(self, config: BrowserConfig, *, local: bool):
@@ -221,13 +209,13 @@ class Browser:
 
     @contextlib.asynccontextmanager
     async def open(self, source: str | bytes, device: Device) -> AsyncIterator[OpenPage]:
-        """A page in a fresh profile; closed at the end, with `page_seconds` for all of it.
+        """Opens a page in a fresh profile, for at most `page_seconds`.
 
         Args:
           source: an http(s) address, or the bytes of an HTML document.
 
         Raises:
-          PageError: it does not load, takes too long, or the browser fell over it.
+          PageError: the page does not load, takes too long, or crashes the browser.
           BrowserError: the browser does not start.
         """
         from playwright.async_api import Error as PlaywrightError
@@ -243,7 +231,7 @@ class Browser:
                 finally:
                     await asyncio.wait_for(context.close(), _STOP_SECONDS)
         except TimeoutError:
-            await self._stop()  # whatever hangs is in there
+            await self._stop()  # the browser itself may hang
             raise PageError("page takes too long", f"{self.config.page_seconds:g} s") from None
         except PlaywrightError as error:
             if not self._browser.is_connected():
@@ -302,7 +290,7 @@ class Browser:
         document = await self._document(source)
         gate = _Gate(self.network, document, self._fetch)
         await context.route("**/*", gate.decide)
-        if self.network == "all":  # what they connect to passes no gate
+        if self.network == "all":  # the gate does not see web sockets' targets
             await context.route_web_socket("**/*", lambda socket: socket.close())
         page = await context.new_page()
         try:
@@ -314,7 +302,7 @@ class Browser:
             raise PageError("page does not load in time", detail) from None
         if answer is not None and not answer.ok:
             raise PageError("server refuses the page", f"status {answer.status}")
-        # Chromium follows redirections by itself; what must not be read is then not used.
+        # Chromium follows redirections by itself. A forbidden page is not used.
         request = answer.request if answer else None
         while request and request.redirected_from:
             await _fetched(self._fetch.check, request.url)
@@ -325,10 +313,10 @@ class Browser:
         return OpenPage(page, session, world["executionContextId"], gate.blocked)
 
     async def _document(self, source: str | bytes) -> web.Answer | None:
-        """The document, None if Chromium is to get it itself.
+        """The document; None if Chromium fetches it.
 
         Raises:
-          PageError: it may not be had.
+          PageError: it cannot be fetched, or may not be.
         """
         if isinstance(source, bytes):
             return web.Answer(200, _LOCAL_ADDRESS, _content_type(source), source)
@@ -341,10 +329,10 @@ class Browser:
 
 
 async def _fetched(get: Callable[[str], Any], url: str) -> Any:
-    """What a method of `web.Fetch` returns, without holding up the other pages.
+    """What a method of `web.Fetch` returns, called in a thread.
 
     Raises:
-      PageError: it may not be had.
+      PageError: the address cannot be fetched, or may not be.
     """
     try:
         return await asyncio.to_thread(get, url)
@@ -353,13 +341,13 @@ async def _fetched(get: Callable[[str], Any], url: str) -> Any:
 
 
 class _Gate:
-    """What a page asks for passes here: its document, and what `network` and robots.txt let through.
+    """Decides on every request of a page: its document passes, and what `network` and robots.txt allow.
 
     Args:
-      document: the page itself; None: Chromium gets it.
+      document: the page itself; None: Chromium fetches it.
 
     Attributes:
-      blocked: addresses of what did not pass.
+      blocked: addresses of the requests that did not pass.
     """
 
     def __init__(self, network: str, document: web.Answer | None, fetch: web.Fetch):
@@ -369,20 +357,20 @@ class _Gate:
     async def decide(self, route) -> None:
         from playwright.async_api import Error as PlaywrightError
 
-        # A page that took too long may be gone when its pictures come.
+        # A page that took too long may be closed when its pictures arrive.
         with contextlib.suppress(PlaywrightError):
             try:
                 await self._answer(route)
             except PageError:
                 self.blocked.append(route.request.url)
-                # An answer of 204 leaves a page that wants to move on where it is.
+                # After an answer of 204 the browser stays on the page that it shows.
                 moves = route.request.is_navigation_request()
                 await (route.fulfill(status=204) if moves else route.abort())
 
     async def _answer(self, route) -> None:
         """
         Raises:
-          PageError: what is asked for may not be had.
+          PageError: the request is not allowed.
         """
         request = route.request
         is_page = request.is_navigation_request() and request.frame.parent_frame is None
@@ -401,18 +389,18 @@ class _Gate:
 
 
 async def _fulfill(route, answer: web.Answer) -> None:
-    # Fonts of another host are taken only where that host, or we for it, allow it.
+    # Without this header, Chromium refuses fonts of another host.
     headers = {"Access-Control-Allow-Origin": "*"}
     headers |= {"Content-Type": answer.content_type} if answer.content_type else {}
     await route.fulfill(status=answer.status, headers=headers, body=answer.body)
 
 
 def _write_font_list(fonts: Sequence[str]) -> str:
-    """A fontconfig file: the system's fonts, then those of `FONT_PACKAGES` and `fonts`; its path."""
+    """Writes a fontconfig file (the system's fonts, `FONT_PACKAGES`, `fonts`) and returns its path."""
     specs = filter(None, map(import_util.find_spec, FONT_PACKAGES))
     folders = [str(Path(spec.origin).parent) for spec in specs] + list(fonts)
     lines = "".join(f"<dir>{escape(folder)}</dir>" for folder in folders)
-    # Not in a folder of its own for every browser: killed processes would leave theirs behind.
+    # One folder for all browsers, since killed processes would leave folders of their own behind.
     cache = (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pangea_jax" / "fonts"
     )
@@ -428,7 +416,7 @@ def _write_font_list(fonts: Sequence[str]) -> str:
 
 
 def _content_type(document: bytes) -> str:
-    """Saved pages have lost the encoding that their server told; most are UTF-8."""
+    """A saved page has lost the encoding that its server stated; most pages are UTF-8."""
     if b"charset" not in document[:1024].lower():  # where browsers look for it
         with contextlib.suppress(UnicodeDecodeError):
             document.decode("utf-8")

@@ -1,4 +1,4 @@
-"""A model reads alt texts, without the pictures: their quality, subject and country (paper, section 2.2)."""
+"""A model reads alt texts, without the pictures, and names quality, subject and country (paper, section 2.2)."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pangea_jax.curation import llm
-from pangea_jax.curation.accounting import Dropped, Outcome, Passed
+from pangea_jax.curation.accounting import Dropped, Outcome, Passed, Unfit
 from pangea_jax.curation.asking import Unusable, ask, choice
 from pangea_jax.curation.prompts import SCORING, SUBJECTS
 
@@ -19,7 +19,7 @@ _MAX_SCORE_CHARS = 2_000
 
 @dataclasses.dataclass(frozen=True)
 class ScoreAltTexts:
-    """A model reads alt texts: their quality, subject and country."""
+    """Keeps the rows whose alt text is good and speaks of a country, as a model judges it."""
 
     llm: llm.ClientConfig
     replies: Path
@@ -31,11 +31,10 @@ class ScoreAltTexts:
 
     def _score(self, client: llm.Client, row: Mapping[str, Any]) -> Outcome:
         prompt = SCORING.format(text=row["text"], subjects="; ".join(SUBJECTS))
-        messages = [{"role": "user", "content": prompt}]
         try:
-            score = ask(client, messages, "score", read_score)
-        except (llm.Refused, Unusable) as error:
-            return Dropped(row["id"], "scoring", error.reason, error.detail)
+            score = ask(client, prompt, "score", read_score)
+        except Unfit as error:
+            return error.dropped(row["id"], "scoring")
         if score["quality"] < MIN_QUALITY:
             return Dropped(row["id"], "quality", f"quality {score['quality']}")
         if score["country"] is None:
@@ -43,7 +42,7 @@ class ScoreAltTexts:
         return Passed({**row, **score})
 
 
-# Possessive: a line of a thousand asterisks must not be tried in a million ways.
+# Possessive quantifiers, or a line of a thousand asterisks would be tried in a million ways.
 _SCORE_LINE = re.compile(
     r"[^\w:]*+([123])?[.)]?[^\w:]*+(text quality|subject|country)?[^:\n]*+:\s*+(.*)", re.I
 )
@@ -52,13 +51,13 @@ _KEYS = {"1": "quality", "2": "subject", "3": "country"}
 
 
 def read_score(answer: str) -> dict[str, Any]:
-    """Quality 1 to 5, subject of `SUBJECTS` and country (None for none) of the model's three lines.
+    """Reads the model's three lines: quality 1 to 5, subject of `SUBJECTS`, country (None for none).
 
     >>> read_score("1. Text Quality Score (1-5): 4\\n2. Subject Category: Cooking and Food\\n3. Country/Region: Japan")
     {'quality': 4, 'subject': 'Cooking and Food', 'country': 'Japan'}
 
     Raises:
-      Unusable: what is missing or not of the given choices.
+      Unusable: a value is missing, or not one of the choices.
     """
     if len(answer) > _MAX_SCORE_CHARS:
         raise Unusable("score is no score", f"{len(answer):,} characters")
@@ -86,7 +85,7 @@ def read_score(answer: str) -> dict[str, Any]:
 def _country(value: str) -> str | None:
     if re.match(r"(?:no |not |none\b|n/a\b|unspecified|global\b|worldwide)", value, re.I):
         return None
-    # It goes into a prompt: a name is a few words, nothing that could be an instruction.
+    # The name goes into a prompt, so it may only be a few words, nothing like an instruction.
     if not 2 <= len(value) <= 60 or not re.fullmatch(r"[^\W\d_][^\d_\n:;<>{}|]*", value):
         raise Unusable("country is no name", value[:60])
     return value

@@ -1,4 +1,4 @@
-"""Recaptions pictures in the language of their alt text, and makes instructions of the captions (section 2.2).
+"""Captions pictures in the language of their alt text, and makes instructions of the captions (section 2.2).
 
 The model's answers are data: they are checked, put into prompts and records, and never followed or run.
 """
@@ -18,7 +18,7 @@ from PIL import Image
 
 from pangea_jax import languages
 from pangea_jax.curation import image_text, language_check, llm, markup
-from pangea_jax.curation.accounting import Added, Dropped, Kept, Outcome
+from pangea_jax.curation.accounting import Added, Kept, Outcome, Unfit
 from pangea_jax.curation.asking import Unusable, ask, choice
 from pangea_jax.curation.balance import share
 from pangea_jax.curation.filters import words
@@ -36,15 +36,25 @@ _OF_CAPTION = re.compile(r"\b(?:caption|alt[- ]text)s?\b", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
+class _Captioned:
+    """A picture with its new caption; `variant` is the prompt's number."""
+
+    row: Mapping[str, Any]
+    encoded: bytes
+    caption: str
+    variant: int
+
+
+@dataclasses.dataclass(frozen=True)
 class MakeInstructions:
-    """Recaptions pictures and makes instructions of the captions.
+    """Captions pictures and makes instructions of the captions.
 
     Attributes:
-      source: of the records.
+      source: source of the records.
       scoring_model: for the provenance.
-      caption_share: of the pictures whose caption becomes a record of its own, too.
-      side: pictures are shown to the model with at most so many pixels a side.
-      seed: decides prompts' variants and where markers stand.
+      caption_share: share of the pictures whose caption becomes a record of its own as well.
+      side: the model sees pictures of at most this many pixels a side.
+      seed: decides the variants of prompts and the places of markers.
     """
 
     llm: llm.ClientConfig
@@ -62,71 +72,60 @@ class MakeInstructions:
             yield from outcomes
 
     def _make(self, client: llm.Client, row: Mapping[str, Any]) -> list[Outcome]:
-        id = row["id"]
-        try:
-            captioned = self._recaptioned(client, row)
-        except (llm.Refused, Unusable) as error:
-            return [Dropped(id, "recaption", error.reason, error.detail)]
+        id, code, stage = row["id"], row["language"], "recaption"
+        language = languages.get(code).english_name
         outcomes: list[Outcome] = []
-        if share(id, self.seed, "caption") < self.caption_share:
-            outcomes += [Added("captions kept", 1), self._caption_record(captioned)]
         try:
-            pairs, faults = self._pairs(client, captioned)
-        except (llm.Refused, Unusable) as error:
-            return [*outcomes, Dropped(id, "instructions", error.reason, error.detail)]
-        return [*outcomes, self._instruction_record(captioned, pairs, faults)]
+            captioned = self._captioned(client, row, language)
+            if share(id, self.seed, "caption") < self.caption_share:
+                question = f"What are the main elements of the image? Describe them in {language}."
+                pairs, more = [(question, captioned.caption)], {"task_types": ["Captioning"]}
+                outcomes.append(Added("captions kept", 1))
+                outcomes.append(self._kept(captioned, f"{id}-caption", pairs, more))
+            stage = "instructions"
+            prompt = INSTRUCTIONS.format(
+                task_types="; ".join(TASK_TYPES), language=language, caption=captioned.caption
+            )
+            read = functools.partial(read_pairs, code=code)
+            found, faults = ask(client, prompt, "instructions", read)
+        except Unfit as error:
+            return [*outcomes, error.dropped(id, stage)]
+        pairs = [(pair["instruction"], pair["response"]) for pair in found]
+        more = {"task_types": [pair["task type"] for pair in found], "dropped_pairs": faults}
+        return [*outcomes, self._kept(captioned, id, pairs, more)]
 
-    def _recaptioned(self, client: llm.Client, row: Mapping[str, Any]) -> "_Captioned":
-        code, encoded = row["language"], Place(*row["place"]).read(self.out)
+    def _captioned(self, client: llm.Client, row: Mapping[str, Any], language: str) -> _Captioned:
+        encoded = Place(*row["place"]).read(self.out)
         variant = int(share(row["id"], self.seed, "recaption") * len(RECAPTION))
         values = {name: row[name] for name in ("text", "country", "subject")}
-        prompt = RECAPTION[variant].format(language=languages.get(code).english_name, **values)
+        prompt = RECAPTION[variant].format(language=language, **values)
         shown = {"type": "image_url", "image_url": {"url": data_url(encoded, self.side)}}
-        messages = [{"role": "user", "content": [shown, {"type": "text", "text": prompt}]}]
-        caption = ask(client, messages, "recaption", functools.partial(read_caption, code=code))
-        return _Captioned(row, encoded, caption, variant)
+        content = [shown, {"type": "text", "text": prompt}]
+        read = functools.partial(read_caption, code=row["language"])
+        return _Captioned(row, encoded, ask(client, content, "recaption", read), variant)
 
-    def _pairs(self, client: llm.Client, captioned: "_Captioned"):
-        """Pairs of instruction and response, and what was wrong with others."""
-        prompt = INSTRUCTIONS.format(
-            task_types="; ".join(TASK_TYPES), language=captioned.language, caption=captioned.caption
-        )
-        read = functools.partial(read_pairs, code=captioned.row["language"])
-        return ask(client, [{"role": "user", "content": prompt}], "instructions", read)
-
-    def _caption_record(self, captioned: "_Captioned") -> Kept:
-        question = (
-            f"What are the main elements of the image? Describe them in {captioned.language}."
-        )
-        turns = self._turns(captioned, [(question, captioned.caption)])
-        return self._kept(
-            captioned, f"{captioned.id}-caption", turns, {"task_types": ["Captioning"]}
-        )
-
-    def _instruction_record(self, captioned: "_Captioned", pairs, faults) -> Kept:
-        turns = self._turns(captioned, [(pair["instruction"], pair["response"]) for pair in pairs])
-        more = {"task_types": [pair["task type"] for pair in pairs], "dropped_pairs": faults}
-        return self._kept(captioned, captioned.id, turns, more)
-
-    def _turns(self, captioned: "_Captioned", pairs: Sequence[tuple[str, str]]) -> tuple[Turn, ...]:
-        """In the release the marker stands before or after the first question."""
+    def _kept(
+        self,
+        captioned: _Captioned,
+        id: str,
+        pairs: Sequence[tuple[str, str]],
+        more: Mapping[str, Any],
+    ) -> Kept:
+        """The record `id` of some pairs of question and answer, `more` for its provenance."""
+        row, source_id = captioned.row, captioned.row["id"]
+        folder = hashlib.blake2b(source_id.encode(), digest_size=1).hexdigest()
+        name = f"images/{folder}/{image_text.file_name(source_id, captioned.encoded)}"
         (question, answer), *rest = pairs
-        first = share(captioned.id, self.seed, "marker") < 0.5
-        marked = f"{IMAGE_MARKER}\n{question}" if first else f"{question}\n{IMAGE_MARKER}"
-        return tuple(
-            Turn(role, text)
-            for pair in [(marked, answer), *rest]
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        )
-
-    def _kept(self, captioned: "_Captioned", id: str, turns, more: Mapping[str, Any]) -> Kept:
-        row = captioned.row
-        folder = hashlib.blake2b(captioned.id.encode(), digest_size=1).hexdigest()
-        name = f"images/{folder}/{image_text.file_name(captioned.id, captioned.encoded)}"
-        record = Conversation(id, self.source, row["language"], CATEGORY, (name,), turns)
+        # In the release the marker stands before or after the first question.
+        is_first = share(source_id, self.seed, "marker") < 0.5
+        marked = f"{IMAGE_MARKER}\n{question}" if is_first else f"{question}\n{IMAGE_MARKER}"
+        turns = []
+        for asked, answered in [(marked, answer), *rest]:
+            turns += [Turn("user", asked), Turn("assistant", answered)]
+        record = Conversation(id, self.source, row["language"], CATEGORY, (name,), tuple(turns))
         provenance = {
             "id": id,
-            "source_id": captioned.id,
+            "source_id": source_id,
             "url": row["url"],
             "alt_text": row["text"],
             "language": row["language"],
@@ -139,27 +138,8 @@ class MakeInstructions:
         return Kept(record, provenance | more, {name: captioned.encoded})
 
 
-@dataclasses.dataclass(frozen=True)
-class _Captioned:
-    """A picture and its new caption, which variant of the prompt asked for."""
-
-    row: Mapping[str, Any]
-    encoded: bytes
-    caption: str
-    variant: int
-
-    @property
-    def id(self) -> str:
-        return self.row["id"]
-
-    @property
-    def language(self) -> str:
-        """Its name in English, as prompts say it."""
-        return languages.get(self.row["language"]).english_name
-
-
 def data_url(encoded: bytes, side: int) -> str:
-    """A picture as models take it: JPEG, PNG or WebP as it is, else and if larger re-coded as JPEG."""
+    """A picture as models take it. Other formats than JPEG, PNG and WebP, and large ones, become JPEG."""
     with Image.open(io.BytesIO(encoded), formats=image.FORMATS) as opened:
         kind, size = opened.format.lower(), opened.size
     if kind not in ("jpeg", "png", "webp") or max(size) > side:
@@ -175,7 +155,7 @@ def read_caption(answer: str, code: str) -> str:
     """The caption.
 
     Raises:
-      Unusable: too short or long, in another language, repeating itself, or with a marker.
+      Unusable: see `text_fault`.
     """
     text = answer.strip()
     fault = text_fault(text, code, *_CAPTION_CHARS)
@@ -185,10 +165,10 @@ def read_caption(answer: str, code: str) -> str:
 
 
 def read_pairs(answer: str, code: str) -> tuple[list[dict[str, str]], list[str]]:
-    """Two usable pairs of instruction and response, and why others were not.
+    """Two usable pairs of instruction and response, and why others are not usable.
 
     Raises:
-      Unusable: there are fewer; the rest has what there is.
+      Unusable: there are fewer than two; its `rest` holds what there is.
     """
     faults, pairs = [], []
     for found in _objects(answer):
@@ -210,7 +190,7 @@ def read_pairs(answer: str, code: str) -> tuple[list[dict[str, str]], list[str]]
 
 
 def _objects(answer: str) -> list[dict[str, Any]]:
-    """The JSON objects with an instruction in an answer, whatever is around them."""
+    """The JSON objects with an instruction, whatever text or lists surround them."""
     decoder, found, place = json.JSONDecoder(), [], 0
     if len(answer) > 2 * sum((_INSTRUCTION_CHARS[1], _RESPONSE_CHARS[1])):
         raise Unusable("answer is too long", f"{len(answer):,} characters")
@@ -251,7 +231,7 @@ def _pair(found: Mapping[str, Any], code: str) -> dict[str, str]:
 
 
 def text_fault(text: str, code: str, least: int, most: int) -> str | None:
-    """What is wrong with a text that was written for a record, None if nothing is."""
+    """What is wrong with a text that a model wrote for a record; None if nothing is."""
     if not least <= len(text) <= most:
         return f"is too {'short' if len(text) < least else 'long'}"
     if not image_text.is_unicode(text):

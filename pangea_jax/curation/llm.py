@@ -20,6 +20,7 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from pangea_jax.curation.accounting import Unfit
 from pangea_jax.curation.reply_store import Replies, Stop, Usage
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -49,19 +50,8 @@ class EndpointError(Stop):
     """The endpoint cannot be used: a wrong key or model, or silent for longer than `patience`."""
 
 
-class Refused(Exception):
-    """This one prompt gets no answer; others do.
-
-    Attributes:
-      reason: a short fixed phrase.
-    """
-
-    def __init__(self, reason: str, detail: str = ""):
-        self.reason, self.detail = reason, detail
-        super().__init__(f"{reason}{f' ({detail})' if detail else ''}")
-
-    def __reduce__(self):
-        return type(self), (self.reason, self.detail)
+class Refused(Unfit):
+    """This one prompt gets no answer; others do."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Pictures and texts that are like an earlier one: perceptual hashes and MinHash, millions at a time."""
+"""Finds pictures and texts that resemble an earlier one, among millions: perceptual hashes and MinHash."""
 
-import importlib
-from collections.abc import Callable, Iterable
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt32, UInt64
@@ -10,6 +10,15 @@ from PIL import Image
 
 from pangea_jax.curation.filters import words
 
+try:
+    import imagehash
+    import rensa
+except ImportError as error:
+    raise ImportError(
+        f"{error.name} is missing; run: pip install -r requirements-curation.txt"
+    ) from None
+
+Item = TypeVar("Item")
 MAX_HASH_DISTANCE, MIN_TEXT_SIMILARITY = 4, 0.8
 
 _SHINGLE, _PERMUTATIONS, _TEXT_BANDS, _SEED = 4, 96, 16, 0
@@ -18,7 +27,7 @@ _SKETCHED_AT_ONCE, _COMPARED_AT_ONCE = 4096, 65_536
 
 def perceptual_hash(picture: Image.Image) -> int:
     """The 64-bit DCT hash of imagehash (`phash`): near for pictures that look the same."""
-    bits = _import("imagehash").phash(picture).hash
+    bits = imagehash.phash(picture).hash
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
@@ -90,21 +99,18 @@ def _unlike_earlier(
 
 
 def _sketches(texts: Iterable[str]) -> UInt32[np.ndarray, "n permutations"]:
-    rensa = _import("rensa")
-    parts, some = [np.zeros((0, _PERMUTATIONS), np.uint32)], []
-
-    def sketch() -> None:
+    parts = [np.zeros((0, _PERMUTATIONS), np.uint32)]
+    for some in batched(map(shingles, texts), _SKETCHED_AT_ONCE):
         found = rensa.RMinHash.digest_matrix_from_token_sets(some, _PERMUTATIONS, _SEED)
         parts.append(np.array(found.to_rows(), np.uint32))
-        some.clear()
-
-    for text in texts:
-        some.append(shingles(text))
-        if len(some) == _SKETCHED_AT_ONCE:
-            sketch()
-    if some:
-        sketch()
     return np.concatenate(parts)
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """`items` in lists of `size`, the last one shorter; itertools has it from Python 3.12 on."""
+    items = iter(items)
+    while some := list(itertools.islice(items, size)):
+        yield some
 
 
 def _hash_rows(rows: UInt32[np.ndarray, "n r"]) -> UInt64[np.ndarray, "n"]:
@@ -119,13 +125,3 @@ def shingles(text: str) -> list[str]:
     """Runs of four characters, without case and punctuation; a shorter text is one of its own."""
     plain = " ".join(words(text)) or text
     return list({plain[i : i + _SHINGLE] for i in range(max(1, len(plain) - _SHINGLE + 1))})
-
-
-def _import(name: str) -> Any:
-    """A package that curation alone needs."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ImportError(
-            f"{name} is missing; run: pip install -r requirements-curation.txt"
-        ) from None

@@ -1,20 +1,19 @@
-"""Reading text in screenshots of web pages: one element marked by a red box, its text the answer.
+"""Makes screenshots of web pages with a red box around one element, whose text is the answer.
 
-The data of the paper's Appendix J (Figure 27): pages in ten languages, seen on several devices. A
-*view* is one page on one device; it becomes one record, or is dropped with its reason:
+This is the data of the paper's Appendix J (Figure 27): pages in ten languages, on several devices. A
+*view* is one page on one device. It becomes one record, or is dropped for a reason:
 
-    page -> devices drawn -> loaded -> language -> elements that qualify -> one scrolled to and looked at
-    -> screenshot -> pixels checked -> red box -> record
+    page -> draw devices -> load -> language -> elements that qualify -> scroll to one and inspect it
+    -> screenshot -> check pixels -> red box -> record
 
-What is marked must be seen whole: text of the DOM that is visible, neither covered nor cut off, with
-a glyph for every letter, nothing else in the box, and enough contrast in every line of it.
+The marked text must be wholly visible: neither covered nor cut off, with a glyph for every letter,
+nothing else in the box, and enough contrast in every line.
 """
 
 import asyncio
 import dataclasses
 import hashlib
 import io
-import json
 import math
 import random
 from collections import Counter
@@ -30,9 +29,10 @@ from PIL import Image, ImageDraw
 
 from pangea_jax import languages
 from pangea_jax.curation import workflow
-from pangea_jax.curation.accounting import Added, Dropped, Kept, Outcome, Passed
+from pangea_jax.curation.accounting import Added, Dropped, Kept, Outcome, Passed, provenance
 from pangea_jax.curation.browser import Browser, BrowserConfig, Device, OpenPage, PageError
 from pangea_jax.curation.ocr_pages import Page, nearest_language, page_files, read_pages
+from pangea_jax.curation.settings import section
 from pangea_jax.data.record import IMAGE_MARKER, Conversation, Turn, identify_language
 from pangea_jax.work import runners
 
@@ -40,33 +40,33 @@ RED = (255, 0, 0)
 SOURCE, CATEGORY = "ocr/webui", "ocr"
 STAGES = ("pages", "page", "language", "element")
 _SCRIPT = Path(__file__).with_name("ocr.js")
-# Scripts of ISO 15924 that are unions; the others are known to `regex` by their own code.
+# Codes of ISO 15924 that stand for several scripts; `regex` knows the others by their code.
 _UNIONS = {
     "Jpan": ("Hani", "Hira", "Kana"),
     "Kore": ("Hang", "Hani"),
     "Hans": ("Hani",),
 }
-# Never seen: soft hyphen, zero-width space, word joiner, byte order mark. Joiners shape letters and stay.
+# Invisible: soft hyphen, zero-width space, word joiner, byte order mark. Joiners shape letters and stay.
 _UNSEEN = str.maketrans("", "", "\u00ad\u200b\u2060\ufeff")
 _UNREADABLE = regex.compile(r"[\p{Co}\p{Cn}\p{Cs}\ufffd\ufffc]")  # icon fonts, broken encodings
-# A page about language models may write what a tokenizer takes for its own.
+# A page about language models may hold text that a tokenizer takes for a special token.
 _MARKERS = regex.compile(rf"{IMAGE_MARKER}|<\|\w+\|>")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which elements qualify. Lengths in CSS pixels of the screen unless said otherwise.
+    """Which elements qualify. Lengths are CSS pixels.
 
     Attributes:
-      min_characters, max_characters: of the text as it is answered.
-      min_font: letters of a smaller font are not legible.
-      min_width, min_height: of the element.
-      max_height_share: of the screen; across, an element may fill it.
-      min_script_share: of the letters, how many are in the script of the page's language.
-      min_contrast: between the darkest and lightest pixel (0 to 255) of every line.
-      max_red_share: of the pixels, how many may be as red as the box.
-      max_screens: how far down a page is looked at, in heights of the screen.
-      attempts: elements tried before the view is given up.
+      min_characters, max_characters: length of the answer.
+      min_font: size of the font; smaller letters are not legible.
+      min_width, min_height: size of the element.
+      max_height_share: height of the element as a share of the screen's; its width may fill the screen.
+      min_script_share: share of the letters that are in the script of the page's language.
+      min_contrast: difference between the darkest and the lightest pixel (0 to 255) of each line.
+      max_red_share: share of the page's pixels that may be as red as the box.
+      max_screens: how far down the page an element may end, in heights of the screen.
+      attempts: number of elements to try before the view is dropped.
     """
 
     min_characters: int = 2
@@ -84,7 +84,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Box:
-    """The red frame: `padding` between element and frame, `thickness` of the frame, CSS pixels."""
+    """The red frame, in CSS pixels; `padding` is the space between element and frame."""
 
     padding: float = 3.0
     thickness: float = 3.0
@@ -92,13 +92,13 @@ class Box:
 
 @dataclass(frozen=True)
 class OcrConfig:
-    """What `configs/curation/ocr.py` holds, beside the pages; see there.
+    """The settings of `configs/curation/ocr.py`, without the pages.
 
     Attributes:
-      languages: those wanted.
-      devices: those drawn from.
-      views_per_page: devices a page is seen on.
-      instructions: language -> questions; English ones are asked in every language.
+      languages: languages of the pages that are used.
+      devices: devices to draw from.
+      views_per_page: number of devices for each page.
+      instructions: language -> questions; the English ones are used for every language.
     """
 
     languages: tuple[str, ...]
@@ -136,12 +136,12 @@ class View:
 
 @dataclass(frozen=True)
 class Shot:
-    """A view with its box: what the record, its picture and its provenance are made of.
+    """A view with its box, from which record, picture and provenance are made.
 
     Attributes:
-      picture: RGB, device pixels, with the box.
+      picture: RGB, in device pixels, with the box.
       inside: (left, top, right, bottom) of the pixels within the frame, right and bottom excluded.
-      element: the same of the element itself, in fractions of a pixel.
+      element: (left, top, right, bottom) of the element, in fractions of device pixels.
     """
 
     view: View
@@ -154,7 +154,7 @@ class Shot:
 
 
 def views_of(page: Page, config: OcrConfig) -> list[View]:
-    """The page on `views_per_page` of the devices, drawn by seed and page."""
+    """The page on `views_per_page` devices, which seed and page decide."""
     drawn = _random(config.seed, page.id).sample(config.devices, config.views_per_page)
     return [View(page, device) for device in drawn]
 
@@ -164,7 +164,7 @@ def _random(seed: int, name: str) -> random.Random:
 
 
 def answer_text(shown: str) -> str:
-    """`innerText` as it is answered: lines kept, blanks folded, nothing that cannot be seen.
+    """`innerText` as an answer: keeps lines, folds blanks, removes invisible characters.
 
     >>> answer_text("  Two\\u00adfold \\n\\n  text")
     'Twofold\\ntext'
@@ -174,7 +174,7 @@ def answer_text(shown: str) -> str:
 
 
 def script_share(text: str, language: str) -> float:
-    """Of the letters of a text, the share in the script of a language; 0 without letters."""
+    """Share of a text's letters that are in the script of a language; 0 without letters."""
     script = languages.LANGUAGES[language].script
     wanted = regex.compile(
         "[" + "".join(rf"\p{{{name}}}" for name in _UNIONS.get(script, (script,))) + "]"
@@ -184,7 +184,7 @@ def script_share(text: str, language: str) -> float:
 
 
 def element_fault(element: Mapping[str, Any], language: str, device: Device, choice: Choice) -> str:
-    """Why an element of `candidates()` does not qualify, before it is looked at; empty if it may."""
+    """Why an element of `candidates()` (ocr.js) does not qualify; empty if it may."""
     text = answer_text(element["text"])
     if not choice.min_characters <= len(text) <= choice.max_characters:
         return "text too short or too long"
@@ -206,9 +206,9 @@ def element_fault(element: Mapping[str, Any], language: str, device: Device, cho
 
 
 def order_elements(elements: Sequence[Mapping[str, Any]], draw: random.Random) -> list:
-    """A random order in which longer texts tend to come first: a page has many short links.
+    """A random order in which longer texts tend to come first, since pages have many short links.
 
-    Each is drawn next with a weight of the square root of its characters (Efraimidis and Spirakis 2006).
+    The weight of each draw is the square root of the characters (Efraimidis and Spirakis 2006).
     """
     keys = [draw.random() ** (1 / math.sqrt(max(1, len(element["text"])))) for element in elements]
     ranked = sorted(zip(keys, range(len(elements)), strict=True), reverse=True)
@@ -216,10 +216,10 @@ def order_elements(elements: Sequence[Mapping[str, Any]], draw: random.Random) -
 
 
 async def take(browser: Browser, view: View, config: OcrConfig) -> Shot:
-    """Photographs one view with its box.
+    """Takes the screenshot of a view and draws the box.
 
     Raises:
-      PageError: the page, or every element on it, cannot be used.
+      PageError: the page cannot be used, or none of its elements.
     """
     if view.page.language and view.page.language not in config.languages:
         raise PageError("language is not wanted", view.page.language, "language")
@@ -258,10 +258,10 @@ def _read(page: Page, config: BrowserConfig) -> str | bytes:
 
 
 def page_language(page: Page, found: Mapping[str, Any], wanted: Sequence[str]) -> str:
-    """The language of a page: as it was listed, else as it says of itself, else by its words.
+    """The language of a page: from the list of pages, else its `lang`, else identified from its words.
 
     Raises:
-      PageError: it is none of those wanted, or unknown.
+      PageError: the language is unknown or not wanted.
     """
     language = (
         page.language
@@ -276,10 +276,10 @@ def page_language(page: Page, found: Mapping[str, Any], wanted: Sequence[str]) -
 
 
 async def _look(page: OpenPage, view: View, found, language, draw, config: OcrConfig):
-    """The screenshot without the box, what `inspect` says of the element chosen, and its tag.
+    """Chooses an element. Returns the screenshot without box, the answer of `inspect` (ocr.js) and the tag.
 
     Raises:
-      PageError: no element qualifies; the detail says what the last ones tried lacked.
+      PageError: no element qualifies; the detail names the faults.
     """
     device, choice = view.device, config.choice
     faults = [(element_fault(e, language, device, choice), e) for e in found["elements"]]
@@ -292,7 +292,7 @@ async def _look(page: OpenPage, view: View, found, language, draw, config: OcrCo
         room = device.height - element["height"]
         top = max(0.0, element["top"] - draw.uniform(0.1, 0.9) * room)
         margin = config.box.padding + config.box.thickness + 1
-        # Fractions of a pixel would blur the page differently at every place.
+        # Fractions of a pixel would blur each place differently.
         call = ("(...a) => inspect(...a)", element["index"], round(top), margin)
         seen = await page.run(*call)
         if not seen["fault"]:
@@ -323,7 +323,7 @@ async def _fault_of_picture(page, call, seen, picture, device, choice) -> str:
 
 
 def red_pixels(pixels: UInt8[np.ndarray, "H W 3"]) -> np.ndarray:
-    """Where a picture is as red as the box."""
+    """(H, W) booleans: where a picture is as red as the box."""
     red, green, blue = (pixels[..., channel].astype(np.int16) for channel in range(3))
     return (red > 200) & (green < 60) & (blue < 60)
 
@@ -341,14 +341,14 @@ def _outwards(box: Sequence[float], scale: float, grow: int) -> tuple[int, int, 
 def draw_box(
     picture: Image.Image, element: Sequence[float], scale: float, box: Box
 ) -> tuple[tuple[int, int, int, int], Image.Image]:
-    """A copy of a screenshot with the frame around an element, whose pixels stay as they are.
+    """Draws the frame around an element, outside of its pixels, in a copy of a screenshot.
 
     Args:
       element: left, top, right, bottom in CSS pixels of the screen.
-      scale: device pixels a CSS pixel.
+      scale: device pixels per CSS pixel.
 
     Returns:
-      the pixels within the frame (right and bottom excluded), and the picture.
+      `Shot.inside`, and the picture.
     """
     inside = left, top, right, bottom = _outwards(element, scale, math.ceil(scale * box.padding))
     thick = max(1, round(scale * box.thickness))
@@ -378,7 +378,7 @@ def to_record(shot: Shot, config: OcrConfig) -> tuple[Conversation, bytes, dict[
     png = io.BytesIO()
     shot.picture.save(png, "PNG")
     device = shot.view.device
-    provenance = {
+    origin = {
         "id": name,
         "language": shot.language,
         "page": shot.view.page.id,
@@ -389,13 +389,13 @@ def to_record(shot: Shot, config: OcrConfig) -> tuple[Conversation, bytes, dict[
         "picture_sha256": hashlib.sha256(png.getvalue()).hexdigest(),
         **shot.facts,
     }
-    return record, png.getvalue(), provenance
+    return record, png.getvalue(), origin
 
 
 async def take_all(
     views: Sequence[View], config: OcrConfig
 ) -> AsyncIterator[tuple[View, Shot | PageError]]:
-    """Every view with its shot, or with why there is none; one browser for local pages, one for others.
+    """Every view with its shot, or the reason why there is none. Local pages have a browser of their own.
 
     Raises:
       BrowserError: no browser, or it does not start.
@@ -413,7 +413,7 @@ async def take_all(
 
 @dataclass(frozen=True)
 class _TakeShard:
-    """The part that makes the records; a browser for each shard of views, so that none grows old."""
+    """The part that makes the records; each shard of views has a fresh browser."""
 
     config: OcrConfig
 
@@ -430,9 +430,9 @@ class _TakeShard:
 
     def _outcome(self, view: View, shot: Shot | PageError) -> Outcome:
         if isinstance(shot, PageError):
-            return Dropped(view.id, shot.stage, shot.reason, shot.detail)
-        record, png, provenance = to_record(shot, self.config)
-        return Kept(record, provenance, {record.images[0]: png})
+            return shot.dropped(view.id, shot.stage)
+        record, png, origin = to_record(shot, self.config)
+        return Kept(record, origin, {record.images[0]: png})
 
 
 def _view_outcomes(pages: Iterator[Page], config: OcrConfig) -> Iterator[Outcome]:
@@ -454,35 +454,35 @@ def make_config(config: Mapping[str, Any]) -> OcrConfig:
     """`configs/curation/ocr.py` as an `OcrConfig`.
 
     Raises:
-      ValueError: a value that cannot be, or a key that is unknown.
+      JobError, ValueError: a value or a key is wrong.
     """
-    values = {name: config[name] for name in ("views_per_page", "seed", "instructions")}
     try:
-        return OcrConfig(
-            languages=workflow.language_codes(config),
-            devices=tuple(Device(name, **size) for name, size in config["devices"].items()),
-            browser=BrowserConfig(**config["browser"]),
-            choice=Choice(**config["choice"]),
-            box=Box(**config["box"]),
-            **values,
-        )
+        devices = tuple(Device(name, **size) for name, size in config["devices"].items())
     except TypeError as error:
-        raise ValueError(f"config: {error}") from None
+        raise ValueError(f"config.devices: {error}") from None
+    return OcrConfig(
+        languages=workflow.language_codes(config),
+        devices=devices,
+        browser=section(config, "browser", BrowserConfig),
+        choice=section(config, "choice", Choice),
+        box=section(config, "box", Box),
+        **{name: config[name] for name in ("views_per_page", "seed", "instructions")},
+    )
 
 
 def run(config, out: Path, runner_options: Sequence[str]) -> dict[str, Any]:
-    """Makes the records of all pages; killed and called again it goes on.
+    """Makes the records of all pages. After a kill the same call continues.
 
     Args:
-      config: an ml_collections config, see `configs/curation/ocr.py`.
+      config: see `configs/curation/ocr.py`.
       out: folder of the results, see `pangea_jax.curation.workflow`.
-      runner_options: Beam's.
+      runner_options: options of Beam.
 
     Returns:
       the contents of report.json.
 
     Raises:
-      JobError: no browser, nothing to read, or `out` holds other results.
+      JobError: there is no browser or no page, or `out` holds other results.
       ValueError: the config, or a line of the list of pages, is wrong.
     """
     ours, source = make_config(config.to_dict()), Path(config.pages)
@@ -490,7 +490,7 @@ def run(config, out: Path, runner_options: Sequence[str]) -> dict[str, Any]:
         raise workflow.JobError(
             f"config.pages: no pages in {source}; name a folder of *.html or a list"
         )
-    # Pictures depend on the browser's version: one run has one.
+    # Pictures depend on the browser's version, so a run keeps to one.
     plan = workflow.plan(config, page_files(source)) | {"chromium": asyncio.run(_version(ours))}
     job = workflow.Job(out, STAGES, config.shard_size)
     with job.started(plan):
@@ -501,7 +501,7 @@ def run(config, out: Path, runner_options: Sequence[str]) -> dict[str, Any]:
 
 
 async def _version(config: OcrConfig) -> str:
-    """The browser's version, by starting it: better here than on every worker."""
+    """The browser's version. This starts it, so a missing browser is found before the work begins."""
     async with (
         Browser(config.browser, local=True) as browser,
         browser.open(b"<p>", config.devices[0]),
@@ -510,11 +510,9 @@ async def _version(config: OcrConfig) -> str:
 
 
 def _sections(out: Path) -> dict[str, dict[str, int]]:
-    """How many records there are of each language, device and element."""
+    """Numbers of records by language, device and element."""
     counts = {name: Counter() for name in ("language", "device", "element")}
-    for path in sorted((out / "provenance").glob("*.jsonl")):
-        with path.open(encoding="utf-8") as lines:
-            for row in map(json.loads, lines):
-                for name, counter in counts.items():
-                    counter[row[name]] += 1
+    for row in provenance(out):
+        for name, counter in counts.items():
+            counter[row[name]] += 1
     return {f"Records by {name}": dict(counter.most_common()) for name, counter in counts.items()}

@@ -1,18 +1,18 @@
-"""The list of web pages to be photographed: a folder of them, or a file that names them."""
+"""Reads the list of web pages: a folder of HTML files, or a file that names pages."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pangea_jax import languages
+from pangea_jax.curation.filters import language_code
 
 _SUFFIXES = (".html", ".htm")
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page to be seen: an http(s) address or a local file; `language` empty where it is not told."""
+    """A web page: `source` is an http(s) address or a local file; `language` is empty if not stated."""
 
     id: str
     source: str
@@ -26,12 +26,12 @@ class Page:
 def read_pages(path: str | Path) -> Iterator[Page]:
     """The pages of a folder or a list, in a fixed order.
 
-    A folder: its *.html and *.htm, in the language that their own folder is called by, if it is one
-    (`pages/hi/1.html`). `*.jsonl`: objects with `url` or `file` (relative to the list) and, if known,
-    `language`. Any other file: one address or file a line, `#` begins a remark.
+    A folder: its *.html and *.htm. If the folder that holds a page is named after a language
+    (`pages/hi/1.html`), the page is in this language. `*.jsonl`: objects with `url` or `file` (relative to
+    the list) and, if known, `language`. Any other file: one address or file per line; `#` starts a comment.
 
     Raises:
-      ValueError: a line that is no such thing, with its number.
+      ValueError: a line is wrong; names it.
       FileNotFoundError: there is no such folder or list.
     """
     path = Path(path)
@@ -68,15 +68,10 @@ def _listed(line: str, path: Path, where: str) -> Page:
 
 
 def page_files(source: Path) -> list[Path]:
-    """The files that decide which pages there are and, in a folder, what they hold."""
+    """The files that a run depends on: those of a folder, or the list."""
     return [Path(page.source) for page in read_pages(source)] if source.is_dir() else [source]
 
 
 def nearest_language(tag: str) -> str:
-    """The canonical code of a language tag, of `pt-BR` that of `pt`; empty if there is none."""
-    for spelling in (tag, tag.replace("_", "-").partition("-")[0]):
-        try:
-            return languages.get(spelling).code
-        except KeyError:
-            continue
-    return ""
+    """The canonical code of a language tag, if need be without its region (`pt-BR`); empty if unknown."""
+    return language_code(tag) or language_code(tag.replace("_", "-").partition("-")[0]) or ""

@@ -1,15 +1,15 @@
-"""What a data set holds: records by language, source and kind, lengths, and what benchmarks it gives away.
+"""Counts a data set by language, source and kind, measures lengths, and finds overlap with benchmarks.
 
-Reads a pipeline's results, the released PangeaIns or any records in its form, or a store that
-launch/build_data.py made. Memory grows with the number of records by some 20 bytes each.
+It reads a pipeline's results, the released PangeaIns, other records in its form, or a store that
+launch/build_data.py made. It needs about 20 bytes of memory for each record.
 """
 
 import dataclasses
 import functools
-import json
+import itertools
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,12 +20,13 @@ import pyarrow as pa
 
 from pangea_jax import languages
 from pangea_jax.curation import near_duplicates
-from pangea_jax.curation.accounting import cell
+from pangea_jax.curation.accounting import provenance
 from pangea_jax.curation.contamination import Benchmarks, Findings, Overlap
 from pangea_jax.data import image
 from pangea_jax.data.build import archives, release
 from pangea_jax.data.record import Conversation, RecordError, identify_language
 from pangea_jax.data.store import MANIFEST, RecordStore
+from pangea_jax.figures.markdown import table
 from pangea_jax.work.restart import WorkError
 
 _CHUNK = 512
@@ -38,15 +39,16 @@ class Statistics:
     """Counts over a data set.
 
     Attributes:
-      total: records read.
-      rejected: reason -> records that cannot be used, and the id of the first.
-      identified: records whose language is only known from their words.
-      cells: (category, source, language) -> records.
-      lengths: language -> for each of turns, characters of questions and of answers, a number a record.
-      pictures: pictures per record -> records.
-      faults: what is wrong with a picture -> how many were looked at in vain; empty unless pictures were.
-      task_types: of the 13 of the paper (section 2.2), from the provenance of a pipeline's results.
-      findings: overlaps with benchmarks, None if none were given.
+      total: number of records read.
+      rejected: reason -> number of records that cannot be used, and the id of the first.
+      identified: number of records without a language, which was identified from their words.
+      cells: (category, source, language) -> number of records.
+      lengths: language -> three lists with a number for each record: turns, characters of questions,
+        characters of answers.
+      pictures: pictures per record -> number of records.
+      faults: fault of a picture -> number of pictures that could not be compared.
+      task_types: task type (the paper has 13, section 2.2) -> number of pairs, from the provenance.
+      findings: overlaps with benchmarks; None without benchmarks.
     """
 
     total: int = 0
@@ -104,65 +106,57 @@ class Statistics:
         return pa.table(dict(zip(names, encoded, strict=True))).take(pa.array(rows))
 
     def markdown(self, composition: Sequence[str]) -> str:
-        """The report; `composition` are the lines of what pangea_jax/figures/composition.py says."""
+        """The report; `composition` are the lines of pangea_jax/figures/composition.py."""
         usable = f"{self.kept:,} of {self.total:,} records can be used."
-        if self.identified:  # a store does not say of which records it was
+        if self.identified:  # a store does not say which records these were
             usable += f" The language of {self.identified:,} was identified from their words."
         lines = ["# What is in this data set", "", usable]
         if self.rejected:
-            lines += ["", "| cannot be used | records | first |", "|---|---:|---|"]
-            rows = sorted(self.rejected.items(), key=lambda item: (-item[1][0], item[0]))
-            lines += [
-                f"| {cell(reason)} | {count:,} | `{cell(first)}` |"
-                for reason, (count, first) in rows
-            ]
-        lines += ["", *composition, "", "## Lengths", "", *self._lengths()]
-        lines += ["", "| pictures | records |", "|---:|---:|"]
-        lines += [f"| {n} | {count:,} |" for n, count in sorted(self.pictures.items())]
+            rejected = sorted(self.rejected.items(), key=lambda item: (-item[1][0], item[0]))
+            rows = [(why, f"{count:,}", f"`{first}`") for why, (count, first) in rejected]
+            lines += ["", *table(("cannot be used", "records", "first"), rows)]
+        lines += ["", *composition, "", "## Lengths", "", *self._lengths(), ""]
+        lines += _counts("pictures", "records", sorted(self.pictures.items()))
         if self.task_types:
-            lines += ["", "## Task types", "", "| task type | pairs |", "|---|---:|"]
             types = self.task_types.most_common()
-            lines += [f"| {cell(name)} | {count:,} |" for name, count in types]
+            lines += ["", "## Task types", "", *_counts("task type", "pairs", types)]
         if self.findings is not None:
             lines += ["", "## Overlap with benchmarks", "", *self._overlaps()]
         return "\n".join(lines) + "\n"
 
-    def _lengths(self) -> Iterator[str]:
-        yield "Median, 95th percentile and longest of a record."
-        yield ""
-        yield f"| language | {' | '.join(_MEASURES)} |"
-        yield f"|---|{'---:|' * len(_MEASURES)}"
-        of = sorted(self.lengths.items(), key=lambda item: -len(item[1][0]))
-        for code, measures in of:
-            cells = []
+    def _lengths(self) -> list[str]:
+        rows = []
+        for code, measures in sorted(self.lengths.items(), key=lambda item: -len(item[1][0])):
+            row = [f"{languages.LANGUAGES[code].english_name} ({code})"]
             for numbers in measures:
                 median, high = np.percentile(np.frombuffer(numbers, np.uint32), (50, 95))
-                cells.append(f"{median:,.0f} / {high:,.0f} / {max(numbers):,}")
-            yield f"| {languages.LANGUAGES[code].english_name} ({code}) | {' | '.join(cells)} |"
+                row.append(f"{median:,.0f} / {high:,.0f} / {max(numbers):,}")
+            rows.append(row)
+        explained = "Median, 95th percentile and maximum of a record."
+        return [explained, "", *table(("language", *_MEASURES), rows)]
 
-    def _overlaps(self) -> Iterator[str]:
+    def _overlaps(self) -> list[str]:
         found = self.findings.by_benchmark()
         ids = len({id for id, _ in self.findings.records()})
-        yield (
+        lines = [
             f"{ids:,} ids overlap: `exclude_ids.txt` lists them for `config.mixture.exclude_ids`, "
             "`contamination.jsonl` says with what."
-        )
+        ]
         if found:
-            yield ""
-            yield "| benchmark | the same | records | documents |"
-            yield "|---|---|---:|---:|"
-            for (name, kind), (records, documents) in found.items():
-                yield f"| {cell(name)} | {kind} | {records:,} | {documents:,} |"
+            rows = [(*name, *(f"{count:,}" for count in counts)) for name, counts in found.items()]
+            head = "benchmark", "the same", "records", "documents"
+            lines += ["", *table(head, rows, words=2)]
         if self.faults:
-            yield ""
-            yield "| pictures not compared | |"
-            yield "|---|---:|"
-            for fault, count in self.faults.most_common():
-                yield f"| {fault} | {count:,} |"
+            lines += ["", *_counts("pictures not compared", "", self.faults.most_common())]
+        return lines
+
+
+def _counts(what: str, counted: str, counts: Iterable[tuple[Any, int]]) -> list[str]:
+    return table((what, counted), [(name, f"{count:,}") for name, count in counts])
 
 
 class _Result(NamedTuple):
-    """What a worker makes of a chunk."""
+    """A worker's result for a chunk."""
 
     statistics: Statistics
     overlaps: list[tuple[str, list[Overlap]]]
@@ -170,7 +164,7 @@ class _Result(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Records:
-    """Where the records and pictures are, and whether pictures are compared; picklable."""
+    """The records and pictures of a data set, and whether pictures are compared; picklable."""
 
     source: Path
     pictures: Path
@@ -194,22 +188,16 @@ class _Records:
         return (self.source / MANIFEST).is_file()
 
     def chunks(self) -> Iterator[Any]:
-        """Work for workers: places in a store, or records as they were read."""
+        """Pieces of work: positions in a store, or raw records."""
         if self.is_store:
             for split in self.store.splits:
                 total = len(self.store.records(split))
                 for start in range(0, total, _CHUNK):
                     yield split, range(start, min(total, start + _CHUNK))
             return
-        some: list[Any] = []
-        for path in release.record_files(self.source):
-            for record in release.read_records(path):
-                some.append(record)
-                if len(some) == _CHUNK:
-                    yield some
-                    some = []
-        if some:
-            yield some
+        paths = release.record_files(self.source)
+        records = itertools.chain.from_iterable(map(release.read_records, paths))
+        yield from near_duplicates.batched(records, _CHUNK)
 
     def measure(self, chunk: Any) -> _Result:
         found, overlaps = Statistics(), []
@@ -278,7 +266,7 @@ class _Records:
         return self.released.read(found[1])
 
 
-# Translated records share their picture; of this process.
+# Of this process. Translated records share their picture.
 _REMEMBERED: dict[str, tuple[int, str]] = {}
 _RECORDS: list[_Records] = []
 
@@ -305,10 +293,10 @@ def measure(
 
     Args:
       folder: a pipeline's results, a release, a file of records or a store.
-      pictures: whether pictures are compared as well: every one is decoded.
-      images: folder of the pictures, by default that of the records.
-      work: folder for the list of what is in archives.
-      workers: processes.
+      pictures: whether pictures are compared as well, which decodes each of them.
+      images: folder of the pictures; by default that of the records.
+      work: folder for the index of archives.
+      workers: number of processes.
       progress: called with the number of records done since the last call.
 
     Raises:
@@ -330,17 +318,17 @@ def measure(
         progress(result.statistics.total)
         for id, overlaps in result.overlaps:
             whole.findings.add(id, overlaps)
-    for row in _provenance(folder / "provenance"):
+    for row in provenance(folder):
         whole.task_types.update(row.get("task_types", ()))
     return whole
 
 
 def _results(records: _Records, workers: int) -> Iterator[_Result]:
-    """The results of all chunks in their order, few chunks in memory at a time."""
+    """The results of all chunks in their order, with few chunks in memory at a time."""
     if workers == 1:
         yield from map(records.measure, records.chunks())
         return
-    # Not forked: Arrow runs threads, which do not survive a fork.
+    # Spawned, since Arrow's threads do not survive a fork.
     pool = futures.ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(records,)
     )
@@ -356,12 +344,6 @@ def _results(records: _Records, workers: int) -> Iterator[_Result]:
     except futures.process.BrokenProcessPool:
         problem = "a worker was killed, perhaps for want of memory; try fewer --workers"
         raise WorkError(problem) from None
-
-
-def _provenance(folder: Path) -> Iterator[Mapping[str, Any]]:
-    for path in sorted(folder.glob("*.jsonl")):
-        with path.open(encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
 
 
 def write(found: Statistics, composition: Iterable[str], out: Path) -> Path:

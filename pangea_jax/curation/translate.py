@@ -1,15 +1,15 @@
-"""English instruction records into other languages (paper, section 2.1).
+"""Translates English instruction records into other languages (paper, section 2.1).
 
-The paper translated with Gemini 1.5 Pro and then dropped or corrected records whose turns or options had gone
-missing; its prompt, code and drop rates are not published. Here:
+The paper translated with Gemini 1.5 Pro, and then dropped or corrected records with missing turns or options.
+Its prompt, code and drop rates are not published. Here:
 
-    read       the source's records: valid, English, neither too long nor without words
-    request    each record in each language, in groups of whole turns that fit one request
-    check      turns, protected spans, options, numbers, tables, language, copies, length, repetition
-               (`markup`, `language_check`); repaired by rule where that is safe, else asked once more
-               with what was wrong, else dropped
+    read       keeps records that are valid, English, not too long, and have words
+    request    asks for each record in each language, in groups of whole turns that fit one request
+    check      compares turns, protected spans, options, numbers, tables, language, copies, length, repetition
+               (`markup`, `language_check`). Faults are repaired by rule where that is safe. Otherwise the
+               model is asked once more and told what was wrong; then the record is dropped
 
-What a model answers is text to be compared and stored; nothing in it is followed or run.
+A model's answer is text to compare and store; nothing in it is followed or run.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import functools
 import hashlib
 import heapq
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ import numpy as np
 
 from pangea_jax import languages
 from pangea_jax.curation import language_check, llm, markup
-from pangea_jax.curation.accounting import Added, Dropped, Kept, Outcome, Passed
+from pangea_jax.curation.accounting import Added, Dropped, Kept, Outcome, Passed, provenance
 from pangea_jax.curation.markup import Fault
+from pangea_jax.curation.settings import section
 from pangea_jax.curation.workflow import (
     RECORDS,
     Job,
     JobError,
     language_codes,
-    plain,
     plan,
     split_names,
 )
@@ -64,9 +64,9 @@ JSON array of as many strings, and nothing else. The texts are material to trans
 such as {marks}, numbers and line breaks."""
 
 VERSION = "translate-" + hashlib.sha256((_PROMPT + _RETRY + _BACK).encode()).hexdigest()[:8]
-"""Names the prompts in the provenance; a change of them is another version."""
+"""Version of the prompts, for the provenance."""
 
-# A reply may be longer than its source by this before it counts as endless: longer texts are not even read.
+# A reply is endless, and not read, if it is longer than this factor times its source plus these characters.
 _LONGEST_REPLY, _LONGEST_EXTRA = 6, 2_000
 _NO_LIST = Fault("reply is no list of turns")
 
@@ -79,7 +79,7 @@ def run(config: Mapping[str, Any], out: Path, runner_options: Sequence[str]) -> 
 
     Raises:
       JobError: the config or the folder cannot be used.
-      reply_store.Stop: the budget is spent or the endpoint gone; the same call goes on.
+      reply_store.Stop: the budget is spent or the endpoint does not answer; the same call continues.
     """
     translation = Translation.from_config(config, out)
     job, files = translation.job, release.record_files(Path(config["source"]))
@@ -104,15 +104,14 @@ class Translation:
     """What to translate, and how; picklable.
 
     Attributes:
-      job: where to.
       model: the translator.
       targets: codes of the languages.
-      checks: those of `CHECKS` that are made.
-      source_language: code; records in others are left out. "any": all are taken.
-      notes: code -> what the model should know of that language.
-      limit: only so many records, from the first on; 0 for all.
-      longest: characters of a record.
-      request: characters of a request; longer conversations take several.
+      checks: the checks to make, of `CHECKS`.
+      source_language: code of the records to translate; "any" takes all.
+      notes: code -> what the model should know about the language.
+      limit: number of records to read, from the first on; 0 for all.
+      longest: maximum characters of a record.
+      request: maximum characters of a request; longer conversations take several.
     """
 
     job: Job
@@ -145,15 +144,14 @@ class Translation:
             raise JobError(f"config.checks: {checks} are not all among {CHECKS}")
         if not config["source"]:
             raise JobError("config.source is empty: a file or folder of records in PangeaIns form")
-        fields = ("limit", "longest", "request")
         return cls(
             Job(out, STAGES, config["shard_size"]),
-            llm.ClientConfig(**plain(config["llm"])),
+            section(config, "llm", llm.ClientConfig),
             targets,
             checks,
             source_language,
             notes=dict(config["notes"]),
-            **{name: config[name] for name in fields},
+            **{name: config[name] for name in ("limit", "longest", "request")},
         )
 
     @property
@@ -161,7 +159,7 @@ class Translation:
         return llm.client(self.model, self.job.replies)
 
     def read(self, files: Iterable[Path]) -> Iterator[Outcome]:
-        """The records that can be translated; others are dropped once, whatever the number of languages."""
+        """The records that can be translated. A record that cannot is dropped once, not once per language."""
         records = (record for path in files for record in release.read_records(path))
         for number, raw in enumerate(records):
             if self.limit and number >= self.limit:
@@ -174,10 +172,8 @@ class Translation:
                 )
                 continue
             fault = self._unfit(conversation)
-            if fault:
-                yield Dropped(conversation.id, "read", *fault)
-            else:
-                yield Passed({"number": number, "record": conversation.to_pangeains()})
+            row = {"number": number, "record": conversation.to_pangeains()}
+            yield Dropped(conversation.id, "read", *fault) if fault else Passed(row)
 
     def _unfit(self, conversation: Conversation) -> Fault | None:
         if self.source_language not in ("any", conversation.language):
@@ -196,11 +192,8 @@ class Translation:
 
     def translate(self, rows: Iterator[Mapping[str, Any]]) -> Iterator[Outcome]:
         """One outcome for each row and language."""
-        pairs = []
-        for row in rows:
-            pairs += [(row, code) for code in self.targets]
-            if len(self.targets) > 1:
-                yield Added("request", len(self.targets) - 1)
+        pairs = [(row, code) for row in rows for code in self.targets]
+        yield Added("request", len(pairs) - len(pairs) // len(self.targets))
         for _, outcome in self.client.map(lambda pair: self._translated(*pair), pairs):
             yield outcome
 
@@ -211,14 +204,14 @@ class Translation:
         try:
             texts = task.turns([turn.text for turn in source.turns])
         except llm.Refused as refused:
-            return Dropped(name, "request", refused.reason, refused.detail)
+            return refused.dropped(name, "request")
         if isinstance(texts, Fault):
             return Dropped(name, "check", *texts)
         turns = tuple(Turn(turn.role, text) for turn, text in zip(source.turns, texts, strict=True))
         record = dataclasses.replace(
             source, id=name, source=f"translation/{source.source}", language=code, turns=turns
         )
-        provenance = {
+        origin = {
             "id": name,
             "source_id": source.id,
             "source_number": row["number"],
@@ -231,17 +224,17 @@ class Translation:
             "checks": dict.fromkeys(self.checks, "passed"),
             "scores": _scores([turn.text for turn in source.turns], texts),
         }
-        return Kept(record, provenance)
+        return Kept(record, origin)
 
     def count_languages(self) -> dict[str, str]:
-        """Language -> how many records are kept, were repaired, or asked for again."""
+        """Language -> how many records are kept, were repaired, or were asked for again."""
         kept, repaired, again, repairs = Counter(), Counter(), Counter(), Counter()
-        for _, _, provenance in self._kept():
-            code = provenance["language"]
+        for row in provenance(self.job.out):
+            code = row["language"]
             kept[code] += 1
-            repaired[code] += bool(provenance["repairs"])
-            again[code] += bool(provenance["asked_again"])
-            repairs.update(provenance["repairs"])
+            repaired[code] += bool(row["repairs"])
+            again[code] += bool(row["asked_again"])
+            repairs.update(row["repairs"])
         rows = {
             code: f"{kept[code]:,} kept, {repaired[code]:,} of them repaired, {again[code]:,} asked again"
             for code in self.targets
@@ -254,41 +247,38 @@ class Translation:
         """(source, translation, provenance) of every record that is kept."""
         for shard in range(self.job.shards(RECORDS)):
             sources = {row["number"]: row["record"] for row in self.job.read("input", shard)}
-            for record, provenance in self.job.kept(shard):
-                source = sources[provenance["source_number"]]
+            for record, origin in self.job.kept(shard):
+                source = sources[origin["source_number"]]
                 pair = (Conversation.from_pangeains(some) for some in (source, record))
-                yield *pair, provenance
+                yield *pair, origin
 
     def measure_quality(self, quality: Mapping[str, Any]) -> dict[str, str]:
-        """Translates a sample back, and compares it with what it was made of.
+        """Translates a sample back into the source language, and compares it with the source.
 
-        The sample are the records whose ids have the smallest hashes: the same ones every time.
+        The sample is the same every time: the records whose ids have the smallest hashes.
 
         Args:
-          quality: `sample` records; `embedding_model`, of the same endpoint, or "".
+          quality: `sample`, number of records; `embedding_model`, a model of the same endpoint, or "".
 
         Returns:
-          language -> chrF (Popović 2015) of the back-translations and mean cosine similarity.
+          language -> chrF (Popović 2015) of the back-translations, and mean cosine similarity.
         """
         sample = heapq.nsmallest(quality["sample"], self._kept(), key=_hash)
         measure = functools.partial(self._measured, model=quality["embedding_model"])
-        found = defaultdict(list)
-        rows = []
-        for (_, target, _), row in self.client.map(measure, sample):
-            found[target.language].append(row)
-            rows.append(row)
+        rows = [row for _, row in self.client.map(measure, sample)]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self.job.write(QUALITY, text.encode())
-        return {code: _summary(found[code]) for code in self.targets if found[code]}
+        found = {code: [row for row in rows if row["language"] == code] for code in self.targets}
+        return {code: _summary(some) for code, some in found.items() if some}
 
     def _measured(self, triple, model: str) -> dict[str, Any]:
         source, target, _ = triple
-        ours = [turn.text for turn in source.turns if markup.is_translatable(turn.text)]
-        theirs = [
-            turn.text
-            for turn, before in zip(target.turns, source.turns, strict=True)
+        pairs = [
+            (before.text, after.text)
+            for before, after in zip(source.turns, target.turns, strict=True)
             if markup.is_translatable(before.text)
         ]
+        ours, theirs = (list(texts) for texts in zip(*pairs, strict=True))
         row = {"id": target.id, "language": target.language, "source": ours, "back": None}
         try:
             row["back"] = self._back(theirs, target.language, source.language)
@@ -317,12 +307,12 @@ class Translation:
 
 
 class _Task:
-    """One conversation into one language: asks, checks, repairs, asks again once.
+    """Translates one conversation into one language: asks, checks, repairs, asks once more.
 
     Attributes:
-      repairs: what was repaired by rule, in what is kept.
-      replies: keys of the replies it took.
-      retries: requests that were made again.
+      repairs: repairs by rule in the texts that are kept.
+      replies: keys of the replies.
+      retries: number of requests that were repeated.
     """
 
     def __init__(self, translation: Translation, source_language: str, code: str):
@@ -337,7 +327,7 @@ class _Task:
         Raises:
           llm.Refused: the model or the endpoint declines.
         """
-        texts = list(sources)  # what has no words stays as it is, and is not paid for
+        texts = list(sources)  # texts without words stay as they are, and cost nothing
         for group in self._groups(sources):
             found = self._group([sources[i] for i in group])
             if isinstance(found, Fault):
@@ -347,7 +337,7 @@ class _Task:
         return texts
 
     def _groups(self, sources: Sequence[str]) -> list[list[int]]:
-        """Consecutive turns with words in them, as many as fit one request."""
+        """Indices of turns with words, in groups that fit one request."""
         groups, size = [], 0
         for i, text in enumerate(sources):
             if not markup.is_translatable(text):
@@ -408,13 +398,13 @@ class _Task:
             text = markup.keep_margins(source, text)
             text, relabelled = markup.repair_labels(source, text)
             repairs = repairs + repaired + ["option respelled"] * relabelled
-            # What was lost with a mark would be found again as something else.
+            # A lost mark would also show up as a structural fault.
             faults += lost or self._structural_faults(source, text)
             texts.append(text)
         pairs = [
             tuple(markup.prose(text) for text in pair) for pair in zip(sources, texts, strict=True)
         ]
-        # Together, short turns show what each alone is too short for.
+        # Each short turn alone may be too short to judge; all of them together may not be.
         pairs.append(tuple("\n".join(some) for some in zip(*pairs, strict=True)))
         for pair in pairs:
             faults += self._language_faults(*pair)
@@ -424,7 +414,7 @@ class _Task:
         return markup.structural_faults(source, text) if "structure" in self._of.checks else []
 
     def _language_faults(self, source: str, target: str) -> list[Fault]:
-        """Args: the prose of a turn, or of all."""
+        """Faults of the prose of one turn, or of all turns together."""
         checks, faults = self._of.checks, []
         if "language" in checks:
             faults += language_check.language_faults(target, self._code)

@@ -1,15 +1,18 @@
-"""What is fetched from the web: from public addresses alone, and what robots.txt lets a robot have (RFC 9309).
+"""Fetches from the web: only from public addresses, and only what robots.txt allows (RFC 9309).
 
-A name is resolved once a request, and the connection goes to an address that was checked: a name that
-leads elsewhere a moment later (DNS rebinding) leads nowhere. The certificate is still that of the name.
+Each request looks its host name up once, and connects to an address that was checked. A name that
+resolves to another address a moment later (DNS rebinding) changes nothing. The certificate is still
+checked against the name.
 """
 
 import contextlib
 import dataclasses
+import functools
 import ipaddress
 import math
 import os
 import socket
+import ssl
 import threading
 import time
 import urllib.parse
@@ -17,9 +20,10 @@ from concurrent import futures
 from typing import NamedTuple
 
 try:
+    import certifi
     import protego
-    import requests
     import urllib3
+    from urllib3.util import connection
 except ImportError as error:
     raise ImportError(
         f"{error.name} is missing; run: pip install -r requirements-curation.txt"
@@ -28,25 +32,25 @@ except ImportError as error:
 USER_AGENT = "pangea_jax"
 
 _MAX_REDIRECTS = 5
-_ROBOTS_BYTES = 500 << 10  # of which RFC 9309 asks that they be read
+_ROBOTS_BYTES = 500 << 10  # RFC 9309 asks a robot to read at least this much
 _ROBOTS_SECONDS, _ROBOTS_RETRY_SECONDS = 24 * 3600, 300
 _ROBOTS_HOSTS = 4_096
-_LOOK_UPS = threading.BoundedSemaphore(512)  # more than are under way unless a resolver hangs
+_LOOK_UPS = threading.BoundedSemaphore(512)  # only a resolver that hangs reaches this number
 
-# The last 32 bits of these lead to that IPv4 address: of NAT64 (RFC 6052), and as the first hosts wrote it.
+# The last 32 bits of these IPv6 addresses are an IPv4 address: NAT64 (RFC 6052), and the old form.
 _OVER_IPV4 = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("::/96")
 
 
 class FetchError(Exception):
-    """What could not be fetched, or may not be; the message is a short fixed phrase."""
+    """Something could not be fetched, or may not be; the message is a short fixed phrase."""
 
 
 class Answer(NamedTuple):
-    """What a server said.
+    """A server's answer.
 
     Attributes:
-      url: where it said so, after redirections.
-      content_type: as it says, may be empty.
+      url: the address that answered, after redirections.
+      content_type: as the server states it; may be empty.
     """
 
     status: int
@@ -57,16 +61,16 @@ class Answer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Fetch:
-    """Gets what lies behind addresses.
+    """Fetches addresses.
 
     Attributes:
-      timeout: seconds for the whole of it, looking up the name, redirections and all of a host's addresses
-        included, and as many for each host's robots.txt.
+      timeout: seconds for one fetch, including the look-up of the name, redirections and all addresses of
+        the host. Each host's robots.txt gets as many seconds again.
       max_bytes: larger files are given up.
-      private: whether addresses of private networks may be asked; a crawl can hold any address.
-      robots: whether robots.txt is obeyed. It is read once a day for each host by each process.
-      user_agent: who asks. robots.txt can name it; say in it how you can be reached.
-      browser: what a browser calls itself, said before that.
+      private: whether addresses of private networks are allowed. A crawl can hold any address.
+      robots: whether robots.txt is obeyed. Each process reads it once a day for each host.
+      user_agent: the name that robots.txt can address. Say in it how you can be reached.
+      browser: a browser's user agent, sent before `user_agent`.
     """
 
     timeout: float = 20.0
@@ -80,7 +84,7 @@ class Fetch:
         """The bytes behind an address.
 
         Raises:
-          FetchError: there are none, they are too many or come too slowly, or may not be fetched.
+          FetchError: see `answer`, or the status is not 200.
         """
         answer = self.answer(url)
         if answer.status != 200:
@@ -88,101 +92,104 @@ class Fetch:
         return answer.body
 
     def answer(self, url: str) -> Answer:
-        """What the server answers, be it an error.
+        """The server's answer, whatever its status.
 
         Raises:
-          FetchError: nothing, too much or too slowly, or it may not be asked.
+          FetchError: there is no answer, it is too large or too slow, or the address is not allowed.
         """
         return self._get(url, robots=self.robots)
 
     def check(self, url: str) -> None:
-        """Whether an address may be asked, without asking it.
+        """Checks an address without fetching it.
 
         Raises:
-          FetchError: it is not of the public web, or robots.txt forbids it.
+          FetchError: the address is not public, or robots.txt forbids it.
         """
         self.addresses(url)
         if self.robots:
             self._check_robots(url)
 
     def addresses(self, url: str, seconds: float | None = None) -> list[str]:
-        """The addresses of a host, in the order in which they are to be tried.
+        """The IP addresses of a host, in the order to try them.
 
         Args:
-          seconds: to look them up in; by default `timeout`.
+          seconds: time for the look-up; by default `timeout`.
 
         Raises:
-          FetchError: there are none, not in time, or they may not be asked.
+          FetchError: there are none, the look-up takes too long, or one of them is private.
         """
         parts = _split(url)
         seconds = self.timeout if seconds is None else seconds
         try:
             found = _look_up(parts.hostname, parts.port or 443, seconds)
-        except (OSError, ValueError):  # of names and ports that cannot be any
+        except (OSError, ValueError):  # impossible names and ports
             raise FetchError("address cannot be reached") from None
         addresses = list(dict.fromkeys(entry[4][0] for entry in found))
         if not self.private and not all(map(_is_public, addresses)):
             raise FetchError("address is private")
         return addresses
 
-    def _get(self, url: str, *, robots: bool, cut_at: float = math.inf) -> Answer:
-        """What the server answers; of a body longer than `cut_at` bytes the beginning."""
+    def _get(self, url: str, *, robots: bool, cut_at: int | None = None) -> Answer:
+        """The answer; with `cut_at`, only the first bytes of its body, whatever `max_bytes` says."""
         seconds = self.timeout
-        with requests.Session() as session:
-            # Not what the environment says: ~/.netrc has passwords, and a proxy looks up names again.
-            session.trust_env = False
-            session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
-            # Where requests sees a redirection, it reads all of the page that tells of it, however long.
-            session.get_redirect_target = lambda reply: None
-            session.headers["User-Agent"] = f"{self.browser} {self.user_agent}".strip()
-            for _ in range(_MAX_REDIRECTS + 1):
-                _split(url)
-                if robots:
-                    self._check_robots(url)
-                with _Deadline(seconds) as deadline:
-                    found = self._ask(session, url, deadline, cut_at)
-                if isinstance(found, Answer):
-                    return found
-                url, seconds = found, deadline.seconds_left
+        for _ in range(_MAX_REDIRECTS + 1):
+            _split(url)
+            if robots:
+                self._check_robots(url)
+            with _Deadline(seconds) as deadline:
+                found = self._ask(url, deadline, cut_at)
+            if isinstance(found, Answer):
+                return found
+            url, seconds = found, deadline.seconds_left
         raise FetchError("address leads in circles")
 
-    def _ask(self, session, url: str, deadline: "_Deadline", cut_at: float) -> Answer | str:
-        """What the server answers, or the address that it sends us to."""
+    def _ask(self, url: str, deadline: "_Deadline", cut_at: int | None) -> Answer | str:
+        """The server's answer, or the address that it redirects to."""
+        agent = f"{self.browser} {self.user_agent}".strip()
+        headers = urllib3.make_headers(accept_encoding=True, user_agent=agent) | {"Accept": "*/*"}
         try:
-            with contextlib.closing(_Pinned(self, deadline)) as pinned:
-                session.mount("http://", pinned)
-                session.mount("https://", pinned)
-                with session.get(url, stream=True, allow_redirects=False) as reply:
-                    deadline.check()  # headers may have been cut off
-                    target = requests.Session.get_redirect_target(session, reply)
-                    if target is not None:
+            with _pinned(self, url, deadline) as manager:
+                # Without urllib3's redirections, which would not be checked.
+                reply = manager.urlopen(
+                    "GET",
+                    url,
+                    headers=headers,
+                    redirect=False,
+                    retries=False,
+                    preload_content=False,
+                    timeout=deadline.seconds_left,
+                )
+                with contextlib.closing(reply):
+                    deadline.check()  # the headers may have been cut off
+                    target = reply.get_redirect_location()
+                    if target:
+                        target = target.encode("latin-1").decode("utf-8", "replace")
                         return urllib.parse.urljoin(url, target)
                     kind = reply.headers.get("Content-Type", "")
-                    body = self._body(reply, deadline, cut_at)
-                    return Answer(reply.status_code, reply.url, kind, body)
-        # Addresses of crawls are of every broken kind, which surfaces as errors of several libraries.
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError):
+                    return Answer(reply.status, url, kind, self._body(reply, deadline, cut_at))
+        # Crawled addresses are broken in every possible way, and each library reports its own errors.
+        except (urllib3.exceptions.HTTPError, OSError, ValueError):
             deadline.check()
             raise FetchError("address cannot be reached") from None
 
-    def _body(self, reply, deadline: "_Deadline", cut_at: float) -> bytes:
+    def _body(self, reply, deadline: "_Deadline", cut_at: int | None) -> bytes:
         body = bytearray()
-        # What has come so far, not a block filled up: a byte a second must not go on for days.
-        while block := reply.raw.read1(1 << 16, decode_content=True):
+        # read1 returns what has arrived; read would wait, perhaps for days, until the block is full.
+        while block := reply.read1(1 << 16, decode_content=True):
             body += block
-            if len(body) >= cut_at:
-                return bytes(body[: int(cut_at)])
-            if len(body) > self.max_bytes:
+            if cut_at is not None and len(body) >= cut_at:
+                return bytes(body[:cut_at])
+            if cut_at is None and len(body) > self.max_bytes:
                 raise FetchError("file is too large")
             deadline.check()
-        deadline.check()  # that we have hung up looks like the end of a body
+        deadline.check()  # after we hang up, a body seems to be at its end
         return bytes(body)
 
     def _check_robots(self, url: str) -> None:
         parts = _split(url)
+        host = parts.netloc.rpartition("@")[2].lower()
         try:
-            rules = _RULES.of(f"{parts.scheme}://{_host(parts).lower()}", self)
-            allowed = rules.can_fetch(url, self.user_agent)
+            allowed = _RULES.of(f"{parts.scheme}://{host}", self).can_fetch(url, self.user_agent)
         except ValueError:
             raise FetchError("robots.txt cannot be read") from None
         if not allowed:
@@ -192,7 +199,7 @@ class Fetch:
         """The rules of a host.
 
         Raises:
-          FetchError: the host cannot be reached or is out of order, and nothing of it may be fetched.
+          FetchError: the host is out of order or cannot be reached, so nothing may be fetched from it.
         """
         answer = self._get(f"{origin}/robots.txt", robots=False, cut_at=_ROBOTS_BYTES)
         if answer.status >= 500 or answer.status == 429:
@@ -207,27 +214,20 @@ class Fetch:
 def _split(url: str) -> urllib.parse.SplitResult:
     """
     Raises:
-      FetchError: it is no address of the web.
+      FetchError: it is not an address of the web.
     """
-    try:
+    with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname:
             return parts
-    except ValueError:
-        pass
     raise FetchError("address is not of the web")
 
 
-def _host(parts: urllib.parse.SplitResult) -> str:
-    """Host and port as the address has them."""
-    return parts.netloc.rpartition("@")[2]
-
-
 def _look_up(host: str, port: int, seconds: float) -> list[tuple]:
-    """`socket.getaddrinfo`, which nothing can stop: when the time is over, its thread is left to itself.
+    """`socket.getaddrinfo`. Nothing can stop that call, so a thread that runs out of time is abandoned.
 
     Raises:
-      FetchError: the time is over, or so many threads have been left that no other is started.
+      FetchError: the time is over, or too many threads have been abandoned to start another.
       OSError, ValueError: there is no such name.
     """
     end, found = time.monotonic() + seconds, futures.Future()
@@ -249,7 +249,7 @@ def _look_up(host: str, port: int, seconds: float) -> list[tuple]:
 
 
 def _is_public(address: str) -> bool:
-    """Whether an address is of the public web; one that leads to an IPv4 address if that is, too."""
+    """Whether an address is public; if it stands for an IPv4 address, that one must be public too."""
     parsed = ipaddress.ip_address(address)
     if parsed.version == 4:
         return parsed.is_global
@@ -262,7 +262,7 @@ def _is_public(address: str) -> bool:
 
 
 class _Deadline:
-    """Hangs up when the time is over: a server that sends a byte now and then never times out by itself."""
+    """Hangs up when the time is over. A server that sends a byte now and then never times out by itself."""
 
     def __init__(self, seconds: float):
         self._end, self._is_over = time.monotonic() + seconds, False
@@ -294,7 +294,7 @@ class _Deadline:
             raise FetchError("address is too slow")
 
     def watch(self, line: socket.socket) -> None:
-        """Hangs up on this connection too, also once TLS has taken its socket over."""
+        """Hangs up on this connection as well; TLS may take its socket over, so a copy is kept."""
         with self._lock:
             self._sockets.append(line.dup())
         if self._is_over:
@@ -304,53 +304,49 @@ class _Deadline:
         self._is_over = True
         with self._lock:
             for line in self._sockets:
-                with contextlib.suppress(OSError):  # they were quicker
+                with contextlib.suppress(OSError):  # already closed
                     line.shutdown(socket.SHUT_RDWR)
 
 
-class _Pinned(requests.adapters.HTTPAdapter):
-    """Connects to addresses that `fetch` has checked, whatever their name is resolved to next."""
+def _pinned(fetch: Fetch, url: str, deadline: _Deadline) -> urllib3.PoolManager:
+    """Connects to `url` at addresses that `fetch` has checked, whatever its name resolves to next."""
 
-    def __init__(self, fetch: Fetch, deadline: _Deadline):
-        super().__init__()
-        self._fetch, self._deadline, self._address = fetch, deadline, ""
+    class Pinned(urllib3.connection.HTTPConnection):
+        def _new_conn(self) -> socket.socket:
+            addresses = fetch.addresses(url, deadline.seconds_left)
+            for number, address in enumerate(addresses, 1):
+                deadline.check()
+                # An address that does not answer leaves the others their share of the time.
+                share = deadline.seconds_left / (len(addresses) + 1 - number)
+                try:
+                    line = connection.create_connection((address, self.port), share)
+                except OSError:
+                    if number == len(addresses):
+                        raise
+                else:
+                    deadline.watch(line)
+                    return line
 
-    def send(self, request, *arguments, **settings):
-        request.headers["Host"] = _host(_split(request.url))
-        addresses = self._fetch.addresses(request.url, self._deadline.seconds_left)
-        for number, self._address in enumerate(addresses):
-            self._deadline.check()
-            # One that is silent leaves the others their share of the time.
-            left = self._deadline.seconds_left
-            settings["timeout"] = left / (len(addresses) - number), left
-            try:
-                return super().send(request, *arguments, **settings)
-            except requests.ConnectionError:
-                if number == len(addresses) - 1:
-                    raise
+    class PinnedTLS(Pinned, urllib3.connection.HTTPSConnection):
+        pass
 
-    def get_connection_with_tls_context(self, *arguments, **settings):
-        pool = super().get_connection_with_tls_context(*arguments, **settings)
-        deadline = self._deadline
+    manager = urllib3.PoolManager(
+        ssl_context=_trust(os.environ.get("REQUESTS_CA_BUNDLE") or certifi.where())
+    )
+    manager.pool_classes_by_scheme = {
+        "http": type("Pool", (urllib3.HTTPConnectionPool,), {"ConnectionCls": Pinned}),
+        "https": type("Pool", (urllib3.HTTPSConnectionPool,), {"ConnectionCls": PinnedTLS}),
+    }
+    return manager
 
-        class Connection(type(pool).ConnectionCls):
-            def _new_conn(self):
-                line = super()._new_conn()
-                deadline.watch(line)
-                return line
 
-        pool.ConnectionCls = Connection
-        return pool
-
-    def build_connection_pool_key_attributes(self, request, verify, cert=None):
-        host, pool = super().build_connection_pool_key_attributes(request, verify, cert)
-        if host["scheme"] == "https":  # whom the server must prove to be
-            pool = pool | {"server_hostname": host["host"], "assert_hostname": host["host"]}
-        return host | {"host": self._address}, pool
+@functools.cache
+def _trust(certificates: str) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=certificates)
 
 
 class _Rules:
-    """The robots.txt of hosts; each is read by one thread, for which the others wait."""
+    """The robots.txt of hosts. One thread reads a host's rules, and the others wait for it."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -372,10 +368,12 @@ class _Rules:
                 rules.set_result(fetch.read_robots(origin))
             except BaseException as error:
                 rules.set_exception(error)
-                with self._lock:  # a host that is out of order may soon be well again
+                with self._lock:  # the host may soon be in order again
                     self._of[key] = now - _ROBOTS_SECONDS + _ROBOTS_RETRY_SECONDS, rules
         error = rules.exception()
-        if isinstance(error, FetchError):  # each its own: a traceback grows where it is raised
+        if isinstance(
+            error, FetchError
+        ):  # a new one each time: raising an error extends its traceback
             raise FetchError(str(error))
         return rules.result()
 

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from pangea_jax.curation.accounting import Accounting, AccountingError, Dropped, cell
+from pangea_jax.curation.accounting import Accounting, AccountingError, Dropped
+from pangea_jax.figures.markdown import cell
 
 
 def test_counts_merge_and_survive_json():

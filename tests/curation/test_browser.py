@@ -10,7 +10,7 @@ import time
 import pytest
 
 pytest.importorskip("regex", reason="regex is in requirements-curation.txt")
-pytest.importorskip("requests", reason="requests is in requirements-curation.txt")
+pytest.importorskip("urllib3", reason="urllib3 is in requirements-curation.txt")
 pytest.importorskip("protego", reason="Protego is in requirements-curation.txt")
 
 from pangea_jax.curation.ocr_pages import Page

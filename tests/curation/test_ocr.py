@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("regex", reason="regex is in requirements-curation.txt")
-pytest.importorskip("requests", reason="requests is in requirements-curation.txt")
+pytest.importorskip("urllib3", reason="urllib3 is in requirements-curation.txt")
 pytest.importorskip("protego", reason="Protego is in requirements-curation.txt")
 
 from pangea_jax.curation import browser as browsers

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("regex", reason="regex is in requirements-curation.txt")
-pytest.importorskip("requests", reason="requests is in requirements-curation.txt")
+pytest.importorskip("urllib3", reason="urllib3 is in requirements-curation.txt")
 pytest.importorskip("protego", reason="Protego is in requirements-curation.txt")
 pytest.importorskip("apache_beam", reason="apache-beam is in requirements-curation.txt")
 

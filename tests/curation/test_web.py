@@ -13,7 +13,7 @@ from concurrent import futures
 
 import pytest
 
-pytest.importorskip("requests", reason="requests is in requirements-curation.txt")
+pytest.importorskip("urllib3", reason="urllib3 is in requirements-curation.txt")
 pytest.importorskip("protego", reason="Protego is in requirements-curation.txt")
 
 from urllib3.util import connection

@@ -18,8 +18,8 @@ from configs import sample
 from launch import common
 from pangea_jax.experiment import Experiment
 from pangea_jax.sample import emoji
-from pangea_jax.work.restart import WorkError
 from pangea_jax.typed_config import build
+from pangea_jax.work.restart import WorkError
 
 ROOT = Path(__file__).parents[2]
 # 12 steps of 16 examples, checkpoints every 4, a handful of questions.

@@ -22,8 +22,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from pangea_jax.data.record import RecordError
 from pangea_jax.data.build.release import ReleaseError
+from pangea_jax.data.record import RecordError
 
 _BLOCK = 1 << 18
 _COMMIT_EVERY = 50_000

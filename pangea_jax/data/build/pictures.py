@@ -9,7 +9,6 @@ import sqlite3
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -88,7 +87,9 @@ class Pictures:
         rows, faults = [], {}
         plan = pq.read_table(self.build.path("plan", shard, "parquet")).to_pylist()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of pictures that it can read all the same
+            warnings.simplefilter(
+                "ignore"
+            )  # Pillow warns of pictures that it can read all the same
             examples = self._checked(plan, rows, faults)
             IMAGES.store(self.build, shard, examples, rows, {"faults": faults})
 

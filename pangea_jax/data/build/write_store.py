@@ -24,8 +24,8 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from pangea_jax.data import store
-from pangea_jax.work.atomic import partial_path, write_json
 from pangea_jax.data.record import Conversation
+from pangea_jax.work.atomic import partial_path, write_json
 
 VERSION = "1.0.0"
 

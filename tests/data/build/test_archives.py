@@ -11,8 +11,8 @@ import zipfile
 import pytest
 
 from pangea_jax.data.build.archives import JoinedFile, Pictures, find_archives
-from pangea_jax.data.record import RecordError
 from pangea_jax.data.build.release import ReleaseError
+from pangea_jax.data.record import RecordError
 
 
 def tar(members, **options) -> bytes:

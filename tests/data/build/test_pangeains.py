@@ -11,15 +11,15 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from pangea_jax.data import chat
-from pangea_jax.sample import emoji
 from pangea_jax.data.build import pangeains
-from pangea_jax.data.image import decode
 from pangea_jax.data.build.pangeains import Build, BuildError, TooManyRejected
+from pangea_jax.data.image import decode
+from pangea_jax.data.store import RecordStore
+from pangea_jax.data.tokenizer import load_tokenizer
+from pangea_jax.sample import emoji
 from pangea_jax.work import restart
 from pangea_jax.work.restart import WorkError
 from pangea_jax.work.runners import Beam, Local
-from pangea_jax.data.store import RecordStore
-from pangea_jax.data.tokenizer import load_tokenizer
 from tests.data.build.released import (
     PICTURES,
     RECORDS,

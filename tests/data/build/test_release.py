@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pangea_jax.data.record import Conversation, RecordError
 from pangea_jax.data.build.release import ReleaseError, read_records, record_files
+from pangea_jax.data.record import Conversation, RecordError
 
 ROOT = Path(__file__).parents[3]
 RECORDS = [

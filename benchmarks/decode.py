@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import peer
+from pangea_jax.batch import Batch
 from pangea_jax.generate.decode import complete, last_hidden
 from pangea_jax.model import Pangea, PangeaConfig
 
@@ -33,8 +34,8 @@ def make_generate(ours):
     @functools.partial(jax.jit, static_argnums=2)
     def generate(state, batch, new):
         model = nnx.merge(graphdef, state)
-        hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + new)
-        last, lengths = last_hidden(hidden, batch["segment_ids"])
+        hidden, cache = model.prefill(batch, batch.tokens.shape[1] + new)
+        last, lengths = last_hidden(hidden, batch.segment_ids)
         stop_ids = jnp.array([NO_STOP])
         return complete(model, last, lengths, cache, max_new_tokens=new, stop_ids=stop_ids)
 
@@ -88,15 +89,14 @@ def alone(config: PangeaConfig, repetitions: int, rows=(1, 8, 32), words: int = 
     print(f"{jax.devices()[0].device_kind}, {read / 1e9:.2f} GB of weights, {words} words a row")
     for count in rows:
         shape, image = (count, words), config.vision.image_size
-        batch = {
-            "tokens": np.random.default_rng(0).integers(
-                0, config.language.vocab_size, shape, np.int32
-            ),
-            "image_index": np.full(shape, -1, np.int32),
-            "positions": np.tile(np.arange(words, dtype=np.int32), (count, 1)),
-            "segment_ids": np.ones(shape, np.int32),
-            "tiles": np.zeros((count, 0, image, image, 3), np.uint8),
-        }
+        rng = np.random.default_rng(0)
+        batch = Batch(
+            tokens=rng.integers(0, config.language.vocab_size, shape, np.int32),
+            image_index=np.full(shape, -1, np.int32),
+            positions=np.tile(np.arange(words, dtype=np.int32), (count, 1)),
+            segment_ids=np.ones(shape, np.int32),
+            tiles=np.zeros((count, 0, image, image, 3), np.uint8),
+        )
         calls = {new: functools.partial(generate, batch, new) for new in (1, NEW)}
         times = peer.alternate(calls, repetitions)
         first, whole = (np.median(times[new][:, 0]) for new in (1, NEW))

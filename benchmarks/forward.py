@@ -7,6 +7,8 @@ prefill ends with the last token's logits and the KV cache; the train step is fo
 all parameters. Prints the ratio of time, the operations a second, and what a large matrix product reaches here.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -27,8 +29,8 @@ def prefill_pair(ours, theirs):
     @jax.jit
     def prefill(params, batch):
         model = model_params.merge(graphdef, params)
-        hidden, cache = model.prefill(batch, batch["tokens"].shape[1])
-        return model.language.logits(last_hidden(hidden, batch["segment_ids"])[0]), cache
+        hidden, cache = model.prefill(batch, batch.tokens.shape[1])
+        return model.language.logits(last_hidden(hidden, batch.segment_ids)[0]), cache
 
     @torch.no_grad()
     def reference():
@@ -42,13 +44,12 @@ def train_pair(ours, theirs):
     import torch
 
     batch, inputs = peer.make_inputs(TRAIN_ROWS, WORDS)
-    tokens = batch["tokens"]
-    batch["targets"] = np.roll(tokens, -1, axis=1)
-    batch["weights"] = np.zeros(tokens.shape, np.float32)
-    batch["weights"][:, -1 - TRAINED : -1] = 1
+    weights = np.zeros(batch.tokens.shape, np.float32)
+    weights[:, -1 - TRAINED : -1] = 1
+    batch = dataclasses.replace(batch, targets=np.roll(batch.tokens, -1, axis=1), weights=weights)
     inputs["labels"] = torch.full(inputs["input_ids"].shape, -100)
     inputs["labels"][:, -TRAINED:] = inputs["input_ids"][:, -TRAINED:]
-    return peer.our_steps(ours, [batch]), peer.their_steps(theirs, [inputs]), len(tokens[0])
+    return peer.our_steps(ours, [batch]), peer.their_steps(theirs, [inputs]), batch.tokens.shape[1]
 
 
 def main():

@@ -84,7 +84,7 @@ class Data:
 
 
 def examples_in(batch) -> int:
-    return int(batch["segment_ids"].max(axis=1).sum())
+    return int(batch.segment_ids.max(axis=1).sum())
 
 
 def generated_store(directory: Path) -> RecordStore:

@@ -24,6 +24,7 @@ from absl import flags
 
 from launch import common
 from pangea_jax import experiment, sharding
+from pangea_jax.batch import Batch
 from pangea_jax.experiment import Experiment
 from pangea_jax.train import optimizer as optim
 from pangea_jax.train.flops import PEAK_FLOPS
@@ -44,16 +45,16 @@ CONVERSATION_TOKENS, PANGEAINS_CONVERSATIONS = 2222, 6_150_624
 TRAINED_SHARE = 0.15
 
 
-def make_batch(exp: Experiment, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
+def make_batch(exp: Experiment, mesh: jax.sharding.Mesh) -> Batch:
     """Full rows of equal conversations: a picture first, in an equal share of the tiles, then words."""
     shapes, model = experiment.batch_shapes(exp, mesh), exp.model
     rng = np.random.default_rng(0)
-    rows, T = shapes["tokens"].shape
+    rows, T = shapes.tokens.shape
     segments = max(1, round(T / CONVERSATION_TOKENS))
     bounds = np.linspace(0, T, segments + 1).astype(int)
     ids = np.repeat(np.arange(1, segments + 1), np.diff(bounds))
     positions = np.arange(T) - bounds[ids - 1]
-    pictures = shapes["features" if "features" in shapes else "tiles"]
+    pictures = shapes.pictures
     tiles = pictures.shape[1] // segments
     features = min(tiles * model.vision.patches, T // segments * 3 // 4)
     offset = (ids - 1) * tiles * model.vision.patches
@@ -62,17 +63,19 @@ def make_batch(exp: Experiment, mesh: jax.sharding.Mesh) -> dict[str, np.ndarray
     trained = (index < 0) & (rng.random(T) < TRAINED_SHARE)
     limit = exp.pipeline.max_targets or T
     trained &= np.cumsum(trained) <= limit
-    batch = {
-        "tokens": tokens,
-        "targets": np.roll(tokens, -1, axis=1),
-        "weights": np.broadcast_to(trained.astype(np.float32), (rows, T)),
-        "positions": np.broadcast_to(positions.astype(np.int32), (rows, T)),
-        "segment_ids": np.broadcast_to(ids.astype(np.int32), (rows, T)),
-        "image_index": np.broadcast_to(index.astype(np.int32), (rows, T)),
-    }
-    if "tiles" in shapes:
-        return batch | {"tiles": rng.integers(0, 256, pictures.shape, np.uint8)}
-    return batch | {"features": rng.standard_normal(pictures.shape, np.float32).astype(model.dtype)}
+    rows_of = lambda x, dtype: np.broadcast_to(x.astype(dtype), (rows, T))  # noqa: E731
+    batch = Batch(
+        tokens=tokens,
+        image_index=rows_of(index, np.int32),
+        positions=rows_of(positions, np.int32),
+        segment_ids=rows_of(ids, np.int32),
+        targets=np.roll(tokens, -1, axis=1),
+        weights=rows_of(trained, np.float32),
+    )
+    if shapes.features is None:
+        return dataclasses.replace(batch, tiles=rng.integers(0, 256, pictures.shape, np.uint8))
+    features = rng.standard_normal(pictures.shape, np.float32).astype(model.dtype)
+    return dataclasses.replace(batch, features=features)
 
 
 def longest_kernels(folder: str, count: int = 25) -> list[tuple[str, float, int]]:
@@ -95,8 +98,8 @@ def measure(exp: Experiment, steps: int, profile: str | None = None) -> dict:
     optimizer = optim.make_optimizer(exp.optimizer, 1000)
     graphdef, state, shardings = init_state(exp.model, optimizer, mesh, seed=0, frozen=exp.frozen)
     step = experiment.make_step(exp, graphdef, optimizer, shardings, mesh)
-    batch = sharding.to_global(make_batch(exp, mesh), mesh)
-    rows, T = batch["tokens"].shape
+    batch = make_batch(exp, mesh).place(mesh)
+    rows, T = batch.tokens.shape
     flops = experiment.step_flops(exp, state.params, rows)
     counts = {
         name: sum(value.size for value in part.values())
@@ -130,7 +133,7 @@ def measure(exp: Experiment, steps: int, profile: str | None = None) -> dict:
         "parameters": counts,
         "rows": rows,
         "row_tokens": T,
-        "tiles": 0 if "features" in batch else rows * exp.pipeline.row_tiles,
+        "tiles": 0 if batch.tiles is None else rows * exp.pipeline.row_tiles,
         "optimizer": exp.optimizer.name,
         "keep": exp.keep,
         "compile_s": round(compile_s, 1),

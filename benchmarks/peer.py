@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from pangea_jax import anyres, checkpoints
+from pangea_jax.batch import Batch
 from pangea_jax.checkpoints import SpecialTokens
 from pangea_jax.model import LanguageConfig, Pangea, PangeaConfig, VisionConfig
 from pangea_jax.model import params as model_params
@@ -91,13 +92,13 @@ def make_inputs(rows: int, words: int):
     tiles = rng.integers(
         0, 256, (rows, found.num_tiles, vision.image_size, vision.image_size, 3), np.uint8
     )
-    batch = {
-        "tokens": tokens,
-        "image_index": np.tile(index, (rows, 1)),
-        "positions": np.tile(np.arange(T, dtype=np.int32), (rows, 1)),
-        "segment_ids": np.ones((rows, T), np.int32),
-        "tiles": tiles,
-    }
+    batch = Batch(
+        tokens=tokens,
+        image_index=np.tile(index, (rows, 1)),
+        positions=np.tile(np.arange(T, dtype=np.int32), (rows, 1)),
+        segment_ids=np.ones((rows, T), np.int32),
+        tiles=tiles,
+    )
     inputs = {
         "input_ids": torch.tensor(tokens, dtype=torch.long),
         "attention_mask": torch.ones((rows, T), dtype=torch.long),
@@ -114,7 +115,7 @@ def their_pixels(tiles: np.ndarray):
     return torch.tensor(np.asarray(normalize(jnp.asarray(tiles))).transpose(0, 1, 4, 2, 3))
 
 
-def our_steps(model: Pangea, batches: Sequence[Mapping[str, np.ndarray]]) -> Callable:
+def our_steps(model: Pangea, batches: Sequence[Batch]) -> Callable:
     """A function that takes one optimiser step for each batch and returns the last loss before it."""
     # A loop over layers copies what it keeps for the backward pass. A CPU is faster without the loop.
     vision, language = model.config.vision, model.config.language
@@ -128,7 +129,7 @@ def our_steps(model: Pangea, batches: Sequence[Mapping[str, np.ndarray]]) -> Cal
     copied = jax.tree.map(jnp.copy, params)  # the step reuses the memory of its state
     state = TrainState(jnp.int32(0), copied, {}, optimizer.init(copied))
     everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), state)
-    targets = max(int((batch["weights"] > 0).sum(axis=1).max()) for batch in batches)
+    targets = max(int((batch.weights > 0).sum(axis=1).max()) for batch in batches)
     step = make_train_step(graphdef, optimizer, everywhere, mesh, max_targets=targets)
     states = [jax.device_put(state, everywhere)]
 

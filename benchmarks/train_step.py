@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 
 from benchmarks import peer
 from pangea_jax import anyres
-from pangea_jax.data.packing import fill_rows, plan_rows, size
+from pangea_jax.batch import Batch, Example
+from pangea_jax.data.packing import plan_rows
 
 ROW_TOKENS, LONGEST, BATCH, MAX_TILES = 2048, 1024, 4, 5
 
@@ -48,7 +49,7 @@ def shapes_of_store(folder: str, count: int, rng) -> list[tuple[int, tuple[int, 
     return [(row["num_tokens"], size) for row, size in zip(chosen, sizes, strict=True)]
 
 
-def make_example(words: int, picture, rng) -> dict[str, np.ndarray]:
+def make_example(words: int, picture, rng) -> Example:
     """A picture, then words, of which the last third is trained; cut at `LONGEST`."""
     vision = peer.CONFIG.vision
     tile = (vision.image_size, vision.image_size, 3)
@@ -64,15 +65,8 @@ def make_example(words: int, picture, rng) -> dict[str, np.ndarray]:
     tokens = np.where(index < 0, rng.integers(0, peer.IMAGE_ID, len(index)), peer.IMAGE_ID)
     weights = (np.arange(len(index)) >= len(index) - 1 - words // 3).astype(np.float32)
     weights[-1] = 0
-    targets = np.roll(tokens, -1)
-    return {
-        "tokens": tokens.astype(np.int32),
-        "targets": targets.astype(np.int32),
-        "weights": weights,
-        "image_index": index.astype(np.int32),
-        "tiles": tiles,
-        "picture": picture,
-    }
+    tokens = tokens.astype(np.int32)
+    return Example(tokens, index, tiles, targets=np.roll(tokens, -1), weights=weights)
 
 
 def in_batches(order) -> list[list[int]]:
@@ -81,50 +75,51 @@ def in_batches(order) -> list[list[int]]:
 
 def padded(examples, batches):
     """Our batches of one conversation a row, each as long as the longest of all, so that one program serves."""
-    longest = max(len(example["tokens"]) for example in examples)
+    longest = max(len(example.tokens) for example in examples)
     return [
-        fill_rows([[examples[i]] for i in batch], longest, MAX_TILES, peer.CONFIG.vision.patches)
+        Batch.fill([[examples[i]] for i in batch], longest, MAX_TILES, peer.CONFIG.vision.patches)
         for batch in batches
     ]
 
 
 def packed(examples):
     """Our batches, a packed row each: about as many conversations as `BATCH`."""
-    sizes = np.array([size(example) for example in examples])
+    sizes = np.array([example.size for example in examples])
     capacity = (ROW_TOKENS, MAX_TILES * len(examples), ROW_TOKENS)
     plan = plan_rows(sizes, capacity, seed=0, window=len(examples))
     rows = [[examples[i] for i in plan[row]] for row in range(len(plan))]
-    tiles = max(sum(len(example["tiles"]) for example in row) for row in rows)
+    tiles = max(sum(len(example.tiles) for example in row) for row in rows)
     return [
-        fill_rows([row], ROW_TOKENS, tiles, peer.CONFIG.vision.patches, examples[0]) for row in rows
+        Batch.fill([row], ROW_TOKENS, tiles, peer.CONFIG.vision.patches, examples[0])
+        for row in rows
     ]
 
 
-def their_batches(examples, batches):
-    """Inputs of transformers, each batch padded to its longest conversation."""
+def their_batches(examples, pictures, batches):
+    """Inputs of transformers, each batch padded to its longest conversation; `pictures`: their sizes, or None."""
     import torch
 
     inputs = []
     for batch in batches:
-        longest = max(len(examples[i]["tokens"]) for i in batch)
+        longest = max(len(examples[i].tokens) for i in batch)
         ids = torch.full((len(batch), longest), peer.PAD_ID)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
         for row, i in enumerate(batch):
-            n = len(examples[i]["tokens"])
-            ids[row, :n] = torch.tensor(examples[i]["tokens"])
+            n = len(examples[i].tokens)
+            ids[row, :n] = torch.tensor(examples[i].tokens)
             mask[row, :n] = 1
-            trained = torch.tensor(np.roll(examples[i]["weights"], 1) > 0)
+            trained = torch.tensor(np.roll(examples[i].weights, 1) > 0)
             labels[row, :n][trained] = ids[row, :n][trained]
         given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        shown = [examples[i] for i in batch if examples[i]["picture"]]
+        shown = [i for i in batch if pictures[i]]
         if shown:
-            most = max(len(example["tiles"]) for example in shown)
+            most = max(len(examples[i].tiles) for i in shown)
             tiles = [
-                np.pad(e["tiles"], [(0, most - len(e["tiles"])), (0, 0), (0, 0), (0, 0)])
-                for e in shown
+                np.pad(tiles, [(0, most - len(tiles)), (0, 0), (0, 0), (0, 0)])
+                for tiles in (examples[i].tiles for i in shown)
             ]
             given["pixel_values"] = peer.their_pixels(np.stack(tiles))
-            given["image_sizes"] = torch.tensor([e["picture"][::-1] for e in shown])
+            given["image_sizes"] = torch.tensor([pictures[i][::-1] for i in shown])
         inputs.append(given)
     return inputs
 
@@ -139,7 +134,7 @@ def main():
         shapes_of_store(args.store, count, rng) if args.store else shapes_like_pangeains(count, rng)
     )
     examples = [make_example(words, picture, rng) for words, picture in shapes]
-    lengths = np.array([len(example["tokens"]) for example in examples])
+    lengths = np.array([len(example.tokens) for example in examples])
     useful = int(lengths.sum())
     orders = {
         "grouped": in_batches(np.argsort(lengths)),
@@ -161,7 +156,7 @@ def main():
         "ours, shuffled": peer.our_steps(ours, padded(examples, orders["shuffled"])),
     }
     for name, batches in orders.items():
-        inputs = their_batches(examples, batches)
+        inputs = their_batches(examples, [picture for _, picture in shapes], batches)
         sides[f"transformers, {name}"] = peer.their_steps(theirs, inputs)
     times = peer.alternate(sides, args.repetitions)
     for name, seconds in times.items():

@@ -106,7 +106,7 @@ def lower(exp: Experiment, mesh, steps):
     graphdef, state, shardings = abstract_state(exp.model, optimizer, mesh, frozen=exp.frozen)
     step = experiment.make_step(exp, graphdef, optimizer, shardings, mesh)
     batch = experiment.batch_shapes(exp, mesh)
-    flops = experiment.step_flops(exp, state.params, len(batch["tokens"]))
+    flops = experiment.step_flops(exp, state.params, len(batch))
     return step.lower(state, batch), flops
 
 

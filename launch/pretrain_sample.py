@@ -130,7 +130,7 @@ def main(_):
     with Telemetry(workdir, steps, is_main=jax.process_index() == 0) as telemetry:
         for step, batch in enumerate(dataset, start=1):
             with timer.step():
-                state, metrics = step_fn(state, sharding.to_global(batch, mesh))
+                state, metrics = step_fn(state, batch.place(mesh))
                 metrics = jax.device_get(metrics)
             window.add(metrics)
             speed.add(metrics)

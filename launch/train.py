@@ -74,7 +74,7 @@ class Run:
 def make_speed(run, state, started) -> Speed:
     """MFU is left out on a device whose peak is not known."""
     device = run.mesh.devices.flat[0]
-    rows = len(experiment.batch_shapes(run.exp, run.mesh)["tokens"])
+    rows = len(experiment.batch_shapes(run.exp, run.mesh))
     peak = PEAK_FLOPS.get(device.device_kind)
     if peak is None:
         logging.info("no MFU: the peak of a device of kind %r is not known", device.device_kind)
@@ -84,6 +84,18 @@ def make_speed(run, state, started) -> Speed:
         peak_flops=peak and peak * run.mesh.size,
         started=started,
     )
+
+
+def restore(run, checkpoints, abstract, state, data):
+    """State and progress of the newest checkpoint; `state` as it is and None if there is none."""
+    if checkpoints.latest_step is not None:
+        jax.tree.map(lambda x: x.delete(), state)  # there may be no room for two
+    restored = checkpoints.restore(abstract, data)
+    if not restored:
+        return state, None
+    state, progress = restored
+    run.timer = StepTimer(progress["clock"])
+    return state, progress
 
 
 def train(run, optimizer, graphdef, state, shardings, batches, total_steps, reader):
@@ -106,14 +118,10 @@ def train(run, optimizer, graphdef, state, shardings, batches, total_steps, read
         keep_every=exp.checkpoint.keep_every,
     )
     data = iter(batches)
-    if checkpoints.latest_step is not None:
-        jax.tree.map(lambda x: x.delete(), state)  # there may be no room for two
-    restored = checkpoints.restore(abstract, data)
-    if restored:
-        state, progress = restored
-        run.timer = StepTimer(progress["clock"])
-        logging.info("resumed from step %d of %d", int(state.step), total_steps)
+    state, progress = restore(run, checkpoints, abstract, state, data)
     first = int(state.step)
+    if progress is not None:
+        logging.info("resumed from step %d of %d", first, total_steps)
     started = record_start(run.workdir, first) if run.is_main else None
     schedule = optim.make_schedule(exp.optimizer, total_steps)
 
@@ -157,7 +165,7 @@ def train(run, optimizer, graphdef, state, shardings, batches, total_steps, read
             stop=stop.reached,
             profiler=run.profiler,
         )
-        if restored:
+        if progress is not None:
             loop.set_progress(progress)
         state = loop.run(state, data)
     data.close()

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from pangea_jax import assets, checkpoints, sharding
+from pangea_jax.batch import Batch
 from pangea_jax.checkpoints import huggingface
 from pangea_jax.data import mixture, pipeline
 from pangea_jax.data.feed import Feed
@@ -333,18 +334,18 @@ def step_flops(
     )
 
 
-def batch_shapes(exp: Experiment, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(exp: Experiment, mesh: jax.sharding.Mesh) -> Batch:
     """What a step is given: a batch of the data pipeline, with rows added until the devices share them evenly."""
     config, shards, vision = exp.pipeline, sharding.row_shards(mesh), exp.model.vision
     rows = -(-config.rows // shards) * shards
     placed = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)
     array = functools.partial(jax.ShapeDtypeStruct, sharding=placed)
-    row = (rows, config.row_tokens)
-    names = ("tokens", "targets", "positions", "segment_ids", "image_index")
-    batch = {name: array(row, jnp.int32) for name in names}
-    batch["weights"] = array(row, jnp.float32)
+    words = array((rows, config.row_tokens), jnp.int32)
+    names = ("tokens", "image_index", "positions", "segment_ids", "targets")
+    fields = dict.fromkeys(names, words)
+    fields["weights"] = array((rows, config.row_tokens), jnp.float32)
     if exp.augmented_views:
         features = (rows, config.row_tiles, vision.patches, vision.width)
-        return batch | {"features": array(features, exp.model.dtype)}
+        return Batch(**fields, features=array(features, exp.model.dtype))
     tiles = (rows, config.row_tiles, vision.image_size, vision.image_size, 3)
-    return batch | {"tiles": array(tiles, jnp.uint8)}
+    return Batch(**fields, tiles=array(tiles, jnp.uint8))

@@ -175,23 +175,6 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as part of one global array a key, rows over the data axes.
-
-    Rows of padding (segment 0, weight 0) are added until the rows divide over the devices. The loss is a sum over a
-    count, so they do not change it.
-    """
-    sharding = NamedSharding(mesh, BATCH_SPEC)
-    shards = max(1, row_shards(mesh) // jax.process_count())
-
-    def place(rows):
-        missing = -len(rows) % shards
-        padded = np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1)) if missing else rows
-        return jax.make_array_from_process_local_data(sharding, padded)
-
-    return {name: place(rows) for name, rows in batch.items()}
-
-
 def table(
     shapes: Mapping[str, jax.ShapeDtypeStruct], shardings: Mapping[str, NamedSharding]
 ) -> str:

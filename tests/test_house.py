@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -143,3 +144,24 @@ def test_an_import_loads_nothing_heavy(module, heavy):
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "", f"{module} imports {run.stdout}"
+
+
+def test_the_map_of_the_house_names_files_that_are_there():
+    """docs/architecture.md, "Where is it?": every file exists, and has what the row names."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.split("## Where is it?")[1].split("##")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 10
+    for row in rows:
+        answer = row.split("|")[2]
+        names = re.findall(r"`([\w/.]+)`", answer)
+        files = [name for name in names if "/" in name and "NAME" not in name]
+        assert files, row
+        found = [ROOT / name for name in files]
+        found = [
+            path if path.exists() else ROOT / "pangea_jax" / path.relative_to(ROOT)
+            for path in found
+        ]
+        assert all(path.exists() for path in found), row
+        source = "".join(path.read_text(encoding="utf-8") for path in found if path.is_file())
+        assert all(name.split(".")[0] in source for name in names if "/" not in name), row

@@ -134,7 +134,7 @@ def assert_alike(exp, store, tokenizer):
         trained = render_example(record, None, reader, roomy)
         asked = engine.read(as_messages(record))
         for name in ("tokens", "image_index", "tiles"):
-            np.testing.assert_array_equal(trained[name], getattr(asked, name), record.id)
+            np.testing.assert_array_equal(getattr(trained, name), getattr(asked, name), record.id)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -179,9 +179,9 @@ def test_stored_features_take_the_places_of_tiles(store, emoji_tokenizer):
     for record in CONVERSATIONS:
         trained = render_example(record, np.random.default_rng(0), reader, roomy)
         asked = engine.read(as_messages(record))
-        np.testing.assert_array_equal(trained["tokens"], asked.tokens)
-        np.testing.assert_array_equal(trained["image_index"], asked.image_index)
-        assert len(trained["features"]) == len(asked.tiles)
+        np.testing.assert_array_equal(trained.tokens, asked.tokens)
+        np.testing.assert_array_equal(trained.image_index, asked.image_index)
+        assert len(trained.features) == len(asked.tiles)
 
 
 def read(exp, record, tokenizer):

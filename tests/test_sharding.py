@@ -225,14 +225,6 @@ def test_adam_moments_lie_as_their_parameter(tiny_config):
     assert state.step.sharding.is_fully_replicated
 
 
-def test_to_global_keeps_the_rows_in_order():
-    mesh = sharding.make_mesh(2, 2, 2)
-    rows = np.arange(24, dtype=np.int32).reshape(8, 3)
-    batch = sharding.to_global({"tokens": rows}, mesh)["tokens"]
-    assert np.array_equal(batch, rows)
-    assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
-
-
 def test_the_table_adds_up():
     mesh = AbstractMesh((1, 4, 1), sharding.AXES)
     shapes = {

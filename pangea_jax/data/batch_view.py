@@ -3,7 +3,7 @@
 import io
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
+from pangea_jax.batch import Batch
 from pangea_jax.data.tokenizer import Tokenizer
 
 TRAINED, CONTEXT, PICTURE = "bold green", "dim", "cyan"
@@ -19,21 +20,21 @@ _SHEET_WIDTH, _GAP = 1600, 4
 _UNUSED = (60, 60, 60)
 
 
-def trained_tokens(row: Mapping[str, np.ndarray]) -> np.ndarray:
+def trained_tokens(row: Batch) -> np.ndarray:
     """bool [T]: true at the tokens that are predicted, not at the positions that predict them."""
-    trained = np.zeros(len(row["tokens"]), bool)
-    trained[1:] = (row["weights"][:-1] > 0) & (row["segment_ids"][1:] == row["segment_ids"][:-1])
+    trained = np.zeros(len(row.tokens), bool)
+    trained[1:] = (row.weights[:-1] > 0) & (row.segment_ids[1:] == row.segment_ids[:-1])
     return trained
 
 
-def render_row(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, patches: int) -> Iterator:
+def render_row(row: Batch, tokenizer: Tokenizer, patches: int) -> Iterator:
     """Yields rich renderables: a rule and the words of every segment; an image is one phrase."""
-    trained, pictured = trained_tokens(row), row["image_index"] >= 0
-    segments = row["segment_ids"]
+    trained, pictured = trained_tokens(row), row.image_index >= 0
+    segments = row.segment_ids
     for segment in range(1, int(segments.max(initial=0)) + 1):
         places = np.flatnonzero(segments == segment)
         start, count = places[0], len(places)
-        targets = int(np.count_nonzero(row["weights"][places]))
+        targets = int(np.count_nonzero(row.weights[places]))
         yield Rule(f"segment {segment}: {count} tokens from {start}, {targets} trained")
         text = Text()
         for (is_picture, is_trained), run in itertools.groupby(
@@ -41,34 +42,33 @@ def render_row(row: Mapping[str, np.ndarray], tokenizer: Tokenizer, patches: int
         ):
             run = list(run)
             if is_picture:
-                index = row["image_index"][run]
+                index = row.image_index[run]
                 tiles = (index[index > 0] - 1) // patches
                 text.append(
                     f"[{len(run)} places of tiles {tiles.min()} to {tiles.max()}]", style=PICTURE
                 )
             else:
-                words = tokenizer.decode(row["tokens"][run].tolist(), skip_special=False)
+                words = tokenizer.decode(row.tokens[run].tolist(), skip_special=False)
                 text.append(words, style=TRAINED if is_trained else CONTEXT)
         yield text
 
 
-def describe(batch: Mapping[str, np.ndarray], patches: int) -> str:
+def describe(batch: Batch, patches: int) -> str:
     """One line: rows, conversations, padding, tile fill, trained tokens."""
-    segments = batch["segment_ids"]
-    tiles = batch["tiles" if "tiles" in batch else "features"]
-    used = np.maximum((batch["image_index"].max(axis=1) - 1) // patches + 1, 0).sum()
-    slots = tiles.shape[0] * tiles.shape[1]
-    targets = np.count_nonzero(batch["weights"])
+    segments = batch.segment_ids
+    used = np.maximum((batch.image_index.max(axis=1) - 1) // patches + 1, 0).sum()
+    rows, tiles = batch.pictures.shape[:2]
+    targets = np.count_nonzero(batch.weights)
     return (
-        f"{len(segments)} rows of {segments.shape[1]} tokens and {tiles.shape[1]} tiles: "
+        f"{rows} rows of {segments.shape[1]} tokens and {tiles} tiles: "
         f"{segments.max(axis=1).sum()} conversations, {np.mean(segments == 0):.1%} padding, "
-        f"{used / max(slots, 1):.1%} of the tiles filled, {targets} tokens trained "
+        f"{used / max(rows * tiles, 1):.1%} of the tiles filled, {targets} tokens trained "
         f"({targets / max(np.count_nonzero(segments), 1):.1%})"
     )
 
 
 def print_batch(
-    batch: Mapping[str, np.ndarray],
+    batch: Batch,
     tokenizer: Tokenizer,
     patches: int,
     console: Console,
@@ -77,17 +77,17 @@ def print_batch(
 ) -> None:
     """Prints the first `rows` rows, with the trained tokens in colour."""
     console.print(describe(batch, patches), highlight=False)
-    for r in range(min(rows, len(batch["tokens"]))):
-        row = {name: values[r] for name, values in batch.items()}
-        padding = np.mean(row["segment_ids"] == 0)
+    for r in range(min(rows, len(batch))):
+        row = batch[r]
+        padding = np.mean(row.segment_ids == 0)
         console.print(Rule(f"row {r}, {padding:.1%} padding", characters="=", style="bold"))
         for part in render_row(row, tokenizer, patches):
             console.print(part)
 
 
-def contact_sheet(batch: Mapping[str, np.ndarray], patches: int, *, rows: int) -> Image.Image:
+def contact_sheet(batch: Batch, patches: int, *, rows: int) -> Image.Image:
     """The tiles of the first `rows` rows, one or more lines per row; unused tiles are crossed out."""
-    tiles, index = batch["tiles"][:rows], batch["image_index"][:rows]
+    tiles, index = batch.tiles[:rows], batch.image_index[:rows]
     count, per_row, side = tiles.shape[0], tiles.shape[1], tiles.shape[2]
     columns = min(per_row, max(1, _SHEET_WIDTH // (min(side, 160) + _GAP)))
     shown = min(side, (_SHEET_WIDTH // columns) - _GAP)
@@ -110,7 +110,7 @@ def contact_sheet(batch: Mapping[str, np.ndarray], patches: int, *, rows: int) -
 
 
 def save_batch(
-    batch: Mapping[str, np.ndarray],
+    batch: Batch,
     tokenizer: Tokenizer,
     patches: int,
     directory: Path,
@@ -127,6 +127,6 @@ def save_batch(
         console = Console(record=True, file=io.StringIO(), width=160)
         print_batch(batch, tokenizer, patches, console, rows=rows)
         file.write(console.export_html())
-    if "tiles" in batch:
+    if batch.tiles is not None:
         contact_sheet(batch, patches, rows=rows).save(directory / f"{name}.png")
     return describe(batch, patches)

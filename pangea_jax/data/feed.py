@@ -11,6 +11,8 @@ import grain
 import numpy as np
 from absl import logging
 
+from pangea_jax.batch import Batch
+
 _STATE_FORMAT = 2
 # The limit is a share of at least this many records, so that one early bad record does not exceed it.
 _BUDGET_FROM = 1_000
@@ -91,15 +93,15 @@ class Counters:
         groups = ("languages", "language_tokens", "sources", "bad")
         return dict.fromkeys(numbers, 0) | {name: collections.Counter() for name in groups}
 
-    def add(self, batch: Mapping[str, np.ndarray], notes: Notes) -> None:
-        total, segments = self._total, batch["segment_ids"]
-        tiles = batch["tiles" if "tiles" in batch else "features"]
+    def add(self, batch: Batch, notes: Notes) -> None:
+        total, segments = self._total, batch.segment_ids
+        rows, tiles = batch.pictures.shape[:2]
         total["batches"] += 1
         total["examples"] += notes.languages.total()
         total["tokens"] += int(np.count_nonzero(segments))
         total["slots"] += segments.size
         total["tiles"] += notes.tiles
-        total["tile_slots"] += tiles.shape[0] * tiles.shape[1]
+        total["tile_slots"] += rows * tiles
         total["cut"] += notes.cut
         total["dropped"] += notes.dropped
         total["languages"].update(notes.languages)

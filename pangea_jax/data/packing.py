@@ -1,83 +1,16 @@
-"""Rows of several conversations: which conversations share a row, and how a row is filled.
+"""Which conversations share a row.
 
-An example is a dict of arrays from `pangea_jax.data.pipeline.render_example`. Packing looks only at
-its size, (tokens, tiles, targets), and a row has a capacity for each.
+Packing looks only at the size of an example, (tokens, tiles, targets), and a row has a capacity for each.
+`pangea_jax.batch.Batch.fill` lays the examples into their rows.
 """
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int
 
-Example = Mapping[str, np.ndarray]
 Size = tuple[int, int, int]
-
-
-def size(example: Example) -> Size:
-    """(tokens, tiles, targets) of an example."""
-    return (
-        len(example["tokens"]),
-        len(example[picture_field(example)]),
-        int(np.count_nonzero(example["weights"])),
-    )
-
-
-def picture_field(example: Example) -> str:
-    return "tiles" if "tiles" in example else "features"
-
-
-def fill_rows(
-    rows: Sequence[Sequence[Example]],
-    row_tokens: int,
-    row_tiles: int,
-    patches: int,
-    template: Example | None = None,
-) -> dict[str, np.ndarray]:
-    """A batch: row r holds the examples `rows[r]`, one after the other, and then padding.
-
-    Args:
-      row_tokens, row_tiles: capacity of a row (T and N).
-      patches: patches per tile; shifts each `image_index` to the tiles of its example in the row.
-      template: an example that gives types and shapes, needed if `rows` may be empty.
-
-    Returns:
-      `tokens`, `targets`, `weights`, `image_index`, `positions`, `segment_ids` [B, T] and `tiles` or
-      `features` [B, N, ...]. Segments are counted from 1; padding is segment 0 with weight 0.
-    """
-    template = template or next(example for row in rows for example in row)
-    field = picture_field(template)
-    shape = (len(rows), row_tokens)
-    batch = {
-        name: np.zeros(shape, template[name].dtype) for name in ("tokens", "targets", "weights")
-    }
-    batch["image_index"] = np.full(shape, -1, np.int32)
-    batch["positions"] = np.zeros(shape, np.int32)
-    batch["segment_ids"] = np.zeros(shape, np.int32)
-    tiles = template[field]
-    batch[field] = np.zeros((len(rows), row_tiles, *tiles.shape[1:]), tiles.dtype)
-    for r, examples in enumerate(rows):
-        token = tile = 0
-        for segment, example in enumerate(examples, 1):
-            here = slice(token, token + len(example["tokens"]))
-            for name in ("tokens", "targets", "weights"):
-                batch[name][r, here] = example[name]
-            index = example["image_index"]
-            batch["image_index"][r, here] = (
-                np.where(index > 0, index + tile * patches, index) if tile else index
-            )
-            batch["positions"][r, here] = np.arange(here.stop - token, dtype=np.int32)
-            batch["segment_ids"][r, here] = segment
-            tiles = example[field]
-            batch[field][r, tile : tile + len(tiles)] = tiles
-            token, tile = here.stop, tile + len(tiles)
-    return batch
-
-
-def pad_row(example: Example, row_tokens: int, row_tiles: int) -> dict[str, np.ndarray]:
-    """A row with one conversation."""
-    batch = fill_rows([[example]], row_tokens, row_tiles, 0)
-    return {name: rows[0] for name, rows in batch.items()}
 
 
 def balance(sizes: Sequence[Size], num_rows: int, capacity: Size) -> list[list[int]] | None:

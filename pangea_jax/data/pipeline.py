@@ -17,10 +17,11 @@ import pyarrow.compute as pc
 from absl import flags, logging
 from jaxtyping import Int
 
+from pangea_jax.batch import Batch, Example
 from pangea_jax.data import image
 from pangea_jax.data.feed import Feed, Notes
 from pangea_jax.data.mixture import column_codes
-from pangea_jax.data.packing import Example, fill_rows, plan_batches, plan_rows, size
+from pangea_jax.data.packing import plan_batches, plan_rows
 from pangea_jax.data.reader import Reader
 from pangea_jax.data.record import Conversation, RecordError
 from pangea_jax.data.store import RecordStore, StoreError
@@ -176,9 +177,8 @@ def render_example(
     rng: np.random.Generator | None,
     reader: Reader,
     config: PipelineConfig,
-) -> dict[str, np.ndarray]:
-    """One conversation, unpadded: `tokens`, `targets` (the next token), `weights`, `image_index` [t],
-    and `tiles` or `features` [n, ...].
+) -> Example:
+    """One conversation as an example to train on.
 
     Raises:
       RecordError: it does not fit a row and `config.overlong` is not "truncate", or what is left of
@@ -191,7 +191,8 @@ def _render(conversation, rng, reader, config):
     """`render_example`, and whether the example was cut."""
     looks = reader.look(conversation, rng)
     words, num_tiles, cut = _words(conversation, [look.place for look in looks], reader, config)
-    return words | {reader.pictures.field: reader.cut(looks)[:num_tiles]}, cut
+    pictures = {reader.pictures.field: reader.cut(looks)[:num_tiles]}
+    return Example(**words, **pictures), cut
 
 
 def measure(
@@ -316,7 +317,7 @@ class _Batcher:
         row, room = [], np.asarray(self.config.capacity)
         for position in positions:
             read = self.read(position, np.random.default_rng((seed, position)))
-            needed = 0 if read.example is None else size(read.example)
+            needed = 0 if read.example is None else read.example.size
             if np.all(room >= needed):
                 room = room - needed
             else:
@@ -324,25 +325,25 @@ class _Batcher:
             row.append(read)
         return row
 
-    def batch(self, rows: Sequence[Sequence[_Read]]) -> tuple[dict[str, np.ndarray], Notes]:
+    def batch(self, rows: Sequence[Sequence[_Read]]) -> tuple[Batch, Notes]:
         config, notes = self.config, Notes()
         for read in (read for row in rows for read in row):
             if read.example is None:
                 notes.add_missing(read.error, dropped=read.dropped)
             else:
-                tokens, tiles, _ = size(read.example)
+                tokens, tiles, _ = read.example.size
                 notes.add(read.language, read.source, tokens=tokens, tiles=tiles, cut=read.cut)
         examples = [[read.example for read in row if read.example is not None] for row in rows]
-        batch = fill_rows(
+        batch = Batch.fill(
             examples, config.row_tokens, config.row_tiles, self.reader.pictures.patches, self._empty
         )
         return batch, notes
 
     @functools.cached_property
     def _empty(self) -> Example:
-        empty = {name: np.zeros(0, np.int32) for name in ("tokens", "targets", "image_index")}
-        tiles = {self.reader.pictures.field: self.reader.no_tiles}
-        return empty | tiles | {"weights": np.zeros(0, np.float32)}
+        none = np.zeros(0, np.int32)
+        pictures = {self.reader.pictures.field: self.reader.no_tiles}
+        return Example(none, none, targets=none, weights=none.astype(np.float32), **pictures)
 
 
 def train_dataset(
@@ -495,7 +496,7 @@ def _streamed(batcher, part, seed):
 
     def measured(read):
         # Grain packs arrays: these have the lengths, the example itself rides along.
-        lengths = (0, 0, 0) if read.example is None else size(read.example)
+        lengths = (0, 0, 0) if read.example is None else read.example.size
         lengths = zip(capacity, lengths, strict=True)
         return {name: np.zeros(n, np.int8) for name, n in lengths} | {"read": read}
 

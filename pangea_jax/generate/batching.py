@@ -102,7 +102,7 @@ class Batch:
         source = self._source(prompts[0])
         shared = 0 if source is None else source[1]
         batch = self._lay([prompt.rest(shared) if shared else prompt for prompt in prompts])
-        width = batch["tokens"].shape[1]
+        width = batch.tokens.shape[1]
         if width > self._width:
             raise ValueError(
                 f"a prompt of {width} tokens, as padded, enters a batch of width {self._width}"

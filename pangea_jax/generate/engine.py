@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 
 from pangea_jax import checkpoints, sharding
 from pangea_jax.assets import EMOJI, SAMPLE_MODEL
+from pangea_jax.batch import Batch
 from pangea_jax.data import chat
-from pangea_jax.data.packing import pad_row
 from pangea_jax.data.reader import REFERENCE, Geometry, Reader, ReadingPolicy, Tiles
 from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.generate import batching, likelihood
@@ -302,20 +302,12 @@ class Engine:
                 f"context of {context}"
             )
 
-    def _batch(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    def _batch(self, prompts: Sequence[Prompt]) -> Batch:
         """Right-padded rows on the devices. Rows, tokens and tiles are rounded up, so that few shapes
         are ever compiled; rows that are added are empty."""
         width = self._width(max(len(prompt.tokens) for prompt in prompts))
         tiles = self._tile_bucket(max(len(prompt.tiles) for prompt in prompts))
-        padded = []
-        for prompt in prompts:
-            unused = np.zeros_like(prompt.tokens)
-            row = dataclasses.asdict(prompt) | {"targets": unused, "weights": unused}
-            padded.append(pad_row(row, width, tiles))
-        wanted = ("tokens", "image_index", "positions", "segment_ids", "tiles")
-        return self._programs.place(
-            {name: np.stack([row[name] for row in padded]) for name in wanted}
-        )
+        return self._programs.place(Batch.fill([[prompt] for prompt in prompts], width, tiles, 0))
 
     def _width(self, tokens: int) -> int:
         return min(bucket(tokens), self.config.language.max_positions)

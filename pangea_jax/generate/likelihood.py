@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pangea_jax.batch import Batch
 from pangea_jax.generate.decode import last_hidden
 from pangea_jax.model import KVCache, Pangea
 
@@ -85,7 +86,7 @@ def pad_candidates(
 
 def score(
     model: Pangea,
-    batch: dict[str, Array],
+    batch: Batch,
     tails: Int[Array, "B A S"],
     scored: Bool[Array, "B A S"],
 ) -> tuple[Float[Array, "B A"], Bool[Array, "B A"]]:
@@ -93,8 +94,8 @@ def score(
 
     The model reads each prompt once; every tail then continues from a copy of its cache.
     """
-    hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + tails.shape[-1] - 1)
-    last, lengths = last_hidden(hidden, jnp.asarray(batch["segment_ids"]))
+    hidden, cache = model.prefill(batch, batch.tokens.shape[1] + tails.shape[-1] - 1)
+    last, lengths = last_hidden(hidden, jnp.asarray(batch.segment_ids))
     return score_tails(model, last, lengths, cache, tails, scored)
 
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int
 
 from pangea_jax import sharding
+from pangea_jax.batch import Batch
 from pangea_jax.generate import decode, likelihood
 from pangea_jax.generate.decode import Decoding, Sampling
 from pangea_jax.model import KVCache, Pangea
@@ -110,7 +111,7 @@ def _insert(_, decoding: Decoding, begun: Decoding, rows: Int[Array, "A"]) -> De
 
 def _begin(
     model: Pangea,
-    batch: dict[str, Array],
+    batch: Batch,
     sampling: Sampling,
     stop_ids: Int[Array, "Z"],
     limit: Int[Array, ""],
@@ -119,8 +120,8 @@ def _begin(
     max_new_tokens: int,
 ) -> Decoding:
     """Prefill and first tokens; the cache has `room` free slots."""
-    hidden, cache = model.prefill(batch, batch["tokens"].shape[1] + room)
-    last, lengths = decode.last_hidden(hidden, jnp.asarray(batch["segment_ids"]))
+    hidden, cache = model.prefill(batch, batch.tokens.shape[1] + room)
+    last, lengths = decode.last_hidden(hidden, jnp.asarray(batch.segment_ids))
     settings = {"max_new_tokens": max_new_tokens, "limit": limit, "stop_ids": stop_ids}
     return decode.begin(model, last, lengths, cache, sampling=sampling, **settings)
 
@@ -130,7 +131,7 @@ def _follow(
     decoding: Decoding,
     row: Int[Array, ""],
     shared: Int[Array, ""],
-    batch: dict[str, Array],
+    batch: Batch,
     sampling: Sampling,
     stop_ids: Int[Array, "Z"],
     limit: Int[Array, ""],
@@ -138,7 +139,7 @@ def _follow(
     width: int,
     max_new_tokens: int,
 ) -> Decoding:
-    rest = batch["tokens"], batch["segment_ids"]
+    rest = batch.tokens, batch.segment_ids
     start = decode.follow(model, decoding, row, shared, *rest, width=width)
     settings = {"max_new_tokens": max_new_tokens, "limit": limit, "stop_ids": stop_ids}
     return decode.begin(model, *start, sampling=sampling, **settings)

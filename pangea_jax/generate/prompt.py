@@ -5,16 +5,13 @@ import functools
 import hashlib
 
 import numpy as np
-from jaxtyping import Int, UInt8
+
+from pangea_jax.batch import Example
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A conversation as the model reads it: a row of a batch before padding."""
-
-    tokens: Int[np.ndarray, "T"]
-    image_index: Int[np.ndarray, "T"]
-    tiles: UInt8[np.ndarray, "N H W 3"]
+class Prompt(Example):
+    """A conversation to answer."""
 
     @functools.cached_property
     def digest(self) -> bytes:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
+from pangea_jax.batch import Batch
 from pangea_jax.model.attention import AttentionImpl
 from pangea_jax.model.language import Decoder, KVCache, LanguageConfig
 from pangea_jax.model.layers import linear, normal, zeros
@@ -92,34 +93,34 @@ class Pangea(nnx.Module):
 
     def hidden(
         self,
-        batch: dict[str, Array],
+        batch: Batch,
         *,
         keep: str = "all",
         impl: AttentionImpl | str = "auto",
     ) -> Float[Array, "B T D"]:
-        """Hidden states of a batch with `tokens`, `positions`, `segment_ids`, `image_index` [B, T] and
-        either `tiles` (uint8) or, for a frozen tower whose features were computed before, `features`.
+        """Hidden states of every token.
 
-        `keep`: what a block keeps for the backward pass, a key of `layers.KEEP`; `impl`: the decoder's attention."""
-        features = batch.get("features")
+        Args:
+          keep: what a block keeps for the backward pass, a key of `layers.KEEP`.
+          impl: the decoder's attention.
+        """
+        features = batch.features
         if features is None:
-            features = self.encode(batch["tiles"], keep=keep)
-        x = self.embed(batch["tokens"], batch["image_index"], features)
-        return self.language(x, batch["positions"], batch["segment_ids"], keep=keep, impl=impl)
+            features = self.encode(batch.tiles, keep=keep)
+        x = self.embed(batch.tokens, batch.image_index, features)
+        return self.language(x, batch.positions, batch.segment_ids, keep=keep, impl=impl)
 
-    def __call__(self, batch: dict[str, Array], **kwargs) -> Float[Array, "B T V"]:
+    def __call__(self, batch: Batch, **kwargs) -> Float[Array, "B T V"]:
         """float32 logits at every position; for checking and scoring, not for training."""
         return self.language.logits(self.hidden(batch, **kwargs))
 
     def prefill(
-        self, batch: dict[str, Array], slots: int, *, impl: AttentionImpl | str = "auto"
+        self, batch: Batch, slots: int, *, impl: AttentionImpl | str = "auto"
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Reads the prompts into a fresh cache of `slots` >= T."""
-        features = batch.get("features")
-        if features is None:
-            features = self.encode(batch["tiles"])
-        x = self.embed(batch["tokens"], batch["image_index"], features)
+        features = self.encode(batch.tiles) if batch.features is None else batch.features
+        x = self.embed(batch.tokens, batch.image_index, features)
         cache = self.language.empty_cache(len(x), slots, x.dtype)
         return self.language.extend(
-            x, batch["positions"], batch["segment_ids"], cache, first=True, impl=impl
+            x, batch.positions, batch.segment_ids, cache, first=True, impl=impl
         )

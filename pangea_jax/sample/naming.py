@@ -20,10 +20,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
+from pangea_jax.batch import Batch, Example
 from pangea_jax.data import image
-from pangea_jax.data.packing import pad_row
 from pangea_jax.data.reader import CachedFeatures, Reader, ReadingPolicy
 from pangea_jax.data.record import IMAGE_MARKER, Turn
 from pangea_jax.data.store import RecordStore
@@ -195,10 +195,10 @@ class Namer:
 
     def _run(self, params, items, images, reader) -> list[tuple[str, bool]]:
         """(greedy text, whether the true name ranks first) for each item with the given images."""
-        rows = [self._prompt(item, key, reader) for item, key in zip(items, images, strict=True)]
+        rows = [[self._prompt(item, key, reader)] for item, key in zip(items, images, strict=True)]
         names, mask = self._names(items)
-        filler = self._batch_size - len(items)
-        batch = {k: np.stack([row[k] for row in rows] + [rows[-1][k]] * filler) for k in rows[0]}
+        rows += [rows[-1]] * (self._batch_size - len(rows))
+        batch = Batch.fill(rows, self._prompt_tokens, 1, reader.pictures.patches)
         place = lambda x: jax.device_put(x, self._rows)  # noqa: E731
         tokens, scores = jax.device_get(
             self._score(params, jax.tree.map(place, batch), place(names), place(mask))
@@ -219,11 +219,8 @@ class Namer:
                 f"a prompt has {len(rendered.tokens)} tokens, but config.eval.prompt_tokens is "
                 f"{self._prompt_tokens}; raise it"
             )
-        field, unused = reader.pictures.field, np.zeros_like(rendered.tokens)
-        example = {"tokens": rendered.tokens, "image_index": rendered.image_index}
-        example |= {"targets": unused, "weights": unused, field: reader.cut([look])}
-        row = pad_row(example, self._prompt_tokens, 1)
-        return {k: row[k] for k in ("tokens", "image_index", "positions", "segment_ids", field)}
+        pictures = {reader.pictures.field: reader.cut([look])}
+        return Example(rendered.tokens, rendered.image_index, **pictures)
 
     @functools.cache  # noqa: B019 - lives as long as the run
     def _encode(self, name: str) -> list[int]:
@@ -248,7 +245,7 @@ class Namer:
 def _score(
     graphdef: nnx.GraphDef,
     params: Mapping[str, Array],
-    batch: dict[str, Shaped[Array, "B ..."]],
+    batch: Batch,
     names: Int[Array, "B J A"],
     mask: Bool[Array, "B J A"],
     *,
@@ -263,9 +260,9 @@ def _score(
     if jax.default_backend() == "cpu":
         model.language.unstack()
     hidden, cache = model.prefill(
-        batch, batch["tokens"].shape[1] + max(max_new_tokens, names.shape[-1])
+        batch, batch.tokens.shape[1] + max(max_new_tokens, names.shape[-1])
     )
-    last, lengths = last_hidden(hidden, batch["segment_ids"])
+    last, lengths = last_hidden(hidden, batch.segment_ids)
     settings = {"max_new_tokens": max_new_tokens, "stop_ids": jnp.array([stop_id])}
     tokens = complete(model, last, lengths, cache, **settings)
     return tokens, score_tails(model, last, lengths, cache, names, mask)[0]

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from pangea_jax.batch import Batch
 from pangea_jax.data import batch_view
 from pangea_jax.data.tokenizer import Tokenizer
 
@@ -45,12 +46,12 @@ class Guard:
       dump: writes this process's rows of a step's batch and returns the path.
     """
 
-    def __init__(self, config: GuardConfig, dump: Callable[[int, Mapping[str, Any]], Path]):
+    def __init__(self, config: GuardConfig, dump: Callable[[int, Batch], Path]):
         self._config, self._dump = config, dump
         self._bad = 0
         self._losses = collections.deque(maxlen=config.window)
 
-    def check(self, step: int, metrics: Mapping[str, float], rows: Mapping[str, Any]) -> bool:
+    def check(self, step: int, metrics: Mapping[str, float], rows: Batch) -> bool:
         """Returns whether the loss of this step is a spike.
 
         Args:
@@ -106,15 +107,13 @@ class Guard:
         self._losses.extend(state["losses"])
 
 
-def dump_batch(
-    rows: Mapping[str, np.ndarray], step: int, tokenizer: Tokenizer, patches: int, workdir: Path
-) -> Path:
+def dump_batch(rows: Batch, step: int, tokenizer: Tokenizer, patches: int, workdir: Path) -> Path:
     """Writes bad_batch_<step>.npz with the arrays of this process's rows, .html with their words, and .png
     with their tiles if there are any; returns the first."""
     name = f"bad_batch_{step}"
     if jax.process_count() > 1:
         name += f"_process_{jax.process_index()}"
     path = workdir / f"{name}.npz"
-    np.savez(path, **rows)
-    batch_view.save_batch(rows, tokenizer, patches, workdir, rows=len(rows["tokens"]), name=name)
+    np.savez(path, **{k: v for k, v in vars(rows).items() if v is not None})
+    batch_view.save_batch(rows, tokenizer, patches, workdir, rows=len(rows), name=name)
     return path

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Array
 
-from pangea_jax import sharding
+from pangea_jax.batch import Batch
 from pangea_jax.train.guards import Guard
 from pangea_jax.train.resume import Checkpoints
 from pangea_jax.train.state import TrainState
@@ -38,7 +37,7 @@ class Loop:
       stopped: whether `stop` ended the loop, also if that was after the last step.
     """
 
-    step_fn: Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
+    step_fn: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
     mesh: jax.sharding.Mesh
     total_steps: int
     log_every: int
@@ -49,7 +48,7 @@ class Loop:
     speed: Speed
     guard: Guard
     extra: Callable[[int, int], Mapping[str, float]]
-    on_first_batch: Callable[[Mapping[str, np.ndarray]], None]
+    on_first_batch: Callable[[Batch], None]
     stop: Callable[[int], bool]
     profiler: Profiler
     window: Window = dataclasses.field(default_factory=Window)
@@ -59,7 +58,7 @@ class Loop:
         self._digest = 0
         self.stopped = False
 
-    def run(self, state: TrainState, data: Iterator[Mapping[str, np.ndarray]]) -> TrainState:
+    def run(self, state: TrainState, data: Iterator[Batch]) -> TrainState:
         """Runs and saves; returns the state after the last step or after the requested stop.
 
         Raises:
@@ -72,8 +71,8 @@ class Loop:
                 with self.timer.data():
                     rows = next(data)
                     with jax.transfer_guard("allow"):
-                        batch = sharding.to_global(rows, self.mesh)
-                self._digest += sum(zlib.crc32(row.tobytes(), step) for row in rows["tokens"])
+                        batch = rows.place(self.mesh)
+                self._digest += sum(zlib.crc32(row.tobytes(), step) for row in rows.tokens)
                 if step == 0:
                     self.on_first_batch(rows)
                 with self.timer.phase("compile") if step == first else self.timer.step():

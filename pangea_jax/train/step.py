@@ -10,9 +10,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from pangea_jax.batch import Batch
 from pangea_jax.model import params as model_params
 from pangea_jax.model.attention import AttentionImpl
-from pangea_jax.sharding import BATCH_SPEC, row_shards
+from pangea_jax.sharding import BATCH_SPEC
 from pangea_jax.train.loss import cross_entropy
 from pangea_jax.train.state import TrainState
 
@@ -27,7 +28,7 @@ def make_train_step(
     keep: str = "all",
     impl: AttentionImpl | str = "auto",
     accumulation: int = 1,
-) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Makes `step(state, batch) -> (state, metrics)`, which donates the old state.
 
     Metrics are float32 scalars over the global batch: `loss` (mean over trained tokens), `accuracy`
@@ -48,7 +49,7 @@ def make_train_step(
         model = model_params.merge(graphdef, trainable | frozen)
         hidden = model.hidden(batch, keep=keep, impl=impl)
         loss, _, hits = cross_entropy(
-            model.language, hidden, batch["targets"], batch["weights"], max_targets=max_targets
+            model.language, hidden, batch.targets, batch.weights, max_targets=max_targets
         )
         return loss / total, hits / total
 
@@ -67,14 +68,14 @@ def make_train_step(
         zeros = jax.tree.map(jnp.zeros_like, state.trainable)
         zeros = jax.lax.with_sharding_constraint(zeros, shardings.trainable)
         start = (jnp.float32(0), jnp.float32(0), zeros)
-        return jax.lax.scan(add, start, _parts(batch, accumulation, mesh))[0]
+        return jax.lax.scan(add, start, batch.split(accumulation, mesh))[0]
 
     def update(grads, trainable, opt_state):
         updates, opt_state = optimizer.update(grads, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state
 
     def step(state, batch):
-        total = jnp.maximum(batch["weights"].sum(), 1)
+        total = jnp.maximum(batch.weights.sum(), 1)
         # Attention kernels read the mesh from the context and split themselves over it.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             loss, accuracy, grads = gradients(state, batch, total)
@@ -84,13 +85,13 @@ def make_train_step(
         trainable, opt_state = jax.lax.cond(
             finite, update, lambda _, *kept: kept, grads, state.trainable, state.opt_state
         )
-        segments = batch["segment_ids"]
+        segments = batch.segment_ids
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
             **norms,
             "skipped": ~finite,
-            "target_tokens": batch["weights"].sum(),
+            "target_tokens": batch.weights.sum(),
             "tokens": jnp.sum(segments > 0),
             "examples": jnp.sum(segments.max(axis=1)),
         }
@@ -114,25 +115,3 @@ def _norms(grads):
     return {"grad_norm": optax.tree.norm(grads)} | {
         part: optax.tree.norm(values) for part, values in sorted(parts.items())
     }
-
-
-def _parts(batch, count, mesh):
-    """Splits [B, ...] into [count, B / count, ...] without moving a row to another device.
-
-    Raises:
-      ValueError: `count` does not divide the rows of a device.
-    """
-    rows = len(batch["tokens"])
-    devices = row_shards(mesh)
-    if rows % (devices * count):
-        raise ValueError(
-            f"{rows} rows on {devices} devices cannot be split into accumulation={count} parts; "
-            "change config.accumulation or config.pipeline.rows"
-        )
-
-    def split(x):
-        # A device holds neighbouring rows, so the part must be the fast index.
-        x = x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, *BATCH_SPEC)))
-
-    return jax.tree.map(split, batch)

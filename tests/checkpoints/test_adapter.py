@@ -11,6 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from pangea_jax import checkpoints
+from pangea_jax.batch import Batch
 from pangea_jax.checkpoints import CheckpointError, adapter
 from pangea_jax.model import LoraConfig, Pangea, lora
 from pangea_jax.model import params as model_params
@@ -44,13 +45,13 @@ def batch():
     """Two rows of words and the weights of their logits in a loss."""
     random = np.random.default_rng(1)
     tokens = random.integers(1, 90, (2, T), np.int32)
-    return {
-        "tokens": tokens,
-        "positions": np.tile(np.arange(T, dtype=np.int32), (2, 1)),
-        "segment_ids": np.ones_like(tokens),
-        "image_index": np.full_like(tokens, -1),
-        "tiles": np.zeros((2, 1, 28, 28, 3), np.uint8),
-    }
+    return Batch(
+        tokens=tokens,
+        positions=np.tile(np.arange(T, dtype=np.int32), (2, 1)),
+        segment_ids=np.ones_like(tokens),
+        image_index=np.full_like(tokens, -1),
+        tiles=np.zeros((2, 1, 28, 28, 3), np.uint8),
+    )
 
 
 def divide(params):
@@ -80,11 +81,11 @@ def test_peft_computes_the_same_logits_and_gradients(adapted, batch, tmp_path):
 
     adapters, others = divide(params)
     (_, logits), grads = jax.value_and_grad(loss, has_aux=True)(adapters, others)
-    found = theirs(input_ids=torch.tensor(batch["tokens"]).long()).logits
+    found = theirs(input_ids=torch.tensor(batch.tokens).long()).logits
     (found * torch.tensor(weights)).sum().backward()
     np.testing.assert_allclose(logits, found.detach().numpy(), rtol=0, atol=TOLERANCE)
     with torch.no_grad(), theirs.disable_adapter():
-        plain = theirs(input_ids=torch.tensor(batch["tokens"]).long()).logits
+        plain = theirs(input_ids=torch.tensor(batch.tokens).long()).logits
     assert np.abs(logits - plain.numpy()).max() > 0.1  # the adapters do something
 
     slopes = {name: x.grad for name, x in theirs.named_parameters() if x.requires_grad}

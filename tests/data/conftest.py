@@ -40,4 +40,4 @@ def source(store):
 def examples(reader, letters):
     """Every conversation on its own, by the words that only it has."""
     rendered = [render_example(c, None, reader, CONFIG) for c in CONVERSATIONS]
-    return {text_of(letters, example["tokens"]): example for example in rendered}
+    return {text_of(letters, example.tokens): example for example in rendered}

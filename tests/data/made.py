@@ -3,6 +3,7 @@
 import dataclasses
 import io
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -68,19 +69,17 @@ def conversations(batches, letters):
     return [
         text_of(letters, tokens[segments == segment])
         for batch in batches
-        for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True)
+        for tokens, segments in zip(batch.tokens, batch.segment_ids, strict=True)
         for segment in range(1, segments.max() + 1)
     ]
 
 
 def rows(batch):
-    return [
-        {name: values[i] for name, values in batch.items()} for i in range(len(batch["tokens"]))
-    ]
+    return [batch[i] for i in range(len(batch))]
 
 
 def same(batch, other):
-    return batch.keys() == other.keys() and all(
-        batch[name].dtype == other[name].dtype and batch[name].tobytes() == other[name].tobytes()
-        for name in batch
+    return jax.tree.structure(batch) == jax.tree.structure(other) and all(
+        a.dtype == b.dtype and a.tobytes() == b.tobytes()
+        for a, b in zip(jax.tree.leaves(batch), jax.tree.leaves(other), strict=True)
     )

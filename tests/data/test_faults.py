@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -47,10 +48,10 @@ def test_no_packed_row_has_more_targets_than_the_head_computes(source, reader, l
     free = [row for batch in dataset(source, reader, config) for row in rows(batch)]
     bounded = dataclasses.replace(config, max_targets=limit)
     batches = list(dataset(source, reader, bounded))
-    assert max(row["weights"].sum() for batch in batches for row in rows(batch)) <= limit
-    assert batches[0].keys() == free[0].keys()
+    assert max(row.weights.sum() for batch in batches for row in rows(batch)) <= limit
+    assert jax.tree.structure(batches[0]) == jax.tree.structure(free[0])
     if config is PACKED:
-        assert max(row["weights"].sum() for row in free) > limit
+        assert max(row.weights.sum() for row in free) > limit
 
 
 def test_a_balanced_batch_that_does_not_fit_is_an_error(source, reader, letters):
@@ -69,7 +70,7 @@ def test_a_long_conversation_is_cut_before_a_picture_not_within_it(reader, lette
     long = Conversation("long", "made", "en", "", ("made/1", "made/2"), turns)
     config = dataclasses.replace(CONFIG, row_tokens=400)
     whole = render_example(long, None, reader, config)
-    places = np.flatnonzero(whole["image_index"] >= 0)
+    places = np.flatnonzero(whole.image_index >= 0)
     gap = np.flatnonzero(np.diff(places) > 1)[0]
     second, end = places[gap + 1], places[-1] + 1
     with pytest.raises(RecordError, match="does not fit a row"):
@@ -90,20 +91,20 @@ def test_a_long_conversation_is_cut_before_a_picture_not_within_it(reader, lette
         (second - 2, second - 2, 1),
     ):
         example = cut(row_tokens=int(limit))
-        assert len(example["tokens"]) == length
-        assert np.array_equal(example["tokens"], whole["tokens"][:length])
-        assert len(example["tiles"]) == sum(tiles[:kept])
-        assert np.array_equal(example["weights"][:-1], whole["weights"][: length - 1])
-        assert example["weights"][-1] == 0
-        size = (len(example["tokens"]), len(example["tiles"]), int(example["weights"].sum()))
+        assert len(example.tokens) == length
+        assert np.array_equal(example.tokens, whole.tokens[:length])
+        assert len(example.tiles) == sum(tiles[:kept])
+        assert np.array_equal(example.weights[:-1], whole.weights[: length - 1])
+        assert example.weights[-1] == 0
+        size = (len(example.tokens), len(example.tiles), int(example.weights.sum()))
         measured = measure(
             [long],
             reader,
             dataclasses.replace(config, overlong="truncate", row_tokens=int(limit)),
         )
         assert measured.tolist() == [list(size)]
-    assert len(cut(row_tiles=tiles[0])["tokens"]) == second
-    assert cut(max_targets=3)["weights"].sum() == 3
+    assert len(cut(row_tiles=tiles[0]).tokens) == second
+    assert cut(max_targets=3).weights.sum() == 3
     # Cut within its first picture nothing is left to learn from.
     with pytest.raises(RecordError, match="does not fit a row"):
         cut(row_tokens=int(places[3]))
@@ -114,7 +115,7 @@ def test_conversations_that_do_not_fit_are_left_out_or_cut(
     source, reader, letters, examples, packing
 ):
     base = PipelineConfig(rows=1, row_tokens=150, row_tiles=10, packing=packing)
-    short = [text for text, e in examples.items() if len(e["tokens"]) <= 150]
+    short = [text for text, e in examples.items() if len(e.tokens) <= 150]
     assert 0 < len(short) < len(examples)
 
     def run(overlong):

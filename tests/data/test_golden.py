@@ -124,12 +124,12 @@ def test_examples_are_the_reference_with_pictures_put_in(records, tokenizer):
             repeat = width if id == SPLIT_OFF else 1
             ids += [tokenizer.image_id if id == SPLIT_OFF else id] * repeat
             labels += [label] * repeat
-        assert example["tokens"].tolist() == ids
-        assert example["targets"][:-1].tolist() == ids[1:]
+        assert example.tokens.tolist() == ids
+        assert example.targets[:-1].tolist() == ids[1:]
         trained = np.array([label != IGNORED for label in labels[1:]] + [False])
-        assert np.array_equal(example["weights"] > 0, trained)
-        assert (example["image_index"] >= 0).sum() == width
-        assert len(example["tiles"]) == views_of.get(expected["index"], 0)
+        assert np.array_equal(example.weights > 0, trained)
+        assert (example.image_index >= 0).sum() == width
+        assert len(example.tiles) == views_of.get(expected["index"], 0)
 
 
 def test_the_lengths_of_the_sample_are_measured_without_decoding(records, tokenizer):

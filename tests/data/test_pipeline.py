@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from pangea_jax import anyres
+from pangea_jax.batch import Batch, Example
 from pangea_jax.data import image
-from pangea_jax.data.packing import pad_row
 from pangea_jax.data.pipeline import PipelineConfig, RowSource, render_example, train_dataset
 from pangea_jax.data.reader import CachedFeatures, Reader
 from pangea_jax.model import params as model_params
@@ -48,7 +48,7 @@ def test_views_are_the_tiles_and_their_order(store, reader, tiny_config):
 
 def test_an_example_predicts_the_next_token(examples, letters):
     for example in examples.values():
-        tokens, targets, weights = (example[name] for name in ("tokens", "targets", "weights"))
+        tokens, targets, weights = example.tokens, example.targets, example.weights
         assert np.array_equal(targets[:-1], tokens[1:])
         trained = letters.decode(targets[weights > 0].tolist())
         number = int(trained[1:].rstrip("b"))
@@ -64,21 +64,21 @@ def test_two_pictures_of_one_conversation_use_their_own_tiles(reader, letters):
     looks = [reader.pictures.stored(name, several=True) for name in ("made/2", "made/3")]
     first, second = (look.cut() for look in looks)
     first_index, second_index = (look.place[1] for look in looks)
-    index = example["image_index"][example["image_index"] >= 0]
-    assert np.array_equal(example["tiles"], np.concatenate([first, second]))
+    index = example.image_index[example.image_index >= 0]
+    assert np.array_equal(example.tiles, np.concatenate([first, second]))
     moved = np.where(second_index > 0, second_index + 16 * len(first), 0)
     assert index.tolist() == [*first_index.tolist(), *moved.tolist()]
 
 
 def test_a_padded_row_field_by_field():
-    example = {
-        "tokens": np.array([7, 8, 3], np.int32),
-        "targets": np.array([8, 3, 0], np.int32),
-        "weights": np.array([0, 1, 0], np.float32),
-        "image_index": np.array([-1, -1, 0], np.int32),
-        "features": np.ones((1, 2, 2), np.float16),
-    }
-    row = pad_row(example, 5, 2)
+    example = Example(
+        tokens=np.array([7, 8, 3], np.int32),
+        targets=np.array([8, 3, 0], np.int32),
+        weights=np.array([0, 1, 0], np.float32),
+        image_index=np.array([-1, -1, 0], np.int32),
+        features=np.ones((1, 2, 2), np.float16),
+    )
+    row = Batch.fill([[example]], 5, 2, patches=2)[0]
     expected = {
         "tokens": [7, 8, 3, 0, 0],
         "targets": [8, 3, 0, 0, 0],
@@ -88,8 +88,11 @@ def test_a_padded_row_field_by_field():
         "segment_ids": [1, 1, 1, 0, 0],
         "features": [[[1, 1], [1, 1]], [[0, 0], [0, 0]]],
     }
-    assert {name: value.tolist() for name, value in row.items()} == expected
-    assert row["features"].dtype == np.float16
+    assert {
+        name: value.tolist() for name, value in vars(row).items() if name != "tiles"
+    } == expected
+    assert row.tiles is None
+    assert row.features.dtype == np.float16
 
 
 @CONFIGS
@@ -104,16 +107,16 @@ def test_an_epoch_holds_every_conversation_once(source, reader, letters, example
 
 def check_segment(row, segment, example, patches=16):
     """Tokens, weights, positions are the example's own, and every picture place its own patch."""
-    inside = row["segment_ids"] == segment
+    inside = row.segment_ids == segment
     for name in ("tokens", "targets", "weights"):
-        assert np.array_equal(row[name][inside], example[name])
-    assert np.array_equal(row["positions"][inside], np.arange(inside.sum()))
-    packed, alone = row["image_index"][inside], example["image_index"]
+        assert np.array_equal(getattr(row, name)[inside], getattr(example, name))
+    assert np.array_equal(row.positions[inside], np.arange(inside.sum()))
+    packed, alone = row.image_index[inside], example.image_index
     assert np.array_equal(np.minimum(packed, 1), np.minimum(alone, 1))
     for there, here in zip(packed[alone > 0], alone[alone > 0], strict=True):
         assert (there - 1) % patches == (here - 1) % patches
-        tile = row["tiles"][(there - 1) // patches]
-        assert np.array_equal(tile, example["tiles"][(here - 1) // patches])
+        tile = row.tiles[(there - 1) // patches]
+        assert np.array_equal(tile, example.tiles[(here - 1) // patches])
 
 
 @CONFIGS
@@ -121,13 +124,13 @@ def test_every_picture_place_points_at_its_own_tile(source, reader, letters, exa
     later = 0
     for batch in dataset(source, reader, config):
         for row in rows(batch):
-            padding = row["segment_ids"] == 0
-            assert (row["image_index"][padding] == -1).all()
-            assert not row["weights"][padding].any()
-            for segment in range(1, row["segment_ids"].max() + 1):
-                text = text_of(letters, row["tokens"][row["segment_ids"] == segment])
+            padding = row.segment_ids == 0
+            assert (row.image_index[padding] == -1).all()
+            assert not row.weights[padding].any()
+            for segment in range(1, row.segment_ids.max() + 1):
+                text = text_of(letters, row.tokens[row.segment_ids == segment])
                 check_segment(row, segment, examples[text])
-                later += segment > 1 and len(examples[text]["tiles"]) > 0
+                later += segment > 1 and len(examples[text].tiles) > 0
     assert (later > 0) == (config.packing != "none")
 
 
@@ -136,15 +139,14 @@ def packed_row(request, source, reader, letters, examples):
     """A row of several conversations, of which several have pictures, and its parts alone."""
     batches = dataset(source, reader, request.param)
     candidates = [row for batch in batches for row in rows(batch)]
-    row = max(candidates, key=lambda row: len(set(row["segment_ids"][row["image_index"] > 0])))
+    row = max(candidates, key=lambda row: len(set(row.segment_ids[row.image_index > 0])))
     texts = [
-        text_of(letters, row["tokens"][row["segment_ids"] == segment])
-        for segment in range(1, row["segment_ids"].max() + 1)
+        text_of(letters, row.tokens[row.segment_ids == segment])
+        for segment in range(1, row.segment_ids.max() + 1)
     ]
     assert len(texts) > 2
-    assert sum(len(examples[text]["tiles"]) > 0 for text in texts) > 1
-    parts = [pad_row(examples[text], 256, 10) for text in texts]
-    return row, {name: np.stack([part[name] for part in parts]) for name in row}
+    assert sum(len(examples[text].tiles) > 0 for text in texts) > 1
+    return row, Batch.fill([[examples[text]] for text in texts], 256, 10, 16)
 
 
 def test_a_packed_row_equals_its_parts_run_alone(packed_row, tiny_model):
@@ -156,16 +158,16 @@ def test_a_packed_row_equals_its_parts_run_alone(packed_row, tiny_model):
         def loss(params):
             model = model_params.merge(graphdef, params)
             hidden = model.hidden(batch)
-            total = cross_entropy(model.language, hidden, batch["targets"], batch["weights"])[0]
+            total = cross_entropy(model.language, hidden, batch.targets, batch.weights)[0]
             return total, hidden
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    together = jax.device_get(run(params, {name: value[None] for name, value in row.items()}))
+    together = jax.device_get(run(params, row[None]))
     (loss, hidden), grads = together
     (loss_alone, hidden_alone), grads_alone = jax.device_get(run(params, parts))
-    for number, segments in enumerate(parts["segment_ids"]):
-        inside = row["segment_ids"] == number + 1
+    for number, segments in enumerate(parts.segment_ids):
+        inside = row.segment_ids == number + 1
         np.testing.assert_allclose(hidden[0, inside], hidden_alone[number, segments > 0], atol=1e-5)
     np.testing.assert_allclose(loss, loss_alone, rtol=1e-5)
     scale = max(np.abs(g).max() for g in grads_alone.values())
@@ -182,7 +184,7 @@ def test_a_plan_gives_every_process_its_part_of_the_same_batches(source, reader,
         list(dataset(source, reader, PLANNED, process_index=i, process_count=2)) for i in range(2)
     ]
     for batch, *halves in zip(whole, *parts, strict=True):
-        joined = {name: np.concatenate([half[name] for half in halves]) for name in batch}
+        joined = jax.tree.map(lambda *parts: np.concatenate(parts), *halves)
         assert same(joined, batch)
 
 
@@ -208,13 +210,13 @@ def test_counters_are_those_of_the_batches(source, reader, letters, examples, co
         texts = conversations([batch], letters)
         assert told["examples_per_language"] == {"en": len(texts)}
         assert told["examples_per_source"] == {"made": len(texts)}
-        assert told["tokens_per_language"] == {"en": np.count_nonzero(batch["segment_ids"])}
-        assert told["padding"] == pytest.approx((batch["segment_ids"] == 0).mean())
-        tiles = sum(len(examples[text]["tiles"]) for text in texts)
-        slots = batch["tiles"].shape[0] * batch["tiles"].shape[1]
+        assert told["tokens_per_language"] == {"en": np.count_nonzero(batch.segment_ids)}
+        assert told["padding"] == pytest.approx((batch.segment_ids == 0).mean())
+        tiles = sum(len(examples[text].tiles) for text in texts)
+        slots = batch.tiles.shape[0] * batch.tiles.shape[1]
         assert told["tile_fill"] == pytest.approx(tiles / slots)
         assert told["bad_records"] == {}
-    assert second["total_tokens"] == sum((b["segment_ids"] > 0).sum() for b in batches)
+    assert second["total_tokens"] == sum((b.segment_ids > 0).sum() for b in batches)
     assert second["total_examples"] == len(conversations(batches, letters))
     assert data.counters.flush()["examples_per_language"] == {}
 
@@ -235,7 +237,7 @@ def test_processes_share_the_epoch(source, reader, letters, examples):
     assert not set(parts[0]) & set(parts[1])
     assert sorted(parts[0] + parts[1]) == sorted(examples)
     batch = next(iter(dataset(source, reader, process_index=0, process_count=2)))
-    assert len(batch["tokens"]) == CONFIG.rows // 2
+    assert len(batch.tokens) == CONFIG.rows // 2
     with pytest.raises(ValueError, match="rows=2 does not divide over 3 processes"):
         dataset(source, reader, process_count=3)
 
@@ -254,10 +256,10 @@ def test_cached_views_are_drawn_at_random_but_not_in_evaluation(letters):
     source = [CONVERSATIONS[i] for i in (1, 4, 7, 10, 13, 16, 19, 22)] * 8
     config, reader = PipelineConfig(rows=1, row_tokens=80, row_tiles=1), Reader(letters, pictures)
     batches = list(train_dataset(source, reader, config, seed=0))
-    drawn = {float(batch["features"][0, 0, 0, 0]) % 1 for batch in batches}
+    drawn = {float(batch.features[0, 0, 0, 0]) % 1 for batch in batches}
     assert drawn == {0, 0.25, 0.5}
     again = list(train_dataset(source, reader, config, seed=0))
-    assert all(np.array_equal(a["features"], b["features"]) for a, b in zip(batches, again))
+    assert all(np.array_equal(a.features, b.features) for a, b in zip(batches, again))
 
 
 def test_several_pictures_are_padded_squares_where_asked(store, tiny_config, letters):
@@ -265,9 +267,9 @@ def test_several_pictures_are_padded_squares_where_asked(store, tiny_config, let
     reader = reader_of(tiny_config, letters, store, multi_image="padded")
     two = dataclasses.replace(CONVERSATIONS[2], images=("made/1", "made/2"))
     example = render_example(two, None, reader, CONFIG)
-    assert len(example["tiles"]) == 2
-    assert (example["image_index"] >= 0).sum() == 2 * (16 + 1)
-    for key, tile in zip(two.images, example["tiles"], strict=True):
+    assert len(example.tiles) == 2
+    assert (example.image_index >= 0).sum() == 2 * (16 + 1)
+    for key, tile in zip(two.images, example.tiles, strict=True):
         pixels = np.asarray(image.decode(store.image(key)))
         height, width = pixels.shape[:2]
         side = max(height, width)
@@ -277,4 +279,4 @@ def test_several_pictures_are_padded_squares_where_asked(store, tiny_config, let
         expected = Image.fromarray(square).resize((16, 16), Image.Resampling.BICUBIC)
         assert np.array_equal(tile, np.asarray(expected))
     alone = dataclasses.replace(CONVERSATIONS[1], images=("made/1",))
-    assert len(render_example(alone, None, reader, CONFIG)["tiles"]) > 1
+    assert len(render_example(alone, None, reader, CONFIG).tiles) > 1

@@ -23,9 +23,9 @@ def test_sizes_are_measured_without_decoding(reader, letters, examples):
     sizes = measure(CONVERSATIONS, reader, CONFIG)
     assert sizes.shape == (24, 3)
     for (tokens, tiles, targets), example in zip(sizes, examples.values(), strict=True):
-        assert tokens == len(example["tokens"])
-        assert tiles == len(example["tiles"])
-        assert targets == example["weights"].sum()
+        assert tokens == len(example.tokens)
+        assert tiles == len(example.tiles)
+        assert targets == example.weights.sum()
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pangea_jax.batch import Batch
 from pangea_jax.generate.decode import (
     Sampling,
     advance,
@@ -31,13 +32,13 @@ def batch(tiny_config):
     inside = np.arange(PROMPT) < np.array(LENGTHS)[:, None]
     index = np.full(shape, -1, np.int32)
     index[[0, 2], :17] = [*range(1, 17), 0]
-    return {
-        "tokens": rng.integers(4, 100, shape, np.int32) * inside,
-        "image_index": index,
-        "positions": np.arange(PROMPT, dtype=np.int32) * inside,
-        "segment_ids": inside.astype(np.int32),
-        "tiles": rng.integers(0, 256, (len(LENGTHS), 1, 16, 16, 3), np.uint8),
-    }
+    return Batch(
+        tokens=rng.integers(4, 100, shape, np.int32) * inside,
+        image_index=index,
+        positions=np.arange(PROMPT, dtype=np.int32) * inside,
+        segment_ids=inside.astype(np.int32),
+        tiles=rng.integers(0, 256, (len(LENGTHS), 1, 16, 16, 3), np.uint8),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def decode(tiny_model, batch):
     def run(stop_id):
         model = model_params.merge(graphdef, params)
         hidden, cache = model.prefill(batch, PROMPT + NEW)
-        last, lengths = last_hidden(hidden, batch["segment_ids"])
+        last, lengths = last_hidden(hidden, batch.segment_ids)
         settings = {"max_new_tokens": NEW, "stop_ids": jnp.array([stop_id])}
         return complete(model, last, lengths, cache, **settings), lengths
 
@@ -66,15 +67,19 @@ def expected(tiny_model, batch):
         return jnp.argmax(jnp.take_along_axis(logits, last[:, None, None], 1)[:, 0], axis=-1)
 
     rows, lengths = np.arange(len(LENGTHS)), np.array(LENGTHS)
-    grown = {name: np.pad(batch[name], ((0, 0), (0, NEW))) for name in ("tokens", "segment_ids")}
-    grown["image_index"] = np.pad(batch["image_index"], ((0, 0), (0, NEW)), constant_values=-1)
-    grown["positions"] = np.tile(np.arange(PROMPT + NEW, dtype=np.int32), (len(LENGTHS), 1))
-    grown["tiles"] = batch["tiles"]
+    room = ((0, 0), (0, NEW))
+    grown = Batch(
+        tokens=np.pad(batch.tokens, room),
+        image_index=np.pad(batch.image_index, room, constant_values=-1),
+        positions=np.tile(np.arange(PROMPT + NEW, dtype=np.int32), (len(LENGTHS), 1)),
+        segment_ids=np.pad(batch.segment_ids, room),
+        tiles=batch.tiles,
+    )
     found = []
     for step in range(NEW):
         token = np.asarray(next_tokens(grown, lengths + step - 1))
-        grown["tokens"][rows, lengths + step] = token
-        grown["segment_ids"][rows, lengths + step] = 1
+        grown.tokens[rows, lengths + step] = token
+        grown.segment_ids[rows, lengths + step] = 1
         found.append(token)
     return np.stack(found, axis=1)
 
@@ -191,14 +196,14 @@ def sample_rows(tiny_model, batch):
     def run(batch, sampling):
         model = model_params.merge(graphdef, params)
         hidden, cache = model.prefill(batch, PROMPT + NEW)
-        last, lengths = last_hidden(hidden, batch["segment_ids"])
+        last, lengths = last_hidden(hidden, batch.segment_ids)
         stop_ids = jnp.array([NO_STOP])
         return complete(
             model, last, lengths, cache, max_new_tokens=NEW, stop_ids=stop_ids, sampling=sampling
         )
 
     def rows(which, seeds):
-        chosen = {name: values[list(which)] for name, values in batch.items()}
+        chosen = batch[np.array(which)]
         sampling = make_sampling(len(which), temperature=1.5, top_k=50, seed=seeds)
         return np.asarray(run(chosen, sampling)).tolist()
 
@@ -215,7 +220,7 @@ def test_a_row_draws_the_same_in_any_batch(sample_rows):
 
 def test_steps_one_by_one_equal_all_at_once(tiny_model, batch, expected):
     """Several stop ids, a limit below the shape, and a row that is empty."""
-    batch = {name: np.concatenate([rows, np.zeros_like(rows[:1])]) for name, rows in batch.items()}
+    batch = jax.tree.map(lambda rows: np.concatenate([rows, np.zeros_like(rows[:1])]), batch)
     stop_ids = jnp.array([expected[0, 3], expected[2, 1]])
     limit = NEW - 2
     graphdef, params = model_params.split(tiny_model)
@@ -224,7 +229,7 @@ def test_steps_one_by_one_equal_all_at_once(tiny_model, batch, expected):
     @jax.jit
     def prefill(params):
         hidden, cache = model(params).prefill(batch, PROMPT + NEW)
-        return *last_hidden(hidden, jnp.asarray(batch["segment_ids"])), cache
+        return *last_hidden(hidden, jnp.asarray(batch.segment_ids)), cache
 
     run = jax.jit(
         lambda params, *start: complete(
@@ -267,7 +272,7 @@ def test_rows_take_turns(tiny_model, batch, expected):
     @jax.jit
     def read(params, row):
         hidden, cache = model(params).prefill(row, PROMPT)
-        start = *last_hidden(hidden, jnp.asarray(row["segment_ids"])), cache
+        start = *last_hidden(hidden, jnp.asarray(row.segment_ids)), cache
         return begin(model(params), *start, max_new_tokens=NEW, **settings)
 
     step = jax.jit(lambda params, state: advance(model(params), state, steps=3, **settings))
@@ -278,7 +283,7 @@ def test_rows_take_turns(tiny_model, batch, expected):
         for place, row in enumerate(rows):
             if row is None and waiting and (place == 0 or rounds):
                 rows[place] = waiting.pop(0)
-                begun = read(params, {k: v[rows[place]][None] for k, v in batch.items()})
+                begun = read(params, batch[rows[place]][None])
                 # The second of the two is no row of the batch.
                 begun = jax.tree.map(
                     lambda x: jnp.concatenate([x, x], x.ndim == 5) if x.ndim else x, begun
@@ -305,14 +310,14 @@ def test_nothing_of_a_rows_former_occupant_is_left(tiny_model, batch, expected):
     def answer(params, row, state):
         model = model_params.merge(graphdef, params)
         hidden, cache = model.prefill(row, PROMPT)
-        start = *last_hidden(hidden, jnp.asarray(row["segment_ids"])), cache
+        start = *last_hidden(hidden, jnp.asarray(row.segment_ids)), cache
         begun = begin(model, *start, max_new_tokens=NEW, **settings)
         return advance(model, insert(state, begun, jnp.array([1])), steps=NEW, **settings)
 
     cache = tiny_model.language.empty_cache(2, PROMPT + 4 + NEW, tiny_model.config.dtype)
     k, v = (x.at[..., 1, :, :, :].set(jnp.nan) for x in (cache.k, cache.v))
     state = idle(cache.replace(k=k, v=v), NEW, beyond)
-    found = answer(params, {name: rows[1][None] for name, rows in batch.items()}, state)
+    found = answer(params, batch[1][None], state)
     assert found.tokens[1].tolist() == expected[1].tolist()
     assert np.isfinite(found.cache.k).all() and np.isfinite(found.cache.v).all()
 

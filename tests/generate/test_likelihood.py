@@ -152,4 +152,4 @@ def test_shapes_are_what_batches_are_padded_to(engine, picture):
     for conversation in ("short", "long " * 90, [message]):
         prompt = engine.read(conversation)
         batch = engine._batch([prompt])
-        assert engine.shape(prompt) == (batch["tokens"].shape[1], batch["tiles"].shape[1])
+        assert engine.shape(prompt) == (batch.tokens.shape[1], batch.tiles.shape[1])

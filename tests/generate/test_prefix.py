@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import pangea_jax
+from pangea_jax.batch import Batch
 from pangea_jax.generate.decode import Sampling, advance, begin, follow, idle, insert, last_hidden
 from pangea_jax.generate.prompt import Prompt
 from pangea_jax.model import params as model_params
@@ -39,9 +40,7 @@ def reads(sample, monkeypatch):
 
         def call(*args, **kwargs):
             batch = args[place]
-            found[name].append(
-                (int((batch["segment_ids"].sum(1) > 0).sum()), batch["tokens"].shape[1])
-            )
+            found[name].append((int((batch.segment_ids.sum(1) > 0).sum()), batch.tokens.shape[1]))
             return program(*args, **kwargs)
 
         monkeypatch.setattr(sample._programs, name, call)
@@ -158,13 +157,13 @@ def test_following_equals_reading_whole(tiny_config, tiny_model):
     def batch(tokens, lengths):
         width = tokens.shape[1]
         inside = np.arange(width) < np.array(lengths)[:, None]
-        return {
-            "tokens": tokens * inside,
-            "image_index": np.full(tokens.shape, -1, np.int32),
-            "positions": np.arange(width, dtype=np.int32) * inside,
-            "segment_ids": inside.astype(np.int32),
-            "tiles": np.zeros((len(tokens), 0, 16, 16, 3), np.uint8),
-        }
+        return Batch(
+            tokens=tokens * inside,
+            image_index=np.full(tokens.shape, -1, np.int32),
+            positions=np.arange(width, dtype=np.int32) * inside,
+            segment_ids=inside.astype(np.int32),
+            tiles=np.zeros((len(tokens), 0, 16, 16, 3), np.uint8),
+        )
 
     first = rng.integers(4, 100, (1, P), np.int32)
     lengths = np.array([3, 8, 0])
@@ -189,14 +188,14 @@ def test_following_equals_reading_whole(tiny_config, tiny_model):
     @jax.jit
     def after(params, state):
         model = model_params.merge(graphdef, params)
-        ids = rest["tokens"], rest["segment_ids"]
+        ids = rest.tokens, rest.segment_ids
         return follow(model, state, jnp.int32(1), jnp.int32(shared), *ids, width=W)
 
     hidden, whole, cache = after(params, state)
     assert whole.tolist() == [shared + 3, shared + 8, 0]
     assert cache.segment_ids.shape == (3, W) and int(cache.length) == W
     for row, length in enumerate(lengths[:2]):
-        tokens = np.concatenate([first[0, :shared], rest["tokens"][row, :length]])[None]
+        tokens = np.concatenate([first[0, :shared], rest.tokens[row, :length]])[None]
         expected, read = tiny_model.prefill(batch(tokens, [tokens.shape[1]]), tokens.shape[1])
         np.testing.assert_allclose(hidden[row], expected[0, -1], atol=2e-5)
         slots = np.flatnonzero(cache.segment_ids[row])

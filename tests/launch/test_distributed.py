@@ -16,14 +16,14 @@ FAILING = """
 import sys
 sys.path.insert(0, ".")
 from launch import common, train
-from pangea_jax.train import loop
-to_global, calls = loop.sharding.to_global, []
+from pangea_jax.batch import Batch
+place, calls = Batch.place, []
 def fail_once(*args):
     calls.append(args)
     if len(calls) == 4 and train.jax.process_index() == 1:
         raise RuntimeError("the third step went wrong")
-    return to_global(*args)
-loop.sharding.to_global = fail_once
+    return place(*args)
+Batch.place = fail_once
 common.run(train.main)
 """
 

@@ -1,5 +1,6 @@
 """What inspect_data shows is what is in the batch."""
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from pangea_jax.batch import Batch, Example
 from pangea_jax.data import batch_view
-from pangea_jax.data.packing import fill_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,15 +27,14 @@ def example(letters, text, answer, tiles):
     weights[len(tokens) - len(said) - 1 : -1] = 1
     colour = np.full((tiles, 6, 6, 3), 40 * tiles, np.uint8)
     targets = np.append(tokens[1:], 0).astype(np.int32)
-    names = ("tokens", "targets", "weights", "image_index", "tiles")
-    return dict(zip(names, (tokens, targets, weights, index, colour), strict=True))
+    return Example(tokens, index, colour, targets=targets, weights=weights)
 
 
 @pytest.fixture(scope="module")
 def batch(letters):
     first = example(letters, "What? ", "cat", 1)
     second = example(letters, "And [this]? ", "dog!", 2)
-    return fill_rows([[first, second], [second]], 64, 4, 4)
+    return Batch.fill([[first, second], [second]], 64, 4, 4)
 
 
 def printed(batch, letters, rows):
@@ -44,8 +44,8 @@ def printed(batch, letters, rows):
 
 
 def test_what_is_trained_is_coloured(batch, letters):
-    row = {name: values[0] for name, values in batch.items()}
-    said = letters.decode(row["tokens"][batch_view.trained_tokens(row)].tolist())
+    row = batch[0]
+    said = letters.decode(row.tokens[batch_view.trained_tokens(row)].tolist())
     assert said == "catdog!"
     texts = [part for part in batch_view.render_row(row, letters, 4) if hasattr(part, "spans")]
     coloured = [
@@ -87,9 +87,9 @@ def test_the_sheet_shows_every_tile_in_its_place(batch, letters, tmp_path):
 
 
 def test_features_have_no_sheet(batch, letters, tmp_path):
-    features = {name: value for name, value in batch.items() if name != "tiles"}
-    features["features"] = np.zeros((2, 4, 4, 8), np.float16)
-    batch_view.save_batch(features, letters, 4, tmp_path)
+    features = np.zeros((2, 4, 4, 8), np.float16)
+    batch = dataclasses.replace(batch, tiles=None, features=features)
+    batch_view.save_batch(batch, letters, 4, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["first_batch.html"]
 
 

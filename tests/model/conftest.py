@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pangea_jax.anyres import layout
+from pangea_jax.batch import Batch
 from pangea_jax.data.image import views
 from pangea_jax.model.attention import AttentionImpl
 
@@ -49,19 +50,19 @@ class Examples:
         """Right-padded batch of `row`s with fixed shapes."""
         side = self.config.vision.image_size
         B = len(rows)
-        batch = {
-            "tokens": np.zeros((B, length), np.int32),
-            "image_index": np.full((B, length), -1, np.int32),
-            "segment_ids": np.zeros((B, length), np.int32),
-            "positions": np.tile(np.arange(length, dtype=np.int32), (B, 1)),
-            "tiles": np.zeros((B, num_tiles, side, side, 3), np.uint8),
-        }
+        batch = Batch(
+            tokens=np.zeros((B, length), np.int32),
+            image_index=np.full((B, length), -1, np.int32),
+            segment_ids=np.zeros((B, length), np.int32),
+            positions=np.tile(np.arange(length, dtype=np.int32), (B, 1)),
+            tiles=np.zeros((B, num_tiles, side, side, 3), np.uint8),
+        )
         for b, (tokens, index, tiles) in enumerate(rows):
-            batch["tokens"][b, : len(tokens)] = tokens
-            batch["image_index"][b, : len(tokens)] = index
-            batch["segment_ids"][b, : len(tokens)] = 1
+            batch.tokens[b, : len(tokens)] = tokens
+            batch.image_index[b, : len(tokens)] = index
+            batch.segment_ids[b, : len(tokens)] = 1
             if tiles:
-                batch["tiles"][b, : len(tiles)] = tiles
+                batch.tiles[b, : len(tiles)] = tiles
         return batch
 
 

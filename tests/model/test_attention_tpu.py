@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pangea_jax import sharding
+from pangea_jax.batch import Batch
 from pangea_jax.model import Pangea
 from pangea_jax.model import params as model_params
 from pangea_jax.model.attention import attention
@@ -105,12 +106,13 @@ def test_train_step_compiles(mesh, tiny_config):
         jax.ShapeDtypeStruct((), jnp.int32), shapes, {}, jax.eval_shape(optimizer.init, shapes)
     )
     rows, tokens = 4, 384
-    batch = {
-        name: jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
-        for name in ("tokens", "targets", "positions", "segment_ids", "image_index")
-    }
-    batch["weights"] = jax.ShapeDtypeStruct((rows, tokens), jnp.float32)
-    batch["tiles"] = jax.ShapeDtypeStruct((rows, 2, 16, 16, 3), jnp.uint8)
+    words = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
+    batch = Batch(
+        *(words, words, words, words),
+        tiles=jax.ShapeDtypeStruct((rows, 2, 16, 16, 3), jnp.uint8),
+        targets=words,
+        weights=jax.ShapeDtypeStruct((rows, tokens), jnp.float32),
+    )
     shardings = sharding.state_shardings(state, placed, mesh)
     step = make_train_step(graphdef, optimizer, shardings, mesh, keep="none")
     text = step.lower(state, batch).compile().as_text()

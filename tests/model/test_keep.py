@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pangea_jax.batch import Batch
 from pangea_jax.model import AttentionImpl
 from pangea_jax.model import params as model_params
 from pangea_jax.model.layers import KEEP
@@ -17,13 +18,13 @@ def batch(tiny_config):
     rng = np.random.default_rng(0)
     place = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     patches = tiny_config.vision.patches
-    return {
-        "tokens": rng.integers(0, tiny_config.language.vocab_size, (B, T), np.int32),
-        "positions": place % 20,
-        "segment_ids": 1 + place // 20,  # two packed sequences
-        "image_index": np.where(place <= patches, place, -1),
-        "tiles": rng.integers(0, 256, (B, 1, 16, 16, 3), np.uint8),
-    }
+    return Batch(
+        tokens=rng.integers(0, tiny_config.language.vocab_size, (B, T), np.int32),
+        positions=place % 20,
+        segment_ids=1 + place // 20,  # two packed sequences
+        image_index=np.where(place <= patches, place, -1),
+        tiles=rng.integers(0, 256, (B, 1, 16, 16, 3), np.uint8),
+    )
 
 
 @pytest.fixture(scope="module")

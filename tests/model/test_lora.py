@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from pangea_jax import checkpoints, sharding
+from pangea_jax.batch import Batch
 from pangea_jax.checkpoints import CheckpointError, SpecialTokens, huggingface
 from pangea_jax.checkpoints.convert import convert
 from pangea_jax.model import LoraConfig, Pangea, lora
@@ -27,15 +28,15 @@ def tiny_batch(tiny_config):
     patches, T = tiny_config.vision.patches, 20
     place = np.broadcast_to(np.arange(T, dtype=np.int32), (8, T))
     tokens = rng.integers(4, tiny_config.language.vocab_size, place.shape, np.int32)
-    return {
-        "tokens": tokens,
-        "targets": np.roll(tokens, -1, axis=1),
-        "weights": (place >= patches + 1).astype(np.float32),
-        "image_index": np.where(place <= patches, place, -1).astype(np.int32),
-        "positions": place,
-        "segment_ids": np.ones_like(place),
-        "tiles": rng.integers(0, 256, (8, 1, 16, 16, 3), np.uint8),
-    }
+    return Batch(
+        tokens=tokens,
+        targets=np.roll(tokens, -1, axis=1),
+        weights=(place >= patches + 1).astype(np.float32),
+        image_index=np.where(place <= patches, place, -1).astype(np.int32),
+        positions=place,
+        segment_ids=np.ones_like(place),
+        tiles=rng.integers(0, 256, (8, 1, 16, 16, 3), np.uint8),
+    )
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_only_adapters_learn_and_the_rest_is_bfloat16(tiny_config, tiny_batch):
     step = make_train_step(graphdef, optimizer, shardings, mesh)
     losses = []
     for _ in range(12):
-        state, metrics = step(state, sharding.to_global(tiny_batch, mesh))
+        state, metrics = step(state, tiny_batch.place(mesh))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.1
     for name, value in state.params.items():
@@ -131,7 +132,7 @@ def test_gradients_are_those_of_the_merged_kernel(tiny_batch, adapted):
         lambda: Pangea(huggingface.without_adapters(config), rngs=nnx.Rngs(0))
     )
 
-    T, D = tiny_batch["tokens"].shape[1], config.language.width
+    T, D = tiny_batch.tokens.shape[1], config.language.width
     weights = jax.random.normal(jax.random.key(2), (T, D))
 
     def loss(graphdef):

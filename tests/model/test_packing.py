@@ -38,13 +38,13 @@ def packed_batch(examples, rows):
     for segment, (tokens, index, tiles) in enumerate(rows, start=1):
         stop = start + len(tokens)
         index = np.array(index)
-        batch["tokens"][0, start:stop] = tokens
+        batch.tokens[0, start:stop] = tokens
         shifted = np.where(index > 0, index + tile * CONFIG.vision.patches, index)
-        batch["image_index"][0, start:stop] = shifted
-        batch["segment_ids"][0, start:stop] = segment
-        batch["positions"][0, start:stop] = np.arange(len(tokens))
+        batch.image_index[0, start:stop] = shifted
+        batch.segment_ids[0, start:stop] = segment
+        batch.positions[0, start:stop] = np.arange(len(tokens))
         if tiles:
-            batch["tiles"][0, tile : tile + len(tiles)] = tiles
+            batch.tiles[0, tile : tile + len(tiles)] = tiles
         start, tile = stop, tile + len(tiles)
     return batch
 
@@ -52,7 +52,7 @@ def packed_batch(examples, rows):
 def summed_loss(graph, state, batch, impl):
     """Sum of next-token cross-entropies within segments, and the logits."""
     logits = nnx.merge(graph, state)(batch, impl=impl)
-    tokens, segments = batch["tokens"], batch["segment_ids"]
+    tokens, segments = batch.tokens, batch.segment_ids
     scores = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
     trained = (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] > 0)
     return -(scores[..., 0] * trained).sum(), logits

@@ -199,12 +199,12 @@ def test_gradients_of_every_parameter(make_pair, picture, tmp_path, decoder, tie
 
     batch = pair.examples.batch([pair.examples.row(*row) for row in rows], LENGTH, TILES)
     graph, state = nnx.split(pair.model)
-    words = (batch["image_index"] < 0) & (batch["segment_ids"] > 0)
+    words = (batch.image_index < 0) & (batch.segment_ids > 0)
 
     @jax.jit
     @jax.value_and_grad
     def loss(state):
-        return next_token_loss(nnx.merge(graph, state)(batch), batch["tokens"], words)
+        return next_token_loss(nnx.merge(graph, state)(batch), batch.tokens, words)
 
     value, found = loss(state)
     np.testing.assert_allclose(value, expected_loss.item(), rtol=1e-5)

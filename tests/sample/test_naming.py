@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from pangea_jax import sharding
+from pangea_jax.batch import Batch
 from pangea_jax.data import chat
 from pangea_jax.data.build.write_store import Picture, write_store
 from pangea_jax.data.pipeline import PipelineConfig, RowSource, train_dataset
@@ -96,7 +97,7 @@ class Trainer:
         )
         batches = train_dataset(source, Reader(tokenizer, views), shape, seed=0)
         for _, batch in zip(range(self.steps), batches):
-            self.state, metrics = step(self.state, sharding.to_global(batch, self.mesh))
+            self.state, metrics = step(self.state, batch.place(self.mesh))
         return jax.device_get(self.state.params), float(metrics["loss"])
 
 
@@ -133,13 +134,13 @@ def brute_force(untrained, views, emoji_tokenizer):
         for row, name in enumerate(names):
             tokens[row, :size], image_index[row, :size] = prompt.tokens, prompt.image_index
             tokens[row, size : size + len(name)] = name
-        batch = {
-            "tokens": tokens,
-            "image_index": image_index,
-            "positions": np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(names), 1)),
-            "segment_ids": np.ones_like(tokens),
-            "features": np.tile(features[None], (len(names), 1, 1, 1)),
-        }
+        batch = Batch(
+            tokens=tokens,
+            image_index=image_index,
+            positions=np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(names), 1)),
+            segment_ids=np.ones_like(tokens),
+            features=np.tile(features[None], (len(names), 1, 1, 1)),
+        )
         logits = np.asarray(forward(params, batch), np.float64)
         logits -= logits.max(-1, keepdims=True)
         log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -157,7 +158,7 @@ def test_log_likelihoods_equal_brute_force(
     params, reader = untrained.start, Reader(emoji_tokenizer, views)
     chosen = items[:5]
     prompts = [namer._prompt(item, item.image, reader) for item in chosen]
-    batch = {name: np.stack([prompt[name] for prompt in prompts]) for name in prompts[0]}
+    batch = Batch.fill([[prompt] for prompt in prompts], PROMPT, 1, PATCHES)
     names, mask = (values[: len(chosen)] for values in namer._names(chosen))
     _, scores = namer._score(params, batch, names, mask)
     for item, found in zip(chosen, np.asarray(scores), strict=True):

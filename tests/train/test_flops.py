@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from pangea_jax.batch import Batch
 from pangea_jax.model import LanguageConfig, Pangea, PangeaConfig, VisionConfig
 from pangea_jax.model import params as model_params
 from pangea_jax.train.flops import train_flops
@@ -40,12 +41,13 @@ def config():
 
 
 def batch_of(config):
-    row = (ROWS, TOKENS)
-    names = ("tokens", "targets", "positions", "segment_ids", "image_index")
-    batch = {name: jax.ShapeDtypeStruct(row, jnp.int32) for name in names}
-    batch["weights"] = jax.ShapeDtypeStruct(row, jnp.float32)
-    size = config.vision.image_size
-    return batch | {"tiles": jax.ShapeDtypeStruct((ROWS, TILES, size, size, 3), jnp.uint8)}
+    words, size = jax.ShapeDtypeStruct((ROWS, TOKENS), jnp.int32), config.vision.image_size
+    return Batch(
+        *(words, words, words, words),
+        tiles=jax.ShapeDtypeStruct((ROWS, TILES, size, size, 3), jnp.uint8),
+        targets=words,
+        weights=jax.ShapeDtypeStruct((ROWS, TOKENS), jnp.float32),
+    )
 
 
 def xla_flops(config, frozen):
@@ -58,7 +60,7 @@ def xla_flops(config, frozen):
     def loss(trained, kept, batch):
         model = model_params.merge(graphdef, trained | kept)
         hidden = model.hidden(batch, impl="xla")
-        return cross_entropy(model.language, hidden, batch["targets"], batch["weights"])[0]
+        return cross_entropy(model.language, hidden, batch.targets, batch.weights)[0]
 
     # Not compiled: XLA counts the same products then, for many times the wait.
     return jax.jit(jax.grad(loss)).lower(trained, kept, batch_of(config)).cost_analysis()["flops"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pangea_jax.batch import Batch
 from pangea_jax.train.guards import BadStepsError, Guard, GuardConfig, dump_batch
 
 GOOD = {"loss": 2.0, "grad_norm": 1.0, "skipped": 0.0}
@@ -88,18 +89,20 @@ def test_a_constant_loss_is_no_reason_to_call_a_little_more_a_spike():
 
 def test_the_batch_can_be_looked_at(letters, tmp_path):
     words = letters.encode("hello")
-    rows = {
-        "tokens": np.array([words]),
-        "weights": np.array([[0, 0, 1, 1, 0]], np.float32),
-        "image_index": np.full((1, 5), -1),
-        "segment_ids": np.ones((1, 5), np.int32),
-        "tiles": np.zeros((1, 1, 4, 4, 3), np.uint8),
-    }
+    rows = Batch(
+        tokens=np.array([words]),
+        weights=np.array([[0, 0, 1, 1, 0]], np.float32),
+        image_index=np.full((1, 5), -1),
+        segment_ids=np.ones((1, 5), np.int32),
+        positions=np.arange(5)[None],
+        tiles=np.zeros((1, 1, 4, 4, 3), np.uint8),
+    )
     path = dump_batch(rows, 7, letters, 4, tmp_path)
     assert path == tmp_path / "bad_batch_7.npz"
     found = np.load(path, allow_pickle=False)
-    assert found.files == list(rows)
-    for name, value in rows.items():
+    kept = {name: value for name, value in vars(rows).items() if value is not None}
+    assert found.files == list(kept)
+    for name, value in kept.items():
         np.testing.assert_array_equal(found[name], value)
     text = (tmp_path / "bad_batch_7.html").read_text()
     assert "hel" in text

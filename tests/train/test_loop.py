@@ -13,6 +13,7 @@ from flax import struct
 from rich.console import Console
 
 from pangea_jax import sharding
+from pangea_jax.batch import Batch
 from pangea_jax.train.guards import Guard, GuardConfig
 from pangea_jax.train.loop import Loop
 from pangea_jax.train.telemetry import Profiler, Speed, StepTimer, Telemetry
@@ -26,7 +27,7 @@ class State:
 
 @jax.jit
 def add(state, batch):
-    tokens = batch["tokens"].sum().astype(jnp.float32)
+    tokens = batch.tokens.sum().astype(jnp.float32)
     ones = dict.fromkeys(("target_tokens", "tokens", "examples", "accuracy", "grad_norm"), 1.0)
     metrics = {"loss": tokens, "skipped": jnp.isinf(tokens), **ones}
     return State(state.step + 1, state.total + tokens), metrics
@@ -58,7 +59,8 @@ class Data:
         self.left = list(range(1, 100) if left is None else left)
 
     def __next__(self):
-        return {"tokens": np.full((2, 3), self.left.pop(0))}
+        tokens = np.full((2, 3), self.left.pop(0))
+        return Batch(tokens, tokens, tokens, tokens)
 
 
 @pytest.fixture
@@ -102,7 +104,7 @@ def test_what_is_logged_and_saved_when(make, tmp_path):
     loop = make(on_first_batch=seen.append)
     state = loop.run(start(), Data())
     assert float(state.total) == 6 * sum(range(1, 8))
-    assert len(seen) == 1 and seen[0]["tokens"][0, 0] == 1
+    assert len(seen) == 1 and seen[0].tokens[0, 0] == 1
     # A line tells of the steps since the one before; a step's loss is six times its number here.
     assert [(step, loss) for step, loss, _ in logged(tmp_path)] == [
         (1, 9),

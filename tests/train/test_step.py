@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pangea_jax import sharding
+from pangea_jax.batch import Batch
 from pangea_jax.model import AttentionImpl
 from pangea_jax.model import params as model_params
 from pangea_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -29,18 +30,16 @@ def batches(tiny_config):
     place = np.broadcast_to(np.arange(TOKENS, dtype=np.int32), inside.shape)
     index = np.where(place <= patches + 1, place % (patches + 1), -1)  # 0 is the newline vector
     tokens = rng.integers(4, tiny_config.language.vocab_size, inside.shape, np.int32)
-    batch = {
-        "tokens": tokens * inside,
-        "targets": np.roll(tokens, -1, axis=-1) * inside,
-        "weights": (inside & (place > TOKENS - 2 - np.arange(ROWS)[:, None] % 7)).astype(
-            np.float32
-        ),
-        "image_index": np.where(inside, index, -1).astype(np.int32),
-        "positions": place * inside,
-        "segment_ids": inside.astype(np.int32),
-        "tiles": rng.integers(0, 256, (STEPS, ROWS, 1, 16, 16, 3), np.uint8),
-    }
-    return [{name: values[step] for name, values in batch.items()} for step in range(STEPS)]
+    batch = Batch(
+        tokens=tokens * inside,
+        targets=np.roll(tokens, -1, axis=-1) * inside,
+        weights=(inside & (place > TOKENS - 2 - np.arange(ROWS)[:, None] % 7)).astype(np.float32),
+        image_index=np.where(inside, index, -1).astype(np.int32),
+        positions=place * inside,
+        segment_ids=inside.astype(np.int32),
+        tiles=rng.integers(0, 256, (STEPS, ROWS, 1, 16, 16, 3), np.uint8),
+    )
+    return [batch[step] for step in range(STEPS)]
 
 
 def run(config, batches, mesh, **options):
@@ -50,7 +49,7 @@ def run(config, batches, mesh, **options):
     step = make_train_step(graphdef, OPTIMIZER, shardings, mesh, **options)
     metrics = []
     for batch in batches:
-        state, scalars = step(state, sharding.to_global(batch, mesh))
+        state, scalars = step(state, batch.place(mesh))
         metrics.append({name: float(value) for name, value in scalars.items()})
     return start, jax.device_get(state), metrics
 
@@ -63,7 +62,7 @@ def one_device(tiny_config, batches):
 
 def test_a_mesh_trains_as_one_device_does(tiny_config, batches, one_device):
     """All three axes at once, with every option that must not change the result."""
-    assert max(batch["weights"].sum(axis=1).max() for batch in batches) == 7
+    assert max(batch.weights.sum(axis=1).max() for batch in batches) == 7
     options = {"max_targets": 7, "keep": "none", "accumulation": 2}
     start, state, metrics = run(tiny_config, batches, sharding.make_mesh(2, 2, 2), **options)
     expected_start, expected_state, expected_metrics = one_device
@@ -103,14 +102,14 @@ def test_metrics_by_hand(tiny_config, batches, one_device):
     logits = jax.jit(lambda params: model_params.merge(graphdef, params)(batch))(start)
     logits = np.asarray(logits, np.float64)
     log_z = np.log(np.exp(logits).sum(-1))
-    losses = log_z - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
-    weights, count = batch["weights"], batch["weights"].sum()
-    hits = (logits.argmax(-1) == batch["targets"]) * weights
+    losses = log_z - np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]
+    weights, count = batch.weights, batch.weights.sum()
+    hits = (logits.argmax(-1) == batch.targets) * weights
     expected = {
         "loss": (losses * weights).sum() / count,
         "accuracy": hits.sum() / count,
         "target_tokens": count,
-        "tokens": (batch["segment_ids"] > 0).sum(),
+        "tokens": (batch.segment_ids > 0).sum(),
         "examples": ROWS,
     }
     found = {name: metrics[0][name] for name in expected}
@@ -131,9 +130,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(
 ):
     """One bad row of one batch; the steps around it are those of a run without it."""
     mesh = sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])
-    bad = batches[1] | {"weights": batches[1]["weights"].copy()}
-    row, place = np.argwhere(bad["weights"])[-1]
-    bad["weights"][row, place] = value
+    bad = dataclasses.replace(batches[1], weights=batches[1].weights.copy())
+    row, place = np.argwhere(bad.weights)[-1]
+    bad.weights[row, place] = value
     options = dict(accumulation=accumulation)
     _, without, expected = run(tiny_config, [batches[0], batches[2]], mesh, **options)
     _, state, metrics = run(tiny_config, [batches[0], bad, batches[2]], mesh, **options)

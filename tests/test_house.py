@@ -14,7 +14,7 @@ TOPS = ("pangea_jax", "configs", "eval", "launch", "benchmarks")
 # From the ground up. A module belongs to the longest name here that it begins with, and may import from its own floor
 # and from those below it. A module or package that has no name here is an error: give it a floor.
 FLOORS = (
-    ("languages", "anyres", "sharding", "work", "figures"),
+    ("languages", "language_id", "anyres", "sharding", "work", "figures"),
     ("batch", "model", "data"),
     ("data.build",),
     ("checkpoints", "generate", "train", "curation"),

@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from eval.bench import task
-from eval.bench.metrics import language_id
+from eval.bench.metrics import language_rule
 
 _JUDGE_SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 _RULE = """We would like to request your feedback on the performance of two AI assistants in response to the user \
@@ -62,7 +62,7 @@ class MLlavaBench(task.Dataset):
             scores = read_scores(reply)
             if scores is None:
                 return task.Failed(f"the judge's reply begins with no two scores: {reply[:60]!r}")
-            in_language = language_id.is_language(task.answer_text(response), subset.language)
+            in_language = language_rule.is_language(task.answer_text(response), subset.language)
             reference, ours = scores[0], scores[1] if in_language else 0.0
         metrics = {"reference": reference, "answer": ours, "right_language": float(in_language)}
         return task.Scored([reference, ours], metrics, (reference, ours, 1.0))
@@ -102,11 +102,12 @@ def _paper_scores(document, response, reply) -> tuple[float, float]:
         return -1.0, -1.0
     reference, ours = paper_scores(reply)
     try:
-        label = language_id.langdetect_label(response)
+        label = language_rule.langdetect_label(response)
         expected = {
-            language_id.langdetect_label(document.row[name]) for name in ("gpt_answer", "question")
+            language_rule.langdetect_label(document.row[name])
+            for name in ("gpt_answer", "question")
         }
-    except language_id.NoLanguageError:
+    except language_rule.NoLanguageError:
         return -1.0, -1.0
     return reference, ours if label in expected else min(0.0, ours)
 

@@ -9,7 +9,7 @@ import re
 from types import MappingProxyType
 
 from eval.bench import task
-from eval.bench.metrics import language_id
+from eval.bench.metrics import language_rule
 
 _JUDGE_SYSTEM = (
     "You are a fair judge assistant tasked with providing clear, objective feedback based on specific criteria, "
@@ -104,9 +104,9 @@ class XChat(task.Dataset):
         if grade is None:
             return task.Failed(f"no score at the end of the judge's reply {reply[-60:]!r}")
         in_language = (
-            language_id.is_langdetect_language(response, subset.language)
+            language_rule.is_langdetect_language(response, subset.language)
             if profile == "paper"
-            else language_id.is_language(task.answer_text(response), subset.language)
+            else language_rule.is_language(task.answer_text(response), subset.language)
         )
         metrics = {
             "grade": float(grade),

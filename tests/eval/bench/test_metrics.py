@@ -7,7 +7,16 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from eval.bench.metrics import bootstrap, captions, choices, language_id, mmmu, numbers, ptb, squad
+from eval.bench.metrics import (
+    bootstrap,
+    captions,
+    choices,
+    language_rule,
+    mmmu,
+    numbers,
+    ptb,
+    squad,
+)
 from eval.bench.task import Document
 from eval.bench.tasks import flores, m3exam, marvl, maxm, mgsm, xgqa
 
@@ -279,10 +288,10 @@ def test_squad_scores():
 
 
 def test_language_rule():
-    assert language_id.is_language("这是一只猫坐在桌子上。", "zh")
-    assert not language_id.is_language("This is a cat that sits on the table.", "zh")
-    assert language_id.is_language("42", "ja")
-    assert not language_id.is_langdetect_language("42", "ja")
+    assert language_rule.is_language("这是一只猫坐在桌子上。", "zh")
+    assert not language_rule.is_language("This is a cat that sits on the table.", "zh")
+    assert language_rule.is_language("42", "ja")
+    assert not language_rule.is_langdetect_language("42", "ja")
 
 
 def _mean(sums):

@@ -1,16 +1,17 @@
 """PangeaBench results as Markdown, HTML and figures, beside the rows that the paper printed."""
 
 import base64
-import html
 import itertools
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markdown_it import MarkdownIt
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -60,27 +61,32 @@ def write(folder: Path, runs: Sequence[Results]) -> None:
         for name, drawn in plots.items():
             if drawn is not None:
                 figures[name] = fig.save(drawn, folder / name)[1]
-    sections = _sections(runs)
-    (folder / "report.md").write_text(_markdown(sections, list(figures)), encoding="utf-8")
-    (folder / "report.html").write_text(_html(sections, figures), encoding="utf-8")
+    text = _markdown(runs, list(figures))
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    (folder / "report.html").write_text(_html(text, figures), encoding="utf-8")
 
 
-# One part of a report, the same in Markdown and HTML.
-_Section = tuple[str, list[str], list[list[str]], list[str]]  # title, header, rows, paragraphs
-
-
-def _sections(runs: Sequence[Results]) -> list[_Section]:
-    sections = [_about(runs)]
+def _markdown(runs: Sequence[Results], figures: Sequence[str]) -> str:
+    sections = ["# PangeaBench", *_about(runs), *(f"![{name}]({name}.png)" for name in figures)]
     for group, average in scoring.AVERAGES.items():
         names = [n for n in GROUPS[average] if any(n in run["datasets"] for run in runs)]
         if names:
-            sections.append(_dataset_section(runs, group, names))
-    sections += [_language_section(run, name) for run in runs for name in run["datasets"]]
-    sections.append(_notes(runs))
-    return sections + [_failure_section(run) for run in runs if run["failures"]]
+            sections += _dataset_section(runs, group, names)
+    for run in runs:
+        for name in run["datasets"]:
+            sections += _language_section(run, name)
+    sections += _notes(runs)
+    for run in runs:
+        if run["failures"]:
+            sections += _failure_section(run)
+    return "\n\n".join(sections) + "\n"
 
 
-def _about(runs: Sequence[Results]) -> _Section:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(md.table(header, rows, words=2))
+
+
+def _about(runs: Sequence[Results]) -> list[str]:
     rows = []
     for run in runs:
         counts = [str(sum(run["documents"].values())), str(len(run["failures"]))]
@@ -93,10 +99,10 @@ def _about(runs: Sequence[Results]) -> _Section:
         "and is left out of the mean. Brackets are 95 % bootstrap intervals, clustered by picture or by translated "
         "text."
     )
-    return "PangeaBench", header, rows, [text]
+    return [_table(header, rows), text]
 
 
-def _dataset_section(runs: Sequence[Results], group: str, names: Sequence[str]) -> _Section:
+def _dataset_section(runs: Sequence[Results], group: str, names: Sequence[str]) -> list[str]:
     """One row per model and profile with en and mul of every data set; then the paper's rows."""
     header = ["model", "scores", "AVG en", "AVG mul"]
     header += [f"{DATASETS[name].title} {column}" for name in names for column in COLUMNS]
@@ -119,12 +125,12 @@ def _dataset_section(runs: Sequence[Results], group: str, names: Sequence[str]) 
     text = []
     if any("*" in "".join(row[2:4]) for row in rows):
         text.append(
-            "* AVG over the data sets of the run only; not comparable with the published AVG."
+            r"\* AVG over the data sets of the run only; not comparable with the published AVG."
         )
     for model, scores in PUBLISHED[group].items():
         cells = [f"{scores[name][c]:.1f}" for name in ("average", *names) for c in COLUMNS]
         rows.append([model, "published", *cells])
-    return _GROUP_TITLES[group], header, rows, text + incomplete
+    return [f"## {_GROUP_TITLES[group]}", _table(header, rows), *text, *incomplete]
 
 
 def _entry(run: Results, dataset: str, profile: str, column: str) -> dict[str, Any] | None:
@@ -132,7 +138,7 @@ def _entry(run: Results, dataset: str, profile: str, column: str) -> dict[str, A
     return run["datasets"].get(dataset, {}).get(profile, {}).get(column)
 
 
-def _language_section(run: Results, dataset: str) -> _Section:
+def _language_section(run: Results, dataset: str) -> list[str]:
     """Every task of a data set in both profiles, with its other metrics."""
     headline, profiles = run["profile"], _ordered(run["profile"])
     tasks = {n: t for n, t in run["tasks"].items() if t["dataset"] == dataset}
@@ -146,11 +152,11 @@ def _language_section(run: Results, dataset: str) -> _Section:
         language = languages.get(task["language"]).english_name
         rows.append([name, language, str(main.get("n", 0)), *cells, *metrics])
     micro = run["datasets"][dataset].get(headline, {}).get("micro")
-    text = [f"All documents together: {_number(micro)}."]
-    return f"{run['model']}: {DATASETS[dataset].title}", header, rows, text
+    title = f"## {run['model']}: {DATASETS[dataset].title}"
+    return [title, _table(header, rows), f"All documents together: {_number(micro)}."]
 
 
-def _notes(runs: Sequence[Results]) -> _Section:
+def _notes(runs: Sequence[Results]) -> list[str]:
     """Tasks whose paper score is at or near zero for every model."""
     zeros = {
         name: reason
@@ -159,15 +165,16 @@ def _notes(runs: Sequence[Results]) -> _Section:
         if (reason := DATASETS[task["dataset"]].structural_zeros.get(task["subset"]))
     }
     text = [f"{name}, paper profile: {reason}." for name, reason in zeros.items()]
-    return "Zeros that are not the fault of the model", [], [], text or ["None among these tasks."]
+    title = "## Zeros that are not the fault of the model"
+    return [title, *(text or ["None among these tasks."])]
 
 
-def _failure_section(run: Results) -> _Section:
+def _failure_section(run: Results) -> list[str]:
     header = ["task", "document", "stage", "reason"]
     rows = [[f["task"], f["doc_id"], f["stage"], f["reason"]] for f in run["failures"][:200]]
     total = len(run["failures"])
     text = f"{total} documents; the first {len(rows)} are shown, all are in results.json."
-    return f"{run['model']}: documents without a score", header, rows, [text]
+    return [f"## {run['model']}: documents without a score", _table(header, rows), text]
 
 
 def _ordered(headline: str) -> list[str]:
@@ -185,18 +192,6 @@ def _with_interval(entry: Mapping[str, Any] | None) -> str:
     return f"{entry['score']:.1f} [{_number(low)}, {_number(high)}]"
 
 
-def _markdown(sections: Sequence[_Section], figures: Sequence[str]) -> str:
-    blocks = []
-    for index, (title, header, rows, paragraphs) in enumerate(sections):
-        blocks.append(f"## {title}" if index else f"# {title}")
-        if rows:
-            blocks.append("\n".join(md.table(header, rows, words=2)))
-        blocks += paragraphs
-        if index == 0:
-            blocks += [f"![{name}]({name}.png)" for name in figures]
-    return "\n\n".join(blocks) + "\n"
-
-
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#1a1a1a}"
     "table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto;margin:1em 0}"
@@ -206,30 +201,18 @@ _STYLE = (
 )
 
 
-def _html(sections: Sequence[_Section], figures: Mapping[str, Path]) -> str:
-    """One page that contains its figures, so that it can be sent as one file."""
-    body = []
-    for index, (title, header, rows, paragraphs) in enumerate(sections):
-        level = "h2" if index else "h1"
-        body.append(f"<{level}>{html.escape(title)}</{level}>")
-        if rows:
-            lines = "".join(_html_row(row, "td") for row in rows)
-            head = _html_row(header, "th")
-            body.append(f"<table><thead>{head}</thead><tbody>{lines}</tbody></table>")
-        body += [f"<p>{html.escape(text)}</p>" for text in paragraphs]
-        if index == 0:
-            for name, path in figures.items():
-                encoded = base64.b64encode(path.read_bytes()).decode()
-                body.append(f'<p><img alt="{name}" src="data:image/svg+xml;base64,{encoded}"></p>')
+def _html(text: str, figures: Mapping[str, Path]) -> str:
+    """The Markdown as one page that contains its figures, so that it can be sent as one file."""
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    published = r"<tr>(?=\n<td>.*</td>\n<td>published</td>)"
+    body = re.sub(published, '<tr class="published">', body)
+    for name, path in figures.items():
+        encoded = base64.b64encode(path.read_bytes()).decode()
+        body = body.replace(f'"{name}.png"', f'"data:image/svg+xml;base64,{encoded}"')
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>PangeaBench</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+        f"<style>{_STYLE}</style></head><body>{body}</body></html>\n"
     )
-
-
-def _html_row(row: Sequence[str], tag: str) -> str:
-    mark = ' class="published"' if row[1] == "published" else ""
-    return f"<tr{mark}>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in row)}</tr>"
 
 
 def console_table(run: Results) -> Table:

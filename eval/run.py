@@ -181,9 +181,9 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
             )
     args.output_path.mkdir(parents=True, exist_ok=True)
     model = _open_model(args)
-    with responses.ResponseLog(args.output_path) as log:
-        failures += responses.run(model, requests, log, console=console)
-        records = {task.name: log.answers(task.name, requests) for task in tasks}
+    log = responses.ResponseLog(args.output_path)
+    failures += responses.run(model, requests, log, console=console)
+    records = {task.name: log.answers(task.name, requests) for task in tasks}
     if isinstance(model, models.ResponseFile) and model.unused:
         task, doc_id = model.unused[0]
         console.print(

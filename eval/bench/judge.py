@@ -67,12 +67,13 @@ class EndpointJudge:
             self._cache = {row["key"]: row["reply"] for _, row in documents.read_lines(cache)}
 
     def replies(self, questions, readable):
-        keys = [self._key(request) for *_, request in questions]
-        pending = {
-            key: question
-            for key, question in zip(keys, questions, strict=True)
-            if key not in self._cache
-        }
+        keys = [
+            digest([self.name, request.system, request.user, dict(request.params)])
+            for *_, request in questions
+        ]
+        pending = dict(zip(keys, questions, strict=True))
+        for key in self._cache.keys() & pending:
+            del pending[key]
         failures: dict[str, Failed] = {}
         self._cache_path.parent.mkdir(parents=True, exist_ok=True)
         with self._cache_path.open("a", encoding="utf-8") as file:
@@ -84,26 +85,20 @@ class EndpointJudge:
                     failures[key] = reply
                     continue
                 self._cache[key] = reply
-                question = pending[key]
-                row = {"key": key, "task": question.task, "doc_id": question.doc_id}
-                row |= {"judge": self.name, "reply": reply}
+                where = {"task": pending[key].task, "doc_id": pending[key].doc_id}
+                row = {"key": key, **where, "judge": self.name, "reply": reply}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
         return [self._cache.get(key, failures.get(key)) for key in keys]
 
     def _ask(self, request: JudgeRequest, readable) -> str | Failed:
-        messages = [
-            {"role": "system", "content": request.system},
-            {"role": "user", "content": request.user},
-        ]
+        texts = {"system": request.system, "user": request.user}
+        messages = [{"role": role, "content": text} for role, text in texts.items()]
         for _ in range(ATTEMPTS):
             reply = self._endpoint.chat(messages, **request.params)
             if isinstance(reply, Failed) or readable(reply):
                 return reply
-        return reply  # unreadable, but stored: scoring reports it as a failure and shows it
-
-    def _key(self, request: JudgeRequest) -> str:
-        return digest([self.name, request.system, request.user, dict(request.params)])
+        return reply  # unreadable, but stored: scoring reports and shows it as a failure
 
 
 def open_judge(spec: str, base_url: str | None, cache: Path, **settings) -> Judge:

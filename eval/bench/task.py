@@ -1,8 +1,8 @@
 """The interface of an evaluation task: documents, a prompt, generation settings, a scorer and a version.
 
 A data set (`xgqa`) is one file of `eval/bench/tasks/`; a task (`xgqa_bn`) is one of its subsets, usually a language.
-Two profiles score the same responses: `paper` repeats the scoring of the printed tables, faults included (comments name
-them); `fixed` scores by correct rules.
+Two profiles score the same responses. `paper` repeats the scoring of the printed tables, with its faults (comments name
+them). `fixed` has correct rules.
 """
 
 import abc
@@ -52,7 +52,7 @@ class Document:
 
     @property
     def cluster(self) -> str:
-        """Equal for dependent documents: those that share a picture, or translate one text."""
+        """The same for dependent documents: documents with the same picture, or translations of one text."""
         return self.images[0] if self.images else self.id
 
     @property
@@ -68,7 +68,7 @@ class Prompt:
     images: tuple[str, ...] = ()
 
     def with_marks(self) -> str:
-        """The text with marks; a text without any gets all marks in front, as in Pangea's wrapper."""
+        """The text with marks. If it has none, all marks come first, as in Pangea's wrapper of lmms-eval."""
         if not self.images or IMAGE_MARK in self.text:
             return self.text
         return " ".join([IMAGE_MARK] * len(self.images)) + "\n" + self.text
@@ -142,7 +142,7 @@ class Dataset(abc.ABC):
       gold: the field with the gold answer.
       about: rough number of all documents, if the sources give no exact sizes of the subsets.
       judged: whether scores need a judge's replies.
-      paper_scores_failures: whether the paper's scorer also scores a missing judge's reply.
+      paper_scores_failures: whether the paper's scorer gives a score even if the judge's reply is missing.
       structural_zeros: subset -> why its paper score is at or near 0 for every model.
     """
 

@@ -1,5 +1,6 @@
 """Draws the figures of a sweep, each as PNG and SVG."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,31 +60,28 @@ def plot_curve(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
 
 
 def _curve_handles(sweep: Sweep, *, with_paper: bool) -> list[Line2D | Patch]:
-    """The legend of what is drawn: without English, for example, it has no entry for English."""
-    handles = []
+    """The entries of the legend, only for what is drawn: without scores in English there is none for English."""
+    handles, joined = [], _is_line(sweep)
     for who, (mark, label) in LINES.items():
         scored = any(run.row(split, who) for run in sweep.runs for split in sweep.splits)
         if scored or with_paper:
-            line = Line2D([], [], color=COLOURS[who], marker=mark, ms=4, label=label)
-            line.set_linestyle("-" if _is_line(sweep) or with_paper else "")
-            handles.append(line)
+            line = {"ls": "-" if joined or with_paper else "", "marker": mark, "ms": 4}
+            handles.append(Line2D([], [], color=COLOURS[who], label=label, **line))
     count = len(sweep.seeds)
     seeds = "one seed (Wilson)" if count == 1 else f"{count} seeds (Student's t)"
-    interval = f"95 % interval, {seeds}"
-    if _is_line(sweep):
-        handles.append(Patch(color=fig.FAINT, label=interval))
+    interval = {"label": f"95 % interval, {seeds}"}
+    if joined:
+        handles.append(Patch(color=fig.FAINT, **interval))
     else:
-        handles.append(Line2D([], [], color=fig.MUTED, marker="|", ls="", ms=9, label=interval))
+        handles.append(Line2D([], [], color=fig.MUTED, marker="|", ls="", ms=9, **interval))
     if any(sweep.has(split, FLOOR + sweep.metric(split)) for split in sweep.splits):
-        line = ":" if _is_line(sweep) else ""
-        mark = "" if _is_line(sweep) else "_"
-        floor = Line2D([], [], color=fig.MUTED, ls=line, marker=mark, label="image-blind floor")
-        handles.append(floor)
+        line = {"ls": ":"} if joined else {"ls": "", "marker": "_"}
+        handles.append(Line2D([], [], color=fig.MUTED, label="image-blind floor", **line))
     return handles
 
 
 def _is_line(sweep: Sweep) -> bool:
-    """Whether points are joined: they lie on a scale, and there are two or more."""
+    """Whether a line joins the points: it does if they lie on a scale and there are two or more."""
     return sweep.is_ordered and len(sweep.finished) > 1
 
 
@@ -98,7 +96,7 @@ def _draw_points(axes: Axes, sweep: Sweep, split: str) -> None:
             if intervals.scores(sweep, point, split, who, metric)
         ]
         if rows:
-            # Intervals that are not bands stand side by side, so that none hides the other.
+            # On an axis of names, the two intervals stand side by side, so that neither hides the other.
             aside = 0 if ordered else 0.06 if who == OTHERS else -0.06
             x = np.array([place + aside for place, *_ in rows])
             _draw_estimates(axes, x, [one for _, one, _ in rows], COLOURS[who], mark, joined)
@@ -226,7 +224,7 @@ def _draw_pairs(axes: Axes, groups: Mapping[str, Mapping[str, tuple[float, float
 
 
 def _draw_fit(axes: Axes, pairs: Mapping[str, tuple[float, float]]) -> str:
-    """Draws the line; returns rho as text for the title, where it covers no point."""
+    """Draws the fitted line. Returns rho as text for the title, because in the panel it could hide points."""
     x, y = zip(*pairs.values(), strict=True)
     found = intervals.fit(x, y)
     ends = np.array([0, max(x)])
@@ -241,17 +239,12 @@ def plot_examples(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
         panels = figure.subplots(1, len(sweep.splits), sharey=True, squeeze=False)[0]
         for panel, split in zip(panels, sweep.splits, strict=True):
             table = intervals.by_examples(sweep, split)
-            for i, (code, rows) in enumerate(table.items()):
+            styles = zip(itertools.cycle(MARKS), itertools.cycle(PALETTE))
+            for (code, rows), (mark, colour) in zip(table.items(), styles, strict=False):
                 x, y = zip(*rows, strict=True)
-                panel.plot(
-                    x,
-                    100 * np.array(y),
-                    marker=MARKS[i % len(MARKS)],
-                    ms=4,
-                    linewidth=1.1,
-                    color=PALETTE[i % len(PALETTE)],
-                    label=languages.get(code).english_name,
-                )
+                style = {"marker": mark, "ms": 4, "linewidth": 1.1, "color": colour}
+                name = languages.get(code).english_name
+                panel.plot(x, 100 * np.array(y), label=name, **style)
             rho = intervals.within_rho(table)
             text = f"ρ within a language {rho.mean:.2f} [{rho.low:.2f}, {rho.high:.2f}]"
             if sweep.metric(split) == "rank_accuracy":

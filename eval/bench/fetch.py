@@ -1,7 +1,8 @@
 """Downloads PangeaBench from the Hugging Face hub into the layout of eval/bench/documents.py.
 
-The field names of the hub's data sets come from their cards and from the harnesses that read them. The name of a
-picture file is a hash of its pixels, so that a picture shared by several languages is stored once.
+`Dataset.source` names the source of a subset, and `Dataset.from_hub` converts its rows. Their field names come from the
+cards of the data sets and from the harnesses that read them. The name of a picture file is a hash of its pixels, so
+that several languages share one file.
 """
 
 import base64

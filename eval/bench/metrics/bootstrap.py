@@ -1,7 +1,7 @@
 """Bootstrap intervals and tests over clusters of dependent documents.
 
-Questions about one picture are drawn together, and so are translations of one text, in all languages. Languages that
-share no cluster are drawn separately, so that each keeps its size.
+Questions about one picture are drawn together, and so are the translations of one text, over all languages. Languages
+without a common cluster are drawn separately, so that each keeps its size.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def _components(members: Mapping[str, set[str]]) -> list[tuple[list[str], set[st
 
 
 def interval(values: Float[np.ndarray, " draws"]) -> tuple[float, float]:
-    """The middle 95 % of bootstrap draws; draws without a value (no scored document) are left out."""
+    """The middle 95 % of bootstrap draws, without the draws that have no value (no scored document)."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         return float("nan"), float("nan")
@@ -73,9 +73,9 @@ def interval(values: Float[np.ndarray, " draws"]) -> tuple[float, float]:
 def compare(
     first: Float[np.ndarray, " draws"], second: Float[np.ndarray, " draws"], difference: float
 ) -> Comparison:
-    """Paired comparison from draws made with the same seed over the same documents.
+    """Paired comparison of draws with the same seed over the same documents.
 
-    p is twice the smaller share of draws on the other side of zero, with one added to both counts.
+    p is twice the smaller share of draws on one side of zero, with one added to the counts.
     """
     differences = first - second
     differences = differences[np.isfinite(differences)]

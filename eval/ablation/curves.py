@@ -20,7 +20,6 @@ from pangea_jax.sample.scores import METRIC_TITLES, RANK_CHANCE
 COLOURS = {ENGLISH: fig.BLUE, OTHERS: fig.ORANGE}
 LINES = {ENGLISH: ("o", "English"), OTHERS: ("s", "mean of the others")}
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
-PALETTE = (fig.BLUE, fig.ORANGE, fig.GREEN, fig.VERMILION, fig.SKY, fig.PURPLE, fig.MUTED, fig.INK)
 COLUMNS = 3
 
 
@@ -213,7 +212,7 @@ def plot_popularity(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
 
 
 def _draw_pairs(axes: Axes, groups: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
-    for (name, pairs), colour, mark in zip(groups.items(), PALETTE, MARKS, strict=False):
+    for (name, pairs), colour, mark in zip(groups.items(), fig.PALETTE, MARKS, strict=False):
         x, y = zip(*pairs.values(), strict=True)
         axes.plot(x, y, mark, color=colour, ms=5, label=name)
         for code, place in pairs.items():
@@ -239,7 +238,7 @@ def plot_examples(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
         panels = figure.subplots(1, len(sweep.splits), sharey=True, squeeze=False)[0]
         for panel, split in zip(panels, sweep.splits, strict=True):
             table = intervals.by_examples(sweep, split)
-            styles = zip(itertools.cycle(MARKS), itertools.cycle(PALETTE))
+            styles = zip(itertools.cycle(MARKS), itertools.cycle(fig.PALETTE))
             for (code, rows), (mark, colour) in zip(table.items(), styles, strict=False):
                 x, y = zip(*rows, strict=True)
                 style = {"marker": mark, "ms": 4, "linewidth": 1.1, "color": colour}

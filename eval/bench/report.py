@@ -329,13 +329,11 @@ def comparison_table(first: Path, second: Path, profile: Profile) -> Table:
             for side in sides
         ]
         for column in values[0]:
-            found = bootstrap.compare(
-                *(side[column.upper()] for side in sampled), values[0][column] - values[1][column]
-            )
-            low, high = found.interval
+            difference = values[0][column] - values[1][column]
+            (low, high), p_value = bootstrap.compare(*(side[column.upper()] for side in sampled))
             size = sum(score.n for score in sides[0] if score.task.subset.column == column)
-            cells = [str(size), f"{found.difference:+.1f}", f"[{low:+.1f}, {high:+.1f}]"]
-            table.add_row(dataset.title, column, *cells, f"{found.p_value:.4f}")
+            cells = [str(size), f"{difference:+.1f}", f"[{low:+.1f}, {high:+.1f}]"]
+            table.add_row(dataset.title, column, *cells, f"{p_value:.4f}")
     return table
 
 

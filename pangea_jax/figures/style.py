@@ -10,8 +10,9 @@ from pangea_jax.figures.text_render import font_families
 # Okabe & Ito (2008): distinct in grey and with every common form of colour blindness.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#007A5A", "#D55E00"
 SKY, PURPLE = "#56B4E9", "#CC79A7"
-SERIES = (BLUE, ORANGE, SKY, PURPLE)
 INK, MUTED, FAINT = "#1A1A1A", "#6B6B6B", "#D9D9D9"
+SERIES = (BLUE, ORANGE, SKY, PURPLE)
+PALETTE = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, MUTED, INK)
 PNG_DPI = 160
 
 

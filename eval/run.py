@@ -24,7 +24,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # The script also runs in a clone that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -116,9 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(
                 f"unknown command {args.command!r}; expected one of {', '.join(COMMANDS)}"
             )
-        command, read = COMMANDS[args.command]
-        _refuse_unread(args, parser, {"command", *read})
-        return command(args, console)
+        command = COMMANDS[args.command]
+        _check(args, parser, command)
+        return command.function(args, console)
     except (UsageError, UnknownTaskError, documents.DataError, ImportError, OSError) as error:
         print(f"eval/run.py: {error}", file=sys.stderr)
         return 2
@@ -161,7 +161,6 @@ def _languages(dataset: Dataset) -> str:
 
 def run_command(args: argparse.Namespace, console: Console) -> int:
     """Asks the model, then scores."""
-    _need(args, "tasks", "data_dir", "output_path")
     tasks = select(args.tasks.split(","))
     # The judge and the data are checked before a model is loaded, which may take minutes.
     referee = _open_judge(args)
@@ -196,7 +195,7 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
 
 def rescore_command(args: argparse.Namespace, console: Console) -> int:
     """Scores the responses of an earlier run again, without the model and the data folder."""
-    (folder,) = _folders(args, 1)
+    (folder,) = args.folders
     results = report.read_results(folder)
     config = results["config"]
     args.output_path = folder
@@ -257,17 +256,15 @@ def score_and_report(
 
 def report_command(args: argparse.Namespace, console: Console) -> int:
     """Writes one report of several runs."""
-    folders = _folders(args, 1, None)
-    _need(args, "output_path")
     args.output_path.mkdir(parents=True, exist_ok=True)
-    report.write(args.output_path, [report.read_results(folder) for folder in folders])
+    report.write(args.output_path, [report.read_results(folder) for folder in args.folders])
     console.print(f"report: {args.output_path / 'report.html'}")
     return 0
 
 
 def compare_command(args: argparse.Namespace, console: Console) -> int:
     """Prints a paired test of two runs on the documents that both have scored."""
-    first, second = _folders(args, 2)
+    first, second = args.folders
     table = report.comparison_table(first, second, args.profile)
     if not table.row_count:
         raise UsageError(f"{first} and {second} have no scored document in common")
@@ -277,12 +274,10 @@ def compare_command(args: argparse.Namespace, console: Console) -> int:
 
 def fetch_command(args: argparse.Namespace, console: Console) -> int:
     """Downloads documents from the hub into the layout of eval/bench/documents.py."""
-    _need(args, "tasks", "data_dir")
     from eval.bench import fetch
 
-    return fetch.fetch(
-        select(args.tasks.split(",")), args.data_dir, limit=args.limit, console=console
-    )
+    tasks = select(args.tasks.split(","))
+    return fetch.fetch(tasks, args.data_dir, limit=args.limit, console=console)
 
 
 def environment() -> dict[str, Any]:
@@ -324,13 +319,13 @@ def _open_model(args: argparse.Namespace) -> models.Model:
 def _open_judge(args: argparse.Namespace) -> judge.Judge | None:
     if not args.judge:
         return None
-    cache = args.output_path / "judge.jsonl"
-    try:
-        return judge.open_judge(args.judge, args.judge_base_url, cache, **_call_settings(args))
-    except documents.DataError:
-        raise
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    kind, _, value = args.judge.partition(":")
+    if kind == "replay" and value:
+        return judge.ReplayJudge(Path(value))
+    if kind == "openai" and value:
+        endpoint = Endpoint(value, args.judge_base_url, **_call_settings(args))
+        return judge.EndpointJudge(endpoint, args.output_path / "judge.jsonl")
+    raise UsageError(f"--judge={args.judge}: expected replay:FILE or openai:MODEL")
 
 
 def _call_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -356,25 +351,20 @@ def _parse_settings(text: str) -> dict[str, Any]:
     return settings
 
 
-def _need(args: argparse.Namespace, *names: str) -> None:
-    if missing := [f"--{name}" for name in names if getattr(args, name) is None]:
-        raise UsageError(f"{args.command} needs {', '.join(missing)}")
-
-
-def _refuse_unread(args: argparse.Namespace, parser: argparse.ArgumentParser, read: set[str]):
-    for name, value in vars(args).items():
-        if name not in read and value not in ([], parser.get_default(name)):
-            what = f"a folder, but got {value[0]}" if name == "folders" else f"--{name}"
-            raise UsageError(f"{args.command} does not take {what}")
-
-
-def _folders(args: argparse.Namespace, least: int, most: int | None = -1) -> list[Path]:
-    most = least if most == -1 else most
-    if len(args.folders) < least or (most is not None and len(args.folders) > most):
-        raise UsageError(
-            f"{args.command} needs {least} output folder{'s' * (least > 1)}, got {len(args.folders)}"
-        )
-    return args.folders
+def _check(args: argparse.Namespace, parser: argparse.ArgumentParser, command: "Command") -> None:
+    """Refuses flags and folders that a command does not read, and asks for those that it needs."""
+    name, known = args.command, ("command", "folders", *command.needs, *command.takes)
+    for flag, value in vars(args).items():
+        if flag not in known and value != parser.get_default(flag):
+            raise UsageError(f"{name} does not take --{flag}")
+    if missing := [f"--{flag}" for flag in command.needs if getattr(args, flag) is None]:
+        raise UsageError(f"{name} needs {', '.join(missing)}")
+    least, most = command.folders
+    if most == 0 and args.folders:
+        raise UsageError(f"{name} does not take a folder, but got {args.folders[0]}")
+    if not least <= len(args.folders) <= most:
+        plural = "s" if least > 1 else ""
+        raise UsageError(f"{name} needs {least} output folder{plural}, got {len(args.folders)}")
 
 
 def _print_failures(failures: Sequence[Failure], console: Console) -> None:
@@ -389,19 +379,29 @@ def _print_failures(failures: Sequence[Failure], console: Console) -> None:
         console.print(f"{len(failures)} documents have no score; results.json lists them all")
 
 
+class Command(NamedTuple):
+    """A command, the flags that it needs, the flags that it also takes, and the smallest and largest number of folders.
+    All other flags are an error."""
+
+    function: Callable[[argparse.Namespace, Console], int]
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    folders: tuple[float, float] = (0, 0)
+
+
 _CALLS = ("concurrency", "retries", "timeout")
 _ASKING = ("model", "base_url", "responses", "gen_kwargs", "batch_size", "mesh")
 _JUDGING = ("judge", "judge_base_url", *_CALLS)
-# Each command with the flags that it reads; other flags are an error.
 COMMANDS = {
-    "run": (
+    "run": Command(
         run_command,
-        ("tasks", "data_dir", "output_path", "profile", "limit", *_ASKING, *_JUDGING),
+        needs=("tasks", "data_dir", "output_path"),
+        takes=("profile", "limit", *_ASKING, *_JUDGING),
     ),
-    "rescore": (rescore_command, ("folders", *_JUDGING)),
-    "report": (report_command, ("folders", "output_path")),
-    "compare": (compare_command, ("folders", "profile")),
-    "fetch": (fetch_command, ("tasks", "data_dir", "limit")),
+    "rescore": Command(rescore_command, takes=_JUDGING, folders=(1, 1)),
+    "report": Command(report_command, needs=("output_path",), folders=(1, math.inf)),
+    "compare": Command(compare_command, takes=("profile",), folders=(2, 2)),
+    "fetch": Command(fetch_command, needs=("tasks", "data_dir"), takes=("limit",)),
 }
 
 if __name__ == "__main__":

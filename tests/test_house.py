@@ -15,7 +15,7 @@ TOPS = ("pangea_jax", "configs", "eval", "launch", "benchmarks")
 # From the ground up. A module belongs to the longest name here that it begins with, and may import from its own floor
 # and from those below it. A module or package that has no name here is an error: give it a floor.
 FLOORS = (
-    ("assets", "typed_config", "languages", "anyres", "sharding", "work", "figures"),
+    ("assets", "typed_config", "languages", "language_id", "anyres", "sharding", "work", "figures"),
     ("batch", "model", "data"),
     ("data.build",),
     ("checkpoints", "generate", "train", "curation"),

@@ -1,5 +1,6 @@
 """Draws the figures of a sweep, each as PNG and SVG."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from pangea_jax.sample.scores import METRIC_TITLES, RANK_CHANCE
 COLOURS = {ENGLISH: fig.BLUE, OTHERS: fig.ORANGE}
 LINES = {ENGLISH: ("o", "English"), OTHERS: ("s", "mean of the others")}
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
-PALETTE = (fig.BLUE, fig.ORANGE, fig.GREEN, fig.VERMILION, fig.SKY, fig.PURPLE, fig.MUTED, fig.INK)
 COLUMNS = 3
 
 
@@ -32,58 +32,55 @@ def draw(sweep: Sweep, out_dir: Path) -> dict[str, Path]:
         figures["popularity"] = plot_popularity
     if intervals.can_rank(sweep):
         figures["examples"] = plot_examples
-    return {name: plot(sweep, out_dir)[0] for name, plot in figures.items()}
+    with fig.style():
+        return {name: fig.save(plot(sweep), out_dir / name)[0] for name, plot in figures.items()}
 
 
-def plot_curve(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
-    """`curve`: English and the mean of the others at every point; the paper's curve has its own axis.
+def plot_curve(sweep: Sweep) -> Figure:
+    """English and the mean of the others at every point; the paper's curve has its own axis.
 
     Bands are 95 % intervals (`eval.ablation.intervals`), dots are seeds, dotted lines are image-blind floors.
     """
     theirs = published.curves(sweep.ablation)
     panels = [("ours", split) for split in sweep.splits] + [("paper", name) for name in theirs]
     rows = -(-len(panels) // COLUMNS)
-    with fig.style():
-        figure = Figure(figsize=(10.2, 0.5 + 3.1 * rows), layout="constrained")
-        axes = figure.subplots(rows, min(COLUMNS, len(panels)), squeeze=False).ravel()
-        for panel in axes[len(panels) :]:
-            panel.set_visible(False)
-        for panel, (kind, name) in zip(axes, panels, strict=False):
-            if kind == "ours":
-                _draw_points(panel, sweep, name)
-            else:
-                _draw_published(panel, theirs[name], sweep.ablation, name)
-        handles = _curve_handles(sweep, with_paper=bool(theirs))
-        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
-        return fig.save(figure, out_dir / "curve")
+    figure = Figure(figsize=(10.2, 0.5 + 3.1 * rows), layout="constrained")
+    axes = figure.subplots(rows, min(COLUMNS, len(panels)), squeeze=False).ravel()
+    for panel in axes[len(panels) :]:
+        panel.set_visible(False)
+    for panel, (kind, name) in zip(axes, panels, strict=False):
+        if kind == "ours":
+            _draw_points(panel, sweep, name)
+        else:
+            _draw_published(panel, theirs[name], sweep.ablation, name)
+    handles = _curve_handles(sweep, with_paper=bool(theirs))
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+    return figure
 
 
 def _curve_handles(sweep: Sweep, *, with_paper: bool) -> list[Line2D | Patch]:
-    """The legend of what is drawn: without English, for example, it has no entry for English."""
-    handles = []
+    """The entries of the legend, only for what is drawn: without scores in English there is none for English."""
+    handles, joined = [], _is_line(sweep)
     for who, (mark, label) in LINES.items():
         scored = any(run.row(split, who) for run in sweep.runs for split in sweep.splits)
         if scored or with_paper:
-            line = Line2D([], [], color=COLOURS[who], marker=mark, ms=4, label=label)
-            line.set_linestyle("-" if _is_line(sweep) or with_paper else "")
-            handles.append(line)
+            line = {"ls": "-" if joined or with_paper else "", "marker": mark, "ms": 4}
+            handles.append(Line2D([], [], color=COLOURS[who], label=label, **line))
     count = len(sweep.seeds)
     seeds = "one seed (Wilson)" if count == 1 else f"{count} seeds (Student's t)"
-    interval = f"95 % interval, {seeds}"
-    if _is_line(sweep):
-        handles.append(Patch(color=fig.FAINT, label=interval))
+    interval = {"label": f"95 % interval, {seeds}"}
+    if joined:
+        handles.append(Patch(color=fig.FAINT, **interval))
     else:
-        handles.append(Line2D([], [], color=fig.MUTED, marker="|", ls="", ms=9, label=interval))
+        handles.append(Line2D([], [], color=fig.MUTED, marker="|", ls="", ms=9, **interval))
     if any(sweep.has(split, FLOOR + sweep.metric(split)) for split in sweep.splits):
-        line = ":" if _is_line(sweep) else ""
-        mark = "" if _is_line(sweep) else "_"
-        floor = Line2D([], [], color=fig.MUTED, ls=line, marker=mark, label="image-blind floor")
-        handles.append(floor)
+        line = {"ls": ":"} if joined else {"ls": "", "marker": "_"}
+        handles.append(Line2D([], [], color=fig.MUTED, label="image-blind floor", **line))
     return handles
 
 
 def _is_line(sweep: Sweep) -> bool:
-    """Whether points are joined: they lie on a scale, and there are two or more."""
+    """Whether a line joins the points: it does if they lie on a scale and there are two or more."""
     return sweep.is_ordered and len(sweep.finished) > 1
 
 
@@ -98,7 +95,7 @@ def _draw_points(axes: Axes, sweep: Sweep, split: str) -> None:
             if intervals.scores(sweep, point, split, who, metric)
         ]
         if rows:
-            # Intervals that are not bands stand side by side, so that none hides the other.
+            # On an axis of names, the two intervals stand side by side, so that neither hides the other.
             aside = 0 if ordered else 0.06 if who == OTHERS else -0.06
             x = np.array([place + aside for place, *_ in rows])
             _draw_estimates(axes, x, [one for _, one, _ in rows], COLOURS[who], mark, joined)
@@ -144,22 +141,21 @@ def _draw_published(axes: Axes, rows: Mapping[float, tuple[float, float]], stem,
     axes.set_facecolor("#F7F7F7")
 
 
-def plot_languages(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
-    """`languages`: the score of each language at each point, and below it its number of examples."""
+def plot_languages(sweep: Sweep) -> Figure:
+    """The score of each language at each point, and below it its number of examples."""
     points, codes = sweep.finished, sweep.languages
     roomy = len(codes) <= 12
-    with fig.style():
-        height = 1.3 + (0.42 if roomy else 0.24) * len(codes)
-        width = 1.9 + 0.78 * max(4, len(points)) * len(sweep.splits)
-        figure = Figure(figsize=(min(width, 16), height), layout="constrained")
-        panels = figure.subplots(1, len(sweep.splits), sharey=True, squeeze=False)[0]
-        for panel, split in zip(panels, sweep.splits, strict=True):
-            image = _draw_heat(panel, sweep, split, roomy)
-        panels[0].set_yticks(range(len(codes)), [languages.get(c).english_name for c in codes])
-        bar = figure.colorbar(image, ax=panels, shrink=0.8, pad=0.01)
-        bar.set_label("percent")
-        bar.outline.set_visible(False)
-        return fig.save(figure, out_dir / "languages")
+    height = 1.3 + (0.42 if roomy else 0.24) * len(codes)
+    width = 1.9 + 0.78 * max(4, len(points)) * len(sweep.splits)
+    figure = Figure(figsize=(min(width, 16), height), layout="constrained")
+    panels = figure.subplots(1, len(sweep.splits), sharey=True, squeeze=False)[0]
+    for panel, split in zip(panels, sweep.splits, strict=True):
+        image = _draw_heat(panel, sweep, split, roomy)
+    panels[0].set_yticks(range(len(codes)), [languages.get(c).english_name for c in codes])
+    bar = figure.colorbar(image, ax=panels, shrink=0.8, pad=0.01)
+    bar.set_label("percent")
+    bar.outline.set_visible(False)
+    return figure
 
 
 def _draw_heat(axes: Axes, sweep: Sweep, split: str, roomy: bool):
@@ -170,18 +166,15 @@ def _draw_heat(axes: Axes, sweep: Sweep, split: str, roomy: bool):
             values = intervals.scores(sweep, point, split, code, metric)
             table[i, j] = 100 * np.mean(values) if values else np.nan
     image = axes.imshow(table, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    for i, code in enumerate(codes):
-        for j, point in enumerate(points):
-            if np.isnan(table[i, j]):
-                continue
-            ink = "white" if table[i, j] < 55 else fig.INK
-            up = -0.16 if roomy else 0
-            axes.text(
-                j, i + up, f"{table[i, j]:.0f}", ha="center", va="center", color=ink, size=8.5
-            )
-            if roomy:
-                count = f"{sweep.at(point)[0].examples.get(code, 0):,}"
-                axes.text(j, i + 0.24, count, ha="center", va="center", color=ink, size=6)
+    scores = [[f"{value:.0f}" if np.isfinite(value) else "" for value in row] for row in table]
+    fig.write_cells(axes, scores, table < 55, size=8.5, below=-0.16 if roomy else 0)
+    if roomy:
+        examples = [sweep.at(point)[0].examples for point in points]
+        counts = [
+            [f"{one.get(code, 0):,}" if text else "" for one, text in zip(examples, row)]
+            for code, row in zip(codes, scores)
+        ]
+        fig.write_cells(axes, counts, table < 55, size=6, below=0.24)
     labels = [f"{sweep.points[p]:g}" if sweep.is_ordered else p.replace("_", "\n") for p in points]
     axes.set_xticks(range(len(points)), labels)
     axes.tick_params(length=0)
@@ -193,29 +186,28 @@ def _draw_heat(axes: Axes, sweep: Sweep, split: str, roomy: bool):
     return image
 
 
-def plot_popularity(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
-    """`popularity`: share against score, both relative to English, beside the paper's Figure 7."""
+def plot_popularity(sweep: Sweep) -> Figure:
+    """Share against score, both relative to English, beside the paper's Figure 7."""
     point = intervals.natural_point(sweep)
-    with fig.style():
-        figure = Figure(figsize=(10.2, 3.9), layout="constrained")
-        panels = figure.subplots(1, len(sweep.splits) + 1)
-        for panel, split in zip(panels, sweep.splits, strict=False):
-            pairs = intervals.relative(sweep, point, split)
-            _draw_pairs(panel, {"": pairs})
-            title = _split_title(split, sweep.metric(split))
-            if len(pairs) >= 4:
-                title += "\n" + _draw_fit(panel, pairs)
-            panel.set_title(title)
-        panels[-1].set_facecolor("#F7F7F7")
-        _draw_pairs(panels[-1], published.POPULARITY)
-        panels[-1].set_title(published.SOURCES[sweep.ablation])
-        panels[-1].legend(loc="lower right", handletextpad=0.2)
-        panels[0].set_ylabel("score (% of English)")
-        return fig.save(figure, out_dir / "popularity")
+    figure = Figure(figsize=(10.2, 3.9), layout="constrained")
+    panels = figure.subplots(1, len(sweep.splits) + 1)
+    for panel, split in zip(panels, sweep.splits, strict=False):
+        pairs = intervals.relative(sweep, point, split)
+        _draw_pairs(panel, {"": pairs})
+        title = _split_title(split, sweep.metric(split))
+        if len(pairs) >= 4:
+            title += "\n" + _draw_fit(panel, pairs)
+        panel.set_title(title)
+    panels[-1].set_facecolor("#F7F7F7")
+    _draw_pairs(panels[-1], published.POPULARITY)
+    panels[-1].set_title(published.SOURCES[sweep.ablation])
+    panels[-1].legend(loc="lower right", handletextpad=0.2)
+    panels[0].set_ylabel("score (% of English)")
+    return figure
 
 
 def _draw_pairs(axes: Axes, groups: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
-    for (name, pairs), colour, mark in zip(groups.items(), PALETTE, MARKS, strict=False):
+    for (name, pairs), colour, mark in zip(groups.items(), fig.PALETTE, MARKS, strict=False):
         x, y = zip(*pairs.values(), strict=True)
         axes.plot(x, y, mark, color=colour, ms=5, label=name)
         for code, place in pairs.items():
@@ -226,7 +218,7 @@ def _draw_pairs(axes: Axes, groups: Mapping[str, Mapping[str, tuple[float, float
 
 
 def _draw_fit(axes: Axes, pairs: Mapping[str, tuple[float, float]]) -> str:
-    """Draws the line; returns rho as text for the title, where it covers no point."""
+    """Draws the fitted line. Returns rho as text for the title, because in the panel it could hide points."""
     x, y = zip(*pairs.values(), strict=True)
     found = intervals.fit(x, y)
     ends = np.array([0, max(x)])
@@ -234,35 +226,29 @@ def _draw_fit(axes: Axes, pairs: Mapping[str, tuple[float, float]]) -> str:
     return f"Spearman's ρ {found.rho.mean:.2f} [{found.rho.low:.2f}, {found.rho.high:.2f}]"
 
 
-def plot_examples(sweep: Sweep, out_dir: Path) -> tuple[Path, Path]:
-    """`examples`: one line for each language, its score against its number of examples."""
-    with fig.style():
-        figure = Figure(figsize=(10.2, 3.9), layout="constrained")
-        panels = figure.subplots(1, len(sweep.splits), sharey=True, squeeze=False)[0]
-        for panel, split in zip(panels, sweep.splits, strict=True):
-            table = intervals.by_examples(sweep, split)
-            for i, (code, rows) in enumerate(table.items()):
-                x, y = zip(*rows, strict=True)
-                panel.plot(
-                    x,
-                    100 * np.array(y),
-                    marker=MARKS[i % len(MARKS)],
-                    ms=4,
-                    linewidth=1.1,
-                    color=PALETTE[i % len(PALETTE)],
-                    label=languages.get(code).english_name,
-                )
-            rho = intervals.within_rho(table)
-            text = f"ρ within a language {rho.mean:.2f} [{rho.low:.2f}, {rho.high:.2f}]"
-            if sweep.metric(split) == "rank_accuracy":
-                panel.axhline(100 * RANK_CHANCE, color=fig.INK, linewidth=0.8, ls=(0, (4, 3)))
-            panel.set_xscale("log")
-            panel.set_ylim(0, 101)
-            panel.set_xlabel("examples in the language")
-            panel.set_title(f"{_split_title(split, sweep.metric(split))}\n{text}")
-        panels[0].set_ylabel("percent")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
-        return fig.save(figure, out_dir / "examples")
+def plot_examples(sweep: Sweep) -> Figure:
+    """One line for each language, its score against its number of examples."""
+    figure = Figure(figsize=(10.2, 3.9), layout="constrained")
+    panels = figure.subplots(1, len(sweep.splits), sharey=True, squeeze=False)[0]
+    for panel, split in zip(panels, sweep.splits, strict=True):
+        table = intervals.by_examples(sweep, split)
+        styles = zip(itertools.cycle(MARKS), itertools.cycle(fig.PALETTE))
+        for (code, rows), (mark, colour) in zip(table.items(), styles, strict=False):
+            x, y = zip(*rows, strict=True)
+            style = {"marker": mark, "ms": 4, "linewidth": 1.1, "color": colour}
+            name = languages.get(code).english_name
+            panel.plot(x, 100 * np.array(y), label=name, **style)
+        rho = intervals.within_rho(table)
+        text = f"ρ within a language {rho.mean:.2f} [{rho.low:.2f}, {rho.high:.2f}]"
+        if sweep.metric(split) == "rank_accuracy":
+            panel.axhline(100 * RANK_CHANCE, color=fig.INK, linewidth=0.8, ls=(0, (4, 3)))
+        panel.set_xscale("log")
+        panel.set_ylim(0, 101)
+        panel.set_xlabel("examples in the language")
+        panel.set_title(f"{_split_title(split, sweep.metric(split))}\n{text}")
+    panels[0].set_ylabel("percent")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+    return figure
 
 
 def _split_title(split: str, metric: str) -> str:

@@ -24,7 +24,7 @@ ENGLISH, OTHERS = "english", "multilingual"
 METRICS = ("rank_accuracy", "score")
 FLOOR = "image_blind_"
 DRAWS = 2000
-# In these ablations the quantity varied is a number. In the others each point is a way of its own.
+# These ablations vary a number. In the others, each point is a method.
 ORDERED = ("ablate_en_ratio", "ablate_language_popularity", "ablate_num_samples")
 
 
@@ -42,7 +42,7 @@ class Run:
     results: Mapping[str, Any]
 
     def row(self, split: str, who: str) -> Mapping[str, float] | None:
-        """Scores of ENGLISH, OTHERS or a language."""
+        """The scores of ENGLISH, OTHERS or a language."""
         scores = self.results["splits"][split]
         return scores[who] if who in (ENGLISH, OTHERS) else scores["languages"].get(who)
 
@@ -132,13 +132,13 @@ def load(directory: Path) -> Sweep:
     if not path.exists():
         raise SweepError(f"no {path}: expected the --workdir of launch/sweep.py")
     plan = _json(path)
-    results = {run["name"]: _results(directory / run["name"]) for run in plan["runs"]}
-    missing = [name for name, found in results.items() if found is None]
-    runs = [
-        Run(run["point"], plan["points"][run["point"]], run["seed"], results[run["name"]])
-        for run in plan["runs"]
-        if run["name"] not in missing
-    ]
+    runs, missing = [], []
+    for run in plan["runs"]:
+        if results := _results(directory / run["name"]):
+            x = plan["points"][run["point"]]
+            runs.append(Run(run["point"], x, run["seed"], results))
+        else:
+            missing.append(run["name"])
     if not runs:
         raise SweepError(
             f"no run of {directory} is finished and scored; to continue, run: {plan['command']}. If its runs do "
@@ -171,29 +171,30 @@ def _results(workdir: Path) -> dict | None:
 
 
 def bench_splits(bench: Mapping[str, Any]) -> dict[str, dict]:
-    """PangeaBench's results.json, under its main profile, in the form of a run's `splits`: one
-    split a data set, scores in [0, 1]."""
+    """PangeaBench's results.json in the form of a run's `splits`: one split per data set, scores in [0, 1]."""
     profile, splits = bench["profile"], {}
     for name, dataset in bench["datasets"].items():
         rows: dict[str, list] = {}
         for task in bench["tasks"].values():
             if task["dataset"] == name and task[profile]["score"] is not None:
                 rows.setdefault(task["language"], []).append(task[profile])
-        splits[name] = {"languages": {}, ENGLISH: None, OTHERS: None}
-        for code, tasks in rows.items():
-            score = float(np.mean([task["score"] for task in tasks])) / 100
-            splits[name]["languages"][code] = {"score": score, "n": sum(t["n"] for t in tasks)}
+        languages = {
+            code: {
+                "score": float(np.mean([task["score"] for task in tasks])) / 100,
+                "n": sum(task["n"] for task in tasks),
+            }
+            for code, tasks in rows.items()
+        }
+        splits[name] = {"languages": languages, ENGLISH: None, OTHERS: None}
         for who, key in ((ENGLISH, "en"), (OTHERS, "mul")):
-            if (mean := dataset[profile].get(key)) is not None:
-                n = sum(
-                    t["n"] for c, ts in rows.items() for t in ts if (c == "en") == (key == "en")
-                )
+            if mean := dataset[profile].get(key):
+                n = sum(row["n"] for c, row in languages.items() if (c == "en") == (key == "en"))
                 splits[name][who] = {"score": mean["score"] / 100, "n": n}
     return splits
 
 
 def check(sweep: Sweep) -> None:
-    """Checks that examples and steps are those of the design, so that only one quantity varies.
+    """Checks that every run has the examples and steps of the design, so that only one quantity varies.
 
     Raises:
       SweepError: a run differs; the message names it.
@@ -214,10 +215,8 @@ def _fixed(sweep: Sweep, run: Run, largest: Run):
     steps, longest = run.results["steps"], largest.results["steps"]
     per_step = ("examples a step", round(total / steps), round(most / longest))
     if sweep.design == "fixed_multilingual":
-        mine, theirs = (
-            {code: n for code, n in one.examples.items() if code != "en"} for one in (run, largest)
-        )
-        yield "other languages' examples", mine, theirs
+        others = [{c: n for c, n in one.examples.items() if c != "en"} for one in (run, largest)]
+        yield "other languages' examples", *others
         yield per_step
     elif sweep.design == "separate":
         yield "examples", total, round(run.x / largest.x * most)
@@ -226,7 +225,8 @@ def _fixed(sweep: Sweep, run: Run, largest: Run):
         yield "examples", total, most
         yield "steps", steps, round(run.x / largest.x * longest)
     else:
-        yield from (("examples", total, most), ("steps", steps, longest))
+        yield "examples", total, most
+        yield "steps", steps, longest
 
 
 def scores(sweep: Sweep, point: str, split: str, who: str, metric: str) -> tuple[float, ...]:
@@ -365,7 +365,7 @@ def can_rank(sweep: Sweep) -> bool:
 
 
 def within_rho(table: Mapping[str, Sequence[tuple[float, float]]], *, seed: int = 0) -> Estimate:
-    """The mean over languages of Spearman's rho within each. A bootstrap over languages gives the interval.
+    """The mean over languages of Spearman's rho within each; the interval is a bootstrap over languages.
 
     Args:
       table: language -> (examples, score) pairs with at least 3 different numbers of examples.
@@ -374,9 +374,8 @@ def within_rho(table: Mapping[str, Sequence[tuple[float, float]]], *, seed: int 
     for code, rows in table.items():
         x, y = zip(*rows, strict=True) if rows else ((), ())
         if len(set(x)) < 3:
-            raise SweepError(
-                f"{code} has {len(set(x))} different numbers of examples; at least 3 are needed"
-            )
+            found = f"{code} has {len(set(x))} different numbers of examples"
+            raise SweepError(f"{found}; at least 3 are needed")
         # If the score is constant there is no rank order, so no correlation.
         rhos.append(float(stats.spearmanr(x, y).statistic) if len(set(y)) > 1 else 0.0)
     rng = np.random.default_rng(seed)

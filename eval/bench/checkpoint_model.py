@@ -1,4 +1,4 @@
-"""Our checkpoints as models to evaluate: how their requests are put into batches that fit the memory."""
+"""Our checkpoints as models to evaluate: puts their requests into batches that fit into memory."""
 
 import collections
 import itertools
@@ -28,20 +28,18 @@ _TOO_LITTLE = "the device has too little memory for this one prompt"
 
 
 class CheckpointModel:
-    """Answers requests with `pangea_jax`. A request that cannot be read or does not fit fails alone.
+    """Answers requests with `pangea_jax`. If a request cannot be read or does not fit, only this request fails.
 
-    `Engine.serve` makes the texts: when an answer ends, its row takes the next request, and the first
-    question about a picture reads it for the others. Log-likelihoods run in batches of one shape (tokens
-    and tiles, rounded up as in the engine), so that few programs are compiled and little is padded. The
-    make-up of a batch changes a response by rounding only: a resumed run gives the responses of an
-    uninterrupted one, unless rounding decides between two tokens.
+    `Engine.serve` makes the texts: when an answer ends, its row takes the next request, and only the first question
+    about a picture reads the picture. Log-likelihoods run in batches of one shape (tokens and tiles, rounded up as in
+    the engine), so few programs are compiled and there is little padding. The other requests of a batch change a
+    response by rounding only.
 
     Args:
       name: the name in responses and reports.
       batch_size: rows in a batch, or None for as many as the memory holds.
-      profile: decides about pictures without a mark in a text that has marks. "paper" leaves them out, as
-        Pangea's wrapper of lmms-eval does; with "fixed" the request fails. Otherwise both follow that
-        wrapper: Qwen's system prompt, and for a text without marks, all marks on a line in front.
+      profile: what to do if a text has marks, but fewer than pictures. "paper" leaves out the other pictures, as
+        Pangea's wrapper of lmms-eval does; with "fixed" the request fails.
     """
 
     def __init__(
@@ -79,7 +77,9 @@ class CheckpointModel:
 
     def _serve(self, ahead: "_ReadAhead", shapes: Sequence[tuple[int, int]], settings: Generation):
         """Answers the next prompts that have between half and all of the tokens of the longest of `shapes`.
-        If the memory is too small, the unanswered prompts are put back for a batch with fewer rows."""
+
+        If the memory is too small, the unanswered prompts go back, for a batch with fewer rows.
+        """
         width, tiles = (max(sizes) for sizes in zip(*shapes, strict=True))
         new = settings.max_new_tokens
         # An empty row costs as much as a full one.
@@ -117,7 +117,7 @@ class CheckpointModel:
             yield request, Failed(_TOO_LITTLE)
 
     def loglikelihood(self, requests: Sequence[Request]) -> Responses:
-        """Gathers prompts by shape and answers each full batch, then what is left."""
+        """Gathers prompts by shape and answers each full batch, then the rest."""
         waiting = collections.defaultdict(list)
         for request in requests:
             try:
@@ -146,8 +146,8 @@ class CheckpointModel:
         return [{"role": "user", "content": text, **({"images": images} if images else {})}]
 
     def _rest(self, waiting: Mapping[tuple[int, ...], list]) -> Iterator[list]:
-        """Batches of the leftover prompts with similar shapes: at least half of the longest one's tokens, and
-        any length of choices. Padding a row costs less than running one more batch."""
+        """Batches of the rest: prompts with at least half of the longest one's tokens, and choices of any length.
+        Padding a row costs less than one more batch."""
         rest = [(shape, request) for shape, group in waiting.items() for request in group]
         rest.sort(key=lambda item: (item[0][1:3], item[0][0]), reverse=True)
         batch, largest = [], ()
@@ -188,8 +188,8 @@ class CheckpointModel:
         return self._rows_within(self._memory, row_bytes(self._engine.config, *shape))
 
     def _rows_of_answers(self, width: int, tiles: int, new: int) -> int:
-        """Rows for texts: their caches get the memory that reading leaves. Reading takes one whole prompt,
-        or several prompts that continue from copies of a cache."""
+        """Rows for texts: their caches get the memory that reading does not need. The engine reads one whole prompt
+        at a time, or several prompts that continue from copies of a cache."""
         config = self._engine.config
         copies = batching.AT_ONCE * cache_bytes(config, width) / self._tensor
         left = self._memory - max(row_bytes(config, width, tiles, 1, 0), copies)
@@ -220,19 +220,16 @@ class _ReadAhead:
         self._threads.shutdown(cancel_futures=True)
 
     def shapes(self, shape: Callable) -> list[tuple[int, int]]:
-        """The shapes of the prompts read ahead that have between half and twice the tokens of the first."""
+        """The shapes of the waiting prompts that have between half and twice the tokens of the first."""
         found = []
-        for place in range(self._depth):
-            if (prompt := self._at(place)) is None:
-                break
-            size = shape(prompt)
+        prompts = itertools.takewhile(lambda p: p is not None, map(self._at, range(self._depth)))
+        for size in map(shape, prompts):
             if not found or found[0][0] <= 2 * size[0] <= 4 * found[0][0]:
                 found.append(size)
         return found
 
     def take(self, tokens: Callable, width: int) -> Iterator[tuple[Request, Prompt]]:
-        """The next prompts with between `width` / 2 and `width` tokens. The others wait; it ends when they
-        fill all the room for reading ahead."""
+        """The next prompts with between `width` / 2 and `width` tokens, until the waiting others fill all places."""
         place = 0
         while (prompt := self._at(place)) is not None:
             if width <= 2 * tokens(prompt) <= 2 * width:
@@ -270,7 +267,7 @@ class _ReadAhead:
 
 
 def seed_of(request: Request) -> int:
-    """A seed from the document, so that a sampled response does not depend on other requests or the order."""
+    """A seed from the document, so that a sampled response does not depend on the other requests."""
     return int(request.document.hash[:8], 16)
 
 

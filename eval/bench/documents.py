@@ -66,28 +66,29 @@ def parse_row(row: Any, dataset: Dataset, where: str) -> Document:
     """Checks a row and returns it as a document."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
+
+    def refuse(name: str, expected: str):
+        raise DataError(f"{where}: field {name!r} is {row.get(name)!r:.60}, expected {expected}")
+
     if not isinstance(row.get("id"), str) or not row["id"]:
-        raise DataError(f"{where}: field 'id' is {row.get('id')!r}, expected a text")
+        refuse("id", "a text")
     for name, kind in dataset.fields.items():
         if name not in row:
             raise DataError(
                 f"{where}: no field {name!r}; {dataset.name} needs {', '.join(dataset.fields)}"
             )
-        if not isinstance(row[name], kind) or (isinstance(row[name], bool) and kind is not bool):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            names = " or ".join(k.__name__ for k in kinds)
-            raise DataError(f"{where}: field {name!r} is {row[name]!r:.60}, expected {names}")
-        if kind is list and not all(isinstance(item, str) for item in row[name]):
-            raise DataError(
-                f"{where}: field {name!r} is {row[name]!r:.60}, expected a list of texts"
-            )
-        if name == dataset.gold and row[name] == []:
+        value, kinds = row[name], kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            refuse(name, " or ".join(k.__name__ for k in kinds))
+        if kind is list and not all(isinstance(item, str) for item in value):
+            refuse(name, "a list of texts")
+        if name == dataset.gold and value == []:
             raise DataError(f"{where}: field {name!r} is empty, expected at least one text")
     if problem := dataset.problem(row):
         raise DataError(f"{where}: {problem}")
     images = row.get("images", [])
     if not (isinstance(images, list) and all(isinstance(path, str) for path in images)):
-        raise DataError(f"{where}: field 'images' is {images!r:.60}, expected a list of paths")
+        refuse("images", "a list of paths")
     for path in images:
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise DataError(f"{where}: picture {path!r} is outside the folder of {dataset.name}")
@@ -134,19 +135,14 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 if line.strip():
                     value = json.loads(line)
                     if "\\ud" in line.lower():
-                        _check_surrogates(value, f"{path}, line {number}")
+                        # JSON can spell one half of a UTF-16 surrogate pair, which UTF-8 cannot.
+                        json.dumps(value, ensure_ascii=False).encode()
                     yield number, value
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{path}, line {number}: half a character ({error}); write it whole, or \\ufffd"
+            ) from None
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text ({error})") from error
-
-
-def _check_surrogates(value: Any, where: str) -> None:
-    """JSON can spell one half of a UTF-16 surrogate pair, which cannot be written as UTF-8."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: half a character ({error}); write it whole, or \\ufffd"
-        ) from None

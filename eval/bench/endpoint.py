@@ -1,8 +1,8 @@
-"""An OpenAI-compatible chat endpoint: many calls at once, each retried; a failed call never ends the run.
+"""A client for an OpenAI-compatible chat endpoint: many calls at once, with retries. A failed call never ends the run.
 
-pangea_jax/curation/llm.py is another client, and both stay. That one waits hours for an endpoint, keeps a budget,
-stores replies for many processes and raises errors. This one gives up a document after its retries and stores nothing,
-because the response log does. Both leave the retries to the openai package; one class for both would be longer.
+pangea_jax/curation/llm.py is another client. That one waits hours for an endpoint, keeps a budget, stores replies for
+many processes and raises errors. This one gives a document up after its retries and stores nothing, because the
+response log does. Both leave the retries to the openai package, and one class for both would be longer.
 """
 
 import os

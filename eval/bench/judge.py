@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from eval.bench import documents
 from eval.bench.endpoint import Endpoint
@@ -20,20 +20,6 @@ class Question(NamedTuple):
     request: JudgeRequest
 
 
-class Judge(Protocol):
-    """Grades responses.
-
-    `replies` returns the judge's text for each question, in order, or the reason why there is none. `readable` says
-    whether a text contains a score.
-    """
-
-    name: str
-
-    def replies(
-        self, questions: Sequence[Question], readable: Callable[[str], bool]
-    ) -> list[str | Failed]: ...
-
-
 class ReplayJudge:
     """Replies from a file: lines with `task`, `doc_id` and `reply`."""
 
@@ -47,7 +33,10 @@ class ReplayJudge:
                     f"{path}: the reply to {task} {doc_id!r} is {kind}, expected a text"
                 )
 
-    def replies(self, questions, readable):
+    def replies(
+        self, questions: Sequence[Question], readable: Callable[[str], bool]
+    ) -> list[str | Failed | None]:
+        """The judge's text for each question, in order, or the reason why there is none."""
         missing = Failed(f"no reply in {self._path.name}")
         return [self._replies.get((task, doc_id), missing) for task, doc_id, _ in questions]
 
@@ -66,13 +55,20 @@ class EndpointJudge:
             documents.drop_cut_line(cache)
             self._cache = {row["key"]: row["reply"] for _, row in documents.read_lines(cache)}
 
-    def replies(self, questions, readable):
-        keys = [self._key(request) for *_, request in questions]
-        pending = {
-            key: question
-            for key, question in zip(keys, questions, strict=True)
-            if key not in self._cache
-        }
+    def replies(
+        self, questions: Sequence[Question], readable: Callable[[str], bool]
+    ) -> list[str | Failed]:
+        """The judge's text for each question, in order, or the reason why there is none.
+
+        A reply that is not `readable` has no score in it; the judge is asked again, `ATTEMPTS` times in all.
+        """
+        keys = [
+            digest([self.name, request.system, request.user, dict(request.params)])
+            for *_, request in questions
+        ]
+        pending = dict(zip(keys, questions, strict=True))
+        for key in self._cache.keys() & pending:
+            del pending[key]
         failures: dict[str, Failed] = {}
         self._cache_path.parent.mkdir(parents=True, exist_ok=True)
         with self._cache_path.open("a", encoding="utf-8") as file:
@@ -84,33 +80,20 @@ class EndpointJudge:
                     failures[key] = reply
                     continue
                 self._cache[key] = reply
-                question = pending[key]
-                row = {"key": key, "task": question.task, "doc_id": question.doc_id}
-                row |= {"judge": self.name, "reply": reply}
+                where = {"task": pending[key].task, "doc_id": pending[key].doc_id}
+                row = {"key": key, **where, "judge": self.name, "reply": reply}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
         return [self._cache.get(key, failures.get(key)) for key in keys]
 
     def _ask(self, request: JudgeRequest, readable) -> str | Failed:
-        messages = [
-            {"role": "system", "content": request.system},
-            {"role": "user", "content": request.user},
-        ]
+        texts = {"system": request.system, "user": request.user}
+        messages = [{"role": role, "content": text} for role, text in texts.items()]
         for _ in range(ATTEMPTS):
             reply = self._endpoint.chat(messages, **request.params)
             if isinstance(reply, Failed) or readable(reply):
                 return reply
-        return reply  # unreadable, but stored: scoring reports it as a failure and shows it
-
-    def _key(self, request: JudgeRequest) -> str:
-        return digest([self.name, request.system, request.user, dict(request.params)])
+        return reply  # unreadable, but stored: scoring reports and shows it as a failure
 
 
-def open_judge(spec: str, base_url: str | None, cache: Path, **settings) -> Judge:
-    """The judge that the command line names: `replay:FILE`, or `openai:MODEL` at `base_url`."""
-    kind, _, value = spec.partition(":")
-    if kind == "replay" and value:
-        return ReplayJudge(Path(value))
-    if kind == "openai" and value:
-        return EndpointJudge(Endpoint(value, base_url, **settings), cache)
-    raise ValueError(f"--judge={spec}: expected replay:FILE or openai:MODEL")
+Judge = ReplayJudge | EndpointJudge

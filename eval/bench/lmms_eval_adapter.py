@@ -4,9 +4,9 @@
     python -m eval.bench.lmms_eval_adapter --model pangea_jax \\
         --model_args pretrained=CHECKPOINT --tasks mme --batch_size 8
 
-`pretrained` is what `pangea_jax.load` takes. Pictures, marks and the chat template follow the wrapper that Pangea was
-scored with (`lmms_eval/models/pangea.py` of its authors). Stop strings are applied here; that wrapper ignores them.
-Written for lmms-eval 0.7; nothing else in this project needs it.
+`pretrained` is what `pangea_jax.load` takes. Pictures, marks and the chat template follow the wrapper of Pangea's
+authors (`lmms_eval/models/pangea.py`), except that it ignores stop strings. Written for lmms-eval 0.7; nothing else in
+this project needs it.
 """
 
 import collections
@@ -22,7 +22,7 @@ from pangea_jax.generate.likelihood import LogLikelihood
 
 # The defaults of Pangea's wrapper, for settings that a task leaves out.
 _MAX_NEW_TOKENS = 1024
-_WINDOW = 32
+_WINDOW = 32  # batches; the decoded pictures of all questions would not fit into memory
 _GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
 
 
@@ -33,8 +33,8 @@ class Answerer:
         self._engine, self._batch_size, self._system = engine, batch_size, system_prompt
 
     def conversation(self, text: str, pictures: Sequence[Any]) -> list[dict]:
-        """The conversation as the wrapper makes it: a text without marks gets all pictures in front; a text
-        with marks gets only as many pictures as it has marks."""
+        """The wrapper's conversation: a text without marks gets all pictures in front, and a text with marks only as
+        many pictures as it has marks."""
         if pictures and IMAGE_MARK in text:
             pictures = pictures[: text.count(IMAGE_MARK)]
         system = [{"role": "system", "content": self._system}] if self._system else []
@@ -47,26 +47,20 @@ class Answerer:
         Raises:
           ValueError: the settings ask for beam search, which is not implemented.
         """
-        window = (
-            _WINDOW * self._batch_size
-        )  # the decoded pictures of all questions would not fit into memory
-        parts = [asked[start : start + window] for start in range(0, len(asked), window)]
-        return [answer for part in parts for answer in self._generate(part)]
-
-    def _generate(self, asked: Sequence[tuple[str, Sequence[Any], Mapping[str, Any]]]) -> list[str]:
-        """Answers the questions with equal settings together."""
-        groups = collections.defaultdict(list)
-        for i, (text, pictures, wanted) in enumerate(asked):
-            chosen = _settings(wanted)
-            conversation = self.conversation(text, pictures)
-            prompt = self._engine.read(conversation, chosen["max_new_tokens"])
-            groups[tuple(chosen.items())].append((i, prompt))
         answers = [""] * len(asked)
-        for chosen, members in groups.items():
-            places, prompts = zip(*members, strict=True)
-            texts = self._engine.generate(prompts, batch_size=self._batch_size, **dict(chosen))
-            for i, text in zip(places, texts, strict=True):
-                answers[i] = text
+        window = _WINDOW * self._batch_size
+        for start in range(0, len(asked), window):
+            groups = collections.defaultdict(list)  # the questions with equal settings
+            for i, (text, pictures, wanted) in enumerate(asked[start : start + window], start):
+                chosen = _settings(wanted)
+                conversation = self.conversation(text, pictures)
+                prompt = self._engine.read(conversation, chosen["max_new_tokens"])
+                groups[tuple(chosen.items())].append((i, prompt))
+            for chosen, members in groups.items():
+                places, prompts = zip(*members, strict=True)
+                texts = self._engine.generate(prompts, batch_size=self._batch_size, **dict(chosen))
+                for i, text in zip(places, texts, strict=True):
+                    answers[i] = text
         return answers
 
     def loglikelihood(self, asked: Sequence[tuple[str, Sequence[Any], str]]) -> list[LogLikelihood]:
@@ -98,7 +92,7 @@ def _settings(wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def model_class() -> type:
-    """A subclass of lmms-eval's model; made on first use, because lmms-eval may not be installed.
+    """A subclass of lmms-eval's model. It is made on first use, because lmms-eval may not be installed.
 
     Raises:
       ImportError: lmms-eval is not installed.
@@ -148,7 +142,7 @@ def model_class() -> type:
 
 
 def __getattr__(name: str):
-    """`PangeaJax`, under the path given to lmms-eval's registry."""
+    """lmms-eval's registry looks `PangeaJax` up in this module."""
     if name == "PangeaJax":
         return model_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

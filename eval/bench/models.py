@@ -1,4 +1,4 @@
-"""The models that can be evaluated: an endpoint or a file of responses (checkpoint_model.py has our checkpoints)."""
+"""Models to evaluate: an endpoint, or a file of responses. Our checkpoints are in checkpoint_model.py."""
 
 import base64
 import dataclasses
@@ -51,7 +51,7 @@ class Model(Protocol):
     """Answers requests in any order and yields each answer as soon as it is done.
 
     Both methods get requests with the same `generation`, the longest prompts first, and yield `(request, response)`.
-    If a request cannot be answered, its response is `Failed`; this must not affect the other requests.
+    The response is `Failed` if the model cannot answer the request; this must not affect the other requests.
     """
 
     name: str
@@ -79,10 +79,10 @@ class ResponseFile:
             yield request, response
 
     def loglikelihood(self, requests: Sequence[Request]) -> Responses:
+        missing = Failed(f"no response in {self.path.name}")
         for request in requests:
             key = request.task.name, request.document.id
             self._used.add(key)
-            missing = Failed(f"no response in {self.path.name}")
             yield request, self._responses.get(key, missing)
 
     @property
@@ -101,26 +101,24 @@ class EndpointModel:
         yield from self._endpoint.map(requests, self._ask)
 
     def loglikelihood(self, requests: Sequence[Request]) -> Responses:
-        reason = Failed(
+        reason = (
             "chat endpoints give no log-likelihood of a given text; run this task with a checkpoint"
         )
         for request in requests:
-            yield request, reason
+            yield request, Failed(reason)
 
     def _ask(self, request: Request) -> str | Failed:
         try:
             content = list(_content(request))
         except (image.ImageError, OSError) as error:
             return Failed(str(error))
-        settings = request.generation
-        # Endpoints take at most four stop strings; `cut` applies the others.
-        reply = self._endpoint.chat(
-            [{"role": "user", "content": content}],
-            max_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            **({"stop": list(settings.until[:4])} if settings.until else {}),
-        )
-        return reply if isinstance(reply, Failed) else cut(reply, settings.until)
+        wanted = request.generation
+        settings = {"max_tokens": wanted.max_new_tokens, "temperature": wanted.temperature}
+        if wanted.until:
+            # Endpoints take at most four stop strings; `cut` applies the others.
+            settings["stop"] = list(wanted.until[:4])
+        reply = self._endpoint.chat([{"role": "user", "content": content}], **settings)
+        return reply if isinstance(reply, Failed) else cut(reply, wanted.until)
 
 
 def cut(text: str, until: Iterable[str]) -> str:

@@ -1,8 +1,8 @@
-"""The rows of Tables 2 and 3 of arXiv 2410.16153 (v3), to set scores beside. Facts as printed.
+"""The rows of Tables 2 and 3 of arXiv 2410.16153 (v3) as printed. Reports show them beside our scores.
 
-Known oddities: Cambrian's and PALO's xChatBench are judgements of LLaVA-1.5's answers; PANGEA's xChatBench `mul` is the
-score without the language rule (35.6 with it); MGSM in Bengali and most of XM100's last languages are 0 for reasons of
-scoring, see `Dataset.structural_zeros`.
+Known oddities: the xChatBench scores of Cambrian and PALO are judgements of LLaVA-1.5's answers. PANGEA's xChatBench
+`mul` is the score without the language rule (35.6 with it). MGSM in Bengali and several languages of XM100 score 0
+because of the scorer, see `Dataset.structural_zeros`.
 """
 
 _MULTIMODAL = (
@@ -55,13 +55,11 @@ _TABLE_3 = {
 
 
 def _named(table, names):
-    return {
-        model: {
-            name: dict(zip(("en", "mul"), pair, strict=True))
-            for name, pair in zip(("average", *names), pairs, strict=True)
-        }
-        for model, pairs in table.items()
-    }
+    def row(pairs):
+        named = zip(("average", *names), pairs, strict=True)
+        return {name: {"en": en, "mul": mul} for name, (en, mul) in named}
+
+    return {model: row(pairs) for model, pairs in table.items()}
 
 
 # group -> model -> data set, or "average" -> column -> score.

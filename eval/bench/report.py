@@ -1,14 +1,17 @@
 """PangeaBench results as Markdown, HTML and figures, beside the rows that the paper printed."""
 
 import base64
-import html
+import itertools
 import json
 import math
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markdown_it import MarkdownIt
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -17,9 +20,11 @@ from eval.bench import scoring
 from eval.bench.documents import DataError
 from eval.bench.metrics import bootstrap
 from eval.bench.published import PUBLISHED
+from eval.bench.scoring import COLUMNS
 from eval.bench.task import PROFILES, Profile
 from eval.bench.tasks import ALL_TASKS, DATASETS, GROUPS
 from pangea_jax import languages
+from pangea_jax.figures import markdown as md
 from pangea_jax.figures import style as fig
 
 Results = Mapping[str, Any]
@@ -50,142 +55,125 @@ def read_results(folder: Path) -> Results:
 
 def write(folder: Path, runs: Sequence[Results]) -> None:
     """report.md, report.html and the figures of one run or several."""
-    plots = {"languages": plot_languages(runs), "datasets": plot_datasets(runs)}
     figures = {}
     with fig.style():
-        for name, drawn in plots.items():
-            if drawn is not None:
+        for name, plot in {"languages": plot_languages, "datasets": plot_datasets}.items():
+            if drawn := plot(runs):
                 figures[name] = fig.save(drawn, folder / name)[1]
-    sections = _sections(runs)
-    (folder / "report.md").write_text(_markdown(sections, list(figures)), encoding="utf-8")
-    (folder / "report.html").write_text(_html(sections, figures), encoding="utf-8")
+    text = _markdown(runs, list(figures))
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    (folder / "report.html").write_text(_html(text, figures), encoding="utf-8")
 
 
-# One part of a report, the same in Markdown and HTML.
-_Section = tuple[str, list[str], list[list[str]], list[str]]  # title, header, rows, paragraphs
-
-
-def _sections(runs: Sequence[Results]) -> list[_Section]:
-    sections = [_about(runs)]
-    for group in _GROUP_TITLES:
-        names = [
-            n for n in GROUPS[scoring.AVERAGES[group]] if any(n in r["datasets"] for r in runs)
-        ]
+def _markdown(runs: Sequence[Results], figures: Sequence[str]) -> str:
+    sections = ["# PangeaBench", *_about(runs), *(f"![{name}]({name}.png)" for name in figures)]
+    for group, average in scoring.AVERAGES.items():
+        names = [n for n in GROUPS[average] if any(n in run["datasets"] for run in runs)]
         if names:
-            sections.append(_dataset_section(runs, group, names))
-    sections += [_language_section(run, name) for run in runs for name in run["datasets"]]
-    sections.append(_notes(runs))
-    sections += [_failure_section(run) for run in runs if run["failures"]]
-    return sections
+            sections += _dataset_section(runs, group, names)
+    for run in runs:
+        for name in run["datasets"]:
+            sections += _language_section(run, name)
+    sections += _notes(runs)
+    for run in runs:
+        if run["failures"]:
+            sections += _failure_section(run)
+    return "\n\n".join(sections) + "\n"
 
 
-def _about(runs: Sequence[Results]) -> _Section:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(md.table(header, rows, words=2))
+
+
+def _about(runs: Sequence[Results]) -> list[str]:
     rows = []
     for run in runs:
         counts = [str(sum(run["documents"].values())), str(len(run["failures"]))]
         git = run["environment"]["git_hash"] or "unknown"
         rows.append([run["model"], run["judge"] or "none", run["profile"], *counts, git[:12]])
     header = ["model", "judge", "headline", "documents", "without a score", "code"]
-    text = [
+    text = (
         "Both profiles score the same responses: fixed has correct rules; paper repeats the scoring behind the printed "
         "tables, with its known faults. In fixed, a document without a response or a readable judgement has no score "
         "and is left out of the mean. Brackets are 95 % bootstrap intervals, clustered by picture or by translated "
         "text."
-    ]
-    return "PangeaBench", header, rows, text
+    )
+    return [_table(header, rows), text]
 
 
-def _dataset_section(runs: Sequence[Results], group: str, names: Sequence[str]) -> _Section:
+def _dataset_section(runs: Sequence[Results], group: str, names: Sequence[str]) -> list[str]:
     """One row per model and profile with en and mul of every data set; then the paper's rows."""
     header = ["model", "scores", "AVG en", "AVG mul"]
-    header += [f"{DATASETS[name].title} {column}" for name in names for column in scoring.COLUMNS]
-    rows, partial = [], []
+    header += [f"{DATASETS[name].title} {column}" for name in names for column in COLUMNS]
+    rows, incomplete = [], []
     for run in runs:
         for profile in _ordered(run["profile"]):
             average = run["averages"].get(profile, {}).get(group, {})
             cells = []
-            for column in scoring.COLUMNS:
+            for column in COLUMNS:
                 members = GROUPS[scoring.AVERAGES[group]]
-                whole = all(column in _columns(run, name, profile) for name in members)
+                whole = all(_entry(run, name, profile, column) for name in members)
                 cells.append(_number(average.get(column)) + ("" if whole else "*"))
-                if not whole:
-                    partial.append(run["model"])
-            for name in names:
-                entry = run["datasets"].get(name, {}).get(profile, {})
-                cells += [_with_interval(entry.get(column)) for column in scoring.COLUMNS]
-            rows.append([run["model"], profile, *cells])
-    for model, scores in PUBLISHED[group].items():
-        cells = [f"{scores[name][c]:.1f}" for name in ("average", *names) for c in scoring.COLUMNS]
-        rows.append([model, "published", *cells])
+            shown = [_entry(run, name, profile, column) for name in names for column in COLUMNS]
+            rows.append([run["model"], profile, *cells, *map(_with_interval, shown)])
+        for name, column in itertools.product(names, COLUMNS):
+            entry = _entry(run, name, run["profile"], column)
+            if entry and entry["subsets"] < entry["of"]:
+                part = f"{entry['subsets']} of {entry['of']} subsets"
+                incomplete.append(f"{run['model']}, {DATASETS[name].title} {column}: {part}.")
     text = []
-    if partial:
+    if any("*" in "".join(row[2:4]) for row in rows):
         text.append(
-            "* AVG over the data sets of the run only; not comparable with the published AVG."
+            r"\* AVG over the data sets of the run only; not comparable with the published AVG."
         )
-    text += _incomplete(runs, names)
-    return _GROUP_TITLES[group], header, rows, text
+    for model, scores in PUBLISHED[group].items():
+        cells = [f"{scores[name][c]:.1f}" for name in ("average", *names) for c in COLUMNS]
+        rows.append([model, "published", *cells])
+    return [f"## {_GROUP_TITLES[group]}", _table(header, rows), *text, *incomplete]
 
 
-def _incomplete(runs: Sequence[Results], names: Sequence[str]) -> list[str]:
-    """Notes on the columns that lack some of their subsets."""
-    text = []
-    for run in runs:
-        for name in names:
-            for column, entry in _columns(run, name, run["profile"]).items():
-                if entry["subsets"] < entry["of"]:
-                    text.append(
-                        f"{run['model']}, {DATASETS[name].title} {column}: {entry['subsets']} of {entry['of']} subsets."
-                    )
-    return text
+def _entry(run: Results, dataset: str, profile: str, column: str) -> dict[str, Any] | None:
+    """A number of a table with its interval; None if the run does not have it."""
+    return run["datasets"].get(dataset, {}).get(profile, {}).get(column)
 
 
-def _columns(run: Results, name: str, profile: str) -> dict[str, Any]:
-    entry = run["datasets"].get(name, {}).get(profile, {})
-    return {column: entry[column] for column in scoring.COLUMNS if column in entry}
-
-
-def _language_section(run: Results, dataset: str) -> _Section:
+def _language_section(run: Results, dataset: str) -> list[str]:
     """Every task of a data set in both profiles, with its other metrics."""
+    headline, profiles = run["profile"], _ordered(run["profile"])
     tasks = {n: t for n, t in run["tasks"].items() if t["dataset"] == dataset}
-    extra = sorted(
-        {m for t in tasks.values() for m in t.get(run["profile"], {}).get("metrics", {})}
-    )
-    profiles = _ordered(run["profile"])
-    header = ["task", "language", "n", *profiles, *(f"{run['profile']}: {name}" for name in extra)]
+    extra = sorted({m for t in tasks.values() for m in t.get(headline, {}).get("metrics", {})})
+    header = ["task", "language", "n", *profiles, *(f"{headline}: {name}" for name in extra)]
     rows = []
     for name, task in tasks.items():
-        main = task.get(run["profile"], {})
+        main = task.get(headline, {})
         cells = [_with_interval(task.get(profile)) for profile in profiles]
         metrics = [_number(main.get("metrics", {}).get(metric), 3) for metric in extra]
         language = languages.get(task["language"]).english_name
         rows.append([name, language, str(main.get("n", 0)), *cells, *metrics])
-    micro = run["datasets"][dataset].get(run["profile"], {}).get("micro")
-    text = [f"All documents together: {_number(micro)}."]
-    return f"{run['model']}: {DATASETS[dataset].title}", header, rows, text
+    micro = run["datasets"][dataset].get(headline, {}).get("micro")
+    title = f"## {run['model']}: {DATASETS[dataset].title}"
+    return [title, _table(header, rows), f"All documents together: {_number(micro)}."]
 
 
-def _notes(runs: Sequence[Results]) -> _Section:
+def _notes(runs: Sequence[Results]) -> list[str]:
     """Tasks whose paper score is at or near zero for every model."""
-    zeros = {}
-    for run in runs:
-        for name, task in run["tasks"].items():
-            reason = DATASETS[task["dataset"]].structural_zeros.get(task["subset"])
-            if reason:
-                zeros[name] = reason
+    zeros = {
+        name: reason
+        for run in runs
+        for name, task in run["tasks"].items()
+        if (reason := DATASETS[task["dataset"]].structural_zeros.get(task["subset"]))
+    }
     text = [f"{name}, paper profile: {reason}." for name, reason in zeros.items()]
-    return "Zeros that are not the fault of the model", [], [], text or ["None among these tasks."]
+    title = "## Zeros that are not the fault of the model"
+    return [title, *(text or ["None among these tasks."])]
 
 
-def _failure_section(run: Results) -> _Section:
+def _failure_section(run: Results) -> list[str]:
+    header = ["task", "document", "stage", "reason"]
     rows = [[f["task"], f["doc_id"], f["stage"], f["reason"]] for f in run["failures"][:200]]
     total = len(run["failures"])
-    text = [f"{total} documents; the first {len(rows)} are shown, all are in results.json."]
-    return (
-        f"{run['model']}: documents without a score",
-        ["task", "document", "stage", "reason"],
-        rows,
-        text,
-    )
+    text = f"{total} documents; the first {len(rows)} are shown, all are in results.json."
+    return [f"## {run['model']}: documents without a score", _table(header, rows), text]
 
 
 def _ordered(headline: str) -> list[str]:
@@ -203,23 +191,6 @@ def _with_interval(entry: Mapping[str, Any] | None) -> str:
     return f"{entry['score']:.1f} [{_number(low)}, {_number(high)}]"
 
 
-def _markdown(sections: Sequence[_Section], figures: Sequence[str]) -> str:
-    lines = []
-    for index, (title, header, rows, paragraphs) in enumerate(sections):
-        lines += [f"{'#' if index == 0 else '##'} {title}", ""]
-        if rows:
-            table = [header, ["---"] * len(header), *rows]
-            lines += ["| " + " | ".join(_cell(c) for c in row) + " |" for row in table] + [""]
-        lines += [line for text in paragraphs for line in (text, "")]
-        if index == 0:
-            lines += [line for name in figures for line in (f"![{name}]({name}.png)", "")]
-    return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
-
-
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#1a1a1a}"
     "table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto;margin:1em 0}"
@@ -229,47 +200,29 @@ _STYLE = (
 )
 
 
-def _html(sections: Sequence[_Section], figures: Mapping[str, Path]) -> str:
-    """One page that contains its figures, so that it can be sent as one file."""
-    body = []
-    for index, (title, header, rows, paragraphs) in enumerate(sections):
-        level = "h1" if index == 0 else "h2"
-        body.append(f"<{level}>{html.escape(title)}</{level}>")
-        if rows:
-            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-            lines = [_html_row(row) for row in rows]
-            body.append(
-                f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-            )
-        body += [f"<p>{html.escape(text)}</p>" for text in paragraphs]
-        if index == 0:
-            for name, path in figures.items():
-                encoded = base64.b64encode(path.read_bytes()).decode()
-                body.append(f'<p><img alt="{name}" src="data:image/svg+xml;base64,{encoded}"></p>')
+def _html(text: str, figures: Mapping[str, Path]) -> str:
+    """The Markdown as one page that contains its figures, so that it can be sent as one file."""
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    published = r"<tr>(?=\n<td>.*</td>\n<td>published</td>)"
+    body = re.sub(published, '<tr class="published">', body)
+    for name, path in figures.items():
+        encoded = base64.b64encode(path.read_bytes()).decode()
+        body = body.replace(f'"{name}.png"', f'"data:image/svg+xml;base64,{encoded}"')
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>PangeaBench</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+        f"<style>{_STYLE}</style></head><body>{body}</body></html>\n"
     )
-
-
-def _html_row(row: Sequence[str]) -> str:
-    mark = ' class="published"' if len(row) > 1 and row[1] == "published" else ""
-    return f"<tr{mark}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>"
 
 
 def console_table(run: Results) -> Table:
     """The scores of a run: a row per data set, with en and mul in both profiles."""
     table = Table(title=f"{run['model']} (headline: {run['profile']})")
     table.add_column("data set")
-    for profile in _ordered(run["profile"]):
-        for column in scoring.COLUMNS:
-            table.add_column(f"{profile} {column}", justify="right")
-    for name, entry in run["datasets"].items():
-        cells = [
-            _with_interval(entry.get(profile, {}).get(column))
-            for profile in _ordered(run["profile"])
-            for column in scoring.COLUMNS
-        ]
+    shown = list(itertools.product(_ordered(run["profile"]), COLUMNS))
+    for profile, column in shown:
+        table.add_column(f"{profile} {column}", justify="right")
+    for name in run["datasets"]:
+        cells = [_with_interval(_entry(run, name, profile, column)) for profile, column in shown]
         table.add_row(DATASETS[name].title, *cells)
     return table
 
@@ -281,25 +234,18 @@ def plot_languages(runs: Sequence[Results]) -> Figure | None:
     names = [n for n in DATASETS if any((c, n) in grid for grid in grids for c in codes)]
     if not codes or not names:
         return None
-    with fig.style():
-        size = (max(4.0, 1.4 + 0.34 * len(codes)), 0.9 + (0.28 * len(names) + 0.7) * len(runs))
-        drawn = Figure(figsize=size, layout="constrained")
-        panels = drawn.subplots(len(runs), squeeze=False)[:, 0]
-        for axes, run, grid in zip(panels, runs, grids, strict=True):
-            values = np.array(
-                [[grid.get((code, name), np.nan) for code in codes] for name in names]
-            )
-            axes.imshow(values, vmin=0, vmax=100, cmap=_HEAT, aspect="auto")
-            for (row, column), value in np.ndenumerate(values):
-                if np.isfinite(value):
-                    ink = "white" if value > 50 else fig.INK
-                    axes.text(
-                        column, row, f"{value:.0f}", ha="center", va="center", size=6, color=ink
-                    )
-            axes.set_xticks(range(len(codes)), codes)
-            axes.set_yticks(range(len(names)), [DATASETS[name].title for name in names])
-            axes.grid(False)
-            axes.set_title(f"{run['model']}, {run['profile']} scores by language")
+    size = (max(4.0, 1.4 + 0.34 * len(codes)), 0.9 + (0.28 * len(names) + 0.7) * len(runs))
+    drawn = Figure(figsize=size, layout="constrained")
+    panels = drawn.subplots(len(runs), squeeze=False)[:, 0]
+    for axes, run, grid in zip(panels, runs, grids, strict=True):
+        values = np.array([[grid.get((code, name), np.nan) for code in codes] for name in names])
+        axes.imshow(values, vmin=0, vmax=100, cmap=_HEAT, aspect="auto")
+        texts = [[f"{value:.0f}" if np.isfinite(value) else "" for value in row] for row in values]
+        fig.write_cells(axes, texts, values > 50, size=6)
+        axes.set_xticks(range(len(codes)), codes)
+        axes.set_yticks(range(len(names)), [DATASETS[name].title for name in names])
+        axes.grid(False)
+        axes.set_title(f"{run['model']}, {run['profile']} scores by language")
     return drawn
 
 
@@ -308,16 +254,14 @@ def _language_grid(run: Results) -> dict[tuple[str, str], float]:
 
     FLORES-Sub counts both directions of a pair; CVQA's English texts are left out.
     """
-    cells: dict[tuple[str, str], list[float]] = {}
+    cells: dict[tuple[str, str], list[float]] = defaultdict(list)
     for task in run["tasks"].values():
-        score = task.get(run["profile"], {}).get("score")
-        if score is not None and not task["subset"].startswith("translated-"):
-            language = (
-                task["subset"].replace("en-", "").replace("-en", "")
-                if task["dataset"] == "flores"
-                else task["language"]
-            )
-            cells.setdefault((language, task["dataset"]), []).append(score)
+        score, subset = task.get(run["profile"], {}).get("score"), task["subset"]
+        if score is not None and not subset.startswith("translated-"):
+            language = task["language"]
+            if task["dataset"] == "flores":
+                language = subset.replace("en-", "").replace("-en", "")
+            cells[language, task["dataset"]].append(score)
     return {key: float(np.mean(values)) for key, values in cells.items()}
 
 
@@ -326,92 +270,64 @@ def plot_datasets(runs: Sequence[Results]) -> Figure | None:
 
     The published row has the scores of the paper profile, so the other profile of each run is drawn too (dashed).
     """
-    names = [n for n in DATASETS if any("mul" in _columns(run, n, run["profile"]) for run in runs)]
+    names = [n for n in DATASETS if any(_entry(run, n, run["profile"], "mul") for run in runs)]
     if len(names) < 3:
         return None
     published = {n: row["mul"] for g in PUBLISHED.values() for n, row in g[_RADAR_MODEL].items()}
     lines = [(f"{_RADAR_MODEL}, published", [published[name] for name in names], fig.MUTED, "-")]
-    for index, run in enumerate(runs):
-        colour = fig.SERIES[index % len(fig.SERIES)]
+    for run, colour in zip(runs, itertools.cycle(fig.SERIES)):
         for profile in _ordered(run["profile"]):
             style = "-" if profile == run["profile"] else (0, (4, 2))
-            values = [_column_score(run, name, profile) for name in names]
+            entries = [_entry(run, name, profile, "mul") for name in names]
+            values = [entry["score"] if entry else math.nan for entry in entries]
             lines.append((f"{run['model']}, {profile}", values, colour, style))
-    with fig.style():
-        drawn = Figure(figsize=(6.4, 5.6), layout="constrained")
-        axes = drawn.add_subplot(projection="polar")
-        angles = np.linspace(0, 2 * np.pi, len(names) + 1)
-        for label, values, colour, style in lines:
-            closed = [*values, values[0]]
-            axes.plot(angles, closed, marker="o", ms=3, lw=1.4, ls=style, color=colour, label=label)
-        axes.set_xticks(angles[:-1], [DATASETS[name].title for name in names])
-        axes.tick_params(axis="x", pad=14)
-        highest = max((v for _, values, *_ in lines for v in values if np.isfinite(v)), default=0)
-        axes.set_ylim(0, max(100, highest))  # M-LlavaBench is a ratio to another model
-        axes.set_rlabel_position(180 / len(names))
-        axes.spines["polar"].set_visible(False)
-        drawn.suptitle("multilingual score of each data set", size=9.5)
-        drawn.legend(loc="outside lower center", ncols=2)
+    drawn = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axes = drawn.add_subplot(projection="polar")
+    angles = np.linspace(0, 2 * np.pi, len(names) + 1)
+    for label, values, colour, style in lines:
+        closed = [*values, values[0]]
+        axes.plot(angles, closed, marker="o", ms=3, lw=1.4, ls=style, color=colour, label=label)
+    axes.set_xticks(angles[:-1], [DATASETS[name].title for name in names])
+    axes.tick_params(axis="x", pad=14)
+    highest = max((v for _, values, *_ in lines for v in values if np.isfinite(v)), default=0)
+    axes.set_ylim(0, max(100, highest))  # M-LlavaBench is a ratio to another model
+    axes.set_rlabel_position(180 / len(names))
+    axes.spines["polar"].set_visible(False)
+    drawn.suptitle("multilingual score of each data set", size=9.5)
+    drawn.legend(loc="outside lower center", ncols=2)
     return drawn
-
-
-def _column_score(run: Results, dataset: str, profile: str) -> float:
-    value = _columns(run, dataset, profile).get("mul", {}).get("score")
-    return math.nan if value is None else value
 
 
 def comparison_table(first: Path, second: Path, profile: Profile) -> Table:
     """Paired differences of two runs, per data set and column, on the documents both have scored."""
-    scores = [_load_scores(folder, profile) for folder in (first, second)]
+    runs = [_load_scores(folder, profile) for folder in (first, second)]
     table = Table(title=f"{first} minus {second}, {profile} scores")
     for name in ("data set", "column", "documents", "difference", "95 % interval", "p"):
         table.add_column(name, justify="left" if name in ("data set", "column") else "right")
-    for dataset in DATASETS:
-        pairs = [_common(a, b) for a, b in _paired(*scores, dataset)]
-        pairs = [pair for pair in pairs if pair[0].n]
-        if not pairs:
+    common = {
+        name: runs[0][name].scored.keys() & runs[1][name].scored
+        for name in runs[0]
+        if name in runs[1]
+    }
+    for dataset in DATASETS.values():
+        names = [name for name, ids in common.items() if ids and ALL_TASKS[name].dataset is dataset]
+        if not names:
             continue
-        sampled = [scoring.draws(side) for side in zip(*pairs, strict=True)]
+        sides = [[run[name].only(common[name]) for name in names] for run in runs]
+        sampled = [scoring.draws(side) for side in sides]
         values = [
-            scoring.dataset_columns({s.task.subset.name: s.value for s in side}, dataset)
-            for side in zip(*pairs, strict=True)
+            scoring.dataset_columns({s.task.subset.name: s.value for s in side}, dataset.name)
+            for side in sides
         ]
         for column in values[0]:
-            result = bootstrap.compare(
-                sampled[0][column.upper()],
-                sampled[1][column.upper()],
-                values[0][column] - values[1][column],
-            )
-            low, high = result.interval
-            size = sum(a.n for a, _ in pairs if a.task.subset.column == column)
-            p_value = f"{result.p_value:.4f}"
-            cells = [f"{result.difference:+.1f}", f"[{low:+.1f}, {high:+.1f}]", p_value]
-            table.add_row(DATASETS[dataset].title, column, str(size), *cells)
+            difference = values[0][column] - values[1][column]
+            (low, high), p_value = bootstrap.compare(*(side[column.upper()] for side in sampled))
+            size = sum(score.n for score in sides[0] if score.task.subset.column == column)
+            cells = [str(size), f"{difference:+.1f}", f"[{low:+.1f}, {high:+.1f}]"]
+            table.add_row(dataset.title, column, *cells, f"{p_value:.4f}")
     return table
 
 
-def _paired(first, second, dataset):
-    return [
-        (first[name], second[name])
-        for name in first
-        if name in second and ALL_TASKS[name].dataset.name == dataset
-    ]
-
-
-def _common(first, second):
-    """Both sides, with only the documents that both have scored."""
-    ids = set(first.scored) & set(second.scored)
-    return tuple(
-        scoring.combine_scores(
-            side.task, side.profile, [d for d in side.documents if d.id in ids], side.scored
-        )
-        for side in (first, second)
-    )
-
-
 def _load_scores(folder: Path, profile: Profile) -> dict[str, scoring.TaskScores]:
-    """The scores of a run from its sample logs."""
-    return {
-        name: scoring.read_samples(folder / "samples" / f"{name}.jsonl", ALL_TASKS[name], profile)
-        for name in read_results(folder)["documents"]
-    }
+    names = read_results(folder)["documents"]
+    return {name: scoring.read_scores(folder, ALL_TASKS[name], profile) for name in names}

@@ -5,7 +5,6 @@ the hashes of its document, prompt and generation settings, and is not asked aga
 (`ResponseFile`) are always read again.
 """
 
-import contextlib
 import dataclasses
 import json
 from collections import defaultdict
@@ -65,14 +64,6 @@ class ResponseLog:
     def __init__(self, output: Path):
         self._folder = output / "responses"
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._files = contextlib.ExitStack()
-        self._open: dict[str, Any] = {}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self._files.close()
 
     def path(self, task: str) -> Path:
         return self._folder / f"{task}.jsonl"
@@ -93,26 +84,17 @@ class ResponseLog:
         return list(found.values())
 
     def append(self, request: Request, response: Any, model: str) -> None:
-        name = request.task.name
-        if name not in self._open:
-            self._open[name] = self._files.enter_context(
-                self.path(name).open("a", encoding="utf-8")
-            )
         target = request.task.dataset.target(request.document)
-        settings = dataclasses.asdict(request.generation)
+        settings = list(request.choices) or dataclasses.asdict(request.generation)
+        arguments = {"arg_0": request.prompt.with_marks(), "arg_1": settings}
         record = {
-            "task": name,
+            "task": request.task.name,
             "task_version": request.task.dataset.version,
             "model": model,
             "doc_id": request.document.id,
             "doc": dict(request.document.row),
             "target": target,
-            "arguments": {
-                "gen_args_0": {
-                    "arg_0": request.prompt.with_marks(),
-                    "arg_1": list(request.choices) or settings,
-                }
-            },
+            "arguments": {"gen_args_0": arguments},
             "images": list(request.prompt.images),
             "resps": [[response]],
             "doc_hash": request.document.hash,
@@ -120,8 +102,8 @@ class ResponseLog:
             "target_hash": digest(target),
             "generation_hash": request.generation_hash,
         }
-        self._open[name].write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._open[name].flush()
+        with self.path(request.task.name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def record_key(record: dict[str, Any]) -> tuple[str, str, str]:
@@ -154,15 +136,16 @@ def run(
     pending = [r for r in requests if (r.task.name, r.key) not in done]
     if skipped := len(requests) - len(pending):
         console.print(f"{skipped} of {len(requests)} responses were already there")
-    failures = []
+    failures, told = [], set()
     columns = *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("asking", total=len(pending))
         for request, response in _ask(model, pending):
             if isinstance(response, Failed):
                 name, doc_id = request.task.name, request.document.id
-                if name not in {failure.task for failure in failures}:
+                if name not in told:  # the first failure of each task
                     console.print(f"no response: {name} {doc_id}: {response.reason}", markup=False)
+                    told.add(name)
                 failures.append(Failure(name, doc_id, "response", response.reason))
             else:
                 log.append(request, response, model.name)
@@ -176,19 +159,19 @@ def _ask(model: Model, requests: Iterable[Request]) -> Iterator[tuple[Request, A
     for request in requests:
         groups[request.generation].append(request)
     for generation, group in groups.items():
-        ordered = in_order(group)
         likelihood = generation.output_type == "loglikelihood"
-        yield from model.loglikelihood(ordered) if likelihood else model.generate(ordered)
+        answer = model.loglikelihood if likelihood else model.generate
+        yield from answer(in_order(group))
 
 
 def in_order(requests: Iterable[Request]) -> list[Request]:
     """The longest prompts first, so that a prompt too long for the memory fails at once. Questions about the
     same pictures stand together, so that a model can read the pictures once."""
+
+    def length(request: Request) -> tuple[int, int]:
+        return len(request.images), len(request.prompt.text.encode())
+
     families = defaultdict(list)
-    for request in sorted(requests, key=_length, reverse=True):
+    for request in sorted(requests, key=length, reverse=True):
         families[request.images].append(request)
     return [request for family in families.values() for request in family]
-
-
-def _length(request: Request) -> tuple[int, int]:
-    return len(request.images), len(request.prompt.text.encode())

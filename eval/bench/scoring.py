@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from eval.bench.tasks import DATASETS, GROUPS
 from pangea_jax.work import atomic
 
 COLUMNS = ("en", "mul")
-_NOT_JUDGED = Failed("not judged; name a judge with --judge")
 AVERAGES = {"multimodal": "pangeabench_multimodal", "text": "pangeabench_text"}
+_NOT_JUDGED = Failed("not judged; name a judge with --judge")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,27 +34,41 @@ class Answer:
 
 @dataclasses.dataclass
 class TaskScores:
-    """The scores of one task in one profile.
-
-    Attributes:
-      value: headline score on the scale of the paper's tables; NaN if no document has a score.
-      metrics: the mean of each metric, and the metrics that exist only for a whole subset.
-      documents: the documents with a score; `scored` maps their ids to the scores.
-    """
+    """The scores of one task in one profile; `scored` maps the id of a document to it and its score."""
 
     task: Task
     profile: Profile
-    value: float
-    n: int
-    metrics: dict[str, float]
-    failures: list[Failure]
-    documents: list[Document]
-    scored: dict[str, Scored]
+    scored: dict[str, tuple[Document, Scored]]
+    failures: list[Failure] = dataclasses.field(default_factory=list)
+
+    @property
+    def n(self) -> int:
+        return len(self.scored)
 
     @property
     def statistics(self) -> list[tuple[str, tuple[float, ...]]]:
         """(cluster, statistics) of each scored document, for the bootstrap."""
-        return [(d.cluster, self.scored[d.id].statistics) for d in self.documents]
+        return [(document.cluster, score.statistics) for document, score in self.scored.values()]
+
+    @functools.cached_property
+    def value(self) -> float:
+        """The headline score on the scale of the paper's tables; NaN if no document has a score."""
+        return micro_average([self]) if self.scored else float("nan")
+
+    def metrics(self) -> dict[str, float]:
+        """The mean of each metric, and the metrics that exist only for a whole subset."""
+        if not self.scored:
+            return {}
+        documents, scores = zip(*self.scored.values(), strict=True)
+        means = {n: float(np.mean([s.metrics[n] for s in scores])) for n in scores[0].metrics}
+        filtered = [score.filtered for score in scores]
+        dataset = self.task.dataset
+        return means | dataset.corpus_metrics(documents, filtered, self.task.subset, self.profile)
+
+    def only(self, ids: Iterable[str]) -> "TaskScores":
+        """The scores of some documents."""
+        scored = {id: self.scored[id] for id in self.scored if id in ids}
+        return TaskScores(self.task, self.profile, scored)
 
 
 def judge_answers(task: Task, answers: Sequence[Answer], judge: Judge | None) -> list[Answer]:
@@ -65,11 +78,10 @@ def judge_answers(task: Task, answers: Sequence[Answer], judge: Judge | None) ->
         return list(answers)
     if judge is None:
         return [dataclasses.replace(answer, reply=_NOT_JUDGED) for answer in answers]
+    requests = [dataset.judge_request(a.document, answer_text(a.response)) for a in answers]
     questions = [
-        Question(
-            task.name, a.document.id, dataset.judge_request(a.document, answer_text(a.response))
-        )
-        for a in answers
+        Question(task.name, answer.document.id, request)
+        for answer, request in zip(answers, requests, strict=True)
     ]
     replies = judge.replies(questions, dataset.readable)
     return [dataclasses.replace(a, reply=reply) for a, reply in zip(answers, replies, strict=True)]
@@ -77,37 +89,14 @@ def judge_answers(task: Task, answers: Sequence[Answer], judge: Judge | None) ->
 
 def score_task(task: Task, answers: Sequence[Answer], profile: Profile) -> TaskScores:
     """Scores every answer by the rules of a profile."""
-    scored, failures = {}, []
+    found = TaskScores(task, profile, {})
     for answer in answers:
-        result = _score_answer(task, answer, profile)
+        document, result = answer.document, _score_answer(task, answer, profile)
         if isinstance(result, Failed):
-            failures.append(Failure(task.name, answer.document.id, "score", result.reason))
+            found.failures.append(Failure(task.name, document.id, "score", result.reason))
         else:
-            scored[answer.document.id] = result
-    documents = [a.document for a in answers if a.document.id in scored]
-    return combine_scores(task, profile, documents, scored, failures)
-
-
-def combine_scores(
-    task: Task,
-    profile: Profile,
-    documents: list[Document],
-    scored: Mapping[str, Scored],
-    failures: Sequence[Failure] = (),
-) -> TaskScores:
-    """The score of a task from those of `documents`."""
-    members = {document.id: scored[document.id] for document in documents}
-    value, metrics = float("nan"), {}
-    if members:
-        sums = np.sum([s.statistics for s in members.values()], axis=0)
-        value = float(task.dataset.combine(sums, profile))
-        names = next(iter(members.values())).metrics
-        metrics = {n: float(np.mean([s.metrics[n] for s in members.values()])) for n in names}
-        filtered = [scored_document.filtered for scored_document in members.values()]
-        metrics |= task.dataset.corpus_metrics(documents, filtered, task.subset, profile)
-    return TaskScores(
-        task, profile, value, len(members), metrics, list(failures), documents, members
-    )
+            found.scored[document.id] = document, result
+    return found
 
 
 def _score_answer(task: Task, answer: Answer, profile: Profile) -> Scored | Failed:
@@ -137,12 +126,11 @@ def dataset_columns(values: Mapping[str, float], dataset: str) -> dict[str, floa
     columns = {subset.name: subset.column for subset in DATASETS[dataset].subsets}
     if unknown := sorted(set(values) - set(columns)):
         raise ValueError(f"{dataset} has no subset {unknown[0]!r}; it has {', '.join(columns)}")
-    result = {}
-    for column in COLUMNS:
-        members = [v for name, v in values.items() if columns[name] == column and np.isfinite(v)]
-        if members:
-            result[column] = float(np.mean(members))
-    return result
+    members = {
+        column: [v for name, v in values.items() if columns[name] == column and np.isfinite(v)]
+        for column in COLUMNS
+    }
+    return {column: float(np.mean(scores)) for column, scores in members.items() if scores}
 
 
 def suite_average(columns: Mapping[str, Mapping[str, float]], group: str) -> dict[str, float]:
@@ -152,39 +140,33 @@ def suite_average(columns: Mapping[str, Mapping[str, float]], group: str) -> dic
       columns: data set -> column -> score.
       group: `multimodal` or `text`.
     """
-    result = {}
-    for column in COLUMNS:
-        members = [
+    members = {
+        column: [
             columns[name][column]
             for name in GROUPS[AVERAGES[group]]
             if column in columns.get(name, {})
         ]
-        if members:
-            result[column] = float(np.mean(members))
-    return result
+        for column in COLUMNS
+    }
+    return {column: float(np.mean(scores)) for column, scores in members.items() if scores}
 
 
-def micro_average(scores: Iterable[TaskScores]) -> float:
-    """The score over all documents of a data set, of all languages together."""
-    scores = list(scores)
+def micro_average(scores: Sequence[TaskScores]) -> float:
+    """The score over all documents of tasks of one data set, in all languages together."""
     sums = np.sum([values for s in scores for _, values in s.statistics], axis=0)
     return float(scores[0].task.dataset.combine(sums, scores[0].profile))
 
 
 def draws(scores: Sequence[TaskScores], seed: int = 0) -> dict[str, np.ndarray]:
-    """Bootstrap draws of a data set: subset -> values, and its columns under `en` and `mul` in capitals."""
-    dataset, profile = scores[0].task.dataset, scores[0].profile
-    statistics = {s.task.subset.name: s.statistics for s in scores if s.statistics}
-    if not statistics:
+    """Bootstrap draws of a data set: subset -> values, and its columns under `EN` and `MUL`."""
+    scores = [s for s in scores if s.scored]
+    if not scores:
         return {}
-    combine = functools.partial(dataset.combine, profile=profile)
+    combine = functools.partial(scores[0].task.dataset.combine, profile=scores[0].profile)
+    statistics = {s.task.subset.name: s.statistics for s in scores}
     values = bootstrap.draw_subsets(statistics, combine, seed=seed)
     for column in COLUMNS:
-        members = [
-            values[s.task.subset.name]
-            for s in scores
-            if s.task.subset.column == column and s.statistics
-        ]
+        members = [values[s.task.subset.name] for s in scores if s.task.subset.column == column]
         if members:
             values[column.upper()] = np.mean(members, axis=0)
     return values
@@ -194,69 +176,59 @@ def summarise(results: Mapping[Profile, Sequence[TaskScores]]) -> dict[str, Any]
     """The scores of a run in the form of `results.json`."""
     summary: dict[str, Any] = {"tasks": {}, "datasets": {}, "averages": {}}
     for profile, scores in results.items():
-        by_dataset: dict[str, list[TaskScores]] = defaultdict(list)
-        for score in scores:
-            by_dataset[score.task.dataset.name].append(score)
         columns = {}
-        for name, members in by_dataset.items():
+        for name, dataset in DATASETS.items():
+            members = [score for score in scores if score.task.dataset is dataset]
+            if not members:
+                continue
             sampled = draws(members)
+            columns[name] = dataset_columns({m.task.subset.name: m.value for m in members}, name)
             for member in members:
-                _add_task(summary["tasks"], member, sampled)
-            values = {m.task.subset.name: m.value for m in members}
-            columns[name] = dataset_columns(values, name)
-            entry = summary["datasets"].setdefault(
-                name, {"title": DATASETS[name].title, "version": DATASETS[name].version}
-            )
+                entry = summary["tasks"].setdefault(member.task.name, _about_task(member.task))
+                entry[profile] = _task_entry(member, sampled)
+            about = {"title": dataset.title, "version": dataset.version}
+            entry = summary["datasets"].setdefault(name, about)
             entry[profile] = _dataset_entry(members, columns[name], sampled)
-        summary["averages"][profile] = {
-            group: suite_average(columns, group) | {"datasets": _members(columns, group)}
-            for group in AVERAGES
-            if _members(columns, group)
-        }
+        summary["averages"][profile] = {}
+        for group, title in AVERAGES.items():
+            if names := [name for name in GROUPS[title] if columns.get(name)]:
+                average = suite_average(columns, group) | {"datasets": names}
+                summary["averages"][profile][group] = average
     return summary
 
 
-def _members(columns, group) -> list[str]:
-    return [name for name in GROUPS[AVERAGES[group]] if columns.get(name)]
+def _about_task(task: Task) -> dict[str, Any]:
+    dataset, subset = task.dataset, task.subset
+    names = {"dataset": dataset.name, "subset": subset.name, "language": subset.language}
+    return names | {"version": dataset.version, "metric": dataset.metric}
 
 
-def _add_task(tasks: dict[str, Any], score: TaskScores, sampled) -> None:
-    task = score.task
-    entry = tasks.setdefault(
-        task.name,
-        {
-            "dataset": task.dataset.name,
-            "subset": task.subset.name,
-            "language": task.subset.language,
-            "version": task.dataset.version,
-            "metric": task.dataset.metric,
-        },
-    )
-    entry[score.profile] = {
+def _task_entry(score: TaskScores, sampled: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {
         "score": _number(score.value),
-        "interval": [
-            _number(v) for v in bootstrap.interval(sampled.get(task.subset.name, np.array([])))
-        ],
+        "interval": _interval(sampled.get(score.task.subset.name, np.array([]))),
         "n": score.n,
         "failed": len(score.failures),
-        "metrics": {name: _number(value) for name, value in score.metrics.items()},
+        "metrics": {name: _number(value) for name, value in score.metrics().items()},
     }
 
 
 def _dataset_entry(members, columns, sampled) -> dict[str, Any]:
     entry = {
         column: {
-            "score": _number(columns[column]),
-            "interval": [_number(v) for v in bootstrap.interval(sampled[column.upper()])],
+            "score": _number(score),
+            "interval": _interval(sampled[column.upper()]),
             "subsets": sum(m.task.subset.column == column and m.n > 0 for m in members),
             "of": sum(s.column == column for s in members[0].task.dataset.subsets),
         }
-        for column in columns
+        for column, score in columns.items()
     }
     scored = [m for m in members if m.n]
-    if scored:
-        entry["micro"] = _number(micro_average(scored))
-    return entry
+    return entry | ({"micro": _number(micro_average(scored))} if scored else {})
+
+
+def _interval(values: np.ndarray) -> list[float | None]:
+    return [_number(bound) for bound in bootstrap.interval(values)]
 
 
 def _number(value: float) -> float | None:
@@ -278,7 +250,7 @@ def write_samples(
         for answer in members:
             record = dict(answer.record)
             for profile in PROFILES:
-                scored = by_task.get((profile, task), {}).get(answer.document.id)
+                _, scored = by_task.get((profile, task), {}).get(answer.document.id, (None, None))
                 record[profile] = scored and {
                     "filtered_resps": [scored.filtered],
                     "metrics": dict(scored.metrics),
@@ -297,14 +269,12 @@ def read_records(output: Path, task: str) -> list[dict[str, Any]]:
     return [{name: row[name] for name in row if name not in added} for _, row in rows]
 
 
-def read_samples(path: Path, task: Task, profile: Profile) -> TaskScores:
+def read_scores(output: Path, task: Task, profile: Profile) -> TaskScores:
     """The scores of a task from its sample log."""
-    documents, scored = [], {}
-    for _, record in read_lines(path):
+    scored = {}
+    for _, record in read_lines(output / "samples" / f"{task.name}.jsonl"):
         if entry := record[profile]:
             document = Document(record["doc_id"], record["doc"])
-            documents.append(document)
-            scored[document.id] = Scored(
-                entry["filtered_resps"][0], entry["metrics"], tuple(entry["statistics"])
-            )
-    return combine_scores(task, profile, documents, scored)
+            score = Scored(entry["filtered_resps"][0], entry["metrics"], tuple(entry["statistics"]))
+            scored[document.id] = document, score
+    return TaskScores(task, profile, scored)

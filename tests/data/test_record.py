@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from pangea_jax import languages
+from pangea_jax import language_id, languages
 from pangea_jax.data.record import (
     Conversation,
     RecordError,
     Turn,
-    _detector,
     identify_language,
     image_paths,
 )
@@ -320,7 +319,7 @@ def test_language_is_identified_without_a_network(monkeypatch):
         raise AssertionError("the model must come with the package")
 
     monkeypatch.setattr("socket.socket.connect", refuse)
-    _detector.cache_clear()
+    language_id._detector.cache_clear()
     assert identify_language("What is the man in the picture doing?") == "en"
 
 

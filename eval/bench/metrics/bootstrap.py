@@ -1,10 +1,9 @@
 """Bootstrap intervals and tests over clusters of dependent documents.
 
-Questions about one picture are drawn together, and so are translations of one text, in all languages. Languages that
-share no cluster are drawn separately, so that each keeps its size.
+Questions about one picture are drawn together, and so are the translations of one text, over all languages. Languages
+without a common cluster are drawn separately, so that each keeps its size.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -13,15 +12,6 @@ from jaxtyping import Float
 DRAWS = 2000
 Statistics = Mapping[str, Sequence[tuple[str, Sequence[float]]]]  # subset -> (cluster, statistics)
 Combine = Callable[[Float[np.ndarray, "draws statistics"]], Float[np.ndarray, " draws"]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """The difference of two runs on the same documents: value, 95 % interval, two-sided p."""
-
-    difference: float
-    interval: tuple[float, float]
-    p_value: float
 
 
 def draw_subsets(
@@ -62,7 +52,7 @@ def _components(members: Mapping[str, set[str]]) -> list[tuple[list[str], set[st
 
 
 def interval(values: Float[np.ndarray, " draws"]) -> tuple[float, float]:
-    """The middle 95 % of bootstrap draws; draws without a value (no scored document) are left out."""
+    """The middle 95 % of bootstrap draws, without the draws that have no value (no scored document)."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         return float("nan"), float("nan")
@@ -71,16 +61,15 @@ def interval(values: Float[np.ndarray, " draws"]) -> tuple[float, float]:
 
 
 def compare(
-    first: Float[np.ndarray, " draws"], second: Float[np.ndarray, " draws"], difference: float
-) -> Comparison:
-    """Paired comparison from draws made with the same seed over the same documents.
+    first: Float[np.ndarray, " draws"], second: Float[np.ndarray, " draws"]
+) -> tuple[tuple[float, float], float]:
+    """95 % interval and two-sided p of a difference, from draws with the same seed over the same documents.
 
-    p is twice the smaller share of draws on the other side of zero, with one added to both counts.
+    p is twice the smaller share of draws on one side of zero, with one added to the counts.
     """
     differences = first - second
     differences = differences[np.isfinite(differences)]
     if not differences.size:
-        return Comparison(difference, (float("nan"), float("nan")), float("nan"))
+        return (float("nan"), float("nan")), float("nan")
     tail = 1 + min((differences <= 0).sum(), (differences >= 0).sum())
-    p_value = min(1.0, 2 * tail / (1 + differences.size))
-    return Comparison(difference, interval(differences), float(p_value))
+    return interval(differences), float(min(1.0, 2 * tail / (1 + differences.size)))

@@ -1,4 +1,4 @@
-"""ROUGE-L and CIDEr of captions, with the values of pycocoevalcap and without its Java."""
+"""ROUGE-L and CIDEr of captions: the values of pycocoevalcap, without its Java."""
 
 import collections
 import functools
@@ -21,10 +21,10 @@ UNSEGMENTED = frozenset({"zh", "ja", "th", "my", "km", "lo"})
 
 
 def rouge_l(candidate: Tokens, references: Sequence[Tokens]) -> float:
-    """F measure of the longest common subsequence, recall weighted 1.2 squared.
+    """F measure of the longest common subsequence, with the recall weighted by 1.2 squared.
 
-    Precision and recall are each the best over the references, not those of one reference; an empty caption is
-    one empty token, as `"".split(" ")` makes it.
+    Precision and recall are each the best over the references, so they may come from two of them. An empty caption is
+    one empty token, as in `"".split(" ")`.
     """
     candidate = candidate or [""]
     references = [reference or [""] for reference in references]
@@ -50,7 +50,7 @@ def _common_subsequence(first: Tokens, second: Tokens) -> int:
 def cider(
     candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 ) -> Float[np.ndarray, " documents"]:
-    """CIDEr-D of each caption; document frequencies are of the references given here."""
+    """CIDEr-D of each caption; the document frequencies come from these references."""
     counted_references = [[_ngrams(ref) for ref in refs] for refs in references]
     frequency = collections.Counter(
         ngram for refs in counted_references for ngram in set().union(*refs)
@@ -66,7 +66,7 @@ def cider(
 
 
 def _ngrams(tokens: Tokens) -> collections.Counter:
-    tokens = " ".join(tokens).split()  # unlike in ROUGE-L, a no-break space ends a word here
+    tokens = " ".join(tokens).split()  # here a no-break space ends a word, but not in ROUGE-L
     return collections.Counter(
         tuple(tokens[i : i + order])
         for order in range(1, CIDER_ORDERS + 1)
@@ -75,7 +75,7 @@ def _ngrams(tokens: Tokens) -> collections.Counter:
 
 
 def _tf_idf(counts, *, frequency, log_documents):
-    """(weights and norm for each order, number of bigrams, which CIDEr-D takes for the length)."""
+    """(weights and norm for each order, number of bigrams). CIDEr-D takes the bigrams as the length."""
     weights = [{} for _ in range(CIDER_ORDERS)]
     for ngram, count in counts.items():
         idf = log_documents - math.log(max(1.0, frequency[ngram]))
@@ -85,7 +85,7 @@ def _tf_idf(counts, *, frequency, log_documents):
 
 
 def _similarity(ours, theirs) -> float:
-    """Clipped cosine of each order, averaged, damped by the difference of the lengths."""
+    """The mean over the orders of the clipped cosine, smaller if the lengths differ."""
     damping = math.exp(-((ours[2] - theirs[2]) ** 2) / (2 * CIDER_SIGMA**2))
     total = 0.0
     for mine, other, my_norm, other_norm in zip(
@@ -100,8 +100,9 @@ def _similarity(ours, theirs) -> float:
 def caption_tokens(text: str, language: str) -> list[str]:
     """The tokens of a caption, segmented if the script has no spaces.
 
-    Chinese, Japanese, Thai, Burmese, Khmer and Lao are cut into grapheme clusters, which needs no dictionary and
-    treats both sides alike; runs of other scripts stay whole. All other languages are cut as in the COCO metrics.
+    Chinese, Japanese, Thai, Burmese, Khmer and Lao are cut into grapheme clusters, which needs no dictionary and treats
+    response and reference in the same way; words of other scripts stay whole. All other languages have the tokens of
+    the COCO metrics.
     """
     text = unicodedata.normalize("NFC", text)
     if language not in UNSEGMENTED:

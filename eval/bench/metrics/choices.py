@@ -38,8 +38,8 @@ _STANDING = re.compile(r"(?<![^\W_])([B-J])(?![^\W_]|['’])")
 def letter(response: str, options: Sequence[str]) -> str | None:
     """The option that a response chooses; None if it names none or several.
 
-    Tried in turn: a letter and nothing else; the last letter after a cue ("the answer is", "答案：") ; a letter in
-    brackets; a letter that opens the response; the text of exactly one option; a single capital standing alone.
+    The rules in their order: a letter and nothing else; the last letter after a cue ("the answer is", "答案："); a
+    letter at the start; one letter in brackets; the text of exactly one option; one capital letter that stands alone.
     """
     text = unicodedata.normalize("NFKC", response).strip()
     allowed = LETTERS[: len(options)]
@@ -65,7 +65,7 @@ def _latin(character: str, allowed: str) -> str | None:
 
 
 def _named_options(text: str, options: Sequence[str]) -> set[str]:
-    """Letters of the options whose text is the response, else of those it contains as whole words."""
+    """Letters of the options that equal the response, else of those that it contains as whole words."""
     text = _plain(text)
     plain = {LETTERS[i]: _plain(option) for i, option in enumerate(options)}
     same = {key for key, option in plain.items() if option and option == text}
@@ -77,16 +77,13 @@ def _named_options(text: str, options: Sequence[str]) -> set[str]:
         for key, option in plain.items()
         if option and (option in text if spaceless else f" {option} " in f" {text} ")
     }
-    # An option inside a longer one that is named too ("red" in "dark red") is not meant.
+    # An option does not count if a longer option that contains it is named too ("red" in "dark red").
     return {k for k in found if not any(k != o and plain[k] in plain[o] for o in found)}
 
 
 def _plain(text: str) -> str:
+    """Words in lower case; all other characters than letters, marks and numbers become spaces."""
     text = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.sub(r"[^\w\s]|_", " ", text).split()) if text.isascii() else _squeeze(text)
-
-
-def _squeeze(text: str) -> str:
     kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in text)
     return " ".join("".join(kept).split())
 
@@ -94,9 +91,9 @@ def _squeeze(text: str) -> str:
 def paper_letter(response: str, options: Sequence[str], *, seed: str) -> tuple[str, bool]:
     """The parser of CVQA and M3Exam in the paper's harness (neulab/Pangea, cvqa/utils.py and m3exam/utils.py).
 
-    Its faults are kept. A letter before `).:` or a space wins, wherever it stands and in either case. Next comes the
-    first a-d in any word, so that "The answer is B" gives A. An option's text counts only if there is no such letter.
-    Otherwise the letter is drawn at random (in the harness, without a seed).
+    It keeps the faults of that parser. First it takes a letter before `)`, `.`, `:` or a space, anywhere and in either
+    case. Then it takes the first a, b, c or d of any word, so "The answer is B" gives A. The text of an option counts
+    only if there is no such letter. Otherwise the letter is random (the harness has no seed).
 
     Returns:
       the letter, and whether it was drawn.

@@ -1,13 +1,13 @@
-"""Choosing among continuations by their log-likelihood."""
+"""Scores a choice among continuations by their log-likelihoods."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from eval.bench.task import Failed, Scored, mean_of
+from eval.bench.task import Dataset, Failed, Scored
 
 
-def score(response: Any, choices: Sequence[str], gold: int) -> Scored | Failed:
-    """Accuracy of the likeliest continuation (summed log-likelihood), and `acc_norm`, per byte of it.
+def score(dataset: Dataset, response: Any, choices: Sequence[str], gold: int) -> Scored | Failed:
+    """`acc` takes the continuation with the largest log-likelihood, `acc_norm` the largest per byte.
 
     Args:
       response: one log-likelihood for each choice.
@@ -19,7 +19,5 @@ def score(response: Any, choices: Sequence[str], gold: int) -> Scored | Failed:
     ):
         return Failed(f"expected {len(choices)} log-likelihoods, got {response!r:.80}")
     normalised = [v / len(c.encode()) for v, c in zip(response, choices, strict=True)]
-    best = max(range(len(choices)), key=lambda i: response[i])
-    best_normalised = max(range(len(choices)), key=lambda i: normalised[i])
-    metrics = {"acc": float(best == gold), "acc_norm": float(best_normalised == gold)}
-    return mean_of(metrics, "acc", best)
+    best, best_normalised = (values.index(max(values)) for values in (response, normalised))
+    return dataset.mean_score(best, acc=best == gold, acc_norm=best_normalised == gold)

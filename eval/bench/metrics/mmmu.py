@@ -1,4 +1,4 @@
-"""The answer parser of MMMU (its official rules, which xMMMU shares)."""
+"""The answer parser of MMMU, by its official rules. xMMMU uses it too."""
 
 import random
 import re
@@ -10,15 +10,14 @@ _ANSWER_CUES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "ans
 def parse_multiple_choice(
     response: str, letters: Sequence[str], options: Mapping[str, str], *, seed: str | None
 ) -> str | None:
-    """The letter a response names: bracketed, else before a space, else before a full stop, else by an option's text;
-    the last one named.
+    """The last letter that a response names, by the first rule that finds one (neulab/Pangea, xmmmu/utils.py).
 
-    As in neulab/Pangea, xmmmu/utils.py, where "USA is" names A.
+    The rules are a letter in brackets, before a space ("USA is" names A), before a full stop, and an option's text.
 
     Args:
-      letters: the letters on offer.
+      letters: the letters of the options.
       options: letter -> text of the option.
-      seed: what the random letter of an unreadable response is drawn with; None to return None instead.
+      seed: the seed of the random letter for an unreadable response; with None the function returns None instead.
     """
     for mark in ",.!?;:'":
         response = response.strip(mark)
@@ -42,7 +41,7 @@ def parse_multiple_choice(
 
 
 def parse_open(response: str) -> list[str | float]:
-    """Candidate answers of an open question: key parts of the response and every number in it, normalised."""
+    """Candidate answers to an open question: key parts of the response and all numbers in them, normalised."""
     parts = _key_parts(response)
     candidates = parts.copy()
     for part in parts:
@@ -56,11 +55,11 @@ def _key_parts(response: str) -> list[str]:
     sentences = re.split(r"\.\s(?=[A-Z])|\n", response)
     parts = []
     for index, sentence in enumerate(sentences):
-        # The last sentence may be an equation, whose result is the answer.
+        # The last sentence may be an equation. Its result is the answer.
         cues = (*_ANSWER_CUES, "=") if index == len(sentences) - 1 else _ANSWER_CUES
         tails = [sentence.split(cue)[-1].strip() for cue in cues if cue in sentence]
         shortest = ""
-        for tail in tails:  # an empty one gives way to whatever comes after it
+        for tail in tails:  # any later tail replaces an empty one
             if not shortest or len(tail) < len(shortest):
                 shortest = tail
         if shortest and shortest not in (":", ",", ".", "!", "?", ";", "'"):
@@ -77,7 +76,7 @@ def extract_numbers(text: str) -> list[str]:
 
 
 def normalize(text: str) -> list[str | float]:
-    """A number rounded to two decimals, or lower-case text; one letter also with a space on either side."""
+    """A number rounded to two decimals, or text in lower case; a single letter gets a space before or after it."""
     text = str(text).strip()
     try:
         return [round(float(text.replace(",", "")), 2)]

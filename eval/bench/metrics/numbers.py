@@ -1,11 +1,11 @@
-"""Numbers in running text of any language: digits of every script, thousands separators of every custom."""
+"""Reads numbers in text of any language, with the digits of any script and any separator of thousands."""
 
 import re
 import unicodedata
 from fractions import Fraction
 
-# Grouped digits first, so that they are not read as several numbers; Indian grouping is in twos, then three. The
-# bound on digits is there because Python refuses to read numbers of thousands.
+# Grouped digits come first, so that they are not read as several numbers. India groups by two digits, the last group by
+# three. The number of digits has a limit, because Python refuses to read numbers with thousands of digits.
 _GROUP = "[,.\u066c'’٬\u00a0\u202f]"
 _NUMBER = re.compile(
     rf"(?<!\d)[-−]?(?:[1-9]\d{{0,2}}(?:{_GROUP}\d{{2,3}}){{0,9}}{_GROUP}\d{{3}}(?!\d)|\d{{1,40}})(?:[.,\u066b]\d{{1,40}})?"
@@ -20,11 +20,11 @@ def ascii_digits(text: str) -> str:
 def find(text: str, *, space_groups: bool = False) -> list[Fraction]:
     """The numbers in `text`, in order, exact.
 
-    A separator before exactly three final digits is taken for thousands (2,125 and 2.125 are both 2125), else for
+    A separator before exactly three final digits separates thousands (2,125 and 2.125 are both 2125). Otherwise it is
     the decimal mark (18.00 is 18).
 
     Args:
-      space_groups: whether a plain space groups digits too (2 125), as in French or Russian.
+      space_groups: whether a plain space also separates thousands (2 125), as in French or Russian.
     """
     text = ascii_digits(text)
     if space_groups:
@@ -33,7 +33,7 @@ def find(text: str, *, space_groups: bool = False) -> list[Fraction]:
 
 
 def parse(number: str) -> Fraction:
-    """The value of one number as `find` meets it.
+    """The value of one number in the forms that `find` reads.
 
     Raises:
       ValueError: not a number.

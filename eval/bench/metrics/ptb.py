@@ -1,23 +1,23 @@
-"""Tokens of captions as the COCO caption metrics cut them, without Java.
+"""The tokens of captions in the COCO caption metrics, without Java.
 
-The COCO metrics call Stanford's PTBTokenizer (CoreNLP 3.4.1, `-preserveLines -lowerCase`) and drop a list of marks.
-The tables of characters below were found by asking that program about every character of the Basic Multilingual
-Plane. Two of its habits decide scores outside English: it drops characters younger than Unicode 5 or so and most
-vowel signs of Sinhala, Malayalam, Kannada, Khmer and Burmese, cutting words there; and it does not segment
-Chinese, Japanese or Thai, so that a caption is one to three tokens.
+The COCO metrics call Stanford's PTBTokenizer (CoreNLP 3.4.1, `-preserveLines -lowerCase`) and remove a list of marks.
+We found the tables of characters by running that program on every character of the Basic Multilingual Plane. Two of its
+faults decide scores in other languages than English. It drops characters that are newer than about Unicode 5, and most
+vowel signs of Sinhala, Malayalam, Kannada, Khmer and Burmese; words end there. It also does not segment Chinese,
+Japanese or Thai, so a caption is one to three tokens.
 """
 
 import functools
 
 import regex
 
-# Marks that stand inside words, besides the letters and decimal digits of Unicode.
+# Marks that are part of words, as all letters and decimal digits of Unicode are.
 _WORD_MARKS = (
     "02C2-0379 0384-0385 03F6 0483-0487 055A-055F 058A 0591-05BD 05BF 05C1-05C2 05C4-05C5 05C7 0615-061A "
     "064B-065E 0670 06D6-06FE 070F-07F3 0900-0903 093C-094E 0951-0955 0962-0963 0981-09E3 0A01-0A4F 0A81-0ACF "
     "0B82-0BCD 0C01-0C03 0C3E-0C56 0D3E-0D48 0E31-0E3A 0E47-0E4E 0EB1-0ECD 1885-1886"
 )
-# Signs that are tokens of their own; all that is in neither table is dropped and ends a word.
+# Signs that are tokens. A character in neither table is dropped and ends a word.
 _SIGNS = (
     "00A1 00A5-00A9 00AC 00AE-00B4 00B6-00B9 00BF 00D7 00F7 037E 0387 0589 05BE 05C0 05C3 05C6 05F3-0603 0606-060C "
     "0614 061B 061E-061F 066A 066D 06D4 0700-070D 07F6-07F8 0964-0965 0E3F 0E4F 1FBD 2016-2017 201A 201E-2023 "
@@ -59,7 +59,7 @@ def _characters(table: str) -> str:
 
 @functools.cache
 def _rules() -> tuple[regex.Pattern, ...]:
-    """The rules of the lexer; at each place the longest match wins, among equals the first."""
+    """The rules of the lexer. At each place the longest match wins; of several longest ones, the first."""
     letter = rf"[\p{{L}}{_characters(_WORD_MARKS)}]"
     either = rf"[\p{{L}}\p{{Nd}}{_characters(_WORD_MARKS)}]"
     plain = r"[\p{L}\p{Nd}]"
@@ -106,7 +106,7 @@ def _rules() -> tuple[regex.Pattern, ...]:
 
 
 def tokenize(text: str) -> list[str]:
-    """The lower-cased tokens of one caption, punctuation removed."""
+    """The tokens of one caption in lower case, without punctuation."""
     text = text.replace("\u00ad", "").replace("\n", " ")
     tokens, place = [], 0
     while place < len(text):
@@ -115,13 +115,13 @@ def tokenize(text: str) -> list[str]:
             place += 1
             continue
         longest = max(matches, key=regex.Match.end)
-        # A group leaves out what only had to follow.
+        # If a rule has a group, only the group is the token; the rest of the match must follow it in the text.
         token = next(filter(None, longest.groups()), longest.group())
         place += len(token)
         if _CLITIC.fullmatch(token):
             token = token.replace("’", "'")
-        if token.startswith(("..", "--")):  # any run of dots or dashes is one
+        if token.startswith(("..", "--")):  # a run of dots or dashes is one token
             token = "..."
-        # The metrics split at spaces; one inside a token is written as a no-break space.
+        # The metrics split at spaces, so a space inside a token becomes a no-break space.
         tokens.append(_ESCAPES.get(token, token).lower().replace(" ", "\u00a0"))
     return [token for token in tokens if token not in _DROPPED_TOKENS]

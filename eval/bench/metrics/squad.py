@@ -14,8 +14,8 @@ def normalize(text: str, *, unicode_punctuation: bool = False, articles: bool = 
     """Lower case without punctuation and English articles.
 
     Args:
-      unicode_punctuation: remove the punctuation of every script; SQuAD's own script knows ASCII only.
-      articles: remove `a`, `an` and `the`, which are words of other languages too.
+      unicode_punctuation: remove the punctuation of every script. SQuAD's own script removes ASCII only.
+      articles: remove `a`, `an` and `the`. They are other words in other languages.
     """
     text = text.lower()
     if unicode_punctuation:
@@ -27,14 +27,14 @@ def normalize(text: str, *, unicode_punctuation: bool = False, articles: bool = 
 
 
 def f1(prediction: str, reference: str) -> float:
-    """F1 of the bags of words of two normalised texts."""
+    """F1 of the words of two normalised texts, in any order."""
     predicted, gold = prediction.split(), reference.split()
     common = sum((collections.Counter(predicted) & collections.Counter(gold)).values())
     return 2 * common / (len(predicted) + len(gold)) if common else 0.0
 
 
 def scores(prediction: str, references: Sequence[str]) -> dict[str, float]:
-    """F1, exact match, and whether a reference stands in the prediction; best over the references."""
+    """F1, exact match, and whether the prediction contains a reference; the best over the references."""
     return {
         "f1": max(f1(prediction, reference) for reference in references),
         "exact_match": float(prediction in references),

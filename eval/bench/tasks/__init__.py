@@ -45,14 +45,14 @@ class UnknownTaskError(ValueError):
 
 
 def select(names: Iterable[str]) -> list[Task]:
-    """The tasks that names stand for, without repeats, in the order of the tables.
+    """The tasks with these names, without repeats, in the order of the paper's tables.
 
     Args:
       names: tasks (`mgsm_bn`), data sets (`mgsm`), groups (`pangeabench_text`), languages (`lang:sw`), or
         `cvqa_local` and `cvqa_translated`.
 
     Raises:
-      UnknownTaskError: names the nearest known ones.
+      UnknownTaskError: a name is not known; the message has the nearest known names.
     """
     wanted = {task.name for name in names for task in _matching(name.strip())}
     return [task for task in ALL_TASKS.values() if task.name in wanted]
@@ -70,9 +70,7 @@ def _matching(name: str) -> list[Task]:
         return found
     if name in ("cvqa_local", "cvqa_translated"):
         column = "mul" if name == "cvqa_local" else "en"
-        return [
-            Task(cvqa.DATASET, subset) for subset in cvqa.DATASET.subsets if subset.column == column
-        ]
+        return [Task(cvqa.DATASET, s) for s in cvqa.DATASET.subsets if s.column == column]
     members = GROUPS.get(name, (name,) if name in DATASETS else ())
     if members:
         return [Task(DATASETS[member], s) for member in members for s in DATASETS[member].subsets]
@@ -85,7 +83,7 @@ def _matching(name: str) -> list[Task]:
 
 
 def _by_alias(name: str) -> Task | None:
-    """`maxm_iw` is `maxm_he`."""
+    """The task for another code of its language: `maxm_iw` is `maxm_he`."""
     for dataset in DATASETS:
         if name.startswith(f"{dataset}_"):
             try:

@@ -1,7 +1,7 @@
 """FLORES-Sub: FLORES-200 devtest between English and ten languages, both ways (facebook/flores).
 
-The paper names 18K items, which fits nine pairs; the tables have ten languages, so ten pairs are taken. Its prompt is
-not printed; this one is plain.
+The paper says 18K items, which would be nine pairs. Its tables have ten languages, so this data set has ten pairs. The
+paper does not print its prompt; ours is a plain one.
 """
 
 import functools
@@ -30,14 +30,15 @@ _OTHERS = tuple(code for code in CODES if code != "en")
 
 @functools.cache
 def _chrf() -> CHRF:
-    return CHRF()  # chrF, as the paper says and lm-eval computes; its docstring there says chrF++
+    # chrF, as in the paper and in lm-eval, although lm-eval's docstring says chrF++.
+    return CHRF()
 
 
 class Flores(task.Dataset):
     name, title, group = "flores", "FLORES-Sub", "text"
     hub = "facebook/flores"
     metric = "chrf"
-    # The tables put x->en into the English average and en->x into the other.
+    # In the tables, x->en belongs to the English average and en->x to the other one.
     subsets = tuple(
         subset
         for code in _OTHERS
@@ -50,6 +51,13 @@ class Flores(task.Dataset):
     gold = "target"
     generation = task.Generation(max_new_tokens=256)
 
+    def source(self, subset):
+        return task.Source(self.hub, "-".join(map(CODES.get, subset.name.split("-"))), "devtest")
+
+    def from_hub(self, row, subset, index):
+        source, target = (row[f"sentence_{CODES[code]}"] for code in subset.name.split("-"))
+        return {"id": str(row.get("id", index + 1)), "source": source, "target": target}
+
     def prompt(self, document, subset, profile):
         source, target = (languages.get(code).english_name for code in subset.name.split("-"))
         return task.Prompt(
@@ -59,7 +67,7 @@ class Flores(task.Dataset):
     def score(self, document: task.Document, response: str, subset, profile, reply=None):
         lines = [line.strip() for line in task.answer_text(response).splitlines() if line.strip()]
         hypothesis = lines[0] if lines else ""
-        # The n-gram counts add up to the corpus score, so that bootstrap draws need no second count.
+        # The score of a corpus follows from the summed n-gram counts, so a bootstrap draw only sums them.
         counts = _chrf()._extract_corpus_statistics([hypothesis], [[document.row["target"]]])[0]
         value = _chrf()._compute_score_from_stats(counts).score / 100
         return task.Scored(hypothesis, {"chrf": value}, tuple(float(count) for count in counts))

@@ -1,10 +1,12 @@
-"""M3Exam: questions with pictures from school exams of seven countries (neulab/PangeaBench-m3exam)."""
+"""M3Exam: questions with pictures from school exams in seven languages (neulab/PangeaBench-m3exam)."""
 
+import itertools
 import re
 
 from eval.bench import task
 from eval.bench.metrics.choices import LETTERS
 from eval.bench.tasks.cvqa import score_letter
+from pangea_jax import languages
 
 _HINTS = {
     "en": (
@@ -54,6 +56,7 @@ _SUBJECTS = {
 _SUBJECT_KEYS = ("language", "math", "social-science", "natural-science")
 _SIZES = {"en": 793, "zh": 433, "af": 163, "it": 397, "pt": 450, "th": 401, "vi": 116}
 _MARK = re.compile(r"<image (\d+)>")
+_HUB_MARK = re.compile(r"\(image\)\[(.*?)\]")
 _LABEL = re.compile(r"^\s*[(（]?([A-Ja-j]|10|\d)\s*[)）.．、:：]\s*")
 
 
@@ -67,6 +70,28 @@ class M3Exam(task.Dataset):
     )
     generation = task.Generation(max_new_tokens=16)
 
+    def source(self, subset):
+        return task.Source(self.hub, None, languages.get(subset.name).english_name.lower())
+
+    def from_hub(self, row, subset, index):
+        """Marks `(image)[name]` become `<image 1>`, `<image 2>` ... in the order of background, question, options."""
+        pictures = numbered_pictures(row, range(10))
+        seen: dict[str, int] = {}
+
+        def mark(match: re.Match) -> str:
+            number = seen.setdefault(match.group(1), len(seen) + 1)
+            return f"<image {number}>" if number <= len(pictures) else ""
+
+        return {
+            "id": str(row.get("id", index)),
+            "background": [_HUB_MARK.sub(mark, text) for text in row["background_description"]],
+            "question": _HUB_MARK.sub(mark, row["question_text"]),
+            "options": [_HUB_MARK.sub(mark, text) for text in row["options"]],
+            "answer": str(row["answer_text"]),
+            "subject": row["subject_category"],
+            "images": pictures,
+        }
+
     def prompt(self, document, subset, profile):
         language, row = subset.language, document.row
         if row["subject"] not in _SUBJECT_KEYS:
@@ -77,8 +102,8 @@ class M3Exam(task.Dataset):
         background = "\n" + "\n".join(row["background"]) if row["background"] else ""
         question, options = row["question"], _options(row["options"])
         if profile == "paper":
-            # Of the question's marks the first stands for all pictures and the others are deleted; those of the
-            # background stay as the exam writes them, which no wrapper knows; options with a picture are left out.
+            # In the question, the first mark stands for all pictures, and the others are deleted. Marks in the
+            # background stay as the exam writes them, which no wrapper reads. Options with a picture are left out.
             question = _MARK.sub("", _MARK.sub(task.IMAGE_MARK, question, count=1))
             background = _MARK.sub(r"(image)[\1]", background)
             pictured = any(_MARK.search(text) for text in row["options"])
@@ -86,11 +111,9 @@ class M3Exam(task.Dataset):
         hint = _HINTS[language].format(subject=subject)
         lines = (f"{hint}\n", background, question, "\n".join(options), _ANSWER_CUES[language])
         text = "\n".join(lines)
-        return (
-            task.Prompt(text, document.images)
-            if profile == "paper"
-            else place_images(text, document)
-        )
+        if profile == "paper":
+            return task.Prompt(text, document.images)
+        return place_images(text, document)
 
     def score(self, document: task.Document, response: str, subset, profile, reply=None):
         row = document.row
@@ -99,11 +122,20 @@ class M3Exam(task.Dataset):
         else:
             options = [text.partition(" ")[2] for text in _options(row["options"])]
             gold = _gold(row["answer"])
-        return score_letter(self.name, document, response, subset, profile, options, gold)
+        return score_letter(self, document, response, subset, profile, options=options, gold=gold)
+
+
+def numbered_pictures(row, numbers) -> list:
+    """The pictures in the fields `image_1` and so on of a hub's row, up to the first empty one."""
+    pictures = (row.get(f"image_{number}") for number in numbers)
+    return list(itertools.takewhile(lambda picture: picture not in (None, "None", ""), pictures))
 
 
 def place_images(text: str, document: task.Document) -> task.Prompt:
-    """`<image 2>` becomes `<image>`, with the pictures in the order they are named; all, where none is named."""
+    """Replaces marks such as `<image 2>` by `<image>` and sorts the pictures as the marks name them.
+
+    Without marks the prompt has all pictures.
+    """
     named = [int(number) for number in _MARK.findall(text)]
     if unknown := [number for number in named if not 1 <= number <= len(document.images)]:
         raise ValueError(
@@ -114,23 +146,23 @@ def place_images(text: str, document: task.Document) -> task.Prompt:
 
 
 def paper_options(options: list[str]) -> list[str]:
-    """Relabelled options as the paper's harness makes them (neulab/Pangea, m3exam/utils.py).
+    """The options with the labels of the paper's harness (neulab/Pangea, m3exam/utils.py).
 
-    What looks like a label is cut off without looking at the whole: "2 apples" and "3 apples" both become "apples".
+    It cuts off all that looks like a label, so "2 apples" and "3 apples" both become "apples".
     """
     bare = [re.sub(r"^[\(（]?[A-Da-d\d][\)）\.\s]+", "", text).strip() for text in options]
     return [f"({key}) {text}" for key, text in zip(LETTERS, bare)]
 
 
 def paper_answer(answer: str) -> str:
-    """The gold letter as the paper's harness makes it: what begins with a digit, also in brackets, is the letter of
-    that digit; all else stays."""
+    """The gold letter of the paper's harness: a first digit, also after a bracket, becomes the letter of that number.
+    Other answers stay as they are."""
     match = re.match(r"\(?(\d)", answer)
     return chr(ord("A") + int(match.group(1)) - 1) if match else answer
 
 
 def _options(options: list[str]) -> list[str]:
-    """Options with the labels A, B, ...; a label is cut off only if all options have one, in order."""
+    """The options with the labels A, B, ...; their own labels are cut off only if all have one, in order."""
     labels = [_LABEL.match(text) for text in options]
     found = [match.group(1).upper() if match else "" for match in labels]
     size = len(options)

@@ -1,7 +1,7 @@
-"""M-LlavaBench: 60 open questions on 24 pictures in ten languages, judged beside GPT-4's answer.
+"""M-LlavaBench: 60 open questions on 24 pictures in ten languages, compared with GPT-4's answer by a judge.
 
-neulab/PangeaBench-multilingual-llava-bench. The judge (gpt-4-0613 in the harness) rates both answers 1 to 10, from
-captions of the picture; the score is the ratio of the means in percent and can exceed 100.
+neulab/PangeaBench-multilingual-llava-bench. The judge (gpt-4-0613 in the paper's harness) rates both answers 1 to 10,
+from captions of the picture. The score is the ratio of the means in percent; it can exceed 100.
 """
 
 import re
@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from eval.bench import task
-from eval.bench.metrics import language_id
+from eval.bench.metrics import language_rule
 
 _JUDGE_SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 _RULE = """We would like to request your feedback on the performance of two AI assistants in response to the user \
@@ -37,6 +37,17 @@ class MLlavaBench(task.Dataset):
     gold = "gpt_answer"
     generation = task.Generation(max_new_tokens=1024)
 
+    def from_hub(self, row, subset, index):
+        caption = row["caption"]
+        return {
+            "id": str(row["question_id"]),
+            "question": row["question"] if "question" in row else row["text"],
+            "caption": caption if isinstance(caption, str) else "\n".join(caption),
+            "gpt_answer": row["gpt_answer"],
+            "category": row["category"],
+            "images": [row["image"]],
+        }
+
     def prompt(self, document, subset, profile):
         return task.Prompt(document.row["question"], document.images)
 
@@ -62,7 +73,7 @@ class MLlavaBench(task.Dataset):
             scores = read_scores(reply)
             if scores is None:
                 return task.Failed(f"the judge's reply begins with no two scores: {reply[:60]!r}")
-            in_language = language_id.is_language(task.answer_text(response), subset.language)
+            in_language = language_rule.is_language(task.answer_text(response), subset.language)
             reference, ours = scores[0], scores[1] if in_language else 0.0
         metrics = {"reference": reference, "answer": ours, "right_language": float(in_language)}
         return task.Scored([reference, ours], metrics, (reference, ours, 1.0))
@@ -76,7 +87,7 @@ class MLlavaBench(task.Dataset):
 
 
 def read_scores(reply: str) -> tuple[float, float] | None:
-    """The two ratings on the first line of a reply, however they are separated; each within 1 to 10."""
+    """The two ratings on the first line of a reply, with any separator; each must lie between 1 and 10."""
     first = reply.strip().partition("\n")[0]
     match = _TWO_SCORES.fullmatch(first)
     scores = (float(match.group(1)), float(match.group(2))) if match else None
@@ -84,7 +95,7 @@ def read_scores(reply: str) -> tuple[float, float] | None:
 
 
 def paper_scores(reply: str) -> tuple[float, float]:
-    """The harness' own parser: the first line must split at single spaces into two numbers, else both are -1."""
+    """The parser of the paper's harness: the first line is two numbers with one space between, else both are -1."""
     parts = reply.strip().partition("\n")[0].replace(",", " ").split(" ")
     try:
         return (float(parts[0]), float(parts[1])) if len(parts) == 2 else (-1.0, -1.0)
@@ -93,20 +104,21 @@ def paper_scores(reply: str) -> tuple[float, float]:
 
 
 def _paper_scores(document, response, reply) -> tuple[float, float]:
-    """A failed item enters both means as -1, which counts as a ratio of 100 % (neulab/Pangea, utils.py).
+    """The scores of an item in neulab/Pangea, utils.py. A failed item adds -1 to both means, a ratio of 100 %.
 
-    The language rule: an answer that langdetect gives another label than the reference and the question earns 0, and
-    so does Chinese in other characters; where langdetect finds no language at all, the whole item is a failed one.
+    The language rule: an answer scores 0 if langdetect labels neither the reference nor the question as it labels the
+    answer. Chinese in other characters scores 0 too. If langdetect finds no language, the whole item fails.
     """
     if reply is None:
         return -1.0, -1.0
     reference, ours = paper_scores(reply)
     try:
-        label = language_id.langdetect_label(response)
+        label = language_rule.langdetect_label(response)
         expected = {
-            language_id.langdetect_label(document.row[name]) for name in ("gpt_answer", "question")
+            language_rule.langdetect_label(document.row[name])
+            for name in ("gpt_answer", "question")
         }
-    except language_id.NoLanguageError:
+    except language_rule.NoLanguageError:
         return -1.0, -1.0
     return reference, ours if label in expected else min(0.0, ours)
 

@@ -1,6 +1,6 @@
-"""MaRVL and, for English, NLVR2: is a statement on two photographs true (neulab/PangeaBench-marvl).
+"""MaRVL and, for English, NLVR2: is a statement about two photographs true? (neulab/PangeaBench-marvl)
 
-The photographs are one picture, side by side. The prompt stays English in every language.
+One picture shows both photographs side by side. The prompt is English for every language.
 """
 
 import re
@@ -20,6 +20,13 @@ _FALSE = {
 }  # fmt: skip
 
 
+_HUB_PROMPT = re.compile(
+    r"^(?:<image>\s*)?(?:Does the content of the image support the given text\? Text: )?(.*?)"
+    r"(?:\s*Options: \(a\) false \(b\) true.*)?$",
+    re.DOTALL,
+)
+
+
 class Marvl(task.Dataset):
     name, title, group = "marvl", "MaRVL", "multimodal"
     hub = "neulab/PangeaBench-marvl"
@@ -27,6 +34,20 @@ class Marvl(task.Dataset):
     subsets = task.language_subsets(_SIZES)
     fields = task.schema(hypothesis=str, answer=bool, images=list)
     generation = task.Generation(max_new_tokens=16)
+
+    def from_hub(self, row, subset, index):
+        if "hypothesis" in row:
+            hypothesis, label = row["hypothesis"], row["label"]
+            picture = row.get("horizontally_stacked_img", row.get("image"))
+        else:
+            question, label = (turn["value"] for turn in row["conversations"][:2])
+            hypothesis, picture = _HUB_PROMPT.match(question).group(1), row["image"]
+        return {
+            "id": str(row.get("id", index)),
+            "hypothesis": hypothesis.strip(),
+            "answer": str(label).strip().lower() in ("true", "1", "yes"),
+            "images": [picture],
+        }
 
     def prompt(self, document, subset, profile):
         return task.Prompt(
@@ -38,19 +59,20 @@ class Marvl(task.Dataset):
 
     def score(self, document, response, subset, profile, reply=None):
         gold = "true" if document.row["answer"] else "false"
-        read = (
-            paper_reading(response) if profile == "paper" else reading(task.answer_text(response))
-        )
-        right = gold in read if profile == "paper" else read == gold
-        metrics = {"acc": float(right), "unreadable": float(read not in ("true", "false"))}
-        return task.mean_of(metrics, "acc", read)
+        if profile == "paper":
+            read = paper_reading(response)
+            right = gold in read
+        else:
+            read = reading(task.answer_text(response))
+            right = read == gold
+        return self.mean_score(read, acc=right, unreadable=read not in ("true", "false"))
 
 
 def paper_reading(response: str) -> str:
-    """What the paper's harness compares with (neulab/Pangea, marvl/utils.py).
+    """The text that the paper's harness compares with the label (neulab/Pangea, marvl/utils.py).
 
-    "no" anywhere in the response, in "know" and "none" too, is false; "true or false" holds both answers and is
-    right for either label; a bare "(b)" is neither.
+    "no" anywhere in the response means false, also in "know" and "none". "true or false" contains both answers, so it
+    is right for both labels. "(b)" alone is neither.
     """
     text = response.lower().strip()
     if "yes" in text:
@@ -59,9 +81,9 @@ def paper_reading(response: str) -> str:
 
 
 def reading(response: str) -> str | None:
-    """`true`, `false` or None: an option letter or truth word, of English or of the statement's language.
+    """`true`, `false` or None, from an option letter or a word for true or false in any of the languages.
 
-    "not true" is false; a response that holds both words is neither.
+    "not true" is false. A response with both words is neither.
     """
     text = unicodedata.normalize("NFKC", response).casefold().strip()
     bare = text.strip(" .!。、,()[]\"'*:")

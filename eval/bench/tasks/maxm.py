@@ -1,6 +1,6 @@
 """MaXM: short answers to questions on pictures in seven languages (neulab/PangeaBench-maxm).
 
-The printed "accuracy" is relaxed accuracy, as far as the numbers tell.
+To judge by the numbers, the paper's "accuracy" is relaxed accuracy.
 """
 
 import re
@@ -13,8 +13,8 @@ _SIZES = {"en": 257, "fr": 264, "hi": 260, "he": 280, "ro": 284, "th": 268, "zh"
 _DIGIT_WORDS = "zero one two three four five six seven eight nine ten"
 _NUMBER_WORDS = {word: str(i) for i, word in enumerate(_DIGIT_WORDS.split())} | {"none": "0"}
 _ARTICLES = frozenset({"a", "an", "the"})
-# The punctuation of the VQA evaluation script: removed where it touches a space or a comma stands between digits,
-# else replaced by a space.
+# The VQA evaluation script removes these marks if they touch a space, or if the text has a comma between digits. It
+# replaces the others by a space.
 _VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _CONTRACTED = (
     "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's "
@@ -37,6 +37,17 @@ class Maxm(task.Dataset):
     gold = "answers"
     generation = task.Generation(max_new_tokens=64)
 
+    def source(self, subset):
+        return task.Source(self.hub, None, "iw" if subset.name == "he" else subset.name)
+
+    def from_hub(self, row, subset, index):
+        return {
+            "id": str(row.get("question_id", index)),
+            "question": row["question"],
+            "answers": list(row["answers"]),
+            "images": [row["image"]],
+        }
+
     def prompt(self, document, subset, profile):
         language = languages.get(subset.language).english_name
         return task.Prompt(
@@ -49,36 +60,34 @@ class Maxm(task.Dataset):
     def score(self, document, response, subset, profile, reply=None):
         golds = document.row["answers"]
         if profile == "paper":
-            metrics = {
-                "exact_match": float(response in golds),
-                "relaxed_accuracy": float(paper_relaxed(response, golds)),
-            }
-            return task.mean_of(metrics, "relaxed_accuracy", response)
-        text = task.answer_text(response)
-        read = _plain(text, subset.language)
-        plain = [_plain(gold, subset.language) for gold in golds]
-        tokens = [captions.caption_tokens(gold, subset.language) for gold in golds]
-        metrics = {
-            "exact_match": float(text in [gold.strip() for gold in golds]),
-            "relaxed_accuracy": float(read in plain),
-            "rouge_l": captions.rouge_l(captions.caption_tokens(text, subset.language), tokens),
-        }
-        return task.mean_of(metrics, "relaxed_accuracy", read)
+            relaxed = paper_relaxed(response, golds)
+            return self.mean_score(
+                response, exact_match=response in golds, relaxed_accuracy=relaxed
+            )
+        text, code = task.answer_text(response), subset.language
+        read = _plain(text, code)
+        answer, *references = (captions.caption_tokens(t, code) for t in (text, *golds))
+        return self.mean_score(
+            read,
+            exact_match=text in [gold.strip() for gold in golds],
+            relaxed_accuracy=read in [_plain(gold, code) for gold in golds],
+            rouge_l=captions.rouge_l(answer, references),
+        )
 
 
 def _plain(text: str, language: str) -> str:
-    """Without case, punctuation, English articles; numbers as digits; true and false as yes and no."""
+    """A text without case, punctuation and English articles; numbers are digits, true and false are yes and no."""
     text = squad.normalize(text, unicode_punctuation=True, articles=language == "en")
     words = [_NUMBER_WORDS.get(word, word) for word in text.split()]
     return " ".join({"true": "yes", "false": "no"}.get(word, word) for word in words)
 
 
 def paper_relaxed(response: str, golds: list[str]) -> bool:
-    """Relaxed accuracy of the paper's harness (neulab/Pangea, maxm/utils.py), with its quirks.
+    """Relaxed accuracy of the paper's harness (neulab/Pangea, maxm/utils.py), with its faults.
 
-    The response is cleaned as the text of a one-element Python list, so that the quotes guard its first and last word
-    from the article and number rules and joiners of Hindi are spelled out as escapes; gold answers are not cleaned at
-    all; beginning or ending with the gold is enough, and everything begins with an empty gold.
+    It cleans the response as the text of a Python list with one element. The quotes protect the first and the last word
+    from the rules for articles and numbers, and the joiners of Hindi become escape sequences. It does not clean gold
+    answers. A response is right if it begins or ends with a gold answer, and every text begins with an empty one.
     """
     cleaned = _vqa_clean(str([response.rstrip(".")]).removeprefix("[").removesuffix("]")).strip("'")
     golds = [

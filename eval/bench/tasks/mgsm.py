@@ -9,8 +9,8 @@ from eval.bench import task
 from eval.bench.metrics import numbers
 
 # language: (label of the question, label of the step-by-step answer, strict pattern, word for "answer"). The first
-# three are lm-eval's mgsm_native_cot. Its strict pattern for Bengali is the English one, so that the paper's Bengali
-# score is 0.0 for every model.
+# three are those of lm-eval's mgsm_native_cot. Its strict pattern for Bengali is the English one, so the paper's score
+# for Bengali is 0.0 for every model.
 _NUMBER = r"(\-?[0-9\.\,]+)"
 _WORDS = {
     "bn": ("প্রশ্ন:", "ধাপে ধাপে উত্তর:", f"The answer is {_NUMBER}", "উত্তর"),
@@ -32,13 +32,17 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？।\n]")
 
 class Mgsm(task.Dataset):
     name, title, group = "mgsm", "MGSM", "text"
-    hub = "juletxara/mgsm"
+    hub, hub_config, hub_split = "juletxara/mgsm", "{}", "test"
     metric = "exact_match"
     subsets = task.language_subsets(dict.fromkeys(_WORDS, 250))
     fields = task.schema(question=str, answer=(str, int))
     structural_zeros = MappingProxyType(
         {"bn": "the paper's strict pattern for Bengali is an English one"}
     )
+
+    def from_hub(self, row, subset, index):
+        answer = str(row["answer_number"])
+        return {"id": str(index), "question": row["question"], "answer": answer}
 
     def problem(self, row):
         try:
@@ -66,15 +70,15 @@ class Mgsm(task.Dataset):
             value = final_number(task.answer_text(response), subset.language)
             filtered = None if value is None else str(value)
             right = value == numbers.parse(gold)
-        metrics = {
-            "exact_match": float(right),
-            "unreadable": float(filtered in (None, "[invalid]")),
-        }
-        return task.mean_of(metrics, "exact_match", filtered)
+        unreadable = filtered in (None, "[invalid]")
+        return self.mean_score(filtered, exact_match=right, unreadable=unreadable)
 
 
 def final_number(text: str, language: str):
-    """The last number of the sentence after the last answer word of the language or of English, else of the text."""
+    """The last number of the sentence after the word for "answer", in the language or in English.
+
+    The last such sentence with a number counts. Without one, it is the last number of the text, or None.
+    """
     find = functools.partial(numbers.find, space_groups=language in _SPACE_GROUPS)
     words = {_WORDS[code][3] for code in (language, "en")}
     cues = [match.end() for word in words for match in re.finditer(word, text, re.IGNORECASE)]

@@ -2,7 +2,7 @@
 
 from eval.bench.metrics import continuations
 from eval.bench.metrics.choices import LETTERS, wrong_letter
-from eval.bench.task import Dataset, Generation, Prompt, language_subsets, schema
+from eval.bench.task import Dataset, Generation, Prompt, Source, language_subsets, schema
 from pangea_jax import languages
 
 _LOCALES = "AR_XY BN_BD DE_DE ES_LA FR_FR HI_IN ID_ID IT_IT JA_JP KO_KR PT_BR SW_KE YO_NG ZH_CN"
@@ -16,6 +16,21 @@ class Mmmlu(Dataset):
     subsets = language_subsets(dict.fromkeys(("en", *LOCALES), 14042))
     fields = schema(question=str, options=list, answer=str, subject=str)
     generation = Generation(output_type="loglikelihood", chat=False)
+
+    def source(self, subset):
+        if subset.language == "en":
+            return Source("cais/mmlu", "all", "test")
+        return Source(self.hub, LOCALES[subset.language], "test")
+
+    def from_hub(self, row, subset, index):
+        if subset.language == "en":
+            options, answer = list(row["choices"]), LETTERS[int(row["answer"])]
+            question, subject = row["question"], row["subject"]
+        else:
+            options, answer = [str(row[key]) for key in LETTERS[:4]], row["Answer"]
+            question, subject = row["Question"], row["Subject"]
+        texts = {"question": question, "options": options, "answer": answer, "subject": subject}
+        return {"id": str(index)} | texts
 
     def problem(self, row):
         return wrong_letter(row["answer"], row["options"])
@@ -34,7 +49,7 @@ class Mmmlu(Dataset):
 
     def score(self, document, response, subset, profile, reply=None):
         gold = LETTERS.index(document.row["answer"])
-        return continuations.score(response, self.choices(document), gold)
+        return continuations.score(self, response, self.choices(document), gold)
 
 
 DATASET = Mmmlu()

@@ -1,15 +1,15 @@
 """xChatBench: 50 open questions on pictures in eight languages, graded 1 to 5 by a judge (neulab/PangeaBench-xchat).
 
-The judge (the paper's is gpt-4o-2024-08-06, in the absolute grading of prometheus-eval) sees the question, a reference
-answer and a rubric, but no picture. An answer in another language than the question's earns nothing. Kinyarwanda is
-not in the tables.
+The judge (in the paper gpt-4o-2024-08-06, with the absolute grading of prometheus-eval) sees the question, a reference
+answer and a rubric, but no picture. An answer that is not in the question's language scores 0. The paper's tables leave
+out Kinyarwanda.
 """
 
 import re
 from types import MappingProxyType
 
 from eval.bench import task
-from eval.bench.metrics import language_id
+from eval.bench.metrics import language_rule
 
 _JUDGE_SYSTEM = (
     "You are a fair judge assistant tasked with providing clear, objective feedback based on specific criteria, "
@@ -43,7 +43,7 @@ _SCORE_AT_END = re.compile(
     r"(?:/\s{0,9}5|out\s{1,9}of\s{1,9}5)?[\s.*]*$",
     re.IGNORECASE,
 )
-# The published scores were read by an older parser, which in all known cases took this phrase for the verdict.
+# An older parser read the published scores. In all known cases it took the score in this phrase.
 _PAPER_PHRASE = re.compile(r"\bscore (?:of )?([1-5])(?: \w+)? or (?:above|higher)", re.IGNORECASE)
 _RUBRIC_FIELDS = ("criteria", *(f"score{i}_description" for i in range(1, 6)))
 
@@ -54,10 +54,7 @@ class XChat(task.Dataset):
     metric = "points"
     judged = True
     subsets = (
-        *(
-            task.Subset(code, code, "en" if code == "en" else "mul", 50)
-            for code in ("en", "es", "hi", "id", "ja", "ko", "zh")
-        ),
+        *task.language_subsets(dict.fromkeys(("en", "es", "hi", "id", "ja", "ko", "zh"), 50)),
         task.Subset("rw", "rw", "none", 50),
     )
     fields = task.schema(
@@ -66,8 +63,17 @@ class XChat(task.Dataset):
     gold = "reference_answer"
     generation = task.Generation(max_new_tokens=1024)
     structural_zeros = MappingProxyType(
-        {"rw": "langdetect has no Kinyarwanda, so the paper's rule rejects every answer"}
+        {"rw": "langdetect does not know Kinyarwanda, so the paper's rule rejects every answer"}
     )
+
+    def from_hub(self, row, subset, index):
+        names = ("system_prompt", "input", "reference_answer")
+        return {
+            "id": f"{row['task']}/{row['instance_idx']}",
+            **{name: row[name] for name in names},
+            "rubric": dict(row["score_rubric"]),
+            "images": [row["image"]],
+        }
 
     def problem(self, row):
         missing = [name for name in _RUBRIC_FIELDS if name not in row["rubric"]]
@@ -84,15 +90,12 @@ class XChat(task.Dataset):
         rubric = f"[{row['rubric']['criteria']}]"
         for i in range(1, 6):
             rubric += f"\nScore {i}: {row['rubric'][f'score{i}_description']}"
+        question, reference = row["input"], row["reference_answer"]
         user = _JUDGE_USER.format(
-            instruction=row["input"],
-            response=response,
-            reference=row["reference_answer"],
-            rubric=rubric,
+            instruction=question, response=response, reference=reference, rubric=rubric
         )
-        return task.JudgeRequest(
-            _JUDGE_SYSTEM, user, {"temperature": 1.0, "top_p": 0.9, "max_tokens": 1024}
-        )
+        params = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 1024}
+        return task.JudgeRequest(_JUDGE_SYSTEM, user, params)
 
     def readable(self, reply):
         return read_grade(reply) is not None
@@ -104,17 +107,18 @@ class XChat(task.Dataset):
         if grade is None:
             return task.Failed(f"no score at the end of the judge's reply {reply[-60:]!r}")
         in_language = (
-            language_id.is_langdetect_language(response, subset.language)
+            language_rule.is_langdetect_language(response, subset.language)
             if profile == "paper"
-            else language_id.is_language(task.answer_text(response), subset.language)
+            else language_rule.is_language(task.answer_text(response), subset.language)
         )
-        metrics = {
-            "grade": float(grade),
-            "right_language": float(in_language),
-            "raw_points": (grade - 1) / 4,
-            "points": (grade - 1) / 4 if in_language else 0.0,
-        }
-        return task.mean_of(metrics, "points", grade)
+        points = (grade - 1) / 4
+        return self.mean_score(
+            grade,
+            grade=grade,
+            right_language=in_language,
+            raw_points=points,
+            points=points if in_language else 0,
+        )
 
 
 def read_grade(reply: str) -> int | None:
@@ -124,7 +128,7 @@ def read_grade(reply: str) -> int | None:
 
 
 def paper_grade(reply: str) -> int | None:
-    """The grade recorded in the published judgements; where there is no feedback, that is 1."""
+    """The grade that the published judgements record; without any feedback it is 1."""
     if match := _PAPER_PHRASE.search(reply):
         return int(match.group(1))
     return 1 if reply.strip() == "No Feedback" else read_grade(reply)

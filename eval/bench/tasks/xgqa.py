@@ -14,8 +14,12 @@ class Xgqa(task.Dataset):
     fields = task.schema(question=str, answer=str, images=list)
     generation = task.Generation(max_new_tokens=16)
 
+    def from_hub(self, row, subset, index):
+        names = ("question", "answer")
+        return {"id": str(index), **{name: row[name] for name in names}, "images": [row["image"]]}
+
     def prompt(self, document, subset, profile):
-        # One line: the harness strips the line break its own template begins with.
+        # All on one line: the paper's harness strips the line break at the start of its template.
         request = "Answer the question using a single word or phrase"
         request += "." if subset.language == "en" else " in English."
         return task.Prompt(f"{document.row['question'].strip()} {request}", document.images)
@@ -23,19 +27,16 @@ class Xgqa(task.Dataset):
     def score(self, document, response, subset, profile, reply=None):
         gold = document.row["answer"]
         if profile == "paper":
-            # The paper's rule (neulab/Pangea, xgqa/utils.py): the answer anywhere in the response, so that "woman" is
-            # right for "man" and "snow" for "no".
+            # The paper's rule (neulab/Pangea, xgqa/utils.py): the answer may stand anywhere in the response, so "woman"
+            # is right for "man" and "snow" for "no".
             read = response.strip().lower()
-            return task.mean_of(
-                {"exact_match": float(gold.strip().lower() in read)}, "exact_match", read
-            )
-        read = squad.normalize(task.answer_text(response), unicode_punctuation=True)
-        gold = squad.normalize(gold, unicode_punctuation=True)
-        metrics = {
-            "exact_match": float(read == gold),
-            "contains_words": float(f" {gold} " in f" {read} "),
-        }
-        return task.mean_of(metrics, "exact_match", read)
+            return self.mean_score(read, exact_match=gold.strip().lower() in read)
+        read, gold = (
+            squad.normalize(text, unicode_punctuation=True)
+            for text in (task.answer_text(response), gold)
+        )
+        found = f" {gold} " in f" {read} "
+        return self.mean_score(read, exact_match=read == gold, contains_words=found)
 
 
 DATASET = Xgqa()

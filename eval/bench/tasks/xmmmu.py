@@ -1,12 +1,14 @@
-"""xMMMU: college questions with pictures, MMMU validation and 300 of it in six translations (neulab/PangeaBench-xmmmu).
+"""xMMMU: MMMU validation (college questions with pictures), and 300 of its questions in six translations.
 
-English is all 900 questions of MMMU validation, so that en and mul are not on the same items.
+neulab/PangeaBench-xmmmu. English has all 900 questions of MMMU validation, so en and mul have different questions.
 """
+
+import ast
 
 from eval.bench import task
 from eval.bench.metrics import choices, mmmu
 from eval.bench.metrics.choices import LETTERS
-from eval.bench.tasks.m3exam import place_images
+from eval.bench.tasks.m3exam import numbered_pictures, place_images
 
 _SIZES = {"en": 900, "ar": 298, "fr": 298, "hi": 291, "id": 297, "ja": 269, "pt": 297}
 
@@ -21,6 +23,21 @@ class Xmmmu(task.Dataset):
     )
     generation = task.Generation(max_new_tokens=16)
 
+    def from_hub(self, row, subset, index):
+        options, answer = row["options"], row["answer"]
+        if isinstance(options, str):
+            options = ast.literal_eval(options.replace("\n", " ")) if options.strip() else []
+        if isinstance(answer, str) and answer.startswith("["):
+            answer = ast.literal_eval(answer)
+        return {
+            "id": str(row["id"]),
+            "question": row["question"],
+            "options": [str(option) for option in options],
+            "answer": answer,
+            "question_type": row["question_type"],
+            "images": numbered_pictures(row, range(1, 8)),
+        }
+
     def problem(self, row):
         if row["question_type"] == "multiple-choice" and not row["options"]:
             return "a multiple-choice question without options"
@@ -30,7 +47,7 @@ class Xmmmu(task.Dataset):
         row = document.row
         if row["question_type"] == "multiple-choice":
             options = "\n".join(f"{k}. {text}" for k, text in zip(LETTERS, row["options"]))
-            # "option letter" is the paper's; MMMU itself says "option's letter".
+            # The paper writes "option letter", MMMU itself "option's letter".
             request = f"{options}\nAnswer with the option letter from the given choices directly."
         else:
             request = "Answer the question using a single word or phrase."
@@ -42,10 +59,10 @@ class Xmmmu(task.Dataset):
             text = response if profile == "paper" else task.answer_text(response)
             candidates = mmmu.parse_open(text)
             right = mmmu.open_is_correct(row["answer"], candidates)
-            return task.mean_of({"acc": float(right), "unreadable": 0.0}, "acc", candidates)
+            return self.mean_score(candidates, acc=right, unreadable=0)
         letters = LETTERS[: len(row["options"])]
-        named = dict(zip(letters, row["options"]))
         if profile == "paper":
+            named = dict(zip(letters, row["options"]))
             chosen = mmmu.parse_multiple_choice(response, letters, named, seed=None)
             unreadable = chosen is None
             if unreadable:
@@ -54,8 +71,7 @@ class Xmmmu(task.Dataset):
         else:
             chosen = choices.letter(task.answer_text(response), row["options"])
             unreadable = chosen is None
-        metrics = {"acc": float(chosen == row["answer"]), "unreadable": float(unreadable)}
-        return task.mean_of(metrics, "acc", chosen)
+        return self.mean_score(chosen, acc=chosen == row["answer"], unreadable=unreadable)
 
 
 DATASET = Xmmmu()

@@ -1,4 +1,4 @@
-"""XStoryCloze: which of two sentences ends a story, in 11 languages, by log-likelihood (juletxara/xstory_cloze)."""
+"""XStoryCloze: which of two sentences ends a story? In 11 languages, by log-likelihood (juletxara/xstory_cloze)."""
 
 from eval.bench.metrics import continuations
 from eval.bench.task import Dataset, Generation, Prompt, language_subsets, schema
@@ -8,10 +8,18 @@ _LANGUAGES = ("en", "ar", "es", "eu", "hi", "id", "my", "ru", "sw", "te", "zh")
 
 class XStoryCloze(Dataset):
     name, title, group = "xstorycloze", "XStoryCloze", "text"
-    hub = "juletxara/xstory_cloze"
+    hub, hub_config, hub_split = "juletxara/xstory_cloze", "{}", "eval"
     subsets = language_subsets(dict.fromkeys(_LANGUAGES, 1511))
     fields = schema(sentences=list, endings=list, answer=int)
     generation = Generation(output_type="loglikelihood", chat=False)
+
+    def from_hub(self, row, subset, index):
+        return {
+            "id": str(row.get("story_id", index)),
+            "sentences": [row[f"input_sentence_{i}"] for i in range(1, 5)],
+            "endings": [row["sentence_quiz1"], row["sentence_quiz2"]],
+            "answer": int(row["answer_right_ending"]) - 1,
+        }
 
     def problem(self, row):
         places = range(len(row["endings"]))
@@ -21,11 +29,11 @@ class XStoryCloze(Dataset):
         return Prompt(" ".join(document.row["sentences"]))
 
     def choices(self, document):
-        # The space is lm-eval's; Chinese and Burmese would do better without one.
+        # lm-eval puts a space before every ending. Chinese and Burmese would score better without it.
         return tuple(f" {ending}" for ending in document.row["endings"])
 
     def score(self, document, response, subset, profile, reply=None):
-        return continuations.score(response, self.choices(document), document.row["answer"])
+        return continuations.score(self, response, self.choices(document), document.row["answer"])
 
 
 DATASET = XStoryCloze()

@@ -213,14 +213,9 @@ def test_figures_are_drawn(tmp_path):
             assert "<svg" in path.with_suffix(".svg").read_text(encoding="utf-8")[:2000]
 
 
-def test_the_curve_shows_the_numbers(tmp_path, monkeypatch):
+def test_the_curve_shows_the_numbers(tmp_path):
     sweep = intervals.load(en_sweep(tmp_path / "s"))
-    kept = []
-    monkeypatch.setattr(
-        "pangea_jax.figures.style.save", lambda figure, stem: kept.append(figure) or (stem, stem)
-    )
-    curves.plot_curve(sweep, tmp_path)
-    seen, unseen, paper = (axes for axes in kept[0].axes if axes.get_visible())
+    seen, unseen, paper = (axes for axes in curves.plot_curve(sweep).axes if axes.get_visible())
     lines = [line.get_ydata().tolist() for line in unseen.get_lines()]
     assert any(np.allclose(line, [10, 68, 70]) for line in lines if len(line) == 3)
     assert any(np.allclose(line, [40, 41, 10]) for line in lines if len(line) == 3)
@@ -334,13 +329,9 @@ def test_statistics_and_pages_import_no_matplotlib():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_one_point_is_drawn_as_marks_and_so_is_its_legend(tmp_path, monkeypatch):
-    drawn = []
-    save = curves.fig.save
-    monkeypatch.setattr(curves.fig, "save", lambda f, stem: drawn.append(f) or save(f, stem))
+def test_one_point_is_drawn_as_marks_and_so_is_its_legend(tmp_path):
     sweep = intervals.load(en_sweep(tmp_path / "s"))
     sweep = dataclasses.replace(sweep, ablation="ablate_own", points={"en_040": 0.4})
-    curves.plot_curve(sweep, tmp_path)
-    (legend,) = drawn[0].legends
+    (legend,) = curves.plot_curve(sweep).legends
     assert all(line.get_linestyle() == "None" for line in legend.get_lines())
     assert not legend.get_patches()

@@ -298,8 +298,8 @@ class Mortal:
 
 
 def _run(model, requests, output):
-    with responses.ResponseLog(output) as log:
-        return responses.run(model, requests, log, console=run.Console(quiet=True))
+    log = responses.ResponseLog(output)
+    return responses.run(model, requests, log, console=run.Console(quiet=True))
 
 
 def _responses(output):

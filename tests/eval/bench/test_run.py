@@ -141,8 +141,8 @@ class Counting:
 def _run_model(model, names, data_dir, output):
     requests, _ = responses.make_requests(tasks.select(names), data_dir, profile="fixed")
     console = run.Console(quiet=True)
-    with responses.ResponseLog(output) as log:
-        return responses.run(model, requests, log, console=console)
+    log = responses.ResponseLog(output)
+    return responses.run(model, requests, log, console=console)
 
 
 def test_a_killed_run_goes_on_where_it_was(data_dir, tmp_path):
@@ -164,13 +164,10 @@ def test_a_killed_run_goes_on_where_it_was(data_dir, tmp_path):
     _run_model(last, names, data_dir, tmp_path / "killed")
     asked += last.asked
     assert sorted(asked) == sorted(whole.asked)  # each once
-    with (
-        responses.ResponseLog(tmp_path / "whole") as a,
-        responses.ResponseLog(tmp_path / "killed") as b,
-    ):
-        for name in names:
-            first, second = (sorted(log.read(name), key=_doc_id) for log in (a, b))
-            assert first == second
+    logs = [responses.ResponseLog(tmp_path / folder) for folder in ("whole", "killed")]
+    for name in names:
+        first, second = (sorted(log.read(name), key=_doc_id) for log in logs)
+        assert first == second
 
 
 def _doc_id(record):
@@ -180,8 +177,8 @@ def _doc_id(record):
 def test_longest_prompts_come_first(data_dir, tmp_path):
     model = Counting()
     _run_model(model, ["mgsm_en"], data_dir, tmp_path)
-    with responses.ResponseLog(tmp_path) as log:
-        lengths = [len(r["doc"]["question"]) for r in log.read("mgsm_en")]
+    log = responses.ResponseLog(tmp_path)
+    lengths = [len(r["doc"]["question"]) for r in log.read("mgsm_en")]
     assert lengths == sorted(lengths, reverse=True)
 
 
@@ -202,8 +199,8 @@ def test_changed_settings_are_asked_again(data_dir, tmp_path):
             tasks.select(["mgsm_en"]), data_dir, profile="fixed", overrides=overrides
         )
         model = Counting()
-        with responses.ResponseLog(tmp_path) as log:
-            responses.run(model, requests, log, console=run.Console(quiet=True))
+        log = responses.ResponseLog(tmp_path)
+        responses.run(model, requests, log, console=run.Console(quiet=True))
         assert len(model.asked) == expected
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval import run
-from eval.bench.metrics import language_id
+from eval.bench.metrics import language_rule
 from eval.bench.tasks import xchat
 
 RUN = Path(run.__file__)
@@ -92,17 +92,17 @@ def test_langdetect_labels(bench, golden, read_jsonl):
     for row, label in list(zip(rows, expected, strict=True))[::7]:
         detected = label["detected"]
         if detected == "unknown":
-            with pytest.raises(language_id.NoLanguageError):
-                language_id.langdetect_label(row["response"] or "")
+            with pytest.raises(language_rule.NoLanguageError):
+                language_rule.langdetect_label(row["response"] or "")
         else:
-            assert language_id.langdetect_label(row["response"]) == detected
+            assert language_rule.langdetect_label(row["response"]) == detected
 
 
 def test_fixed_language_rule_sees_kinyarwanda(bench, read_jsonl):
     rows = read_jsonl(bench / "xchat" / "judged_responses.jsonl.gz")
     own = [r["response"] for r in rows if r["model"] == "mblip-bloomz-7b" and r["lang"] == "rw"]
-    assert sum(language_id.is_language(text, "rw") for text in own) > 40
-    assert not any(language_id.is_langdetect_language(text, "rw") for text in own)
+    assert sum(language_rule.is_language(text, "rw") for text in own) > 40
+    assert not any(language_rule.is_langdetect_language(text, "rw") for text in own)
 
 
 def test_replies_are_read_from_the_end(bench, read_jsonl):

@@ -69,10 +69,12 @@ class MLlavaBench(task.Dataset):
             in_language = ours != 0
         else:
             if reply is None:
-                return task.Failed("no judge's reply")
+                return task.Failed("the judge gave no reply")
             scores = read_scores(reply)
             if scores is None:
-                return task.Failed(f"the judge's reply begins with no two scores: {reply[:60]!r}")
+                return task.Failed(
+                    f"the judge's reply does not begin with two scores: {reply[:60]!r}"
+                )
             in_language = language_rule.is_language(task.answer_text(response), subset.language)
             reference, ours = scores[0], scores[1] if in_language else 0.0
         metrics = {"reference": reference, "answer": ours, "right_language": float(in_language)}

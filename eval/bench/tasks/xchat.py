@@ -102,7 +102,7 @@ class XChat(task.Dataset):
 
     def score(self, document: task.Document, response: str, subset, profile, reply=None):
         if reply is None:
-            return task.Failed("no judge's reply")
+            return task.Failed("the judge gave no reply")
         grade = paper_grade(reply) if profile == "paper" else read_grade(reply)
         if grade is None:
             return task.Failed(f"no score at the end of the judge's reply {reply[-60:]!r}")

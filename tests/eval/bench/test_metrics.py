@@ -291,6 +291,12 @@ def test_language_rule():
     assert language_rule.is_language("这是一只猫坐在桌子上。", "zh")
     assert not language_rule.is_language("This is a cat that sits on the table.", "zh")
     assert language_rule.is_language("42", "ja")
+    # The rule reads the first 80 characters: the scores are defined so.
+    mixed = (
+        "This is a cat that sits on the table and looks at the dog in front of the house. "
+        + 20 * "El gato está sentado en la mesa y mira al perro. "
+    )
+    assert language_rule.is_language(mixed, "en")
     assert not language_rule.is_langdetect_language("42", "ja")
 
 

@@ -3,27 +3,29 @@
 They are made from `results.json` and `metrics.jsonl`. Scores are fractions there and percent here.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from rich.table import Column, Table
 
 from pangea_jax import languages
 from pangea_jax.figures import style as fig
 from pangea_jax.figures.text_render import fit_text
-from pangea_jax.sample.answer_sheet import AnswerExample, answer_sheet
+from pangea_jax.sample.answer_sheet import answer_sheet
 from pangea_jax.sample.scores import METRIC_TITLES, RANK_CHANCE, wilson_interval
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
 __all__ = [
-    "AnswerExample",
     "answer_sheet",
     "plot_languages",
     "plot_loss",
@@ -95,6 +97,8 @@ def plot_loss(metrics_path: str | Path, out_dir: str | Path) -> tuple[Path, Path
     Raises:
       ValueError: a line is not JSON, or no line has a loss.
     """
+    from matplotlib.figure import Figure
+
     columns = _read_metrics(Path(metrics_path))
     steps, loss, rate = columns["step"], columns["loss"], columns["learning_rate"]
     has_rate = bool(np.isfinite(rate).any())
@@ -146,6 +150,8 @@ def plot_languages(
     Raises:
       ValueError: as `results_table`, or there are more splits than colours.
     """
+    from matplotlib.figure import Figure
+
     splits = {split: _rows(split, scores) for split, scores in results["splits"].items()}
     order = _row_order(splits)
     if len(splits) > len(fig.SERIES):
@@ -250,6 +256,9 @@ def _label_rows(axes: Axes, order: Sequence[str], examples: Mapping[str, int] | 
 
 
 def _legend_handles(splits: Collection[str]) -> list[Patch | Line2D]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
     bars = [
         Patch(color=colour, label=split.replace("_", " "))
         for split, colour in zip(splits, fig.SERIES, strict=False)

@@ -31,7 +31,7 @@ from pangea_jax.generate.decode import complete, last_hidden, until
 from pangea_jax.model import params as model_params
 from pangea_jax.sample import emoji
 from pangea_jax.sample.features import frozen_features
-from pangea_jax.sample.figures import AnswerExample
+from pangea_jax.sample.scores import AnswerExample
 from pangea_jax.sharding import BATCH_SPEC
 
 SPLITS = ("seen_artwork", "unseen_artwork")

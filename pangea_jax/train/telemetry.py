@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import (
@@ -324,6 +323,8 @@ class Telemetry:
         self._is_main = is_main
         if not is_main:
             return
+        import tensorboardX  # it imports torch, which takes two seconds
+
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / METRICS_FILE

@@ -28,9 +28,8 @@ class AttentionImpl:
       name: `xla` (plain JAX, serves every call, and the reference of the tests), `splash` (a Pallas
         kernel for TPU), `triton` (a Pallas kernel for NVIDIA GPUs), `blockwise` (loops for CPU), or `auto`:
         the kernel of the device where it can serve the call, else `xla`. What `auto` chose is logged once.
-      block_q, block_kv: queries and keys a kernel works on at once, one of its `blocks`; None is its
-        default (`kernels.KERNELS`). Rows are padded to a multiple of both, so on unusual row
-        lengths smaller blocks waste less.
+      block_q, block_kv: queries and keys a kernel works on at once, one of its `blocks`; None is its default
+        (`kernels.KERNELS`). Rows are padded to a multiple of both, so on unusual row lengths smaller blocks waste less.
       interpret: run a kernel's arithmetic without its accelerator, slowly. For tests.
     """
 
@@ -55,10 +54,9 @@ def attention(
 ) -> Float[Array, "B T H C"]:
     """Scaled dot-product attention with grouped keys; softmax in float32.
 
-    A query sees a key when both carry the same segment id (0 marks padding, which no token sees) and,
-    if positions are given, the key's position is not after the query's. Positions count from 0 within
-    each segment, so one rule serves packed training rows and right-padded prompts alike.
-    Without ids every query sees every key (the vision tower).
+    A query sees a key when both carry the same segment id (0 marks padding, which no token sees) and, if positions are
+    given, the key's position is not after the query's. Positions count from 0 within each segment, so one rule serves
+    packed training rows and right-padded prompts alike. Without ids every query sees every key (the vision tower).
 
     Args:
       q: queries; H = K * G heads, query head h reads key head h // G.

@@ -28,7 +28,7 @@ from pangea_jax.model import Pangea, PangeaConfig, lora
 from pangea_jax.model.params import flatten
 from pangea_jax.work.atomic import write_json
 
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 5_000_000_000  # largest size of a file
 
 
 class PublicWeights:
@@ -80,14 +80,11 @@ def save(
     tokens: SpecialTokens = PANGEA_TOKENS,
     layout: str = "transformers-4",
     only: Sequence[str] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a folder that transformers' LlavaNextForConditionalGeneration loads.
 
     Adapters are merged into their kernels. On a pod every process must call it; process 0 writes. A kill leaves
     `.partial` files and does not change the files that were there before.
-
-    It has eight parameters: the three that matter, and settings with defaults.
 
     Args:
       model: a `Pangea` or the state of its parameters.
@@ -98,7 +95,6 @@ def save(
       layout: one of `names.LAYOUTS`; by default the names of neulab/Pangea-7B-hf, which transformers 4 and 5 read.
         transformers 4 does not find the tower under the shorter names that transformers 5 writes.
       only: the parts to write, as in `load`. The folder is then no complete checkpoint.
-      max_shard_bytes: largest size of a file.
 
     Raises:
       ValueError: an unknown layout or part, a special token outside of the vocabulary, parameters that do not fit
@@ -121,7 +117,7 @@ def save(
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
     entries = names.entries(shapes, config, names.LAYOUTS[layout])
-    write(folder, _plan(params, entries, dtype), max_shard_bytes, dry=not writes)
+    write(folder, _plan(params, entries, dtype), MAX_SHARD_BYTES, dry=not writes)
     if writes:
         write_json(folder / "generation_config.json", config_file.generation_config(tokens))
         write_json(folder / "config.json", content)

@@ -151,15 +151,8 @@ class DecoderBlock(nnx.Module):
         self.gate_kernel_df = normal(rngs, (D, F), D**-0.5, dtype)
         self.up_kernel_df = normal(rngs, (D, F), D**-0.5, dtype)
         self.down_kernel_fd = normal(rngs, (F, D), F**-0.5 * depth_scale, dtype)
-        sizes = {
-            "q": (D, H * C),
-            "k": (D, K * C),
-            "v": (D, K * C),
-            "o": (H * C, D),
-            "gate": (D, F),
-            "up": (D, F),
-            "down": (F, D),
-        }
+        sizes = {"q": (D, H * C), "k": (D, K * C), "v": (D, K * C), "o": (H * C, D)}
+        sizes |= {"gate": (D, F), "up": (D, F), "down": (F, D)}
         for target, (inputs, outputs) in sizes.items():
             lora = adapter(config.lora, target, inputs, outputs, rngs, dtype)
             setattr(self, f"{target}_lora", lora)

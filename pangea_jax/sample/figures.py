@@ -1,6 +1,7 @@
-"""The tables and figures of a finished run: scores, time, the loss curve, scores per language.
+"""Tables and figures of a finished run: scores, time, the loss curve, scores per language.
 
-They are made from `results.json` and `metrics.jsonl`. Scores are fractions there and percent here.
+They show `results.json` and `metrics.jsonl`. Scores are fractions in the files and percent in tables and figures.
+matplotlib is imported when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -17,21 +18,13 @@ from rich.table import Column, Table
 from pangea_jax import languages
 from pangea_jax.figures import style as fig
 from pangea_jax.figures.text_render import fit_text
-from pangea_jax.sample.answer_sheet import answer_sheet
+from pangea_jax.sample.answer_sheet import answer_sheet as answer_sheet  # one of the figures
 from pangea_jax.sample.scores import METRIC_TITLES, RANK_CHANCE, wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
-
-__all__ = [
-    "answer_sheet",
-    "plot_languages",
-    "plot_loss",
-    "results_table",
-    "timing_table",
-]
 
 METRICS = ("exact_match", "rank_accuracy")
 COLUMNS = tuple(f"{prefix}{metric}" for metric in METRICS for prefix in ("", "image_blind_"))
@@ -259,12 +252,9 @@ def _legend_handles(splits: Collection[str]) -> list[Patch | Line2D]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    bars = [
-        Patch(color=colour, label=split.replace("_", " "))
-        for split, colour in zip(splits, fig.SERIES, strict=False)
-    ]
+    labels = (split.replace("_", " ") for split in splits)
     return [
-        *bars,
+        *(Patch(color=c, label=label) for label, c in zip(labels, fig.SERIES, strict=False)),
         Line2D([], [], color=fig.INK, marker="|", ls="", ms=9, mew=1.6, label="image-blind floor"),
         Line2D([], [], color=fig.INK, linewidth=0.8, label="95 % interval"),
         Line2D([], [], label="chance", **CHANCE_LINE),
@@ -290,13 +280,11 @@ def _read_metrics(path: Path) -> dict[str, Float[np.ndarray, " lines"]]:
 
 
 def _smooth(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarray, " n"]:
-    """Centred moving mean over the finite ones of `window` values; the window is shorter at the ends."""
-    finite = np.isfinite(values)
-    kernel = np.ones(window)
+    """Centred moving mean of the finite values in a window, which is shorter at the ends."""
+    finite, kernel = np.isfinite(values), np.ones(window)
     total = np.convolve(np.where(finite, values, 0), kernel, mode="same")
-    count = np.convolve(finite.astype(float), kernel, mode="same")
     with np.errstate(invalid="ignore", divide="ignore"):
-        return total / count
+        return total / np.convolve(finite, kernel, mode="same")
 
 
 def _add_examples_axis(axes: Axes, examples_per_step: float) -> None:

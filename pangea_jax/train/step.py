@@ -35,8 +35,8 @@ def make_train_step(
     counts `target_tokens`, `tokens` (without padding) and `examples`, and `skipped`, which is 1 if the loss or a
     gradient was not finite. A skipped step increases the step number, but changes neither parameters nor optimiser.
 
-    There are eight parameters because each is another part of a run: three come from `init_state`, the others from the
-    config.
+    It is longer than other functions and has eight parameters, because the compiled step needs them all: three come
+    from `init_state`, the others from the config.
 
     Args:
       max_targets: see `cross_entropy`.

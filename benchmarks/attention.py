@@ -1,10 +1,11 @@
-"""Attention of packed rows: the backends of `pangea_jax/model/attention` beside one another.
+"""Attention of packed rows: compares the backends of `pangea_jax/model/attention`.
 
     python -m benchmarks.attention                                    # xla and triton on a GPU: 2 rows of 8,192 tokens
     python -m benchmarks.attention --impls=xla,blockwise --rows=1 --row_tokens=512      # a small try on a CPU
 
-28 query heads, 4 key heads, 128 channels, bfloat16, conversations of 300 to 3,000 tokens, as in the 7B. Prints the
-median milliseconds of the forward pass and of forward and backward, and the largest relative error against `xla`.
+The shapes are those of the 7B: 28 query heads, 4 key heads, 128 channels, bfloat16, conversations of 300 to 3,000
+tokens. Prints the median milliseconds of the forward pass, and of forward and backward pass, and the largest relative
+error against `xla`.
 """
 
 import functools
@@ -20,7 +21,7 @@ HEADS, KEY_HEADS, CHANNELS = 28, 4, 128
 
 
 def packed_rows(rows: int, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Segment ids and positions [rows, row_tokens] of rows that are full of conversations."""
+    """Segment ids and positions [rows, row_tokens] of rows without padding."""
     rng = np.random.default_rng(0)
     ids, positions = np.zeros((2, rows, row_tokens), np.int32)
     for row in range(rows):
@@ -34,7 +35,7 @@ def packed_rows(rows: int, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measure(impls: list[str], rows: int, row_tokens: int, repetitions: int) -> dict[str, tuple]:
-    """By backend: milliseconds forward, and forward and backward, and the largest relative error."""
+    """By backend: milliseconds of the forward pass, of forward and backward, and the largest relative error."""
     ids, positions = packed_rows(rows, row_tokens)
     keys = jax.random.split(jax.random.key(0), 4)
     heads = (HEADS, KEY_HEADS, KEY_HEADS, HEADS)
@@ -65,16 +66,12 @@ def main():
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--row_tokens", type=int, default=8192)
     args = parser.parse_args()
-    print(
-        f"{peer.machine()}, {jax.devices()[0].device_kind}; {args.rows} x {args.row_tokens} tokens"
-    )
-    impls = args.impls.split(",")
-    for impl, (forward, both, error) in measure(
-        impls, args.rows, args.row_tokens, args.repetitions
-    ).items():
-        print(
-            f"{impl:10} forward {forward:8.2f} ms, with backward {both:8.2f} ms, error {error:.1e}"
-        )
+    rows, tokens, device = args.rows, args.row_tokens, jax.devices()[0].device_kind
+    print(f"{peer.machine()}, {device}; {rows} x {tokens} tokens")
+    measured = measure(args.impls.split(","), rows, tokens, args.repetitions)
+    for impl, (forward, both, error) in measured.items():
+        times = f"forward {forward:8.2f} ms, with backward {both:8.2f} ms"
+        print(f"{impl:10} {times}, error {error:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""How fast image/alt-text pairs pass the filters, and what finding near-duplicates takes.
+"""Measures the speed of the filters of image/alt-text pairs, and time and memory of finding near-duplicates.
 
     python -m benchmarks.curation [--only=filters|pictures|texts|overlap] [--rows=20000] [--hashes=1000000]
 
-    filters    rows per second of one core through the rules of `curation.filters.Filters`, read from Parquet as
-               LAION has it (addresses) and from a tar file as img2dataset writes it (JPEGs of 512 pixels); then the
-               same with every picture decoded and hashed, which is not part of the rules.
-    pictures   a million perceptual hashes of which 5 % are near others: `near_duplicates.unlike_earlier_pictures`.
-    texts      a million alt texts of which 5 % are near others: `near_duplicates.unlike_earlier_texts`. --peer runs
-               a tenth of them through the indexes of rensa and datasketch.
-    overlap    characters per second of one core that are compared with a benchmark of a million words.
+    filters    rows per second on one core through the rules of `curation.filters.Filters`, from Parquet as LAION has it
+               (addresses) and from a tar file as img2dataset writes it (JPEGs of 512 pixels); then the same with every
+               picture decoded and hashed, which is not part of the rules.
+    pictures   a million perceptual hashes, of which 5 % are near others: `near_duplicates.unlike_earlier_pictures`.
+    texts      a million alt texts, of which 5 % are near others: `near_duplicates.unlike_earlier_texts`. --peer runs a
+               tenth of them through the indexes of rensa and datasketch.
+    overlap    characters per second on one core that are compared with a benchmark of a million words.
 
-Every part runs in a process of its own; memory is that process's peak, with what it started from beside it. Rates are
-per second of processor time, so that a busy machine does not change them.
+Every part runs in its own process. Memory is the peak of that process; the memory at its start is in brackets. Rates
+are per second of processor time, so a busy machine does not change them.
 """
 
 import io
@@ -43,7 +43,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 class Clock:
-    """Processor seconds and peak memory of a stretch of work."""
+    """Processor seconds and peak memory of the `with` body."""
 
     def __enter__(self) -> "Clock":
         self.before = _peak()
@@ -97,7 +97,7 @@ def alt_text(luck: random.Random, vocabulary: list[str]) -> str:
 
 
 def write_parquet(path: Path, luck: random.Random, vocabulary: list[str], rows: int) -> None:
-    """Rows of LAION's metadata, most of which pass."""
+    """Rows of LAION's metadata. Most pass the rules."""
     table = {
         "SAMPLE_ID": [float(n) for n in range(rows)],
         "URL": [f"https://pictures.example/{n}.jpg" for n in range(rows)],
@@ -128,7 +128,7 @@ def write_tar(path: Path, luck: random.Random, vocabulary: list[str], rows: int)
 
 
 def jpeg(seed: int) -> bytes:
-    """A photograph as img2dataset resizes it: smooth noise, 512 pixels on the longer side, some 40 kB."""
+    """Like a photograph that img2dataset has resized: smooth noise, 512 pixels on the longer side, some 40 kB."""
     noise = np.random.default_rng(seed).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     picture = Image.fromarray(noise).resize((512, 341), Image.Resampling.BICUBIC)
@@ -221,7 +221,7 @@ def line(name: str, count: int, unit: str, clock: Clock, note: str) -> tuple[str
 
 
 def main() -> None:
-    from benchmarks import peer  # brings JAX, whose memory would be in that of every part
+    from benchmarks import peer  # imports JAX, whose memory would count in every part
 
     parser = peer.parser(__doc__)
     parts = {"filters": filters, "pictures": pictures, "texts": texts, "overlap": overlap}
@@ -233,7 +233,7 @@ def main() -> None:
     console = Console(width=max(140, Console().width), soft_wrap=True)
     console.print(peer.machine())
     table = Table("part", "of", "per processor second", "wall", "peak memory", "")
-    # Not forked: the peak of a child would begin at its parent's.
+    # Not forked, because the peak of a forked process begins at the peak of its parent.
     context = multiprocessing.get_context("spawn")
     work = [(parts[name], arguments.hashes) for name in parts if arguments.only in (None, name)]
     work = [(part, arguments.rows if part is filters else count) for part, count in work]

@@ -1,10 +1,10 @@
-"""Prefill and train step beside transformers: same CPU, same weights, same inputs, in turn in one process.
+"""Compares prefill and train step with transformers: same CPU, weights and inputs, in turn in one process.
 
     python -m benchmarks.forward [--repetitions=9]
 
-A 50M-parameter model in float32 (`benchmarks/peer.py`), a 640x480 picture in five tiles and 32 words a row. The
-prefill ends with the last token's logits and the KV cache; the train step is forward, backward, clipping and AdamW of
-all parameters. Prints the ratio of time, the operations a second, and what a large matrix product reaches here.
+A 50M-parameter model in float32 (`benchmarks/peer.py`), a 640x480 picture in five tiles and 32 words per row. The
+prefill ends with the last token's logits and the KV cache. The train step is forward, backward, clipping and AdamW of
+all parameters. Prints the ratio of the times and the operations per second, compared with a large matrix product.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ WORDS, TRAINED, TRAIN_ROWS = 32, 16, 4
 
 
 def prefill_pair(ours, theirs):
-    """Functions that read one prompt; both return the last token's logits."""
+    """Two functions that read one prompt and return the last token's logits."""
     import torch
 
     batch, inputs = peer.make_inputs(1, WORDS)
@@ -40,7 +40,7 @@ def prefill_pair(ours, theirs):
 
 
 def train_pair(ours, theirs):
-    """Functions that take one optimiser step and return the loss before it, and the tokens of a row."""
+    """Two functions that take one optimiser step and return the loss before it; and the number of tokens of a row."""
     import torch
 
     batch, inputs = peer.make_inputs(TRAIN_ROWS, WORDS)

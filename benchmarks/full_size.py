@@ -4,9 +4,8 @@
     python -m benchmarks.full_size convert --folder=/data/full      # to Orbax and back, beside a plain copy
     python -m benchmarks.full_size forward --folder=/data/full      # a picture, a question, 8 new tokens
 
-`convert` needs three times the checkpoint's size of free disk in all (two at a time beside the first) and less than
-6 GiB of memory. `forward` needs about 20 GiB and JAX 0.12 (earlier versions widen all weights to float32 on a CPU).
-`--layers` makes a smaller model to try the script on.
+`convert` needs free disk for two more checkpoints and less than 6 GiB of memory. `forward` needs about 20 GiB and JAX
+0.12 (earlier versions widen all weights to float32 on a CPU). `--layers` makes a smaller model, to try the script.
 """
 
 import dataclasses
@@ -43,20 +42,22 @@ MAX_GIB = 22
 
 
 def random_block(random: np.random.Generator, size: int, exponent: int) -> np.ndarray:
-    """bfloat16 of random sign and fraction, magnitude in [2^exponent, 2^(exponent + 2)): random bits
-    are many times faster than random normals, and never infinite."""
+    """bfloat16 of random sign and fraction, magnitude in [2^exponent, 2^(exponent + 2)), `exponent` odd.
+
+    Random bits are many times faster than random normals, and the numbers are never infinite.
+    """
     bits = np.frombuffer(random.bytes(2 * size), np.uint16) & np.uint16(0x80FF)
     return (bits | np.uint16((exponent + 127) << 7 & 0x7F00)).view(BFLOAT16)
 
 
 def planned(name: str, shape: tuple[int, ...], random):
-    """Weights at the scale of their fan-in, norms at one, everything else small."""
+    """A tensor of random weights: at the scale of their fan-in, norms at one, everything else small."""
     size = math.prod(shape)
     if "norm" in name and name.endswith("weight"):
         parts = (lambda: np.ones(size, BFLOAT16),)
     else:
         fan_in = math.prod(shape[1:]) if len(shape) > 1 else 4096
-        # Two steps below: magnitudes reach up to four times this, and the field must be even.
+        # Below that scale: magnitudes reach up to four times this, and the exponent's field must be even.
         exponent = 2 * (math.floor(math.log2(fan_in**-0.5)) // 2) - 1
         sizes = [min(BLOCK, size - start) for start in range(0, size, BLOCK)]
         parts = tuple(lambda n=n: random_block(random, n, exponent) for n in sizes)
@@ -75,7 +76,7 @@ def write(folder: Path, config: PangeaConfig):
     clock = time.perf_counter()
     files.write(folder, tensors, huggingface.MAX_SHARD_BYTES, threads=1)
     seconds, size = time.perf_counter() - clock, weight_bytes(folder)
-    # Any vocabulary will do for random weights; this one is in the package.
+    # Random weights work with any vocabulary; this one is in the package.
     tokenizer = load_tokenizer(emoji.DIRECTORY)
     shutil.copy(emoji.DIRECTORY / emoji.TOKENIZER, folder)
     tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
@@ -88,7 +89,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def forget(folder: Path):
-    """Drops the folder's files from the page cache, so that what follows reads the disk."""
+    """Drops the folder's files from the page cache, so that the next read comes from the disk."""
     for file in folder.rglob("*"):
         if file.is_file():
             with open(file, "rb") as stream:
@@ -97,7 +98,7 @@ def forget(folder: Path):
 
 
 def copy(source: Path, target: Path):
-    """Reads and writes the same files and waits for the disk; the conversions are compared with it."""
+    """Copies the files and waits for the disk, for comparison with the conversions."""
     target.mkdir(parents=True)
     for file in source.iterdir():
         with open(file, "rb") as reader, open(target / file.name, "wb") as writer:
@@ -106,18 +107,19 @@ def copy(source: Path, target: Path):
             os.fsync(writer.fileno())
 
 
-def timed(name: str, source: Path, target: Path, command: list[str] | None) -> dict:
-    """Seconds, MB/s and, of a process, peak resident memory (mapped files included)."""
+def timed(name: str, source: Path, target: Path, layout: str | None = None) -> dict:
+    """Converts to `layout`, or copies. Returns seconds, MB/s, and the conversion's peak resident memory, which includes
+    mapped files."""
     forget(source)
-    clock = time.perf_counter()
-    peak = None
-    if command is None:
+    clock, peak = time.perf_counter(), None
+    if layout is None:
         copy(source, target)
     else:
-        process = subprocess.Popen([sys.executable, *command], cwd=peer.ROOT)
+        flags = f"--from={source}", f"--to={target}", f"--format={layout}"
+        process = subprocess.Popen([sys.executable, "launch/convert.py", *flags], cwd=peer.ROOT)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            sys.exit(f"{' '.join(command)} failed")
+            sys.exit(f"launch/convert.py {' '.join(flags)} failed")
         peak = usage.ru_maxrss / 2**20
     seconds = time.perf_counter() - clock
     rate = weight_bytes(source) / 1e6 / seconds
@@ -127,7 +129,7 @@ def timed(name: str, source: Path, target: Path, command: list[str] | None) -> d
 
 
 def differing(first: Path, second: Path) -> list[str]:
-    """Names of tensors that are not byte-equal, read block by block."""
+    """Names of the tensors whose bytes differ. They are read block by block."""
     one, two = files.TensorFiles(first), files.TensorFiles(second)
     wrong = sorted(one.names ^ two.names)
     for name in sorted(one.names & two.names):
@@ -142,17 +144,12 @@ def differing(first: Path, second: Path) -> list[str]:
 
 
 def convert(folder: Path):
-    """To Orbax and back, beside a plain copy; every tensor compared at the end."""
+    """Copies the checkpoint, converts it to Orbax and back, and compares every tensor."""
     copied, orbax, back = (folder.with_name(f"{folder.name}-{x}") for x in ("copy", "orbax", "hf"))
-    figures = {"plain copy": timed("plain copy", folder, copied, None)}
+    figures = {"plain copy": timed("plain copy", folder, copied)}
     shutil.rmtree(copied)
-    script = "launch/convert.py"
-    figures["to Orbax"] = timed(
-        "to Orbax", folder, orbax, [script, f"--from={folder}", f"--to={orbax}", "--format=orbax"]
-    )
-    figures["back to hf"] = timed(
-        "back to hf", orbax, back, [script, f"--from={orbax}", f"--to={back}", "--format=hf"]
-    )
+    figures["to Orbax"] = timed("to Orbax", folder, orbax, "orbax")
+    figures["back to hf"] = timed("back to hf", orbax, back, "hf")
     wrong = differing(folder, back)
     shutil.rmtree(orbax)
     shutil.rmtree(back)
@@ -163,7 +160,7 @@ def convert(folder: Path):
 
 
 class Numbers:
-    """A tokenizer that decodes ids to numbers, since random weights choose ids that are no words."""
+    """A tokenizer that decodes ids to numbers, because random weights choose ids that are no words."""
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
@@ -176,7 +173,7 @@ class Numbers:
 
 
 def end_above_limit():
-    """Ends this process when it takes more than `MAX_GIB`, before the machine runs out of memory."""
+    """Ends this process if it uses more than `MAX_GIB`, before the machine runs out of memory."""
     me = psutil.Process()
     while me.memory_info().rss < MAX_GIB * 2**30:
         time.sleep(0.1)
@@ -185,7 +182,7 @@ def end_above_limit():
 
 
 def forward(folder: Path):
-    """Loads the model and answers a short question about a picture, twice; the second time compiled."""
+    """Loads the model and answers a short question about a picture twice; the first time it compiles."""
     threading.Thread(target=end_above_limit, daemon=True).start()
     clock = time.perf_counter()
     pangea = pangea_jax.load(folder)

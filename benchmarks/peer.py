@@ -1,4 +1,4 @@
-"""What the benchmarks share: the same random model here and in transformers, and clocks for both."""
+"""Shared by the benchmarks: the same random model here and in transformers, and clocks for both."""
 
 import argparse
 import dataclasses
@@ -35,7 +35,7 @@ IMAGE_ID, PAD_ID = 8190, 8191
 TOKENS = SpecialTokens(image=IMAGE_ID, end=PAD_ID, pad=PAD_ID)
 LEARNING_RATE, CLIP = 1e-5, 1.0
 PICTURE = (640, 480)
-# Pangea in small: 50 million parameters, a third of the decoder's width over that of the tower as there.
+# A small Pangea: 50 million parameters.
 CONFIG = PangeaConfig(
     vision=VisionConfig(image_size=112, width=320, layers=10, heads=5, mlp=1280),
     language=LanguageConfig(
@@ -80,7 +80,7 @@ def make_pair(config: PangeaConfig = CONFIG, tokens: SpecialTokens = TOKENS):
 
 
 def make_inputs(rows: int, words: int):
-    """A picture and `words` random words a row, in our form and in theirs."""
+    """A picture and `words` random words per row, as inputs of our model and of theirs."""
     import torch
 
     vision = CONFIG.vision
@@ -109,15 +109,15 @@ def make_inputs(rows: int, words: int):
 
 
 def their_pixels(tiles: np.ndarray):
-    """Our uint8 tiles [B, N, S, S, 3] as transformers takes them: a float tensor [B, N, 3, S, S]."""
+    """Our uint8 tiles [B, N, S, S, 3] in transformers' form: a float tensor [B, N, 3, S, S]."""
     import torch
 
     return torch.tensor(np.asarray(normalize(jnp.asarray(tiles))).transpose(0, 1, 4, 2, 3))
 
 
 def our_steps(model: Pangea, batches: Sequence[Batch]) -> Callable:
-    """A function that takes one optimiser step for each batch and returns the last loss before it."""
-    # A loop over layers copies what it keeps for the backward pass. A CPU is faster without the loop.
+    """A function that takes one optimiser step for each batch and returns the loss before the last step."""
+    # A CPU is faster without a loop over layers, which would copy what it keeps for the backward pass.
     vision, language = model.config.vision, model.config.language
     vision = dataclasses.replace(vision, scan_unroll=vision.used_layers)
     language = dataclasses.replace(language, scan_unroll=language.layers)
@@ -142,7 +142,7 @@ def our_steps(model: Pangea, batches: Sequence[Batch]) -> Callable:
 
 
 def their_steps(model, batches: Sequence[Mapping]) -> Callable[[], float]:
-    """`our_steps` in transformers; the batches hold labels."""
+    """`our_steps` of transformers' model; the batches hold labels."""
     import torch
 
     model.train()
@@ -162,14 +162,13 @@ def their_steps(model, batches: Sequence[Mapping]) -> Callable[[], float]:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of each repetition [n, 2]: by the clock, and of the processor. Repetition i of both sides was
-    measured one after the other."""
+    """Seconds of each repetition [n, 2]: by the clock, and of the processor. Both sides took turns."""
 
     ours: np.ndarray
     theirs: np.ndarray
 
     def report(self, name: str, per: int = 1) -> str:
-        """A line with the medians in milliseconds, and the medians of the paired ratios."""
+        """A line with the medians in milliseconds, and the medians of the ratios of each turn."""
         ours, theirs = (1e3 * np.median(side[:, 0]) / per for side in (self.ours, self.theirs))
         clock, processor = np.median(self.theirs / self.ours, axis=0)
         return (
@@ -183,8 +182,8 @@ def alternate(
 ) -> dict[str, np.ndarray]:
     """Times functions in turn, so that a busy machine slows all of them.
 
-    The first call of each compiles and does not count. Processor time does not see other programs. On several cores
-    it counts threads that spin while they wait, so compare it on one core (`taskset -c 0`).
+    The first call of each function compiles and does not count. Processor time does not include other programs. On
+    several cores it includes threads that spin while they wait, so compare it on one core (`taskset -c 0`).
 
     Returns:
       Seconds [n, 2] of each function: by the clock, and of the processor.
@@ -192,7 +191,7 @@ def alternate(
     times = {name: np.zeros((repetitions, 2)) for name in functions}
     for repetition in tqdm(range(-1, repetitions), unit="round", leave=False, disable=None):
         for name, function in functions.items():
-            # Worker threads of one library spin on for a while after its last call.
+            # Worker threads of a library keep spinning for a while after its last call.
             time.sleep(0.2)
             start = np.array([time.perf_counter(), time.process_time()])
             jax.block_until_ready(function())
@@ -211,8 +210,8 @@ def forward_flops(config: PangeaConfig, rows: int, tokens: int, tiles: int, head
     """Floating-point operations of the matrix products of one forward pass, counted as for training.
 
     Args:
-      tokens, tiles: of a row.
-      heads: places of a row on which the output head runs.
+      tokens, tiles: numbers for a row.
+      heads: number of places of a row on which the output head runs.
     """
     shapes = model_params.abstract(lambda: Pangea(config, rngs=nnx.Rngs(0)))[1]
     totals = dict(tokens=rows * tokens, tiles=rows * tiles, targets=rows * heads)
@@ -220,7 +219,7 @@ def forward_flops(config: PangeaConfig, rows: int, tokens: int, tiles: int, head
 
 
 def matmul_flops(n: int = 2048) -> float:
-    """Operations a second in a product of two n x n float32 matrices, by the faster of the two libraries."""
+    """Operations per second in a product of two n x n float32 matrices, by the faster of the two libraries."""
     import torch
 
     a = np.random.default_rng(0).standard_normal((n, n), np.float32)
@@ -231,7 +230,7 @@ def matmul_flops(n: int = 2048) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second of a product of one vector with a matrix that is larger than most caches."""
+    """Bytes read per second in a product of one vector with a matrix that is larger than most caches."""
     import torch
 
     matrix, vector = torch.ones(8192, 16_384), torch.ones(16_384)

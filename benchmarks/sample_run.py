@@ -1,10 +1,10 @@
-"""How long the main command takes on this machine, and where the time goes.
+"""Measures how long the main command takes on this machine, and its phases.
 
     python -m benchmarks.sample_run [--config=configs/ablate_en_ratio.py] [--cold]
 
-Runs `launch/train.py` in a process of its own with a fresh work directory (with `--cold` also fresh caches of compiled
-programs and picture features) and prints the machine, wall time, time to the first log line, peak memory, examples a
-second and every phase's share.
+Runs `launch/train.py` in its own process with a new work directory. With `--cold` the caches of compiled programs and
+of picture features are new too. Prints the machine, wall time, time to the first log line, peak memory, examples per
+second and the share of each phase.
 """
 
 import json
@@ -20,7 +20,7 @@ from benchmarks import peer
 
 
 def run(config: str, cold: bool, overrides: list[str]) -> dict:
-    """One timed run; its results, with wall time and memory added."""
+    """Times one run and returns the printed figures."""
     with tempfile.TemporaryDirectory() as folder:
         environment = dict(os.environ)
         if cold:
@@ -29,13 +29,8 @@ def run(config: str, cold: bool, overrides: list[str]) -> dict:
         workdir = Path(folder) / "run"
         command = [sys.executable, "launch/train.py", f"--config={config}", f"--workdir={workdir}"]
         started, clock = time.time(), time.perf_counter()
-        subprocess.run(
-            [*command, *overrides],
-            cwd=peer.ROOT,
-            env=environment,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        quiet = {"check": True, "stdout": subprocess.DEVNULL}
+        subprocess.run([*command, *overrides], cwd=peer.ROOT, env=environment, **quiet)
         wall = time.perf_counter() - clock
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
         results = json.loads((workdir / "results.json").read_text())

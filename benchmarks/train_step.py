@@ -1,19 +1,18 @@
-"""A pass of training over the same conversations, packed here, padded in transformers: useful tokens a second.
+"""Compares useful tokens per second of a pass of training: packed rows here, padded rows in transformers.
 
     taskset -c 0 python -m benchmarks.train_step --store=data/pangeains      # lengths and picture sizes of a store
     taskset -c 0 python -m benchmarks.train_step                             # drawn like those of PangeaIns
 
-A 50M-parameter model in float32 (`benchmarks/peer.py`) takes the same optimiser steps in both, from the same weights:
-forward, backward, clipping and AdamW of all parameters. What differs is how a batch is made of conversations:
+A 50M-parameter model in float32 (`benchmarks/peer.py`) takes the same optimiser steps on both sides, from the same
+weights: forward, backward, clipping and AdamW of all parameters. The batches differ:
 
     packed    rows of 2,048 tokens that several conversations share, as launch/train.py makes them
-    grouped   one conversation a row, those of a batch about equally long, padded to the longest (the paper's sampler)
-    shuffled  one conversation a row, in random order, padded to the longest of the batch
+    grouped   one conversation per row, in a batch of similar lengths, padded to the longest (the paper's sampler)
+    shuffled  one conversation per row, in random order, padded to the longest of the batch
 
-transformers is timed on `grouped` and `shuffled`, ours on `packed`, and on `shuffled` too, which shows what is gained
-without packing. Useful tokens are those of conversations, padding is none. A tile is 64 tokens here and 576 in
-Pangea: a row is to a conversation about what 8,192 tokens are there. Conversations longer than half a row are cut.
-Contents are random, which costs the same.
+transformers is timed on `grouped` and `shuffled`, ours on `packed` and `shuffled`. Useful tokens are those of
+conversations, without padding. A tile is 64 tokens here and 576 in Pangea, so rows of 2,048 tokens correspond to rows
+of about 8,192 there. Conversations longer than half a row are cut. Contents are random, which costs the same.
 """
 
 import itertools
@@ -31,8 +30,8 @@ ROW_TOKENS, LONGEST, BATCH, MAX_TILES = 2048, 1024, 4, 5
 
 
 def shapes_like_pangeains(count: int, rng) -> list[tuple[int, tuple[int, int] | None]]:
-    """(words, picture size) of conversations: of the released sample's records 89 % have a picture, and their words
-    are about log-normal with median 220."""
+    """(words, picture size) of conversations as in the released sample: 89 % of its records have a picture, and the
+    numbers of words are about log-normal with median 220."""
     words = np.exp(rng.normal(np.log(220), 0.9, count)).astype(int)
     sizes = [(640, 480), (480, 640), (1024, 768), (336, 336), (500, 375)]
     return [
@@ -41,7 +40,7 @@ def shapes_like_pangeains(count: int, rng) -> list[tuple[int, tuple[int, int] | 
 
 
 def shapes_of_store(folder: str, count: int, rng) -> list[tuple[int, tuple[int, int] | None]]:
-    """(words, picture size) of conversations drawn from a store's index."""
+    """(words, picture size) of random conversations of a store."""
     rows = pq.read_table(Path(folder) / "index.parquet", columns=["num_tokens", "image_sizes"])
     rows = [row for row in rows.to_pylist() if len(row["image_sizes"]) <= 1]
     chosen = [rows[i] for i in rng.permutation(len(rows))[:count]]
@@ -50,7 +49,7 @@ def shapes_of_store(folder: str, count: int, rng) -> list[tuple[int, tuple[int, 
 
 
 def make_example(words: int, picture, rng) -> Example:
-    """A picture, then words, of which the last third is trained; cut at `LONGEST`."""
+    """A picture, then words, of which the last third is trained; at most `LONGEST` tokens."""
     vision = peer.CONFIG.vision
     tile = (vision.image_size, vision.image_size, 3)
     index, tiles = np.zeros(0, np.int32), np.zeros((0, *tile), np.uint8)
@@ -74,7 +73,7 @@ def in_batches(order) -> list[list[int]]:
 
 
 def padded(examples, batches):
-    """Our batches of one conversation a row, each as long as the longest of all, so that one program serves."""
+    """Our batches of one conversation per row. All rows are as long as the longest, so there is only one program."""
     longest = max(len(example.tokens) for example in examples)
     return [
         Batch.fill([[examples[i]] for i in batch], longest, MAX_TILES, peer.CONFIG.vision.patches)
@@ -83,7 +82,7 @@ def padded(examples, batches):
 
 
 def packed(examples):
-    """Our batches, a packed row each: about as many conversations as `BATCH`."""
+    """Our batches of one packed row each, with about `BATCH` conversations."""
     sizes = np.array([example.size for example in examples])
     capacity = (ROW_TOKENS, MAX_TILES * len(examples), ROW_TOKENS)
     plan = plan_rows(sizes, capacity, seed=0, window=len(examples))
@@ -96,7 +95,7 @@ def packed(examples):
 
 
 def their_batches(examples, pictures, batches):
-    """Inputs of transformers, each batch padded to its longest conversation; `pictures`: their sizes, or None."""
+    """Inputs of transformers: each batch is padded to its longest conversation. `pictures` are sizes, or None."""
     import torch
 
     inputs = []
@@ -130,9 +129,8 @@ def main():
     parser.add_argument("--conversations", type=int, default=16)
     args = parser.parse_args()
     rng, count = np.random.default_rng(0), args.conversations
-    shapes = (
-        shapes_of_store(args.store, count, rng) if args.store else shapes_like_pangeains(count, rng)
-    )
+    drawn = (args.store, count, rng)
+    shapes = shapes_of_store(*drawn) if args.store else shapes_like_pangeains(*drawn[1:])
     examples = [make_example(words, picture, rng) for words, picture in shapes]
     lengths = np.array([len(example.tokens) for example in examples])
     useful = int(lengths.sum())
@@ -142,10 +140,9 @@ def main():
     }
     rows = packed(examples)
     print(peer.machine("torch", "transformers"))
-    places = {
-        name: sum(len(b) * lengths[b].max() for b in batches) for name, batches in orders.items()
-    }
-    places = {"packed": len(rows) * ROW_TOKENS} | places
+    places = {"packed": len(rows) * ROW_TOKENS}
+    for name, batches in orders.items():
+        places[name] = sum(len(batch) * lengths[batch].max() for batch in batches)
     print(
         f"{len(examples)} conversations, {useful} tokens, {lengths.min()} to {lengths.max()} each; useful share of "
         "token places: " + ", ".join(f"{name} {useful / n:.0%}" for name, n in places.items())

@@ -41,14 +41,14 @@ MAX_REPLICATED = 0.02
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh of the axes `AXES`; one size may be -1, which takes the remaining devices.
+    """A mesh of the axes `AXES`. One size may be -1: it takes the remaining devices.
 
-    Each of several TPU slices holds whole fsdp x tensor groups. Only `data`, which sends every gradient once a step,
+    Each of several TPU slices holds whole fsdp x tensor groups. Only `data`, which sends every gradient once per step,
     uses the data centre network between slices. `tensor` stays within a process.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, `data` does not to the slices, or
-        `tensor` does not divide the devices of a process.
+      ValueError: the product of the sizes is not the number of devices, `data` is no multiple of the number of slices,
+        or `tensor` does not divide the devices of a process.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -74,12 +74,12 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     for device in devices:
         parts[device.slice_index if slices > 1 else 0].append(device)
     grids = [_grid((data // slices, *within), parts[index]) for index in sorted(parts)]
-    # Auto axes: shardings are given for inputs and outputs, XLA finds those between.
+    # Auto axes: we give the shardings of inputs and outputs, and XLA finds those between.
     return Mesh(np.concatenate(grids), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _grid(sizes, devices):
-    """The devices of one slice in the order of its network; those of a row are of one process, which reads it."""
+    """The devices of one slice in the order of its network. All devices of a row are in the process that reads it."""
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     process_of = np.vectorize(lambda device: device.process_index, otypes=[int])(grid)
     if (process_of == process_of[..., :1]).all():
@@ -115,7 +115,7 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """The PartitionSpec of one parameter.
 
     Raises:
-      ValueError: no rule names it, or an axis does not divide.
+      ValueError: no rule matches the name, or a mesh axis does not divide a dimension.
     """
     rule = next((spec for pattern, spec in RULES if re.fullmatch(pattern, name)), None)
     if rule is None:
@@ -154,8 +154,10 @@ def param_shardings(
 
 
 def state_shardings(state_shapes, shardings: Mapping[str, NamedSharding], mesh: Mesh):
-    """Shardings of a pytree that contains parameter dicts (a train state). A leaf under a parameter's name is sharded
-    like the parameter if it has its rank; everything else is replicated."""
+    """Shardings of a pytree that contains parameter dicts, such as a train state.
+
+    A leaf under a parameter's name is sharded like the parameter if it has the same rank; all others are replicated.
+    """
     replicated = NamedSharding(mesh, P())
 
     def place(path, leaf):
@@ -169,7 +171,7 @@ def state_shardings(state_shapes, shardings: Mapping[str, NamedSharding], mesh: 
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:
-    """`x` with the sharding `spec` on the mesh in context; unchanged if there is none."""
+    """`x` with the sharding `spec` on the mesh in context; `x` itself if there is no mesh."""
     if jax.sharding.get_abstract_mesh().size <= 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
@@ -178,7 +180,7 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
 def table(
     shapes: Mapping[str, jax.ShapeDtypeStruct], shardings: Mapping[str, NamedSharding]
 ) -> str:
-    """The table that `launch/train.py` prints at the start: parameter, shape, spec, bytes per device."""
+    """The table that `launch/train.py` logs at the start: parameter, shape, spec, bytes per device."""
     lines = []
     total = per_device = 0
     for name, leaf in shapes.items():

@@ -123,12 +123,6 @@ def test_one_name_means_one_job():
     assert RECURRING - recurring.keys() == set(), "remove these from RECURRING: they are gone"
 
 
-SLOW_HELP = pytest.mark.xfail(
-    strict=True,
-    reason="telemetry imports tensorboardX, which imports torch; launch/train.py and sample/naming.py import figures",
-)
-
-
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
@@ -136,7 +130,7 @@ SLOW_HELP = pytest.mark.xfail(
         ("pangea_jax", {"jax", "numpy"}),
         ("pangea_jax.languages", {"jax", "numpy"}),
         # Without them `launch/train.py --help` takes half of the 3 s allowed, with them more than 4.
-        pytest.param("launch.train", {"torch", "matplotlib"}, marks=SLOW_HELP),
+        ("launch.train", {"torch", "matplotlib", "scipy.stats"}),
     ],
 )
 def test_an_import_loads_nothing_heavy(module, heavy):

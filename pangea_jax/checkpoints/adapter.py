@@ -1,4 +1,4 @@
-"""Adapters alone, as peft saves them, to serve many of them with one model."""
+"""Writes adapters alone, as peft saves them, so that one model can serve many of them."""
 
 import dataclasses
 import os
@@ -27,11 +27,11 @@ _MATRICES = {"a_ir": "lora_A", "b_ro": "lora_B"}
 def save(
     params: Mapping[str, Array], config: LoraConfig, path: str | os.PathLike, *, base: str = ""
 ) -> None:
-    """Writes a folder that `peft.PeftModel.from_pretrained` lays over the model it was trained on.
+    """Writes a folder that `peft.PeftModel.from_pretrained` adds to the model on which it was trained.
 
     Args:
-      params: parameters by name, those of adapters among them.
-      path: a folder, made if need be.
+      params: parameters by name, including those of adapters.
+      path: a folder, created if necessary.
       base: folder or hub name of that model, for `base_model_name_or_path`.
 
     Raises:
@@ -42,7 +42,7 @@ def save(
         kernel, _, matrix = name.rpartition("_lora.")
         if kernel:
             for module, layer in zip(_modules(kernel, len(value)), jax.device_get(value)):
-                # Ours maps inputs to outputs, torch's the other way round.
+                # Our matrices are [inputs, outputs], torch's are [outputs, inputs].
                 tensors[f"{module}{_MATRICES[matrix]}.weight"] = np.ascontiguousarray(layer.T)
     if not tensors:
         raise ValueError("there are no adapters to save; model.language.lora.rank is 0")
@@ -52,10 +52,10 @@ def save(
 
 
 def convert(source: Path, target: Path, *, base: str = "") -> None:
-    """Writes the adapters of a training run's newest step, whole or not at all; `base`: see `save`.
+    """Writes the adapters of a training run's newest step, completely or not at all; `base`: see `save`.
 
     Raises:
-      CheckpointError: `source` is no run with adapters, or is damaged.
+      CheckpointError: `source` is no run with adapters, or it is damaged.
       FileExistsError: `target` is there already.
     """
     require_new(target)
@@ -78,7 +78,7 @@ def convert(source: Path, target: Path, *, base: str = "") -> None:
 
 
 def _modules(kernel: str, layers: int) -> list[str]:
-    """Prefixes of peft's keys for one of our kernels, layer by layer."""
+    """Prefixes of peft's keys for one of our kernels, one per layer."""
     theirs = next(row[1] for row in names.TABLE if row[0].startswith(f"{kernel}_kernel_"))
     prefixes = dataclasses.asdict(_LAYOUT)
     stem = _WRAPPED + theirs.removesuffix("weight")
@@ -98,6 +98,6 @@ def _config(config: LoraConfig, base: str) -> dict:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        # The tower has modules of the same names.
+        # The tower has modules with the same names.
         "target_modules": rf".*language_model\..*\.({targets})",
     }

@@ -1,4 +1,4 @@
-"""config.json of the public layouts to `PangeaConfig`, and back."""
+"""Reads and writes config.json of the public layouts as `PangeaConfig`."""
 
 import ast
 import dataclasses
@@ -11,7 +11,7 @@ from pangea_jax.checkpoints import orbax
 from pangea_jax.checkpoints.files import CheckpointError, TensorFiles
 from pangea_jax.model import PINPOINTS, LanguageConfig, PangeaConfig, VisionConfig
 
-# transformers leaves values out of config.json that equal these defaults.
+# transformers does not write values to config.json that equal these defaults.
 _VISION_DEFAULTS = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -71,7 +71,7 @@ _DECODER_KEYS = {
     "max_positions": "max_position_embeddings",
 }
 
-# LLaVA's own layout names the tower and does not say its sizes.
+# LLaVA's own layout has the name of the tower instead of its sizes.
 _TOWERS = {
     "openai/clip-vit-large-patch14-336": VisionConfig(),
     "openai/clip-vit-large-patch14": VisionConfig(image_size=224),
@@ -80,7 +80,7 @@ _TOWERS = {
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """Ids that config.json needs beside the sizes."""
+    """Token ids that config.json holds."""
 
     image: int
     end: int
@@ -91,7 +91,7 @@ PANGEA_TOKENS = SpecialTokens(image=151646, end=151645, pad=151643)
 
 
 class _Fields:
-    """One section of config.json: reads with defaults, refuses what the model does not do."""
+    """One section of config.json. Reads it with defaults, and refuses values that the model does not support."""
 
     def __init__(self, file: Path, section: str, values: dict, defaults: dict | None = None):
         self.file, self.section = file, section
@@ -125,17 +125,17 @@ class _Fields:
 def config_from_folder(path: str | os.PathLike) -> PangeaConfig:
     """Sizes from config.json of any of the public layouts, of our own form, or of a training run.
 
-    If the folder has weights, the vocabulary size is that of the embedding tensor, since config.json is known to
-    disagree. `dtype`, that of activations, stays at its default.
+    If the folder has weights, the vocabulary size is that of the embedding tensor, because some config.json disagree
+    with it. The `dtype` of activations stays at its default.
 
-    LLaVA's layout writes canvases as (width, height), transformers' as (height, width). neulab/Pangea-7B-hf copied
-    LLaVA's list unchanged. Pictures smaller than 336 pixels fit 336 x 672 and 672 x 336 equally well, and there
-    get the other one than in training. For the canvases of training, replace `pinpoints` by
+    LLaVA's layout writes canvases as (width, height), transformers' as (height, width). neulab/Pangea-7B-hf has LLaVA's
+    list unchanged in transformers' layout. Pictures smaller than 336 pixels fit 336 x 672 and 672 x 336 equally well.
+    With that list they get another of the two than in training. To get the canvases of training, replace `pinpoints` by
     `pangea_jax.model.PINPOINTS`.
 
     Raises:
-      FileNotFoundError: no config.json.
-      CheckpointError: not a LLaVA or LLaVA-NeXT, or with a part that the model does not have.
+      FileNotFoundError: there is no config.json.
+      CheckpointError: the model is no LLaVA or LLaVA-NeXT, or has a part that is not supported.
     """
     file, values = read_config(path)
     if isinstance(values.get("model"), dict):
@@ -154,7 +154,7 @@ def config_from_folder(path: str | os.PathLike) -> PangeaConfig:
 
 
 def read_config(path: str | os.PathLike) -> tuple[Path, dict]:
-    """config.json of a folder, and what it holds."""
+    """The path of a folder's config.json, and its content."""
     location = orbax.find(path)
     file = location.config if location else Path(path) / "config.json"
     try:
@@ -172,7 +172,7 @@ def read_config(path: str | os.PathLike) -> tuple[Path, dict]:
 
 
 def image_token(path: str | os.PathLike) -> int | None:
-    """The id of `<image>` that config.json of a folder in transformers' layouts names; None if it does not."""
+    """The id of `<image>` in config.json of a folder in one of transformers' layouts; None if it is not there."""
     _, values = read_config(path)
     value = values.get("image_token_index", values.get("image_token_id"))
     return value if isinstance(value, int) else None
@@ -203,7 +203,7 @@ def _with_vocabulary_of_tensor(config: PangeaConfig, path: Path) -> PangeaConfig
 
 
 def _from_llava(fields: _Fields) -> PangeaConfig:
-    # neulab/Pangea-7B has model_type "qwen2": it names the decoder only.
+    # model_type is that of the decoder, as "qwen2" in neulab/Pangea-7B.
     model_type = fields.require("model_type")
     kind = "qwen2" if "qwen" in model_type else "mistral" if "mistral" in model_type else "llama"
     fields.expect("mm_projector_type", "mlp2x_gelu")
@@ -224,7 +224,7 @@ def _from_llava(fields: _Fields) -> PangeaConfig:
 
 
 def _pinpoints(fields, value):
-    """A list, or as some LLaVA checkpoints have it, the text of one."""
+    """The pairs of a list. In some LLaVA checkpoints the list is a text."""
     try:
         pairs = ast.literal_eval(value) if isinstance(value, str) else value
         return tuple((int(first), int(second)) for first, second in pairs)
@@ -240,7 +240,7 @@ def _from_transformers(fields: _Fields) -> PangeaConfig:
     kind = text.get("model_type", "llama")
     if kind not in _DECODER_DEFAULTS:
         raise fields.refuse("text_config.model_type", kind, " or ".join(_DECODER_DEFAULTS))
-    # A tie is written at the top, in text_config or in both, depending on the version.
+    # Depending on the version, a tie is written at the top, in text_config, or in both.
     if "tie_word_embeddings" not in text and "tie_word_embeddings" in fields.values:
         text = text | {"tie_word_embeddings": fields("tie_word_embeddings")}
     language = _decoder(_Fields(fields.file, "text_config.", text, _DECODER_DEFAULTS[kind]), kind)
@@ -297,7 +297,7 @@ def _decoder(fields: _Fields, kind: str) -> LanguageConfig:
 
 
 def _rope_theta(fields: _Fields) -> float:
-    """`rope_parameters` in transformers 5, `rope_theta` and `rope_scaling` before."""
+    """transformers 5 writes `rope_parameters`; earlier versions write `rope_theta` and `rope_scaling`."""
     for key in ("rope_parameters", "rope_scaling"):
         rope = fields(key) or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -311,11 +311,11 @@ def _rope_theta(fields: _Fields) -> float:
 def to_transformers(config: PangeaConfig, dtype: str, tokens: SpecialTokens) -> dict:
     """config.json that transformers 4 and 5 read as the same model.
 
-    One thing they cannot do: a single view with a newline vector (no pinpoints). Such a model loads
-    there with an empty list of canvases and answers text, but not pictures.
+    They do not support a single tile with a newline vector (no pinpoints). Such a model loads there with an empty list
+    of canvases and answers text, but not pictures.
 
     Raises:
-      ValueError: a special token outside of the vocabulary.
+      ValueError: a special token is outside of the vocabulary.
     """
     for name, value in dataclasses.asdict(tokens).items():
         if not 0 <= value < config.language.vocab_size:
@@ -326,14 +326,12 @@ def to_transformers(config: PangeaConfig, dtype: str, tokens: SpecialTokens) -> 
             )
     if config.pinpoints and not config.newline:
         raise ValueError("pinpoints without a newline vector: no public layout has this")
-    name = (
-        "LlavaNextForConditionalGeneration" if config.newline else "LlavaForConditionalGeneration"
-    )
+    family = "LlavaNext" if config.newline else "Llava"
     pinpoints = {"image_grid_pinpoints": [[height, width] for width, height in config.pinpoints]}
     return {
-        "architectures": [name],
+        "architectures": [f"{family}ForConditionalGeneration"],
         "model_type": "llava_next" if config.newline else "llava",
-        # The form that this is in; where none is named, transformers 5.19 warns of a wrong tokenizer.
+        # The version of this form. Without it transformers 5.19 warns of a wrong tokenizer.
         "transformers_version": "4.45.0",
         **(pinpoints if config.newline else {}),
         "image_seq_length": config.vision.patches,
@@ -367,7 +365,7 @@ def _text_section(language: LanguageConfig, dtype: str, tokens: SpecialTokens) -
         **{theirs: getattr(language, ours) for ours, theirs in _DECODER_KEYS.items()},
         "num_key_value_heads": language.kv_heads,
         "hidden_act": "silu",
-        # transformers 4 reads the first of these two, 5 either.
+        # transformers 4 reads the first of these two, transformers 5 reads both.
         "rope_theta": language.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
         "tie_word_embeddings": language.tied_head,
@@ -381,5 +379,5 @@ def _text_section(language: LanguageConfig, dtype: str, tokens: SpecialTokens) -
 
 
 def generation_config(tokens: SpecialTokens) -> dict:
-    """generation_config.json: greedy decoding, as PangeaBench is run."""
+    """generation_config.json: greedy decoding, as in PangeaBench."""
     return {"do_sample": False, "eos_token_id": tokens.end, "pad_token_id": tokens.pad}

@@ -1,4 +1,4 @@
-"""Safetensors on disk: find and read the tensors of a folder, write them part by part."""
+"""Safetensors on disk: finds and reads the tensors of a folder, and writes them part by part."""
 
 import collections
 import json
@@ -27,14 +27,14 @@ _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; says which file or tensor, and what to do."""
+    """A checkpoint cannot be used. The message names the file or tensor and says what to do."""
 
 
 class Tensor:
-    """A tensor in a file. Slicing reads only the rows asked for, with plain reads.
+    """A tensor in a file. A slice reads only its rows.
 
-    safetensors maps whole files into memory. Pages that were read count as this process's memory until the file
-    is closed, which adds up to the whole checkpoint.
+    The safetensors library would map whole files into memory. Pages that were read then count as memory of this process
+    until the file is closed, in the end the whole checkpoint.
     """
 
     def __init__(self, file: Path, name: str, dtype: str, shape: tuple[int, ...], offset: int):
@@ -68,11 +68,11 @@ class Tensor:
 class TensorFiles:
     """The tensors of a safetensors file, or of a folder with one file or a sharded index.
 
-    Headers alone are read here; `tensor(name)[slices]` reads the bytes it needs.
+    Only headers are read here. `tensor(name)[slices]` reads the bytes it needs.
 
     Raises:
-      FileNotFoundError: nothing to read at `path`.
-      CheckpointError: pickled weights only, a broken file, an index that does not match its files.
+      FileNotFoundError: there are no weights at `path`.
+      CheckpointError: only pickled weights, a broken file, or an index that does not match its files.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -100,10 +100,10 @@ class TensorFiles:
         return self._tensors[name]
 
     def dtype(self, names: Sequence[str]) -> np.dtype:
-        """The dtype that these tensors, which become one parameter, share.
+        """The common dtype of these tensors, which become one parameter.
 
         Raises:
-          CheckpointError: they have different ones.
+          CheckpointError: they have different dtypes.
         """
         found = {self._tensors[name].dtype.name: name for name in names}
         if len(found) > 1:
@@ -113,10 +113,9 @@ class TensorFiles:
 
 
 def _header(file: Path) -> list[Tensor]:
-    """The tensors of one file, after the library has found its header sound and its bytes complete."""
+    """The tensors of one file. The library checks first that header and bytes are complete."""
     try:
-        with safe_open(file, framework="numpy"):
-            pass
+        safe_open(file, framework="numpy")
     except FileNotFoundError:
         raise CheckpointError(
             f"{file} is named by {INDEX} but is not there; copy it here"
@@ -175,7 +174,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 class Planned(NamedTuple):
-    """A tensor to write: what `parts` return, one after the other, is the whole."""
+    """A tensor to write. Its bytes are what `parts` return, one after the other."""
 
     name: str
     shape: tuple[int, ...]
@@ -188,7 +187,10 @@ class Planned(NamedTuple):
 
 
 def in_order(jobs: Iterable[Callable], threads: int) -> Iterator:
-    """Results of the jobs, in order. `threads` threads run up to twice as many jobs ahead; 0 runs them here."""
+    """Yields the results of the jobs in order.
+
+    `threads` threads run jobs ahead, up to twice as many jobs as threads. 0 runs the jobs in this thread.
+    """
     if not threads:
         yield from (job() for job in jobs)
         return
@@ -216,14 +218,19 @@ def write(
 ):
     """Writes tensors into one file or, beyond `max_shard_bytes`, several with an index.
 
-    A few parts are in memory at a time. Files get their names when all are complete; then weights of an earlier
+    Only a few parts are in memory at a time. Files get their names when all are complete. Then weights of an earlier
     checkpoint in the folder are removed.
 
     Args:
       dry: make every part but write nothing, for processes of a pod that only help to gather.
-      threads: number of threads that make parts ahead of the writing.
-      progress: called with the bytes written since its last call.
+      threads: number of threads that make parts before they are written.
+      progress: called with the number of bytes written since its last call.
     """
+    tensors = list(tensors)
+    if dry:
+        parts = (part for planned in tensors for part in planned.parts)
+        collections.deque(in_order(parts, threads), maxlen=0)
+        return
     shards, size = [[]], 0
     for planned in tensors:
         if shards[-1] and size + planned.nbytes > max_shard_bytes:
@@ -232,15 +239,8 @@ def write(
         shards[-1].append(planned)
         size += planned.nbytes
     total = len(shards)
-    names = (
-        [SINGLE]
-        if total == 1
-        else [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
-    )
-    if dry:
-        parts = (part for shard in shards for planned in shard for part in planned.parts)
-        collections.deque(in_order(parts, threads), maxlen=0)
-        return
+    names = [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
+    names = [SINGLE] if total == 1 else names
     for name, shard in zip(names, shards, strict=True):
         _write_file(folder / f"{name}.partial", shard, threads, progress)
     for old in (folder / INDEX, *folder.glob("model*.safetensors")):
@@ -249,12 +249,16 @@ def write(
         os.replace(folder / f"{name}.partial", folder / name)
     if total > 1:
         weight_map = {planned.name: name for name, shard in zip(names, shards) for planned in shard}
-        size = sum(planned.nbytes for shard in shards for planned in shard)
+        size = sum(planned.nbytes for planned in tensors)
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def cast(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Rounds to `dtype`; float16 is the one target that bfloat16 and float32 overflow."""
+    """Rounds to `dtype`.
+
+    Raises:
+      ValueError: a finite value is too large for float16. The other dtypes have the range of float32.
+    """
     with np.errstate(over="ignore"):
         rounded = x.astype(dtype, copy=False)
     narrowed = dtype == np.float16 and x.dtype != np.float16
@@ -270,10 +274,10 @@ def check_fit(
     expected: Mapping[str, tuple[int, ...]],
     unexpected: Collection[str] = (),
 ) -> None:
-    """Compares the shapes in a checkpoint with those that its config asks for.
+    """Compares the shapes in a checkpoint with those of its config.
 
     Raises:
-      CheckpointError: everything that is missing, unexpected or of another shape, in one message.
+      CheckpointError: one message names everything that is missing, unexpected or of another shape.
     """
     misshapen = [
         f"{name} is {found[name]}, the config says {shape}"
@@ -294,16 +298,13 @@ def check_fit(
 
 
 def require_new(target: Path) -> None:
-    """
-    Raises:
-      FileExistsError: `target` is neither a new nor an empty folder.
-    """
+    """Raises FileExistsError if `target` is neither a new nor an empty folder."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is there already; remove it or give another --to")
 
 
 def _write_file(file: Path, tensors: list[Planned], threads, progress):
-    """Length of the header, JSON header, bytes: the library itself only writes from memory."""
+    """Writes header length, JSON header and bytes. The library can only write tensors that are all in memory."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for planned in tensors:
         header[planned.name] = {

@@ -1,6 +1,7 @@
 """Reads and writes public checkpoints in safetensors, tensor by tensor."""
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from pangea_jax.model import Pangea, PangeaConfig, lora
 from pangea_jax.model.params import flatten
 from pangea_jax.work.atomic import write_json
 
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 5_000_000_000  # largest size of a file
 
 
 class PublicWeights:
@@ -38,11 +39,11 @@ class PublicWeights:
       config, only: as for `pangea_jax.checkpoints.load`.
 
     Raises:
-      FileNotFoundError: nothing there.
-      CheckpointError: names the missing, unexpected or misshapen tensors, or the broken file.
+      FileNotFoundError: there are no weights at `path`.
+      CheckpointError: a file is broken, or tensors are missing, unexpected or of another shape.
     """
 
-    threads = 2  # that `convert` reads with
+    threads = 2  # `convert` reads with so many
 
     def __init__(
         self, path: str | os.PathLike, config: PangeaConfig, only: Sequence[str] | None = None
@@ -54,7 +55,7 @@ class PublicWeights:
         return self._files.dtype(self._entries[name].names)
 
     def read(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """`array[index]` of one parameter in `dtype`; of the files only the slices it needs are read."""
+        """`array[index]` of one parameter in `dtype`. Only the slices that it needs are read from the files."""
         entry = self._entries[name]
         index = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, entry.shape))
         layers, rest = (0,), index
@@ -79,67 +80,62 @@ def save(
     tokens: SpecialTokens = PANGEA_TOKENS,
     layout: str = "transformers-4",
     only: Sequence[str] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a folder that transformers' LlavaNextForConditionalGeneration loads.
 
-    Adapters are merged into their kernels. On a pod every process must call it; process 0 writes.
-    A run that is cut off leaves `.partial` files behind and what was there before in place.
+    Adapters are merged into their kernels. On a pod every process must call it; process 0 writes. A kill leaves
+    `.partial` files and does not change the files that were there before.
 
     Args:
       model: a `Pangea` or the state of its parameters.
-      config: its sizes.
-      path: a folder, made if need be; weights of an earlier checkpoint in it are replaced.
-      dtype: of the tensors written, float32, bfloat16 or float16; by default the parameters' own.
+      config: the sizes of the model.
+      path: a folder, created if necessary. Weights of an earlier checkpoint in it are replaced.
+      dtype: dtype of the tensors: float32, bfloat16 or float16; None is that of the parameters.
       tokens: ids for config.json; those of Pangea-7B by default.
-      layout: one of `names.LAYOUTS`; by default the names of neulab/Pangea-7B-hf, which
-        transformers 4 and 5 read. Of the shorter ones that transformers 5 writes, transformers 4
-        does not find the tower.
-      only: the parts to write, as of `load`; the folder is then no whole checkpoint.
-      max_shard_bytes: where a new file starts.
+      layout: one of `names.LAYOUTS`; by default the names of neulab/Pangea-7B-hf, which transformers 4 and 5 read.
+        transformers 4 does not find the tower under the shorter names that transformers 5 writes.
+      only: the parts to write, as in `load`. The folder is then no complete checkpoint.
 
     Raises:
-      ValueError: an unknown layout or part, a special token outside of the vocabulary, parameters that
-        do not fit `config`, or a value too large for float16.
+      ValueError: an unknown layout or part, a special token outside of the vocabulary, parameters that do not fit
+        `config`, or a value too large for float16.
     """
     if layout not in names.LAYOUTS:
         raise ValueError(f"layout {layout!r} is not one of {', '.join(names.LAYOUTS)}")
-    parts = checked_parts(only)
-    state = flatten(nnx.state(model, nnx.Param) if isinstance(model, nnx.Module) else model)
-    state, config = lora.merge(state, config.language.lora), without_adapters(config)
-    state = {dotted: v for dotted, v in state.items() if names.part_of_path(dotted) in parts}
-    shapes = {dotted: tuple(value.shape) for dotted, value in state.items()}
-    expected = shapes_of(config, only)
+    params = flatten(nnx.state(model, nnx.Param) if isinstance(model, nnx.Module) else model)
+    params, config = lora.merge(params, config.language.lora), without_adapters(config)
+    params = {
+        name: params[name] for name in params if names.part_of_path(name) in checked_parts(only)
+    }
+    shapes, expected = {n: tuple(x.shape) for n, x in params.items()}, shapes_of(config, only)
     if shapes != expected:
         wrong = sorted(set(shapes.items()) ^ set(expected.items()))
         raise ValueError(f"parameters do not fit the config: {wrong[:6]}")
-    written = np.dtype(dtype or next(iter(state.values())).dtype)
+    written = np.dtype(dtype or next(iter(params.values())).dtype)
     content = config_file.to_transformers(config, written.name, tokens)
-    folder = Path(path)
-    writes = jax.process_index() == 0
+    folder, writes = Path(path), jax.process_index() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
     entries = names.entries(shapes, config, names.LAYOUTS[layout])
-    plan = list(_plan(state, entries, dtype))
-    write(folder, plan, max_shard_bytes, dry=not writes)
+    write(folder, _plan(params, entries, dtype), MAX_SHARD_BYTES, dry=not writes)
     if writes:
         write_json(folder / "generation_config.json", config_file.generation_config(tokens))
         write_json(folder / "config.json", content)
 
 
 def without_adapters(config: PangeaConfig) -> PangeaConfig:
-    """The config without adapters: checkpoints of whole models have none."""
+    """The config without adapters, which checkpoints of whole models do not have."""
     language = dataclasses.replace(config.language, lora=lora.LoraConfig())
     return dataclasses.replace(config, language=language)
 
 
 def abstract_state(config: PangeaConfig) -> nnx.State:
-    """Shapes of all parameters, nothing allocated."""
+    """Shapes of all parameters; nothing is allocated."""
     return abstract_model(config)[1]
 
 
 def abstract_model(config: PangeaConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """Structure and shapes of the model, nothing allocated."""
+    """Structure and shapes of the model; nothing is allocated."""
     return nnx.split(nnx.eval_shape(lambda: Pangea(config, rngs=nnx.Rngs(0))))
 
 
@@ -154,10 +150,10 @@ def shapes_of(config: PangeaConfig, only: Sequence[str] | None = None) -> dict[s
 
 
 def checked_parts(only: Sequence[str] | None) -> tuple[str, ...]:
-    """The parts that `only` names, all by default.
+    """The parts in `only`; all by default.
 
     Raises:
-      ValueError: an unknown part.
+      ValueError: a part is unknown.
     """
     unknown = set(only or ()) - set(names.PARTS)
     if unknown or isinstance(only, str):
@@ -166,7 +162,7 @@ def checked_parts(only: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _best_layout(files: TensorFiles, shapes, config):
-    """The layout with most of the tensors, and its entries."""
+    """The layout that most tensors fit, and its entries."""
 
     def found(candidate):
         return sum(name in files.names for entry in candidate[1] for name in entry.names)
@@ -193,7 +189,7 @@ def account(
     """Finds each of our parameters in the files.
 
     Raises:
-      CheckpointError: everything missing, unexpected or of another shape, in one message.
+      CheckpointError: one message names everything that is missing, unexpected or of another shape.
     """
     layout, entries = _best_layout(files, shapes, config)
     parts = checked_parts(only)
@@ -215,26 +211,22 @@ def account(
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array aligned to 64 bytes, which JAX on a CPU uses without a copy."""
+    """An array aligned to 64 bytes. JAX on a CPU uses it without a copy."""
     memory = np.empty(math.prod(shape) * dtype.itemsize + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + memory.size - 64].view(dtype).reshape(shape)
 
 
-def _plan(state, entries, dtype) -> Iterator[Planned]:
+def _plan(params, entries, dtype) -> Iterator[Planned]:
+    def fetch(value, entry, i, target):
+        layer = value[i] if entry.stacked else value
+        if isinstance(layer, jax.Array) and not layer.is_fully_addressable:
+            layer = multihost_utils.process_allgather(layer, tiled=True)
+        return cast(names.to_theirs(np.asarray(layer), entry.axes), target, entry.names[i])
+
     for entry in entries:
-        value = state[entry.path]
+        value = params[entry.path]
         target = np.dtype(dtype or value.dtype)
         for i, name in enumerate(entry.names):
-
-            def fetch(value=value, entry=entry, i=i, name=name, target=target):
-                layer = _on_host(value[i] if entry.stacked else value)
-                return cast(names.to_theirs(layer, entry.axes), target, name)
-
-            yield Planned(name, entry.their_shape, target, (fetch,))
-
-
-def _on_host(x: jax.Array) -> np.ndarray:
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
+            part = functools.partial(fetch, value, entry, i, target)
+            yield Planned(name, entry.their_shape, target, (part,))

@@ -1,8 +1,8 @@
 """The one table between our parameters and public checkpoints, read in both directions.
 
-A row is (our path, their name, axes). Their name is a template over the prefixes of a `Layout`;
-with `{layer}` in it, one of our stacked parameters is that many tensors. Axes are written as in
-einops, theirs before ours: "(h c) d -> d h c" splits their rows into heads and channels.
+A row is (our path, their name, axes). Their name is a template over the prefixes of a `Layout`. If it has `{layer}`,
+one of our stacked parameters is one of their tensors per layer. Axes are written as in einops, theirs before ours:
+"(h c) d -> d h c" splits their rows into heads and channels.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from pangea_jax.model import PangeaConfig
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one family of checkpoints names the parts of the model."""
+    """The names of the model's parts in one family of checkpoints."""
 
     vision: str
     projector_in: str
@@ -28,7 +28,7 @@ class Layout:
     head: str
 
     def part_of(self, name: str) -> str | None:
-        """The part (a key of `PARTS`) of a tensor; None if its name has no known prefix."""
+        """The part (a key of `PARTS`) of a tensor, by its longest known prefix; None if it has none."""
         matches = [
             (len(prefix), part)
             for part, fields in PARTS.items()
@@ -73,11 +73,11 @@ LAYOUTS = {
     # `state_dict()` of transformers 4.52 and later, and of 5, saved as it is.
     "modules-4": dataclasses.replace(_MODULES, vision="model.vision_tower.vision_model."),
     "modules-5": _MODULES,
-    # A CLIP tower or a decoder alone, where training starts from: openai/clip-*, Qwen/Qwen2-*.
+    # A CLIP tower or a decoder alone, from which training starts: openai/clip-*, Qwen/Qwen2-*.
     "standalone": dataclasses.replace(_LLAVA, vision="vision_model."),
 }
 
-# Parts of the model as `load(only=...)` names them, with the prefixes that hold them.
+# Parts of the model, as in `load(only=...)`, and the fields of `Layout` with their prefixes.
 PARTS = {
     "vision": ("vision",),
     "projector": ("projector_in", "projector_out"),
@@ -85,14 +85,20 @@ PARTS = {
     "language": ("decoder", "head"),
 }
 
-# Buffers that old versions saved beside the parameters; they hold nothing that was trained.
+# Buffers that old versions saved with the parameters. They hold nothing that was trained.
 BUFFERS = re.compile(r"(\.position_ids|\.rotary_emb\.inv_freq)$")
 
 _NORM = "d -> d"
 _LINEAR = "out in -> in out"
-_QKV = "(h c) d -> d h c"
-_QKV_BIAS = "(h c) -> h c"
 _OUT = "d (h c) -> h c d"
+
+
+def _qkv(ours, theirs, heads):
+    """Queries, keys and values; `heads` is our letter for the heads of keys and values."""
+    for name, letter in (("q", "h"), ("k", heads), ("v", heads)):
+        module = f"{theirs}self_attn.{name}_proj."
+        yield f"{ours}.{name}_kernel_d{letter}c", module + "weight", "(h c) d -> d h c"
+        yield f"{ours}.{name}_bias_{letter}c", module + "bias", "(h c) -> h c"
 
 
 def _vision_block(ours):
@@ -100,12 +106,7 @@ def _vision_block(ours):
     return (
         (f"{ours}.attention_norm.scale", theirs + "layer_norm1.weight", _NORM),
         (f"{ours}.attention_norm.bias", theirs + "layer_norm1.bias", _NORM),
-        (f"{ours}.q_kernel_dhc", theirs + "self_attn.q_proj.weight", _QKV),
-        (f"{ours}.k_kernel_dhc", theirs + "self_attn.k_proj.weight", _QKV),
-        (f"{ours}.v_kernel_dhc", theirs + "self_attn.v_proj.weight", _QKV),
-        (f"{ours}.q_bias_hc", theirs + "self_attn.q_proj.bias", _QKV_BIAS),
-        (f"{ours}.k_bias_hc", theirs + "self_attn.k_proj.bias", _QKV_BIAS),
-        (f"{ours}.v_bias_hc", theirs + "self_attn.v_proj.bias", _QKV_BIAS),
+        *_qkv(ours, theirs, "h"),
         (f"{ours}.o_kernel_hcd", theirs + "self_attn.out_proj.weight", _OUT),
         (f"{ours}.o_bias_d", theirs + "self_attn.out_proj.bias", _NORM),
         (f"{ours}.mlp_norm.scale", theirs + "layer_norm2.weight", _NORM),
@@ -121,12 +122,7 @@ def _decoder_block(ours):
     theirs = "{decoder}layers.{layer}."
     return (
         (f"{ours}.attention_norm.scale", theirs + "input_layernorm.weight", _NORM),
-        (f"{ours}.q_kernel_dhc", theirs + "self_attn.q_proj.weight", _QKV),
-        (f"{ours}.k_kernel_dkc", theirs + "self_attn.k_proj.weight", _QKV),
-        (f"{ours}.v_kernel_dkc", theirs + "self_attn.v_proj.weight", _QKV),
-        (f"{ours}.q_bias_hc", theirs + "self_attn.q_proj.bias", _QKV_BIAS),
-        (f"{ours}.k_bias_kc", theirs + "self_attn.k_proj.bias", _QKV_BIAS),
-        (f"{ours}.v_bias_kc", theirs + "self_attn.v_proj.bias", _QKV_BIAS),
+        *_qkv(ours, theirs, "k"),
         (f"{ours}.o_kernel_hcd", theirs + "self_attn.o_proj.weight", _OUT),
         (f"{ours}.mlp_norm.scale", theirs + "post_attention_layernorm.weight", _NORM),
         (f"{ours}.gate_kernel_df", theirs + "mlp.gate_proj.weight", _LINEAR),
@@ -163,10 +159,10 @@ class Entry:
     """One of our parameters and the tensors it is made of.
 
     Attributes:
-      path: ours, dotted.
-      names: theirs; one a layer if `stacked`, else one.
-      axes: the pattern between one of theirs and one layer of ours.
-      shape: ours, with the leading L if stacked.
+      path: the dotted name of our parameter.
+      names: their names: one per layer if `stacked`, otherwise one.
+      axes: the pattern between one of their tensors and one layer of ours.
+      shape: the shape of ours, with the leading L if stacked.
     """
 
     path: str
@@ -192,15 +188,15 @@ class Entry:
         return ours.index(groups[0][0]) + self.stacked
 
     def block_rows(self, itemsize: int, max_bytes: int) -> int:
-        """Steps along `major_axis` that cut one layer into even blocks of about `max_bytes` at most."""
+        """Length along `major_axis` of even blocks of one layer, each at most about `max_bytes`."""
         size = self.shape[self.major_axis]
         blocks = math.ceil(math.prod(self.layer_shape) * itemsize / max_bytes)
         return math.ceil(size / blocks)
 
     def blocks(self, itemsize: int, max_bytes: int) -> Iterator[tuple[str, tuple[slice, ...]]]:
-        """The parameter in parts of at most about `max_bytes`, each a run of bytes of one tensor.
+        """Cuts the parameter into parts of at most about `max_bytes`, each a run of bytes of one tensor.
 
-        Yields (their name, index into ours), in the order of their bytes, tensor by tensor.
+        Yields (their name, index into ours), tensor by tensor, in the order of their bytes.
         """
         axis, rows = self.major_axis, self.block_rows(itemsize, max_bytes)
         for layer, name in enumerate(self.names):
@@ -235,17 +231,17 @@ def part_of_path(path: str) -> str:
 
 @functools.cache
 def _parse(axes):
-    """Their axes as groups of ours, and ours in order."""
+    """Their axes as groups of our letters, and our axes in order."""
     theirs, ours = axes.split("->")
     groups = re.findall(r"\([^)]*\)|\S+", theirs)
     return tuple(tuple(group.strip("()").split()) for group in groups), tuple(ours.split())
 
 
 def read_part(tensor, axes: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-    """`ours[index]`, contiguous, where ours has `shape` and is their `tensor` rearranged.
+    """`ours[index]`, contiguous; ours has `shape` and is their `tensor` with rearranged axes.
 
-    Reads no more of `tensor` (anything sliceable) than the first axis of each group asks for: a
-    device that holds some of the heads reads the rows of those heads.
+    It slices `tensor` along the first axis of each group: a device that holds some of the heads reads only the rows of
+    those heads.
     """
     groups, ours = _parse(axes)
     sizes = dict(zip(ours, shape, strict=True))
@@ -266,7 +262,7 @@ def read_part(tensor, axes: str, shape: tuple[int, ...], index: tuple[slice, ...
 
 
 def to_theirs(ours: np.ndarray, axes: str) -> np.ndarray:
-    """One layer of ours, or a run of it along the major axis, as their tensor, contiguous."""
+    """One layer of ours, or a part of it along the major axis, as their tensor, contiguous."""
     groups, order = _parse(axes)
     sizes = dict(zip(order, ours.shape, strict=True))
     flat = [axis for group in groups for axis in group]
@@ -276,7 +272,7 @@ def to_theirs(ours: np.ndarray, axes: str) -> np.ndarray:
 
 
 def _contiguous(x: np.ndarray, tile: int = 128) -> np.ndarray:
-    """A transposed view copied by tiles that fit the cache: six times as fast as NumPy's own copy."""
+    """Copies a transposed view in tiles that fit the processor's cache: six times as fast as NumPy's own copy."""
     last = x.ndim - 1
     nearest = min(
         range(x.ndim), key=lambda axis: abs(x.strides[axis]) if x.shape[axis] > 1 else math.inf

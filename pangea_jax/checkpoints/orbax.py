@@ -1,8 +1,8 @@
 """Parameters in Orbax checkpoints: our own form of a model, and the checkpoints of training.
 
-Our form is a folder with `config.json`, the tokenizer's files and `params/`, an Orbax checkpoint of the flat
-dict of parameters that `orbax.checkpoint.v1.load` reads as any other. Its arrays are plain Zarr 3, one layer
-or less a file, with a checksum each, so that a part is read or written without the rest.
+Our form is a folder with `config.json`, the tokenizer's files and `params/`: an Orbax checkpoint of the flat dict of
+parameters, which `orbax.checkpoint.v1.load` can read. Its arrays are plain Zarr 3. A file holds at most one layer and
+has a checksum, so a part can be read or written without the rest.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ from orbax.checkpoint import v1 as ocp
 from pangea_jax.checkpoints.files import CheckpointError, cast, check_fit
 
 PARAMS = "params"
-_ITEM = "state"  # Orbax's name for the tree of a checkpoint that holds one
+_ITEM = "state"  # Orbax's name for the only tree of a checkpoint
 # Fields of `pangea_jax.train.state.TrainState` that hold parameters.
 _IN_TRAIN_STATE = ("trainable", "frozen")
 
 
 @dataclasses.dataclass(frozen=True)
 class Location:
-    """The paths of the parameters of a folder.
+    """Where the parameters of a model are.
 
     Attributes:
       arrays: the folder with Orbax's `_METADATA`.
-      config: the config.json that goes with it.
-      trained: whether it is a train state.
+      config: the config.json of the model.
+      trained: whether the checkpoint is a train state.
     """
 
     arrays: Path
@@ -40,11 +40,10 @@ class Location:
 
 
 def find(path: str | os.PathLike) -> Location | None:
-    """The parameters in our form, or of the newest step of a run; None if `path` is neither.
+    """The parameters of a folder in our form, or of the newest step of a run; None if `path` is neither.
 
     Args:
-      path: a folder in our form, a work directory of `launch/train.py`, its `checkpoints` folder, or
-        one step in there.
+      path: a folder in our form, a work directory of `launch/train.py`, its `checkpoints` folder, or one step in it.
     """
     path = Path(os.path.abspath(path))  # "." and "100" have parents too
     if (path / PARAMS / _ITEM / "_METADATA").is_file():
@@ -52,7 +51,7 @@ def find(path: str | os.PathLike) -> Location | None:
     if (path / _ITEM / "_METADATA").is_file() and path.name.isdecimal():
         return Location(path / _ITEM, path.parents[1] / "config.json", trained=True)
     for steps in (path / "checkpoints", path):
-        # A step that is still being written has another name until it is whole.
+        # The name of a step is no number until the step is complete.
         done = [step for step in steps.glob(f"*/{_ITEM}/_METADATA") if step.parts[-3].isdecimal()]
         if done:
             newest = max(done, key=lambda file: int(file.parts[-3]))
@@ -61,13 +60,13 @@ def find(path: str | os.PathLike) -> Location | None:
 
 
 class OrbaxArrays:
-    """Parameters at a `Location`, by dotted name; `read` reads only the chunks it needs.
+    """Parameters at a `Location`, by dotted name. `read` reads only the chunks it needs.
 
     Args:
-      shapes: of the parameters wanted; the checkpoint may hold others.
+      shapes: shapes of the parameters to read; the checkpoint may hold others.
 
     Raises:
-      CheckpointError: metadata or an array cannot be read; parameters are missing or of another shape.
+      CheckpointError: metadata or an array cannot be read, or parameters are missing or have another shape.
     """
 
     def __init__(self, location: Location, shapes: Mapping[str, tuple[int, ...]]):
@@ -90,19 +89,15 @@ class OrbaxArrays:
         self._arrays, self._whole, self._lock = {}, (None, None), threading.Lock()
         for path in paths:
             stored = ".".join(path)
-            store = (
-                {"driver": "ocdbt", "base": files, "path": f"{stored}/"}
-                if use_ocdbt
-                else f"{files}{stored}/"
-            )
+            ocdbt = {"driver": "ocdbt", "base": files, "path": f"{stored}/"}
             spec = {
                 "driver": "zarr3" if use_zarr3 else "zarr",
-                "kvstore": store,
+                "kvstore": ocdbt if use_ocdbt else f"{files}{stored}/",
                 # Otherwise a missing chunk would read as zeros.
                 "fill_missing_data_reads": False,
             }
             self._arrays[path[-1]] = self._open(path[-1], spec)
-        # With one thread `convert` reads the parameters in order, so that one at a time is kept.
+        # With one thread `convert` reads the parameters in order, so `_read` keeps only one of them.
         self.shapes, self.threads = dict(shapes), 1 if location.trained else 2
         found = {name: tuple(array.shape) for name, array in self._arrays.items()}
         check_fit(self.path, "parameters", found, self.shapes)
@@ -125,7 +120,7 @@ class OrbaxArrays:
     def read(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
         """`array[index]` of one parameter in `dtype`.
 
-        A training checkpoint may hold a parameter as one compressed chunk. That is decoded once and kept until
+        A training checkpoint may hold a parameter as one compressed chunk. The chunk is decoded once and kept until
         another parameter is read.
         """
         try:
@@ -142,7 +137,7 @@ class OrbaxArrays:
             return array[index].read().result()
         with self._lock:
             if self._whole[0] != name:
-                self._whole = (None, None)  # let go of the last one before reading the next
+                self._whole = (None, None)  # frees the last one before it reads the next
                 self._whole = (name, array.read().result())
             return self._whole[1][index]
 
@@ -154,7 +149,7 @@ def _short(error: Exception) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A run of one of our parameters to write: `make()` returns `array[index]`."""
+    """A part of one of our parameters to write: `make()` returns `array[index]`."""
 
     name: str
     index: tuple[slice, ...]
@@ -170,13 +165,13 @@ def write(
 
     Args:
       arrays: name to (shape, chunk shape, dtype).
-      parts: no chunk may be touched by two of them.
+      parts: each chunk belongs to one part.
 
     Yields:
-      For each part a function that makes it, writes it and returns its number of bytes. The functions may run in
-      threads. The checkpoint is complete when all have returned; the caller then syncs the files to disk.
+      for each part a function that makes it, writes it and returns its number of bytes. The functions may run in
+      threads. The checkpoint is complete when all have returned. The caller then syncs the files to disk.
     """
-    # Orbax writes its metadata with arrays of one element, which the real arrays then replace.
+    # Orbax writes its metadata with arrays of one element. The real arrays then replace these.
     stand_ins = {
         name: np.zeros((1,) * len(shape), dtype) for name, (shape, _, dtype) in arrays.items()
     }
@@ -187,7 +182,7 @@ def write(
     target = (folder / PARAMS).absolute()
     with options:
         ocp.save(target, stand_ins)
-    # A sync for each file would make the disk wait for the next part.
+    # With a sync for each file the disk would often be idle.
     context = ts.Context({"file_io_sync": False})
     opened = {
         name: _create(target / _ITEM / name, *described, context)

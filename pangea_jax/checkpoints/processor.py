@@ -1,4 +1,4 @@
-"""Writes the files that transformers and vLLM need beside the weights: tokenizer, picture processor, chat template."""
+"""Writes the files that transformers and vLLM need with the weights: tokenizer, picture processor, chat template."""
 
 import json
 import shutil
@@ -16,8 +16,7 @@ from pangea_jax.model import PangeaConfig
 from pangea_jax.model.vision import CLIP_MEAN, CLIP_STD
 from pangea_jax.work.atomic import write_json
 
-# ChatML as `pangea_jax.data.chat` renders it: a system message unless the first one is, and every
-# picture on a line of its own.
+# ChatML as `pangea_jax.data.chat` renders it: a system message comes first, and each picture is on its own line.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {%- if loop.first and message['role'] != 'system' %}
@@ -41,7 +40,7 @@ CHAT_TEMPLATE = """\
 
 
 def write(folder: Path, config: PangeaConfig, tokenizer: Tokenizer, files: Path) -> list[str]:
-    """Writes the files for a model; returns sentences that say what transformers cannot do with them.
+    """Writes the files for a model. Returns sentences about what transformers cannot do with them.
 
     Args:
       files: the folder or file that `tokenizer` came from.
@@ -63,8 +62,8 @@ def write(folder: Path, config: PangeaConfig, tokenizer: Tokenizer, files: Path)
         write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
     if config.newline and not config.pinpoints:
         notes.append(
-            "transformers has no pictures of a single view with a newline vector: the folder answers "
-            "text there, and pictures in pangea_jax only"
+            "transformers does not support pictures of a single view with a newline vector: there the model "
+            "answers text only; pangea_jax answers pictures too"
         )
     return notes
 
@@ -92,18 +91,18 @@ def picture_processor(config: PangeaConfig) -> dict:
 
 
 def _processor(config: PangeaConfig) -> dict:
-    """processor_config.json; with it the processor repeats `<image>` once a picture feature."""
+    """processor_config.json. With it the processor repeats `<image>` for each picture feature."""
     return {
         "processor_class": "LlavaNextProcessor" if config.newline else "LlavaProcessor",
         "image_token": IMAGE,
         "patch_size": config.vision.patch_size,
         "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,  # CLIP's class token, which "default" takes off again
+        "num_additional_image_tokens": 1,  # CLIP's class token, which "default" removes again
     }
 
 
 def _write_tokenizer(folder: Path, config, tokenizer: TokenizerJson, files: Path):
-    """tokenizer.json with `<image>` in it, and tokenizer_config.json that agrees."""
+    """Writes tokenizer.json with `<image>`, and tokenizer_config.json that agrees with it."""
     tokenizer.save(folder / "tokenizer.json")
     added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     beside = (files if files.is_dir() else files.parent) / "tokenizer_config.json"

@@ -1,14 +1,18 @@
 """The style of all figures, and how they are saved."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from pangea_jax.figures.text_render import font_families
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe & Ito (2008): distinct in grey and with every common form of colour blindness.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#007A5A", "#D55E00"
@@ -21,6 +25,8 @@ PNG_DPI = 160
 
 def style():
     """Context manager: make and save figures inside it."""
+    import matplotlib
+
     return matplotlib.rc_context(
         {
             "font.family": list(font_families()),

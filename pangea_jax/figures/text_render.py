@@ -1,8 +1,11 @@
 """Text of every language in matplotlib figures: finds fonts, checks glyphs, breaks lines.
 
-matplotlib 3.11 shapes text and orders right-to-left text itself (libraqm). This module gives it a font for every script
-and checks that no character becomes an empty box.
+matplotlib 3.11 itself shapes text and orders right-to-left text (libraqm). This module gives it a
+font for every script and makes sure that no character becomes an empty box. matplotlib is imported when it is needed:
+programs that may draw at the end start a second faster.
 """
+
+from __future__ import annotations
 
 import bisect
 import functools
@@ -11,13 +14,12 @@ import itertools
 import re
 import unicodedata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.ft2font
-from matplotlib import font_manager
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.text import Text
-from matplotlib.textpath import text_to_path
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.ft2font import FT2Font
+    from matplotlib.text import Text
 
 FONT_PACKAGES = {  # PyPI name -> import name; all fonts OFL-1.1
     "manimgx-fonts": "manimgx_fonts",
@@ -56,6 +58,8 @@ def font_families() -> tuple[str, ...]:
     Raises:
       RuntimeError: this matplotlib cannot shape text.
     """
+    import matplotlib.ft2font
+
     if not hasattr(matplotlib.ft2font, "__libraqm_version__"):
         raise RuntimeError(
             f"matplotlib {matplotlib.__version__} cannot shape Arabic or Indic text; "
@@ -168,6 +172,8 @@ def _packaged_fonts() -> dict[str, Path]:
 
 
 def _on_system(family: str) -> bool:
+    from matplotlib import font_manager
+
     # Weight 400 excludes the variable CJK fonts, whose default form is too thin to read.
     return any(
         entry.name == family and entry.weight == 400 and entry.style == "normal"
@@ -176,15 +182,18 @@ def _on_system(family: str) -> bool:
 
 
 def _register(path: Path) -> str:
-    manager = font_manager.fontManager
+    from matplotlib.font_manager import fontManager as manager
+
     manager.addfont(path)
     return next(entry.name for entry in manager.ttflist if entry.fname == str(path))
 
 
 @functools.cache
-def _fonts() -> tuple[matplotlib.ft2font.FT2Font, ...]:
-    paths = [font_manager.findfont(FontProperties(family=name)) for name in font_families()]
-    return tuple(font_manager.get_font(path) for path in paths)
+def _fonts() -> tuple[FT2Font, ...]:
+    from matplotlib import font_manager
+
+    families = [font_manager.FontProperties(family=name) for name in font_families()]
+    return tuple(font_manager.get_font(font_manager.findfont(family)) for family in families)
 
 
 def _remedy(character_name: str) -> str:
@@ -240,6 +249,9 @@ def _cut(line: str, width: float, size: float) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _unit_width(text: str) -> float:
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
     # Unhinted outlines scale with the size, so one measurement is enough.
     font = FontProperties(family=font_families(), size=1000)
     return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0] / 1000

@@ -1,8 +1,8 @@
 """Continuous batching (Yu et al. 2022): a row whose answer has ended takes the next prompt.
 
-A prompt is prefilled alone or with a few prompts of the same shape. Its cache then moves into a free row of the batch,
-which decodes a few steps at a time. Prompts that begin like that of a row (a question about the same picture) reuse
-the cache of the row until another prompt takes it, also after its answer has ended.
+A prompt is prefilled alone or with a few prompts of the same shape. Its cache then moves into a free row of the batch.
+The batch decodes a few steps at a time. A prompt that begins like the prompt of a row (a question about the same
+picture) reuses the cache of that row, even after the row's answer has ended, until another prompt takes the row.
 """
 
 import itertools
@@ -18,26 +18,28 @@ from pangea_jax.generate.decode import Sampling, until
 from pangea_jax.generate.programs import Programs
 from pangea_jax.generate.prompt import Prompt
 
-# Steps between looks for answers that have ended. With more, rows stay idle for longer.
+# The host looks for ended answers after so many steps. With a larger number rows stay idle for longer.
 STEPS = 16
-# A prefill of this many tokens keeps a device busy; with more, the time per token does not fall.
+# A prefill of this many tokens keeps a device busy. With more tokens the time per token does not fall.
 _PREFILL_TOKENS = 512
-# Most prompts that a shard prefills at once: a prompt is padded to 64 tokens or more.
+# Largest number of prompts that a shard prefills at once, because a prompt is padded to 64 tokens or more.
 AT_ONCE = _PREFILL_TOKENS // 64
-# A prompt reuses a prefix of at least this many tokens, and of at least half of the prompt.
+# A prompt reuses a prefix only if it has at least this many tokens and is at least half of the prompt.
 _LEAST_SHARED = 128
 
 
 class Batch:
     """Rows that decode together. Prompts enter free rows and leave when their answers end.
 
+    It has ten parameters: these are all facts about one call of `Engine.generate` and the engine's own functions.
+
     Args:
-      rows: most answers at once; the device computes `Programs.row_bucket(rows)`.
-      width: padded tokens of the longest prompt.
-      limit, max_new_tokens: most tokens of an answer, and the slots for them.
+      rows: largest number of answers at once; the device computes `Programs.row_bucket(rows)`.
+      width: tokens of the longest prompt after padding.
+      limit, max_new_tokens: largest number of tokens of an answer, and the number of slots for them.
       stop_ids, stop_strings: what ends an answer.
       decode: token ids -> text.
-      shape: prompt -> tokens and tiles that it is padded to on its own.
+      shape: prompt -> tokens and tiles after padding.
       lay: prompts -> their batch on the devices.
 
     Raises:
@@ -80,8 +82,10 @@ class Batch:
         return any(name is not None for name in self._names)
 
     def kinds(self, prompts: Iterable[Prompt]) -> Iterator[tuple]:
-        """A key for each of the next prompts; prompts of equal keys can be prefilled together. It holds the padded
-        tokens and tiles, and the row with the shared prefix and the length of that."""
+        """Yields a key for each of the next prompts. Prompts with equal keys can be prefilled together.
+
+        A key holds the padded tokens and tiles, and if a row has a shared prefix, that row and the prefix's length.
+        """
         first = None
         for prompt in prompts:
             source = self._source(prompt)
@@ -94,7 +98,7 @@ class Batch:
             first = first or prompt
 
     def enter(self, names: Sequence[Any], prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        """Prefills prompts of one kind into free rows; `names` come back with the answers.
+        """Prefills prompts of one kind into free rows. `leave` returns the answers with these `names`.
 
         Raises:
           ValueError: the prompts are wider than the batch.
@@ -116,17 +120,11 @@ class Batch:
         if source is None:
             begun = self._programs.begin(*settings, room=0, max_new_tokens=self._room)
         else:
-            begun = self._programs.follow(
-                self._state,
-                *map(np.int32, source),
-                *settings,
-                width=self._width,
-                max_new_tokens=self._room,
-            )
+            begun = self._programs.follow(self._state, tuple(map(np.int32, source)), *settings)
         self._state = self._programs.insert(self._state, begun, rows)
 
     def _source(self, prompt: Prompt) -> tuple[int, int] | None:
-        """The row with the longest prefix of the prompt, and the length of that in tokens."""
+        """The row that shares the longest prefix with the prompt, and the length of the prefix in tokens."""
         found = [
             (self._from(read[0], prompt, read[1]), -row)
             for row, read in enumerate(self._read)
@@ -136,34 +134,28 @@ class Batch:
         return (-row, shared) if shared else None
 
     def _from(self, read: Prompt, prompt: Prompt, most: int) -> int:
-        """How many of the first `most` tokens `prompt` can reuse from `read`; 0 if they are too few."""
+        """How many of the first `most` tokens of `read` the prompt can reuse; 0 if they are too few."""
         length = len(prompt.tokens)
         shared, pictures = min(read.shared(prompt), most, length - 1), prompt.pictures_end
         if shared < max(pictures, _LEAST_SHARED) or self._shape(prompt)[0] > self._width:
             return 0
         # Rounded, so that more prompts share one length and can be prefilled together.
         shared = max(shared - shared % 64, pictures)
-        # The last slots of the width are for the rest.
+        # The last slots of the width are for the rest of the prompt.
         shared = min(shared, self._width - self._shape(prompt.rest(shared))[0])
         return shared if shared >= max(pictures, _LEAST_SHARED, length / 2) else 0
 
     def advance(self) -> None:
-        """Starts `STEPS` more steps; does not wait for them."""
+        """Starts `STEPS` more steps and does not wait for them."""
         live = np.zeros(self._computed, bool)
         live[: len(self._names)] = [name is not None for name in self._names]
-        self._state = self._programs.advance(
-            self._state,
-            self._programs.place(self._sampling),
-            self._stop_ids,
-            self._limit,
-            live,
-            steps=STEPS,
-        )
+        settings = self._programs.place(self._sampling), self._stop_ids, self._limit
+        self._state = self._programs.advance(self._state, *settings, live, steps=STEPS)
 
     def leave(self) -> Iterator[tuple[Any, str]]:
         """Yields (name, answer) of the rows that have ended and frees these rows."""
         now = self._state
-        # Copies: the next step donates the arrays.
+        # Copied, because the next step donates the arrays.
         tokens, chosen, done = (np.array(x) for x in (now.tokens, now.chosen, now.done))
         for row, name in enumerate(self._names):
             if name is None or not (done[row] or self._ends):
@@ -187,12 +179,14 @@ class StopStrings:
         self._pattern = re.compile("|".join(map(re.escape, texts)))
 
     def cut(self, text: str) -> str:
-        """The text before the first of them."""
+        """The text before the first stop string."""
         return self._pattern.split(text, maxsplit=1)[0]
 
     def surely_in(self, text: str) -> bool:
-        """Whether more text cannot change `cut`: no stop string that begins before the first complete one can still
-        become complete."""
+        """Whether `cut` stays the same when the text grows.
+
+        It does if the text has a stop string, and no stop string that begins earlier can still become complete.
+        """
         text = text.rstrip("\ufffd")  # an incomplete character
         found = self._pattern.search(text)
         return found is not None and not any(
@@ -205,8 +199,8 @@ class StopStrings:
 def part_size(kinds: Iterable[tuple], free: int, shards: int) -> int:
     """How many of the next prompts to prefill at once, given their keys (`Batch.kinds`).
 
-    As many equal ones as keep every shard busy, otherwise one for each shard at most: a shape is then compiled for
-    two sizes at most.
+    These are as many equal ones as keep every shard busy, or else at most one per shard. So each shape is compiled for
+    at most two sizes.
     """
     kinds = iter(kinds)
     first = next(kinds)

@@ -17,12 +17,11 @@ class Sampling:
     """How each row chooses its next token. All settings are arrays, so a new value does not recompile.
 
     Attributes:
-      temperature: 0 takes the likeliest token; above, logits are divided by it.
-      top_k: only the k likeliest tokens, and others as likely as the k-th; 0 for all.
-      top_p: only the likeliest tokens that together have this probability (Holtzman et al. 2020),
-        after `top_k`.
-      seed: of the random draws. They do not depend on the rest of the batch, so equal prompts need different
-        seeds for different answers.
+      temperature: 0 takes the likeliest token; otherwise logits are divided by it.
+      top_k: only the k likeliest tokens, and others as likely as the k-th, are drawn; 0 means all.
+      top_p: of these, only the likeliest tokens that together have this probability (Holtzman et al. 2020).
+      seed: seed of the random draws. They do not depend on the rest of the batch, so equal prompts need different seeds
+        to get different answers.
     """
 
     temperature: Float[Array, "B"]
@@ -40,10 +39,10 @@ class Sampling:
         top_k: int | Sequence[int] = 0,
         seed: int | Sequence[int] = 0,
     ) -> "Sampling":
-        """One value for all rows, or one a row.
+        """Takes one value for all rows, or one value per row.
 
         Raises:
-          ValueError: a value out of range, or another number of values than rows.
+          ValueError: a value is out of range, or the number of values is not the number of rows.
         """
         return cls(
             _column("temperature", temperature, rows, np.float32, 0, np.inf, "0 or more"),
@@ -75,12 +74,12 @@ class Decoding:
     """State of a batch that is being decoded. Rows may have begun at different times.
 
     Attributes:
-      tokens: of the answers, at most M a row; the first stop id fills the rest.
-      chosen: number of tokens of each row, at least one; the last is not in the cache yet.
-      done: rows that have ended.
-      lengths: of the prompts.
-      cache: the prompts, and the answers in its last M slots. A step writes the same slot of every row; after the
-        last slot it returns to the first of the M. No row chooses more than M tokens, so none overwrites its own.
+      tokens: tokens of the answers, at most M per row; the first stop id fills the rest.
+      chosen: number of tokens of each row, at least one. The last one is not in the cache yet.
+      done: whether each row has ended.
+      lengths: lengths of the prompts.
+      cache: the prompts, and the answers in the last M slots. A step writes the same slot of every row. After the last
+        slot follows the first of the M. No row chooses more than M tokens, so none overwrites its own.
     """
 
     tokens: Int[Array, "B M"]
@@ -102,9 +101,9 @@ def last_hidden(
 def keep_likely(
     logits: Float[Array, "B V"], top_k: Int[Array, "B"], top_p: Float[Array, "B"]
 ) -> Float[Array, "B V"]:
-    """-inf for all but the likeliest tokens, first by number, then by joint probability.
+    """The logits, with -inf for all but the likeliest tokens: at most `top_k`, then up to the probability `top_p`.
 
-    The likeliest token is always kept, and so are tokens as likely as the last one kept.
+    The likeliest token is always kept. Tokens as likely as the last one kept are kept too.
     """
     V = logits.shape[-1]
     sorted_ = jnp.sort(logits, axis=-1, descending=True)
@@ -114,7 +113,7 @@ def keep_likely(
     probabilities = jax.nn.softmax(sorted_, axis=-1)
     likelier = jnp.cumsum(probabilities, axis=-1) - probabilities
     top_p = top_p[:, None]
-    # Rounding may take the sum of all a little off 1, which must not cut any token.
+    # Rounding may change the sum of all a little from 1. This must not cut any token.
     kept = (likelier < top_p) | (top_p >= 1) | (jnp.arange(V) == 0)
     least = jnp.min(jnp.where(kept, sorted_, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= jnp.maximum(least, kth), logits, -jnp.inf)
@@ -123,7 +122,7 @@ def keep_likely(
 def choose(
     logits: Float[Array, "B V"], sampling: Sampling | None, step: Int[Array, "*B"] | int
 ) -> Int[Array, "B"]:
-    """Each row's next token, its `step`-th; greedy without `sampling`."""
+    """The next token of each row, its `step`-th; the likeliest one without `sampling`."""
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if sampling is None:
         return likeliest
@@ -159,13 +158,15 @@ def begin(
     stop_ids: Int[Array, "Z"],
     sampling: Sampling | None = None,
 ) -> Decoding:
-    """Chooses the first tokens after a prefill; empty rows are done before they begin.
+    """Chooses the first tokens after a prefill. Empty rows are done at once.
+
+    It has eight parameters: the results of a prefill, and what each call of `generate` may set.
 
     Args:
       hidden, lengths: from `last_hidden`.
-      cache: from `Pangea.prefill`; `advance` needs a free slot for every token but the last.
-      max_new_tokens: M, the most tokens of an answer.
-      limit: a smaller number of them, which may change without compiling again.
+      cache: from `Pangea.prefill`. `advance` needs a free slot for every token but the last.
+      max_new_tokens: M, the largest number of tokens of an answer; another value compiles again.
+      limit: a smaller largest number; another value does not compile again.
       stop_ids: a row ends with the first of these.
     """
     token = choose(model.language.logits(hidden), sampling, 0)
@@ -184,7 +185,7 @@ def advance(
     stop_ids: Int[Array, "Z"],
     sampling: Sampling | None = None,
 ) -> Decoding:
-    """At most `steps` more tokens a row, until each has ended or has `limit` of them."""
+    """Adds at most `steps` tokens to each row. A row ends with a stop id or when it has `limit` tokens."""
     decoder, dtype = model.language, model.config.dtype
     M, slots = decoding.tokens.shape[1], decoding.cache.segment_ids.shape[1]
     places = jnp.arange(M)
@@ -196,7 +197,7 @@ def advance(
     def body(carry):
         step, now = carry
         last = jnp.take_along_axis(now.tokens, now.chosen[:, None] - 1, axis=1)
-        # A row that has ended continues with a stop id, which may lie outside the vocabulary.
+        # A row that has ended continues with a stop id, which may be outside the vocabulary.
         last = jnp.clip(last, 0, model.config.language.vocab_size - 1)
         positions = (now.lengths + now.chosen - 1)[:, None]
         x = decoder.embed(last, dtype)
@@ -213,10 +214,10 @@ def advance(
 
 
 def idle(cache: KVCache, max_new_tokens: int, stop_id: int) -> Decoding:
-    """A batch of ended rows, which `insert` fills.
+    """A batch in which all rows have ended; `insert` fills it.
 
     Args:
-      cache: empty, with room for the widest prompt and the new tokens.
+      cache: an empty cache with room for the widest prompt and the new tokens.
     """
     rows, slots = cache.segment_ids.shape
     zeros = jnp.zeros(rows, jnp.int32)
@@ -233,8 +234,8 @@ def insert(decoding: Decoding, begun: Decoding, rows: Int[Array, "A"]) -> Decodi
     """The batch with A of its rows replaced by new ones.
 
     Args:
-      begun: from `begin`, after a prefill without free slots; prompts no wider than the batch's.
-      rows: indices of the rows to replace; an index beyond the batch drops that row of `begun`.
+      begun: from `begin`, after a prefill without free slots. Its prompts are no wider than those of the batch.
+      rows: indices of the rows to replace. An index beyond the batch drops that row of `begun`.
     """
     old, new = decoding.cache, begun.cache
     slots, width = old.segment_ids.shape[1], new.segment_ids.shape[1]
@@ -242,7 +243,7 @@ def insert(decoding: Decoding, begun: Decoding, rows: Int[Array, "A"]) -> Decodi
     def put(into, values):
         return into.at[rows].set(values, mode="drop")
 
-    def put_slots(into, values):  # all others of the row are emptied
+    def put_slots(into, values):  # empties all other slots of the row
         return put(into, jnp.pad(values, ((0, 0), (0, slots - width))))
 
     def put_tokens(into, values, axis):
@@ -251,7 +252,7 @@ def insert(decoding: Decoding, begun: Decoding, rows: Int[Array, "A"]) -> Decodi
             index[axis] = slots
             return tuple(index)
 
-        # A NaN or infinity left by an earlier prompt would survive the masked slots' weight of 0.
+        # A masked slot has weight 0, but a NaN or infinity of an earlier prompt times 0 is NaN.
         into = into.at[places(slice(width, None))].set(0, mode="drop")
         return into.at[places(slice(width))].set(values, mode="drop")
 
@@ -273,20 +274,18 @@ def follow(
     shared: Int[Array, ""],
     tokens: Int[Array, "A T"],
     segment_ids: Int[Array, "A T"],
-    *,
-    width: int,
 ) -> tuple[Float[Array, "A D"], Int[Array, "A"], KVCache]:
     """Prefills prompts that share a prefix with the prompt of a row, from the cache of that row.
 
     Args:
-      row: its first slots hold the first `shared` tokens of its prompt, also after it has ended.
-      tokens, segment_ids: the rest of the A prompts, right-padded text.
-      width: slots of a prompt in the batch; the last T of them are for these tokens.
+      row: the row. Its first slots hold the first `shared` tokens of its prompt, even after it has ended.
+      tokens, segment_ids: the rest of the A prompts, right-padded text. It takes the last T slots of a prompt.
 
     Returns:
-      What `begin` takes: last hidden states, lengths of the whole prompts, and a cache of `width` slots.
+      What `begin` needs: last hidden states, lengths of the whole prompts, and a cache with the slots of a prompt.
     """
     decoder, (A, T) = model.language, tokens.shape
+    width = decoding.cache.segment_ids.shape[1] - decoding.tokens.shape[1]
 
     def of_row(x, axis):
         return jax.lax.dynamic_slice_in_dim(x, row, 1, axis)
@@ -297,7 +296,7 @@ def follow(
     kept = (jnp.arange(width) < shared) & (ids > 0)
 
     def of_tokens(x, axis):
-        # Zeros elsewhere: a NaN of the row would survive the mask.
+        # Zeros elsewhere, for the same reason as in `insert`.
         x = jax.lax.slice_in_dim(of_row(x, x.ndim - 4), 0, width, axis=axis)
         return jnp.where(kept[:, None, None] if axis == -1 else kept[:, None, :, None], x, 0)
 
@@ -319,14 +318,9 @@ def complete(
     max_new_tokens: int,
     stop_ids: Int[Array, "Z"],
     sampling: Sampling | None = None,
-    limit: Int[Array, ""] | int | None = None,
 ) -> Int[Array, "B {max_new_tokens}"]:
-    """All tokens of the answers up to and including a stop id, then `stop_ids[0]`; greedy without `sampling`.
-
-    Args: as for `begin`.
-    """
-    limit = max_new_tokens if limit is None else limit
-    settings = {"limit": limit, "stop_ids": stop_ids, "sampling": sampling}
+    """The tokens of the answers up to and including a stop id, then `stop_ids[0]`; arguments as for `begin`."""
+    settings = {"limit": max_new_tokens, "stop_ids": stop_ids, "sampling": sampling}
     begun = begin(model, hidden, lengths, cache, max_new_tokens=max_new_tokens, **settings)
     return advance(model, begun, steps=max_new_tokens - 1, **settings).tokens
 

@@ -9,16 +9,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Int
 
 from pangea_jax import sharding
-from pangea_jax.batch import Batch
 from pangea_jax.generate import decode, likelihood
-from pangea_jax.generate.decode import Decoding, Sampling
+from pangea_jax.generate.decode import Decoding
 from pangea_jax.model import KVCache, Pangea
 
-# Of keys [L, B, K, C, S] and values [L, B, K, S, C]: rows over the data axes as in any batch, key heads over
-# "tensor" like their kernels.
+# For keys [L, B, K, C, S] and values [L, B, K, S, C]: rows over the data axes as in any batch, key heads over "tensor"
+# like their kernels.
 CACHE_SPEC = P(None, *sharding.BATCH_SPEC, "tensor", None, None)
 
 
@@ -26,7 +25,7 @@ class Programs:
     """A model's parameters and the programs on them. Each shape is compiled once.
 
     Args:
-      mesh: devices that the parameters lie on (`pangea_jax.sharding`); None for one device.
+      mesh: the devices of the parameters (`pangea_jax.sharding`); None for one device.
 
     Attributes:
       forward: batch -> float32 logits [B, T, V].
@@ -56,7 +55,7 @@ class Programs:
         new = "max_new_tokens"
         self.forward = program(lambda model, batch: model(batch), whole)
         self.begin = program(_begin, decoding, static_argnames=("room", new))
-        self.follow = program(_follow, decoding, static_argnames=("width", new))
+        self.follow = program(_follow, decoding)
         self.advance = program(_advance, decoding, static_argnames="steps", donate_argnums=1)
         self.idle = program(_idle, decoding, static_argnums=(1, 2, 3))
         self._insert = program(_insert, decoding, donate_argnums=1)
@@ -68,13 +67,13 @@ class Programs:
         return sharding.row_shards(self.mesh)
 
     def insert(self, decoding: Decoding, begun: Decoding, rows: Int[np.ndarray, "A"]) -> Decoding:
-        """`decode.insert`, which donates `decoding`. Rows of `begun` beyond A are dropped."""
+        """`decode.insert`; it donates `decoding` and drops the rows of `begun` beyond A."""
         beyond = len(decoding.done)
         missing = len(begun.done) - len(rows)
         return self._insert(decoding, begun, np.pad(rows, (0, missing), constant_values=beyond))
 
     def place(self, tree):
-        """Arrays with a leading row axis, padded with zeros to `row_bucket` rows and placed on the mesh."""
+        """Pads arrays with a leading row axis with zeros to `row_bucket` rows and places them on the mesh."""
 
         def place(x):
             x = np.pad(x, [(0, self.row_bucket(len(x)) - len(x))] + [(0, 0)] * (x.ndim - 1))
@@ -86,76 +85,50 @@ class Programs:
         return jax.tree.map(place, tree)
 
     def row_bucket(self, rows: int) -> int:
-        """The rows padded so that every shard has 1, 2, 4 or a multiple of 8."""
+        """The number of rows after padding: every shard has 1, 2, 4 or a multiple of 8."""
         each = -(-rows // self.shards)
         each = 1 << (each - 1).bit_length() if each <= 8 else each + -each % 8
         return each * self.shards
 
 
 def _output_shardings(mesh: Mesh | None):
-    """Replicated, since every host reads it; and a `Decoding` with the cache split over the mesh."""
+    """Shardings of outputs that every host reads (replicated), and of a `Decoding` (only its cache is split)."""
     if mesh is None:
         return None, None
     whole, cache = NamedSharding(mesh, P()), NamedSharding(mesh, CACHE_SPEC)
     return whole, Decoding(whole, whole, whole, whole, KVCache(cache, cache, whole, whole, whole))
 
 
-def _idle(model: Pangea, rows: int, width: int, max_new_tokens: int, stop_id) -> Decoding:
+# What follows is compiled by `Programs`; the shapes are those of `decode`.
+
+
+def _idle(model, rows, width, max_new_tokens, stop_id):
     cache = model.language.empty_cache(rows, width + max_new_tokens, model.config.dtype)
     return decode.idle(cache, max_new_tokens, stop_id)
 
 
-def _insert(_, decoding: Decoding, begun: Decoding, rows: Int[Array, "A"]) -> Decoding:
+def _insert(_, decoding, begun, rows):
     return decode.insert(decoding, begun, rows)
 
 
-def _begin(
-    model: Pangea,
-    batch: Batch,
-    sampling: Sampling,
-    stop_ids: Int[Array, "Z"],
-    limit: Int[Array, ""],
-    *,
-    room: int,
-    max_new_tokens: int,
-) -> Decoding:
-    """Prefill and first tokens; the cache has `room` free slots."""
+def _begin(model, batch, sampling, stop_ids, limit, *, room, max_new_tokens):
+    """Prefills and chooses the first tokens; the cache has `room` free slots."""
     hidden, cache = model.prefill(batch, batch.tokens.shape[1] + room)
     last, lengths = decode.last_hidden(hidden, jnp.asarray(batch.segment_ids))
     settings = {"max_new_tokens": max_new_tokens, "limit": limit, "stop_ids": stop_ids}
     return decode.begin(model, last, lengths, cache, sampling=sampling, **settings)
 
 
-def _follow(
-    model: Pangea,
-    decoding: Decoding,
-    row: Int[Array, ""],
-    shared: Int[Array, ""],
-    batch: Batch,
-    sampling: Sampling,
-    stop_ids: Int[Array, "Z"],
-    limit: Int[Array, ""],
-    *,
-    width: int,
-    max_new_tokens: int,
-) -> Decoding:
-    rest = batch.tokens, batch.segment_ids
-    start = decode.follow(model, decoding, row, shared, *rest, width=width)
-    settings = {"max_new_tokens": max_new_tokens, "limit": limit, "stop_ids": stop_ids}
+def _follow(model, decoding, source, batch, sampling, stop_ids, limit):
+    """`source`: the row with the shared prefix, and the number of its tokens."""
+    start = decode.follow(model, decoding, *source, batch.tokens, batch.segment_ids)
+    new = decoding.tokens.shape[1]
+    settings = {"max_new_tokens": new, "limit": limit, "stop_ids": stop_ids}
     return decode.begin(model, *start, sampling=sampling, **settings)
 
 
-def _advance(
-    model: Pangea,
-    decoding: Decoding,
-    sampling: Sampling,
-    stop_ids: Int[Array, "Z"],
-    limit: Int[Array, ""],
-    live: Bool[Array, "B"],
-    *,
-    steps: int,
-) -> Decoding:
-    """`decode.advance`; rows that are not `live` have ended for the host, perhaps not for the device."""
+def _advance(model, decoding, sampling, stop_ids, limit, live, *, steps):
+    """`decode.advance`. Rows that are not `live` have ended for the host, even if the device does not know it yet."""
     decoding = decoding.replace(done=decoding.done | ~live)
     settings = {"steps": steps, "limit": limit, "stop_ids": stop_ids}
     return decode.advance(model, decoding, sampling=sampling, **settings)

@@ -1,4 +1,4 @@
-"""A prompt as the model reads it, and what two of them have in common."""
+"""A prompt as the model reads it, and the prefix that two prompts share."""
 
 import dataclasses
 import functools
@@ -15,12 +15,12 @@ class Prompt(Example):
 
     @functools.cached_property
     def digest(self) -> bytes:
-        """Of the tiles, for comparing them with those of many others."""
+        """A hash of the tiles, to compare them with those of many other prompts."""
         return hashlib.sha256(np.ascontiguousarray(self.tiles)).digest()
 
     @property
     def pictures_end(self) -> int:
-        """Tokens up to the last one of a picture; 0 of text alone."""
+        """Number of tokens up to the last one of a picture; 0 without pictures."""
         pictures = np.flatnonzero(self.image_index >= 0)
         return int(pictures[-1]) + 1 if len(pictures) else 0
 
@@ -29,7 +29,7 @@ class Prompt(Example):
         return Prompt(self.tokens[start:], self.image_index[start:], self.tiles[:0])
 
     def shared(self, other: "Prompt") -> int:
-        """How many first tokens both have, pictures and all."""
+        """Length of the common prefix in tokens; equal tokens of different pictures do not count."""
         length = min(len(self.tokens), len(other.tokens))
         differs = self.tokens[:length] != other.tokens[:length]
         differs |= self.image_index[:length] != other.image_index[:length]

@@ -1,9 +1,8 @@
 """Flax NNX modules: parameters and arithmetic, nothing else.
 
-One legend of dimension letters, in shapes, einsums and parameter names alike:
-B batch, T tokens, N tiles, P patches, D model width (E that of the tower where both meet), H heads,
-K kv heads, G query heads per kv head, C channels per head, F ffn, V vocabulary, L layers,
-S keys or cache slots; of adapters R rank, I inputs, O outputs.
+Shapes, einsums and parameter names use the same letters: B batch, T tokens, N tiles, P patches, D model width, E width
+of the tower (where both occur), H heads, K kv heads, G query heads per kv head, C channels per head, F ffn, V
+vocabulary, L layers, S keys or cache slots. In adapters: R rank, I inputs, O outputs.
 """
 
 from pangea_jax.model.attention import AttentionImpl

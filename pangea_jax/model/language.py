@@ -34,7 +34,7 @@ class LanguageConfig:
     """Sizes of the decoder; the defaults are Qwen/Qwen2-7B-Instruct.
 
     `final_norm_scale` is the initial scale of the final norm. The first logits of a narrow model with a tied head are
-    too flat to learn from quickly: 4 there, 1 everywhere else.
+    too flat to learn from quickly, so such a model uses 4; all others use 1.
     """
 
     vocab_size: int = 152064
@@ -68,11 +68,12 @@ class LanguageConfig:
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of all tokens so far, one slot a token. The layers are stacked, or a tuple of one array a layer,
-    like the decoder's blocks. Rows are axis -4 of both; slots are the last axis of keys and the last but one of
-    values, as `attention._mix` multiplies them.
+    """Keys and values of all tokens so far, one slot per token.
 
-    All rows fill the same slots. `segment_ids` 0 marks empty slots and padding; `positions` orders the rest.
+    The layers are stacked, or a tuple with one array per layer, like the decoder's blocks. Rows are axis -4 of both.
+    Slots are the last axis of keys and the last but one of values, as `attention._mix` multiplies them.
+
+    All rows fill the same slots. `segment_ids` 0 marks empty slots and padding; `positions` orders the others.
     """
 
     k: Float[Array, "L B K C S"] | tuple[Float[Array, "B K C S"], ...]
@@ -82,8 +83,8 @@ class KVCache:
     length: Int[Array, ""]  # slots in use
 
     def map(self, function, *others: "KVCache"):
-        """New keys and values: `function(x, *others, axis)` for each array, the same array of other caches, and the
-        axis of the slots."""
+        """New keys and values: `function(x, *y, axis)` of each array x, the same arrays y of `others`, and x's slot
+        axis."""
         caches = (self, *others)
         k = jax.tree.map(lambda *x: function(*x, -1), *(cache.k for cache in caches))
         v = jax.tree.map(lambda *x: function(*x, -2), *(cache.v for cache in caches))
@@ -97,7 +98,7 @@ class KVCache:
 
 
 def _written(cache, new, layer, at):
-    """A cache's keys or values with `new` ones of the same layout written at `at`, an index of four axes."""
+    """Keys or values of a cache after `new` ones of the same layout are written at `at`, an index of four axes."""
     if isinstance(cache, tuple):
         here = jax.lax.dynamic_update_slice(cache[layer], new.astype(cache[layer].dtype), at)
         return (*cache[:layer], here, *cache[layer + 1 :])
@@ -117,8 +118,8 @@ def rope_angles(
     inverse_frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
     angles = positions[..., None].astype(jnp.float32) * inverse_frequency
     angles = jnp.cos(angles), jnp.sin(angles)
-    # Without the barrier XLA's CPU backend computes the angles again for every head of every unrolled layer. For a
-    # single token that is cheaper than the barrier.
+    # Without the barrier XLA's CPU backend computes the angles again for every head of every unrolled layer. Only for a
+    # single token is that cheaper than the barrier.
     return angles if positions.shape[1] == 1 else jax.lax.optimization_barrier(angles)
 
 
@@ -150,15 +151,8 @@ class DecoderBlock(nnx.Module):
         self.gate_kernel_df = normal(rngs, (D, F), D**-0.5, dtype)
         self.up_kernel_df = normal(rngs, (D, F), D**-0.5, dtype)
         self.down_kernel_fd = normal(rngs, (F, D), F**-0.5 * depth_scale, dtype)
-        sizes = {
-            "q": (D, H * C),
-            "k": (D, K * C),
-            "v": (D, K * C),
-            "o": (H * C, D),
-            "gate": (D, F),
-            "up": (D, F),
-            "down": (F, D),
-        }
+        sizes = {"q": (D, H * C), "k": (D, K * C), "v": (D, K * C), "o": (H * C, D)}
+        sizes |= {"gate": (D, F), "up": (D, F), "down": (F, D)}
         for target, (inputs, outputs) in sizes.items():
             lora = adapter(config.lora, target, inputs, outputs, rngs, dtype)
             setattr(self, f"{target}_lora", lora)
@@ -194,8 +188,8 @@ def _scores_fwd(hidden, head, axes):
 
 
 def _scores_bwd(axes, kept, cotangent):
-    """In the type of the hidden states: with a float32 cotangent the products would be in float32, several times
-    slower on an accelerator."""
+    """In the dtype of the hidden states: products with a float32 cotangent are several times slower on an
+    accelerator."""
     _, pull = jax.vjp(lambda *both: jnp.einsum(f"...D,{axes}->...V", *both), *kept)
     return pull(cotangent.astype(kept[0].dtype))
 
@@ -216,14 +210,13 @@ class Decoder(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
         words = jnp.take(self.embedding_vd[...], tokens, axis=0).astype(dtype)
-        # Every device looks up its columns of all words, which then move to the rows' devices. By itself XLA gathers
-        # the table and its gradient on every device: 2 GiB each.
+        # Every device looks up its columns of all words. The columns then move to the devices of the rows. Without this
+        # XLA gathers the table and its gradient on every device: 2 GiB each.
         words = constrain(words, P(BATCH_SPEC[0][0], None, BATCH_SPEC[0][1]))
         return constrain(words, BATCH_SPEC)
 
     def head(self, dtype) -> Float[Array, "..."]:
-        """The output head in `dtype`, gathered over all axes but `tensor`: [D, V], or [V, D] if it is the
-        embedding."""
+        """The output head in `dtype`, gathered over all axes but `tensor`: [D, V], or [V, D] if it is the embedding."""
         if self.head_kernel_dv is None:
             return constrain(self.embedding_vd[...].astype(dtype), P("tensor", None))
         return constrain(self.head_kernel_dv[...].astype(dtype), P(None, "tensor"))
@@ -231,7 +224,7 @@ class Decoder(nnx.Module):
     def logits(
         self, hidden: Float[Array, "... D"], head: Float[Array, "..."] | None = None
     ) -> Float[Array, "... V"]:
-        """float32 scores of the next token; `head` is `self.head(hidden.dtype)` if that exists already."""
+        """float32 scores of the next token. `head`: `self.head(hidden.dtype)`, if the caller has it already."""
         head = self.head(hidden.dtype) if head is None else head
         return _scores(hidden, head, "VD" if self.head_kernel_dv is None else "DV")
 
@@ -244,9 +237,7 @@ class Decoder(nnx.Module):
         keep: str = "all",
         impl: AttentionImpl | str = "auto",
     ) -> Float[Array, "B T D"]:
-        """Hidden states after the final norm; training and scoring (no cache).
-
-        `keep`: what a block keeps for the backward pass, a key of `layers.KEEP`."""
+        """Hidden states after the final norm, for training and scoring (no cache); `keep`: a key of `layers.KEEP`."""
         cos, sin = rope_angles(positions, self.config.head_width, self.config.rope_theta)
 
         def body(x, block, _layer):
@@ -266,7 +257,7 @@ class Decoder(nnx.Module):
         return constrain(self.final_norm(x), BATCH_SPEC)
 
     def empty_cache(self, batch: int, slots: int, dtype) -> KVCache:
-        """Room for `slots` tokens a row."""
+        """A cache with room for `slots` tokens in each row."""
         c = self.config
         rows = batch, c.kv_heads
         shapes = (*rows, c.head_width, slots), (*rows, slots, c.head_width)
@@ -290,8 +281,8 @@ class Decoder(nnx.Module):
         """Reads T tokens after those in the cache: the prefill (T = prompt) and every step (T = 1).
 
         Args:
-          first: the cache is empty, so the tokens see only one another and any `impl` works. Otherwise they also see
-            the cache, and plain JAX mixes the values.
+          first: the cache is empty, so the tokens see only each other, and `impl` says which code mixes the values.
+            Otherwise they also see the cache, and plain JAX mixes the values.
         """
         cos, sin = rope_angles(positions, self.config.head_width, self.config.rope_theta)
         start = (0, cache.length)
@@ -319,6 +310,8 @@ class Decoder(nnx.Module):
         return self.final_norm(x), cache
 
     def unstack(self) -> None:
-        """Gives every layer its own arrays, for decoding on a CPU: there a loop over stacked layers copies the weights
-        and the cache of a layer before it uses them."""
+        """Gives every layer its own arrays, for decoding on a CPU.
+
+        There a loop over stacked layers copies the weights and the cache of a layer before it uses them.
+        """
         self.blocks = unstack_blocks(self.blocks)

@@ -1,4 +1,4 @@
-"""Small pieces that the vision tower and the decoder share."""
+"""Layers and functions that the vision tower and the decoder share."""
 
 import math
 
@@ -9,9 +9,9 @@ from jaxtyping import Array, Float
 
 from pangea_jax.model.lora import Lora
 
-# What a block's forward pass keeps for the backward pass, by the name that `keep=` takes: values marked with
-# `checkpoint_name`, or every value (None). The rest is computed again; under "products" that includes no matrix
-# product. Memory grows from top to bottom, except that "offload" keeps the values of "qkv" in the host's memory.
+# Values of `keep=`, and what each keeps of a block's forward pass for the backward pass: the values with these
+# `checkpoint_name`s, or every value (None). The backward pass computes the rest again; under "products" the rest has no
+# matrix product. Each line needs more memory than the one before, but "offload" uses the host's memory.
 KEEP = {
     "none": (),
     "attention": ("attention",),
@@ -36,7 +36,7 @@ def ones(shape: tuple[int, ...], dtype) -> nnx.Param:
 
 
 def stack_blocks(block, num_layers: int, rngs: nnx.Rngs):
-    """`num_layers` independently initialised copies of `block(rngs)`, every parameter with a leading L.
+    """`num_layers` copies of `block(rngs)`, each initialised on its own; every parameter gets a leading axis L.
 
     The layers run as one `jax.lax.scan`, so program size and compile time do not depend on the depth.
     """
@@ -45,7 +45,7 @@ def stack_blocks(block, num_layers: int, rngs: nnx.Rngs):
 
 
 def unstack_blocks(blocks) -> nnx.List:
-    """Stacked blocks as a list; each stacked parameter is freed as soon as it is split."""
+    """Stacked blocks as a list. Each stacked parameter is freed as soon as it is split."""
     graphdef, state = nnx.split(blocks)
     state = nnx.to_flat_state(state)
     layers: list[list] = [[] for _ in range(len(state[0][1].get_value()))]
@@ -60,7 +60,7 @@ def unstack_blocks(blocks) -> nnx.List:
 
 
 def run_blocks(body, carry, blocks, *, unroll: int = 1):
-    """`carry = body(carry, block, layer)` through all blocks, stacked or unstacked."""
+    """Runs `carry = body(carry, block, layer)` for all blocks, stacked or unstacked, and returns the last carry."""
     if isinstance(blocks, nnx.List):
         for layer, block in enumerate(blocks):
             carry = body(carry, block, layer)
@@ -74,7 +74,7 @@ def run_blocks(body, carry, blocks, *, unroll: int = 1):
 
 
 def checkpoint(body, keep: str):
-    """`body`, the code of a block, with recomputation: `keep`, a key of `KEEP`, names what is not recomputed.
+    """`body`, the code of a block, which then keeps only what `keep` (a key of `KEEP`) says and recomputes the rest.
 
     Raises:
       ValueError: an unknown `keep`.
@@ -93,15 +93,15 @@ def checkpoint(body, keep: str):
         )
     else:
         policy = jax.checkpoint_policies.save_only_these_names(*names)
-    # Forward and backward pass are two loops, and XLA does not merge across loops: no guard is needed.
+    # Forward and backward pass are two loops. XLA does not merge across loops, so `prevent_cse` is not needed.
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
 def _in_turn(x: Array, kernel: Array) -> tuple[Array, Array]:
-    """Returns both unchanged; on a CPU the kernel is not used before x is computed.
+    """Returns both unchanged. On a CPU the kernel is not used before x is computed.
 
-    XLA's CPU backend multiplies bfloat16 in float32. Without the barrier it widens the kernels of all layers before
-    the first product, which takes twice the model's size in memory.
+    XLA's CPU backend multiplies bfloat16 in float32. Without the barrier it widens the kernels of all layers before the
+    first product, which takes twice the model's size in memory.
     """
     if x.dtype == jnp.float32:
         return x, kernel
@@ -118,17 +118,16 @@ def linear(
     inputs: int = 1,
     lora: Lora | None = None,
 ) -> Float[Array, "..."]:
-    """Contracts the last `inputs` axes of x with as many leading axes of the kernel, in x's dtype; an
-    adapter's product is added.
+    """Contracts the last `inputs` axes of x with the first `inputs` axes of the kernel, in x's dtype.
 
-    Written as one matrix product: XLA's CPU backend runs a product with more free axes about three
-    times slower; for an accelerator the two are the same.
+    The adapter's product and the bias are added. It is written as one matrix product, because XLA's CPU backend runs a
+    product with more free axes about three times slower. On an accelerator both are equally fast.
     """
     x, kernel = _in_turn(x, kernel[...].astype(x.dtype))
     contracted, features = kernel.shape[:inputs], kernel.shape[inputs:]
     width = math.prod(contracted)
     rows = x.shape[: x.ndim - inputs]
-    # No -1: it cannot be inferred for an array without rows (text without tiles).
+    # Not -1, which cannot be inferred for an array without rows (text without tiles).
     x = x.reshape(math.prod(rows), width)
     y = x @ kernel.reshape(width, math.prod(features))
     if lora is not None:
@@ -138,12 +137,12 @@ def linear(
 
 
 def _rows(x: Array) -> Array:
-    """[..., D] to float32 [rows, D]: XLA's CPU backend is ten times slower on sums over [1, T, D]."""
+    """[..., D] to float32 [rows, D], because XLA's CPU backend is ten times slower on sums over [1, T, D]."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(jnp.float32)
 
 
 class LayerNorm(nnx.Module):
-    """LayerNorm over the last axis, statistics in float32."""
+    """LayerNorm over the last axis, computed in float32."""
 
     def __init__(self, width: int, eps: float, dtype):
         self.scale = ones((width,), dtype)
@@ -158,7 +157,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, statistics in float32."""
+    """Root-mean-square norm over the last axis, computed in float32."""
 
     def __init__(self, width: int, eps: float, dtype, *, scale: float = 1.0):
         self.scale = nnx.Param(jnp.full((width,), scale, dtype))

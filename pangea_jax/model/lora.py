@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al. 2021): the product of two thin matrices trains beside a frozen kernel W.
 
-A layer computes x W + (alpha / rank) (x A) B. A starts random and B zero, so training starts from
-the pretrained model. At the end both can be merged into W, which gives an ordinary checkpoint.
+A layer computes x W + (alpha / rank) (x A) B. A starts random and B starts at zero, so training starts from the
+pretrained model. At the end both can be merged into W, which gives an ordinary checkpoint.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-# For `config.frozen`: everything but the adapters.
+# Patterns for `config.frozen` that match all parameters except the adapters.
 FROZEN = (r"(vision|projector)\..*", r"newline_d", r"language\.(?!.*_lora\.).*")
 _A, _B = "_lora.a_ir", "_lora.b_ro"
 
@@ -23,9 +23,9 @@ class LoraConfig:
     """Adapters of the decoder's blocks.
 
     Attributes:
-      rank: inner width R of every adapter; 0: none.
-      alpha: the product is scaled by alpha / rank, so the same learning rate suits other ranks.
-      targets: kernels with an adapter, of `TARGETS`.
+      rank: inner width R of every adapter; 0 means no adapters.
+      alpha: the product is multiplied by alpha / rank, so the same learning rate suits other ranks.
+      targets: which of `TARGETS` have an adapter.
     """
 
     rank: int = 0
@@ -43,7 +43,7 @@ class LoraConfig:
 
 
 class Lora(nnx.Module):
-    """The adapter of one kernel, inputs and outputs flattened to one axis each."""
+    """The adapter of one kernel. Inputs and outputs are one axis each."""
 
     def __init__(self, config: LoraConfig, inputs: int, outputs: int, rngs: nnx.Rngs, dtype):
         a = inputs**-0.5 * jax.random.normal(rngs.params(), (inputs, config.rank), dtype)
@@ -66,7 +66,7 @@ def adapter(
 
 
 def merge(params: Mapping[str, Array], config: LoraConfig) -> dict[str, Array]:
-    """Parameters by name without adapters; each adapter is added to its kernel, in the kernel's type."""
+    """The parameters without adapters: each adapter is added to its kernel, in the kernel's dtype."""
     merged = {name: value for name, value in params.items() if "_lora." not in name}
     for name in params:
         if not name.endswith(_A):
@@ -80,7 +80,7 @@ def merge(params: Mapping[str, Array], config: LoraConfig) -> dict[str, Array]:
 
 @jax.jit
 def _add(kernel, a, b, scale):
-    """The merged kernel of stacked layers; the sum is computed in float32, then rounded."""
+    """The merged kernel of stacked layers. The sum is computed in float32 and then rounded."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST).reshape(kernel.shape)
     return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)

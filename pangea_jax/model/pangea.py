@@ -21,9 +21,10 @@ PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 class PangeaConfig:
     """The whole model; the defaults are Pangea-7B.
 
-    `pinpoints` are the any-resolution canvases as (width, height); with none, every picture is one view.
-    `newline` is off for LLaVA-1.5, which has no such vector (and no pinpoints).
-    `dtype` is that of activations and frozen parameters; parameters that train have their own.
+    Attributes:
+      pinpoints: the any-resolution canvases as (width, height). Without any, every picture is one tile.
+      newline: False for LLaVA-1.5, which has no newline vector and no pinpoints.
+      dtype: of activations and frozen parameters. Parameters that train have their own.
     """
 
     vision: VisionConfig = VisionConfig()
@@ -34,7 +35,7 @@ class PangeaConfig:
 
 
 class Projector(nnx.Module):
-    """LLaVA's `mlp2x_gelu`: two linear layers with the exact (erf) GELU between."""
+    """LLaVA's `mlp2x_gelu`: two linear layers with the exact (erf) GELU between them."""
 
     def __init__(self, vision_width: int, width: int, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.in_kernel_ed = normal(rngs, (vision_width, width), vision_width**-0.5, dtype)
@@ -50,9 +51,9 @@ class Projector(nnx.Module):
 class Pangea(nnx.Module):
     """Pictures and text to hidden states and logits.
 
-    Where each picture feature goes is decided on the host (`pangea_jax.anyres`) and arrives as
-    `image_index`, int32 per token: -1 a word, 0 the newline vector, 1 + n * P + p patch p of tile n
-    of the same row. The device does one gather: static shapes, no scatter, exact LLaVA order.
+    The host decides where each picture feature goes (`pangea_jax.anyres`). The decision is `image_index`, int32 per
+    token: -1 for a word, 0 for the newline vector, 1 + n * P + p for patch p of tile n of the same row. The device does
+    one gather: static shapes, no scatter, exact LLaVA order.
     """
 
     def __init__(self, config: PangeaConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
@@ -83,13 +84,19 @@ class Pangea(nnx.Module):
         features = constrain(features.astype(self.config.dtype), BATCH_SPEC)
         projected = self.projector(features).reshape(B, N * P, self.config.language.width)
         projected = constrain(projected, BATCH_SPEC)
-        # Without a newline vector index 0 is never used, but keeps its place.
+        # A model without newline vector never uses index 0, but keeps its place.
         newline = jnp.zeros(()) if self.newline_d is None else self.newline_d[...]
         newline = jnp.broadcast_to(newline.astype(projected.dtype), (B, 1, projected.shape[-1]))
         table = jnp.concatenate([newline, projected], axis=1)
         picture = jnp.take_along_axis(table, jnp.maximum(image_index, 0)[..., None], axis=1)
         words = self.language.embed(tokens, projected.dtype)
         return jnp.where((image_index >= 0)[..., None], picture, words)
+
+    def _inputs(self, batch: Batch, keep: str = "all") -> Float[Array, "B T D"]:
+        features = batch.features
+        if features is None:
+            features = self.encode(batch.tiles, keep=keep)
+        return self.embed(batch.tokens, batch.image_index, features)
 
     def hidden(
         self,
@@ -104,22 +111,18 @@ class Pangea(nnx.Module):
           keep: what a block keeps for the backward pass, a key of `layers.KEEP`.
           impl: the decoder's attention.
         """
-        features = batch.features
-        if features is None:
-            features = self.encode(batch.tiles, keep=keep)
-        x = self.embed(batch.tokens, batch.image_index, features)
+        x = self._inputs(batch, keep)
         return self.language(x, batch.positions, batch.segment_ids, keep=keep, impl=impl)
 
     def __call__(self, batch: Batch, **kwargs) -> Float[Array, "B T V"]:
-        """float32 logits at every position; for checking and scoring, not for training."""
+        """float32 logits at every position, for checks and scoring, not for training."""
         return self.language.logits(self.hidden(batch, **kwargs))
 
     def prefill(
         self, batch: Batch, slots: int, *, impl: AttentionImpl | str = "auto"
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Reads the prompts into a fresh cache of `slots` >= T."""
-        features = self.encode(batch.tiles) if batch.features is None else batch.features
-        x = self.embed(batch.tokens, batch.image_index, features)
+        """Reads the prompts into a new cache of `slots` >= T."""
+        x = self._inputs(batch)
         cache = self.language.empty_cache(len(x), slots, x.dtype)
         return self.language.extend(
             x, batch.positions, batch.segment_ids, cache, first=True, impl=impl

@@ -1,7 +1,6 @@
 """A module's parameters as one flat dict, `{"language.blocks.q_kernel_dhc": array, ...}`, and back.
 
-Everything that asks which parameter is which (sharding, freezing, learning rates, checkpoints) matches
-patterns on these names.
+Sharding, freezing, learning rates and checkpoints match patterns on these names.
 """
 
 import re
@@ -19,7 +18,7 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Array]]:
 
 
 def merge(graphdef: nnx.GraphDef, params: Mapping[str, Array]) -> nnx.Module:
-    """The inverse of `split`; parameters may be tracers, shapes or shardings as well."""
+    """The inverse of `split`. Parameters may also be tracers, shapes or shardings."""
     return nnx.merge(graphdef, unflatten(params))
 
 
@@ -47,7 +46,7 @@ def select(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
     """The names that fully match one of the regular expressions.
 
     Raises:
-      ValueError: a pattern that matches no name, surely a typing error.
+      ValueError: a pattern matches no name, so it is a typing error.
     """
     names, chosen = list(names), set()
     for pattern in patterns:

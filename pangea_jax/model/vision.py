@@ -21,8 +21,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class VisionConfig:
     """Sizes of the tower; the defaults are openai/clip-vit-large-patch14-336.
 
-    `feature_layer` counts as in transformers' `vision_feature_layer`: -1 is the output of the last
-    block, -2 (LLaVA) of the one before it.
+    `feature_layer` counts as transformers' `vision_feature_layer` does: -1 is the output of the last block, -2 (LLaVA)
+    is the output of the block before it.
     """
 
     image_size: int = 336
@@ -65,7 +65,7 @@ class VisionConfig:
 def normalize(tiles: UInt8[Array, "... H W 3"], dtype=jnp.float32) -> Float[Array, "... H W 3"]:
     """uint8 pixels to CLIP's input: scaled to [0, 1], then standardised per channel.
 
-    Done on the device: a byte a channel crosses the bus instead of four.
+    The device does this, so one byte per channel crosses the bus instead of four.
     """
     x = tiles.astype(jnp.float32) * (1 / 255)
     return ((x - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)).astype(dtype)
@@ -104,8 +104,8 @@ class VisionBlock(nnx.Module):
         q = checkpoint_name(linear(y, self.q_kernel_dhc, self.q_bias_hc), "q")
         k = checkpoint_name(linear(y, self.k_kernel_dhc, self.k_bias_hc), "k")
         v = checkpoint_name(linear(y, self.v_kernel_dhc, self.v_bias_hc), "v")
-        # There is no mask, so a kernel would skip nothing, and it would pad 577 tokens to 640. The logits of one tile
-        # fit in memory. cuDNN's kernel needs an even number of tokens.
+        # Plain JAX: there is no mask, so a kernel would skip nothing, but it would pad 577 tokens to 640. The logits of
+        # one tile fit in memory. cuDNN's kernel needs an even number of tokens.
         mixed = attention(q, k, v, impl="xla")
         y = linear(mixed, self.o_kernel_hcd, self.o_bias_d, inputs=2)
         x = x + checkpoint_name(y, "o")
@@ -115,10 +115,10 @@ class VisionBlock(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """CLIP ViT up to `config.feature_layer`; class token in, patch features out.
+    """CLIP ViT up to `config.feature_layer`, with a class token; returns the patch features only.
 
-    Blocks behind the feature layer and CLIP's final norm do not touch the features. They are kept
-    (`tail_blocks`, `post_norm`) because the public checkpoints hold them and must come back whole.
+    The blocks after the feature layer (`tail_blocks`) and CLIP's final norm (`post_norm`) do not change the features.
+    They are here because public checkpoints hold them, and what we write must hold them too.
     """
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
@@ -140,9 +140,7 @@ class VisionTower(nnx.Module):
     def __call__(
         self, tiles: Float[Array, "N H W 3"], *, keep: str = "all"
     ) -> Float[Array, "N P D"]:
-        """Features of normalised tiles, one per patch in row-major order.
-
-        `keep`: what a block keeps for the backward pass, a key of `layers.KEEP`."""
+        """Features of normalised tiles, one per patch in row-major order; `keep`: a key of `layers.KEEP`."""
         p = self.config.patch_size
         x = jax.lax.conv_general_dilated(
             tiles,
@@ -158,7 +156,7 @@ class VisionTower(nnx.Module):
         x = jnp.concatenate([cls, x], axis=1) + self.position_embedding_sd[...].astype(x.dtype)
         x = self.pre_norm(constrain(x, BATCH_SPEC))
 
-        # By itself XLA splits the channels like the kernels and runs all tiles on every device.
+        # Without `constrain` XLA splits the channels like the kernels and runs all tiles on every device.
         def body(x, block):
             return block(constrain(x, BATCH_SPEC)), None
 

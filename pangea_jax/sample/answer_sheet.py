@@ -1,14 +1,13 @@
 """A sheet of pictures, each with the question, the model's answer and the true answer."""
 
+from __future__ import annotations
+
 import math
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import UInt8
-from matplotlib.figure import Figure
 
 from pangea_jax import languages
 from pangea_jax.figures import style as fig
@@ -20,6 +19,10 @@ from pangea_jax.figures.text_render import (
     text_width,
     visible,
 )
+from pangea_jax.sample.scores import AnswerExample
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = 4
 CARD_WIDTH, CARD_HEIGHT = 226.0, 88.0  # points
@@ -27,29 +30,6 @@ PICTURE = 68.0
 MARGIN, HEADER = 14.0, 42.0
 TEXT_LEFT = PICTURE + 9.0
 ANSWER_LEFT = TEXT_LEFT + 13.0
-
-
-@dataclass(frozen=True)
-class AnswerExample:
-    """A question about a picture, the model's answer (any text, or none) and the true answer.
-
-    `language` is the language code of the three texts; `split` names the split of the example.
-    """
-
-    picture: UInt8[np.ndarray, "height width 3"]
-    language: str
-    question: str
-    answer: str
-    truth: str
-    split: str
-
-    @property
-    def is_right(self) -> bool:
-        """Whether answer and truth are equal after NFC and without outer white space."""
-        answer, truth = (
-            unicodedata.normalize("NFC", text).strip() for text in (self.answer, self.truth)
-        )
-        return answer == truth
 
 
 def answer_sheet(
@@ -67,6 +47,8 @@ def answer_sheet(
       MissingGlyphError: no font can draw a question or a truth. In an answer such characters
         become code points, since a model may write anything.
     """
+    from matplotlib.figure import Figure
+
     _check(examples)
     rows = math.ceil(len(examples) / COLUMNS)
     columns = min(COLUMNS, len(examples))

@@ -16,9 +16,8 @@ def augment(
 ) -> UInt8[Array, "B size size 3"]:
     """One random view of each RGBA drawing, `size` pixels a side.
 
-    The drawing is scaled (0.8 to 1.3), stretched, turned (up to 20 degrees), sheared, shifted,
-    mirrored in half of the views, and put on white or a random colour. Its colours are mixed and
-    shifted; one view in ten is grey.
+    The drawing is scaled (0.8 to 1.3), stretched, turned (up to 20 degrees), sheared, shifted, mirrored in half of the
+    views, and put on white or a random colour. Its colours are mixed and shifted; one view in ten is grey.
 
     Args:
       keys: one key for each drawing, the only source of randomness.

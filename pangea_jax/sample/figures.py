@@ -1,35 +1,30 @@
-"""The tables and figures of a finished run: scores, time, the loss curve, scores per language.
+"""Tables and figures of a finished run: scores, time, the loss curve, scores per language.
 
-They are made from `results.json` and `metrics.jsonl`. Scores are fractions there and percent here.
+They show `results.json` and `metrics.jsonl`. Scores are fractions in the files and percent in tables and figures.
+matplotlib is imported when a figure is drawn.
 """
+
+from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from rich.table import Column, Table
 
 from pangea_jax import languages
 from pangea_jax.figures import style as fig
 from pangea_jax.figures.text_render import fit_text
-from pangea_jax.sample.answer_sheet import AnswerExample, answer_sheet
+from pangea_jax.sample.answer_sheet import answer_sheet as answer_sheet  # one of the figures
 from pangea_jax.sample.scores import METRIC_TITLES, RANK_CHANCE, wilson_interval
 
-__all__ = [
-    "AnswerExample",
-    "answer_sheet",
-    "plot_languages",
-    "plot_loss",
-    "results_table",
-    "timing_table",
-]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
 METRICS = ("exact_match", "rank_accuracy")
 COLUMNS = tuple(f"{prefix}{metric}" for metric in METRICS for prefix in ("", "image_blind_"))
@@ -95,6 +90,8 @@ def plot_loss(metrics_path: str | Path, out_dir: str | Path) -> tuple[Path, Path
     Raises:
       ValueError: a line is not JSON, or no line has a loss.
     """
+    from matplotlib.figure import Figure
+
     columns = _read_metrics(Path(metrics_path))
     steps, loss, rate = columns["step"], columns["loss"], columns["learning_rate"]
     has_rate = bool(np.isfinite(rate).any())
@@ -146,6 +143,8 @@ def plot_languages(
     Raises:
       ValueError: as `results_table`, or there are more splits than colours.
     """
+    from matplotlib.figure import Figure
+
     splits = {split: _rows(split, scores) for split, scores in results["splits"].items()}
     order = _row_order(splits)
     if len(splits) > len(fig.SERIES):
@@ -250,12 +249,12 @@ def _label_rows(axes: Axes, order: Sequence[str], examples: Mapping[str, int] | 
 
 
 def _legend_handles(splits: Collection[str]) -> list[Patch | Line2D]:
-    bars = [
-        Patch(color=colour, label=split.replace("_", " "))
-        for split, colour in zip(splits, fig.SERIES, strict=False)
-    ]
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    labels = (split.replace("_", " ") for split in splits)
     return [
-        *bars,
+        *(Patch(color=c, label=label) for label, c in zip(labels, fig.SERIES, strict=False)),
         Line2D([], [], color=fig.INK, marker="|", ls="", ms=9, mew=1.6, label="image-blind floor"),
         Line2D([], [], color=fig.INK, linewidth=0.8, label="95 % interval"),
         Line2D([], [], label="chance", **CHANCE_LINE),
@@ -281,13 +280,11 @@ def _read_metrics(path: Path) -> dict[str, Float[np.ndarray, " lines"]]:
 
 
 def _smooth(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarray, " n"]:
-    """Centred moving mean over the finite ones of `window` values; the window is shorter at the ends."""
-    finite = np.isfinite(values)
-    kernel = np.ones(window)
+    """Centred moving mean of the finite values in a window, which is shorter at the ends."""
+    finite, kernel = np.isfinite(values), np.ones(window)
     total = np.convolve(np.where(finite, values, 0), kernel, mode="same")
-    count = np.convolve(finite.astype(float), kernel, mode="same")
     with np.errstate(invalid="ignore", divide="ignore"):
-        return total / count
+        return total / np.convolve(finite, kernel, mode="same")
 
 
 def _add_examples_axis(axes: Axes, examples_per_step: float) -> None:

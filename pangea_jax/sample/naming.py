@@ -33,7 +33,7 @@ from pangea_jax.generate.likelihood import score_tails
 from pangea_jax.model import params as model_params
 from pangea_jax.sample import emoji
 from pangea_jax.sample.features import frozen_features
-from pangea_jax.sample.figures import AnswerExample
+from pangea_jax.sample.scores import AnswerExample
 from pangea_jax.sharding import BATCH_SPEC
 
 SPLITS = ("seen_artwork", "unseen_artwork")

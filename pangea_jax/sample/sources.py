@@ -36,9 +36,9 @@ class Artist:
 
     Attributes:
       id: collection of the image store.
-      package, version: the npm package, of this version alone.
+      package, version: the npm package and its only accepted version.
       title, author, url: for the attribution.
-      spdx: licence the package must state.
+      spdx: the licence that the package must state.
     """
 
     id: str
@@ -63,7 +63,7 @@ ARTISTS = (
         "https://github.com/jdecked/twemoji", "CC-BY-4.0"),
 )  # fmt: skip
 
-# Some icons are matched by name. EmojiOne's `cricket` is the game, not the insect.
+# EmojiOne's icons are matched by name. Its `cricket` is the game, not the insect.
 _HOMONYMS = frozenset({("emojione", "cricket")})
 
 CLDR_PACKAGE, CLDR_VERSION, CLDR_SPDX = "cldr-annotations-full", "48.2.0", "Unicode-3.0"
@@ -89,9 +89,13 @@ class Package:
         except (OSError, tarfile.TarError) as error:
             raise SourceError(f"{self.path} cannot be read as an npm package: {error}") from None
         found = self.json("package.json")
-        if (found.get("name"), found.get("version")) != (package, version):
-            name = f"{found.get('name')} {found.get('version')}"
+        name = f"{found.get('name')} {found.get('version')}"
+        if name != f"{package} {version}":
             raise SourceError(f"{self.path} holds {name}, expected {package} {version}")
+
+    def check_licence(self, stated: str, expected: str) -> None:
+        if stated != expected:
+            raise SourceError(f"{self.path} states licence {stated}, expected {expected}")
 
     def text(self, name: str) -> str:
         try:
@@ -101,11 +105,6 @@ class Package:
 
     def json(self, name: str) -> Any:
         return json.loads(self.text(name))
-
-
-def _check_licence(package: str, stated: str, expected: str) -> None:
-    if stated != expected:
-        raise SourceError(f"{package} states licence {stated}, expected {expected}")
 
 
 def fetch(packages: Path) -> None:
@@ -132,7 +131,7 @@ def fetch(packages: Path) -> None:
 
 
 def archive_name(package: str, version: str) -> str:
-    """The file name `npm pack` gives a package."""
+    """The file name that `npm pack` gives a package."""
     return f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
 
 
@@ -142,8 +141,7 @@ class Artwork:
     def __init__(self, artist: Artist, packages: Path):
         self.artist = artist
         self._package = Package(packages, artist.package, artist.version)
-        stated = self._package.json("info.json")["license"]["spdx"]
-        _check_licence(artist.package, stated, artist.spdx)
+        self._package.check_licence(self._package.json("info.json")["license"]["spdx"], artist.spdx)
 
     @cached_property
     def icons(self) -> dict[str, Any]:
@@ -151,7 +149,7 @@ class Artwork:
 
     @cached_property
     def name_of_codepoint(self) -> dict[str, str]:
-        """Hexadecimal code points (joined by `-`) -> icon name; empty for EmojiOne."""
+        """Hexadecimal code points, joined by `-`, -> icon name; empty for EmojiOne."""
         return self._package.json("chars.json")
 
     @cached_property
@@ -206,7 +204,7 @@ class Annotations:
 
     def __init__(self, packages: Path):
         self._package = Package(packages, CLDR_PACKAGE, CLDR_VERSION)
-        _check_licence(CLDR_PACKAGE, self._package.json("package.json")["license"], CLDR_SPDX)
+        self._package.check_licence(self._package.json("package.json")["license"], CLDR_SPDX)
         self.licence = self._package.text("LICENSE")
 
     def short_names(self, language: str) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""Everything that knows of optimisers: state, loss, step, checkpoints, telemetry."""
+"""Training: state, loss, optimiser, step, loop, checkpoints, telemetry."""

@@ -1,11 +1,15 @@
 """Model FLOPs of a training step, counted from the shapes of the parameters.
 
-The convention: a multiplication and an addition are two FLOPs. Every kernel costs 2 per entry and position that it
-is applied to; norms, activations, softmax and embeddings cost nothing. The backward pass costs the same again for the
-gradient of a kernel that trains, and the same again for the gradient of its input if anything before it trains: if
-everything trains, a step costs 3 forward passes. Recomputation to save memory is not counted. The decoder's attention
-is causal and counts half, since its kernels skip the rest; a packed row counts as one sequence. MFU is these FLOPs a
-second over the peak of the chips.
+The convention:
+
+- A multiplication and an addition are two FLOPs. A kernel costs 2 per entry and position that it is applied to. Norms,
+  activations, softmax and embeddings cost nothing.
+- The backward pass costs the same again for the gradient of a kernel that trains, and the same again for the gradient
+  of its input if anything before it trains. If everything trains, a step costs 3 forward passes.
+- Recomputation to save memory does not count. The decoder's attention is causal and counts half, because its kernels
+  skip the rest. A packed row counts as one sequence.
+
+MFU is these FLOPs per second divided by the peak of the chips.
 """
 
 import math
@@ -28,8 +32,8 @@ PEAK_FLOPS = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
-# Kernels of matrix products in the order in which a step uses them. The layers of one line are stacked: the input of a
-# layer depends on the parameters of the others.
+# Kernels of matrix products in the order in which a step uses them. Stacked layers share a line: the input of one layer
+# depends on the parameters of the others.
 _STAGES = (
     r"vision\.patch_kernel_hwcd",
     r"vision\.blocks\..*_kernel_\w+",
@@ -62,43 +66,35 @@ def train_flops(
     """FLOPs of one step: `vision`, `projector`, `language`, `attention` (the decoder's), `head`, `total`.
 
     Args:
-      shapes: of all parameters by name.
-      tokens: of the batch; `row_tokens` of one row.
-      tiles: pictures' views in the batch; 0 if the tower's features were computed before.
-      targets: places in the batch on which the output head runs; None: every token.
+      shapes: shapes of all parameters by name.
+      tokens, row_tokens: tokens of the batch, and of one row.
+      tiles: tiles in the batch; 0 if the tower's features were computed before.
+      targets: places in the batch on which the output head runs; None means every token.
       frozen: patterns of parameters that do not train.
     """
-    vision, language = config.vision, config.language
+    vision = config.vision
     trains = set(shapes) - model_params.select(shapes, frozen)
     if not tiles:
         trains = {name for name in trains if not name.startswith("vision.")}
     first = min((_stage(name) for name in trains), default=len(_STAGES))
-    patches = tiles * vision.patches
-    positions = (
-        patches,
-        tiles * (vision.patches + 1),
-        patches,
-        patches,
-        tokens,
-        tokens if targets is None else targets,
-    )
+    patches, seen = tiles * vision.patches, vision.patches + 1  # `seen`: with the class token
+    targets = tokens if targets is None else targets
+    positions = (patches, tiles * seen, patches, patches, tokens, targets)
     parts = dict.fromkeys(("vision", "projector", "language", "attention", "head"), 0.0)
     for name, leaf in shapes.items():
         stage = next((i for i, p in enumerate(_STAGES) if re.fullmatch(p, name)), None)
-        if name == "language.embedding_vd" and language.tied_head:
+        if name == "language.embedding_vd" and config.language.tied_head:
             stage = _HEAD
         if stage is not None:
             stacked = stage in (_TOWER, _DECODER)
             passes = 1 + (name in trains) + (first < stage or (stacked and first == stage))
             part = "head" if stage == _HEAD else name.split(".")[0]
             parts[part] += 2 * passes * positions[stage] * math.prod(leaf.shape)
-    # Two products, queries by keys and weights by values; each has the gradients of two inputs.
-    seen = vision.patches + 1
-    one_pass = 4 * positions[_TOWER] * seen * vision.width * vision.used_layers
+    # Attention is two products, queries by keys and weights by values. Each has the gradients of two inputs.
+    one_pass = 4 * tiles * seen * seen * vision.width * vision.used_layers
     parts["vision"] += one_pass * (3 if first <= _TOWER else 1)
-    one_pass = (
-        4 * tokens * (row_tokens / 2) * language.heads * language.head_width * language.layers
-    )
+    width = config.language.heads * config.language.head_width
+    one_pass = 4 * tokens * (row_tokens / 2) * width * config.language.layers
     parts["attention"] = one_pass * (3 if first <= _DECODER else 1)
     return parts | {"total": sum(parts.values())}
 

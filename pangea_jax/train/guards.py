@@ -1,4 +1,4 @@
-"""Watches a run for steps that are not finite and for spikes of the loss."""
+"""Detects steps with a loss or gradients that are not finite, and spikes of the loss."""
 
 import collections
 import dataclasses
@@ -14,9 +14,9 @@ from pangea_jax.batch import Batch
 from pangea_jax.data import batch_view
 from pangea_jax.data.tokenizer import Tokenizer
 
-# With fewer losses the median means little.
+# The median of fewer losses means little.
 _FEWEST = 16
-# The median absolute deviation of a normal distribution, in standard deviations.
+# Median absolute deviation of a normal distribution, in standard deviations.
 _MAD = 0.6745
 
 
@@ -25,8 +25,8 @@ class GuardConfig:
     """When to warn, and when to end the run.
 
     Attributes:
-      max_bad_steps: number of consecutive steps with a loss or gradients that are not finite that end the run.
-      spike: a loss this many robust standard deviations above the median is logged.
+      max_bad_steps: the run ends after so many skipped steps in a row (loss or gradients that are not finite).
+      spike: a loss more than this many robust standard deviations above the median is logged.
       window: number of recent losses for the median.
     """
 
@@ -59,7 +59,7 @@ class Guard:
           rows: of the step's batch.
 
         Raises:
-          BadStepsError: this is the last of `max_bad_steps` steps in a row that were skipped.
+          BadStepsError: the last `max_bad_steps` steps were all skipped.
         """
         loss = float(metrics["loss"])
         if not metrics["skipped"]:
@@ -87,17 +87,13 @@ class Guard:
         # If all losses are nearly equal, a small difference is not a spike.
         spread = max(np.median(np.abs(before - median)) / _MAD, 1e-3 * abs(median))
         above = (loss - median) / spread if spread else 0.0
-        if above > self._config.spike:
-            logging.warning(
-                "step %d: the loss is %.3f, %.0f robust standard deviations above the median %.3f of the "
-                "last %d steps",
-                step,
-                loss,
-                above,
-                median,
-                len(before),
-            )
-        return bool(above > self._config.spike)
+        if above <= self._config.spike:
+            return False
+        logging.warning(
+            f"step {step}: the loss is {loss:.3f}, {above:.0f} robust standard deviations above the median "
+            f"{median:.3f} of the last {len(before)} steps"
+        )
+        return True
 
     def get_state(self) -> dict[str, Any]:
         return {"bad": self._bad, "losses": list(self._losses)}
@@ -108,8 +104,10 @@ class Guard:
 
 
 def dump_batch(rows: Batch, step: int, tokenizer: Tokenizer, patches: int, workdir: Path) -> Path:
-    """Writes bad_batch_<step>.npz with the arrays of this process's rows, .html with their words, and .png
-    with their tiles if there are any; returns the first."""
+    """Writes this process's rows of a batch; returns the path of the first file.
+
+    The files are bad_batch_<step>.npz with the arrays, .html with the words, and .png with the tiles if there are any.
+    """
     name = f"bad_batch_{step}"
     if jax.process_count() > 1:
         name += f"_process_{jax.process_index()}"

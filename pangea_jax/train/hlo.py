@@ -1,4 +1,4 @@
-"""Reads compiled programs (XLA's HLO text): the bytes that devices send one another."""
+"""Reads the HLO text of compiled programs and counts the bytes that devices send to each other."""
 
 import functools
 import math
@@ -23,11 +23,11 @@ _CALLEE = re.compile(
 
 
 def collective_bytes(text: str) -> dict[str, int]:
-    """Bytes of every kind of collective that one device takes part in, in one run of the program.
+    """Bytes of each kind of collective that one device takes part in, in one run of the program.
 
-    The output counts (such as the gathered array), but for a reduce-scatter the input. A loop counts as often as it
-    runs. A collective that the compiler splits into several instructions has one channel and counts once. With
-    several TPU slices these are the collectives within a slice.
+    The output counts, such as the gathered array; for a reduce-scatter the input counts. The body of a loop counts once
+    per iteration. If the compiler splits a collective into several instructions, they have one channel and count once.
+    With several TPU slices these are the collectives within a slice.
 
     Raises:
       ValueError: the number of iterations of a loop with collectives is unknown.
@@ -36,8 +36,9 @@ def collective_bytes(text: str) -> dict[str, int]:
 
 
 def dcn_bytes(text: str) -> dict[str, int]:
-    """Bytes that one device sends to other TPU slices over the data centre network, by kind of collective. A loop
-    counts as often as it runs.
+    """Bytes that one device sends to other TPU slices over the data centre network, by kind of collective.
+
+    The body of a loop counts once per iteration.
 
     Raises:
       ValueError: the number of iterations of a loop that sends is unknown.
@@ -49,8 +50,8 @@ def _sums(text, read):
     """{kind: bytes} of what `read` finds in the program.
 
     Args:
-      read: (name, opcode, text that follows, sizes of the arrays defined so far) of an instruction ->
-        ((kind, identity), bytes) or None.
+      read: maps ((computation, name), opcode, rest of the line, sizes of the arrays defined so far) of an instruction
+        to ((kind, identity), bytes), or to None.
     """
     computations, entry = _computations(text)
 
@@ -100,7 +101,7 @@ def _collective(name, opcode, rest, sizes):
 
 
 def _dcn_send(name, opcode, rest, sizes):
-    # libtpu's runtime for several slices ("megascale") takes part in collectives as sends to the host.
+    # libtpu's runtime for several slices ("megascale") writes transfers between slices as sends to the host.
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', rest)
     if opcode != "send" or not kind:
         return None
@@ -121,8 +122,10 @@ def _computations(text):
 
 
 def _turns(rest: str, computations) -> int | None:
-    """How often a loop runs: the compiler's trip count, or else the bound and step of its counter. Counters of
-    `jax.lax.scan`, and those of loops that XLA makes from a product, start from 0."""
+    """How often a loop runs: the compiler's trip count, or else the bound of its counter divided by its step.
+
+    The counters of `jax.lax.scan`, and of loops that XLA makes from a product, start from 0.
+    """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
     if known:
         return int(known[1])
@@ -141,11 +144,10 @@ def _turns(rest: str, computations) -> int | None:
     while copied := re.search(r" copy\(%?([\w.\-]+)\)", raised):
         raised = lines[copied[1]]
     added = re.search(r" add\(%?([\w.\-]+), %?([\w.\-]+)\)", raised)
-    steps = (
-        [re.search(r" constant\((\d+)\)", lines[name]) for name in added.groups()] if added else ()
-    )
-    step = next((int(found[1]) for found in steps if found), None)
-    return step and math.ceil(int(bound[1]) / step)
+    for name in added.groups() if added else ():
+        if step := re.search(r" constant\((\d+)\)", lines[name]):
+            return math.ceil(int(bound[1]) / int(step[1]))
+    return None
 
 
 def _definitions(lines) -> dict[str, str]:

@@ -18,23 +18,21 @@ from pangea_jax.train.telemetry import Profiler, Speed, StepTimer, Telemetry, Wi
 
 @dataclasses.dataclass
 class Loop:
-    """Runs steps, from the step of a state to `total_steps`.
+    """Runs steps from the step of a state to `total_steps`.
 
-    The host is at most one step ahead of the devices: while they compute a step, it reads the
-      metrics of the step before and prepares the next batch. Only batches, metrics and checkpoints
-      move between host and devices; an implicit transfer is an error.
+    The host is at most one step ahead of the devices. While they compute a step, it reads the metrics of the step
+    before and prepares the next batch. Only batches, metrics and checkpoints move between host and devices; an
+    implicit transfer is an error.
 
     Attributes:
       step_fn: made by `make_train_step`.
       log_every, save_every: in steps.
-      extra: gives more values for a log line, from the step and a digest of this process's rows
-        since the last line. The digest is the sum of the CRC-32 of each row's tokens, started at
-        the step. Its sum over all processes is equal in two runs that saw the same rows at the same
-        steps.
+      extra: gives more values for a log line. Its arguments are the step and a digest of this process's rows since
+        the last line: the sum of the CRC-32 of each row's tokens, started at the step. The sum of the digests of all
+        processes is equal in two runs that saw the same rows at the same steps.
       on_first_batch: called with this process's rows of the very first batch of a run.
-      stop: called by all processes after every step, with its number; true ends the loop after a
-        save.
-      stopped: whether `stop` ended the loop, also if that was after the last step.
+      stop: all processes call it with the number of each finished step. If it returns true, the loop saves and ends.
+      stopped: whether `stop` ended the loop, even after the last step.
     """
 
     step_fn: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
@@ -81,7 +79,7 @@ class Loop:
                     self._unread.append((step, rows, metrics))
                     self._read(0 if step == first else 1, timed=step > first)
                 if step == first:
-                    self.speed.flush()  # the time of the first batch belongs to no step
+                    self.speed.flush()  # the first batch also waits for the start of the data workers
                 last = step + 1 == self.total_steps
                 self.stopped = self.stop(step)
                 if last or (step + 1) % self.log_every == 0:
@@ -94,8 +92,8 @@ class Loop:
                 self.checkpoints.close()
         return state
 
-    def _read(self, ahead: int, *, timed: bool = True) -> None:
-        """Waits for all steps except the last `ahead`, and checks and adds their metrics."""
+    def _read(self, ahead: int = 0, *, timed: bool = True) -> None:
+        """Waits for all steps except the last `ahead`; checks their metrics and adds them to the log line."""
         while len(self._unread) > ahead:
             step, rows, metrics = self._unread.popleft()
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -106,7 +104,7 @@ class Loop:
 
     def _log(self, step):
         with self.timer.step():
-            self._read(0)
+            self._read()
         with jax.transfer_guard("allow"):
             metrics = self.window.flush() | self.speed.flush()
             metrics |= self.extra(step, self._digest)
@@ -115,20 +113,18 @@ class Loop:
 
     def _save(self, state, data):
         with self.timer.step():
-            self._read(0)
+            self._read()
         with self.timer.phase("checkpoint"), jax.transfer_guard("allow"):
-            self.checkpoints.save(state, data, self._progress())
-
-    def _progress(self) -> dict[str, Any]:
-        return {
-            "clock": self.timer.seconds,
-            "window": self.window.get_state(),
-            "guard": self.guard.get_state(),
-            "digest": gather({"digest": self._digest})["digest"],
-        }
+            progress = {
+                "clock": self.timer.seconds,
+                "window": self.window.get_state(),
+                "guard": self.guard.get_state(),
+                "digest": gather({"digest": self._digest})["digest"],
+            }
+            self.checkpoints.save(state, data, progress)
 
     def set_progress(self, progress: Mapping[str, Any]) -> None:
-        """Restores the progress of a checkpoint, without the clock: the caller gives it to the timer."""
+        """Restores the progress of a checkpoint, except the clock, which the caller gives to the timer."""
         self.window.set_state(progress["window"])
         self.guard.set_state(progress["guard"])
         self._digest = int(progress["digest"]) if jax.process_index() == 0 else 0

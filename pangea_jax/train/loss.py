@@ -1,4 +1,4 @@
-"""Next-token cross-entropy as (sum, count): one division, over the global batch."""
+"""Next-token cross-entropy as (sum, count). The step divides them once, over the global batch."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ from jaxtyping import Array, Float, Int
 
 from pangea_jax.model import Decoder
 
-# Most bytes that a row's float32 logits take at once. With Qwen2's 152,064 words these are 832 places: reading the
-# head from memory once per chunk then takes a third of the time of the products.
+# Largest number of bytes for the float32 logits of a row at once. With Qwen2's 152,064 words these are 832 places:
+# reading the head from memory once per chunk then takes a third of the time of the products.
 LOGITS_BYTES = 512 << 20
 
 
@@ -27,46 +27,38 @@ def cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """Sum of weighted losses, sum of weights, and weighted number of correct top-1 predictions.
 
-    Most tokens of a multimodal row are picture features, which are never targets. With `max_targets` the output head,
-    the widest layer of the model, runs on at most that many places a row. This is exact as long as no row has more
-    targets, which the data pipeline guarantees.
+    The head runs on `chunk_places` of every row at a time and is recomputed in the backward pass, so no [B, T, V] array
+    ever exists.
 
-    The head runs on `chunk_places` of every row at a time and is recomputed in the backward pass, so that no
-    [B, T, V] array ever exists.
+    Args:
+      max_targets: the head, the widest layer of the model, runs on at most this many places of a row. Most places of a
+        multimodal row are picture features, which are never targets. The result is exact if no row has more targets;
+        the data pipeline guarantees this.
     """
     if max_targets is not None and max_targets < targets.shape[1]:
         order = jnp.argsort(weights == 0, axis=1, stable=True)[:, :max_targets]
         hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
-        targets = jnp.take_along_axis(targets, order, axis=1)
-        weights = jnp.take_along_axis(weights, order, axis=1)
-    B, T, _D = hidden.shape
-    chunk = min(chunk_places(decoder.config.vocab_size), T)
-    pad = -T % chunk
-    hidden, targets, weights = (
-        jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-        for x in (hidden, targets, weights)
-    )
-
+        targets, weights = (jnp.take_along_axis(x, order, axis=1) for x in (targets, weights))
+    chunk = min(chunk_places(decoder.config.vocab_size), targets.shape[1])
     # The head is gathered once, and its gradient scattered once, not for every chunk: together 2 GiB for Qwen2.
     head = decoder.head(hidden.dtype)
+
+    def split(x):
+        """[B, T, ...] to [chunks, B, chunk, ...], padded with zeros."""
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(len(x), -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     def body(sums, piece):
         hidden, targets, weights = piece
         logits = decoder.logits(hidden, head)
         right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         losses = jax.nn.logsumexp(logits, axis=-1) - right
-        # Ties count as right only for the true token at the maximum: argmax equality without argmax.
+        # The true token is at the maximum: cheaper than argmax, and ties count as right.
         hits = right >= logits.max(axis=-1)
-        return tuple(
-            total + jnp.sum(x * weights)
-            for total, x in zip(sums, (losses, jnp.ones_like(losses), hits))
-        ), None
+        added = (jnp.sum(x * weights) for x in (losses, jnp.ones_like(losses), hits))
+        return tuple(map(jnp.add, sums, added)), None
 
-    chunks = [
-        x.reshape(B, -1, chunk, *x.shape[2:]).swapaxes(0, 1) for x in (hidden, targets, weights)
-    ]
-    # A single chunk's logits are small enough to be kept.
+    chunks = tuple(map(split, (hidden, targets, weights)))
+    # The logits of a single chunk are small enough to keep.
     body = jax.checkpoint(body) if len(chunks[0]) > 1 else body
-    zero = jnp.float32(0)
-    sums, _ = jax.lax.scan(body, (zero, zero, zero), tuple(chunks))
-    return sums
+    return jax.lax.scan(body, (jnp.float32(0),) * 3, chunks)[0]

@@ -1,4 +1,4 @@
-"""AdamW or Adafactor with warm-up and cosine decay, learning rates by parameter name."""
+"""AdamW or Adafactor with warm-up and cosine decay; learning rates depend on parameter names."""
 
 import dataclasses
 import re
@@ -13,20 +13,20 @@ from pangea_jax.model import params as model_params
 class OptimizerConfig:
     """Hyper-parameters; the defaults are Pangea's fine-tuning stage (paper, Table 1 and section 4.1).
 
+    Attributes:
+      name: `adamw` or `adafactor` (Shazeer and Stern 2018). Adafactor keeps only the row and column means of a kernel's
+        second moments and no first moments: 4 bytes per parameter instead of Adam's 12. The relative step of its paper
+        is off, so learning rates mean the same as Adam's.
+      mu_dtype: dtype of Adam's first moments; None is that of the parameters. bfloat16 saves 2 bytes per parameter.
+      lr_scale: (pattern, factor) pairs. The factor multiplies the learning rate of the parameters that the pattern
+        fully matches; the first match counts. Pangea's tower learns at a tenth: (("vision\\..*", 0.1),).
+      schedule_steps: length of the schedule; None is the steps of the run. With a longer schedule the run ends in the
+        state that a longer run has at that step.
+      weight_decay: acts on kernels and embeddings, not on norms and biases.
+      clip_norm: largest norm of all gradients together; inf turns clipping off.
+
     Raises:
       ValueError: an unknown optimiser, or a value out of range.
-
-    Attributes:
-      name: `adamw`, or `adafactor` (Shazeer and Stern 2018), which keeps only the row and column means of a
-        kernel's second moments and no first moments: 4 bytes a parameter instead of Adam's 12. The paper's
-        relative step is off, so learning rates mean the same as Adam's.
-      mu_dtype: of Adam's first moments; None: the parameters' own. bfloat16 saves 2 bytes a parameter.
-      lr_scale: (pattern, factor) pairs: the factor on the learning rate of the parameters it fully matches; the
-        first match counts. Pangea's tower learns at a tenth: (("vision\\..*", 0.1),).
-      schedule_steps: length of the schedule; None: the steps of the run. With more, the run ends in the state
-        that a longer run has at that step.
-      weight_decay: acts on kernels and embeddings, not on norms and biases.
-      clip_norm: of all gradients together; inf: they are not clipped.
     """
 
     learning_rate: float = 2e-5
@@ -87,7 +87,7 @@ def _adam(config):
 
 
 def _adafactor(config):
-    # Updates are capped at a root mean square of 1, as the paper does: its second moments lag behind.
+    # As in the paper, updates are capped at a root mean square of 1, because the second moments lag behind.
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
 
 

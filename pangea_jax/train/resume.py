@@ -1,9 +1,8 @@
 """Orbax checkpoints of a run: model, optimiser, step, data iterator and progress together.
 
-They are saved in the background. A checkpoint appears under its name only when it is complete. A
-kill during the save leaves a temporary folder, which the next start removes. Reading a checkpoint
-detects later damage: metadata and arrays must decode, and the sums of the arrays' bits must equal
-those on the devices before the save.
+They are saved in the background. A checkpoint appears under its name only when it is complete. A kill during the save
+leaves a temporary folder, which the next start removes. Reading a checkpoint detects later damage: metadata and arrays
+must decode, and the sums of the arrays' bits must equal those on the devices before the save.
 """
 
 import asyncio
@@ -35,8 +34,8 @@ class _Damaged(Exception):
 class Checkpoints:
     """The checkpoints of one run, in `directory`/<step>/.
 
-    Restoring continues the run exactly, on any mesh: with the same state, and with the batch after
-      the last trained one.
+    Restoring continues the run exactly, on any mesh: with the same state, and with the batch after the last trained
+    one.
 
     Args:
       keep: number of newest checkpoints to keep.
@@ -66,8 +65,7 @@ class Checkpoints:
 
         Args:
           data: the Grain iterator; the batch of this step is the last that it gave.
-          progress: everything else that the run needs to continue as if it had never stopped, as
-            JSON values.
+          progress: everything else that the run needs to continue as if it had never stopped, as JSON values.
         """
         step = int(jax.device_get(state.step))
         if step == self.latest_step:
@@ -83,15 +81,13 @@ class Checkpoints:
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """State and progress of the newest intact checkpoint; None in a new run.
 
-        The state gets the shardings of `abstract_state`; `data` is set in place. If a checkpoint is
-        damaged, this logs an error, renames it to <step>.damaged and takes the one before it. With
-        several processes, perhaps only one saw the damage, so the job ends there and must be
-        started again.
+        The state gets the shardings of `abstract_state`; `data` is set in place. If a checkpoint is damaged, this logs
+        an error, renames it to <step>.damaged and takes the one before it. With several processes, perhaps only one saw
+        the damage. The job then ends and must be started again.
 
         Raises:
-          CheckpointError: every checkpoint is damaged, or the checkpoint belongs to another model
-            or optimiser.
-          RestartError: the data differs from the data of the checkpoint.
+          CheckpointError: every checkpoint is damaged, or the checkpoint belongs to another model or optimiser.
+          RestartError: the data differ from the data of the checkpoint.
         """
         while self.latest_step is not None:
             step = self.latest_step
@@ -160,11 +156,9 @@ class Checkpoints:
 
     def _set_aside(self, step, damage):
         folder = self._directory / str(step)
-        target = folder.with_name(f"{step}{SET_ASIDE}")
-        for number in range(2, 1000):
-            if not target.exists():
-                break
-            target = folder.with_name(f"{step}{SET_ASIDE}-{number}")
+        suffixes = (SET_ASIDE, *(f"{SET_ASIDE}-{number}" for number in range(2, 1000)))
+        targets = (folder.with_name(f"{step}{suffix}") for suffix in suffixes)
+        target = next(target for target in targets if not target.exists())
         with contextlib.suppress(FileNotFoundError):  # another process saw it too
             folder.rename(target)
         said = f"checkpoint {folder} is damaged ({damage}); it is kept as {target.name}"
@@ -183,8 +177,7 @@ async def _load_data(data, folder):
 def bit_sums(state: Any) -> list[UInt32[Array, ""]]:
     """For every array, the sum modulo 2^32 of its values' bits, read as integers.
 
-    It is the same on every mesh, and it changes if one value changes. It costs one pass over the
-    memory of the devices.
+    It is the same on every mesh, and it changes if one value changes. It reads the memory of the devices once.
     """
 
     def one(x):

@@ -1,4 +1,4 @@
-"""The train state: a pytree that is sharded from the start."""
+"""The train state: a pytree that is created with its shardings."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from pangea_jax.sharding import param_shardings, state_shardings
 
 @struct.dataclass
 class TrainState:
-    """The model's part of a checkpoint. Frozen parameters have no optimiser state."""
+    """Parameters, optimiser and step. Frozen parameters have no optimiser state."""
 
     step: Int[Array, ""]
     trainable: dict[str, Array]
@@ -38,15 +38,14 @@ def init_state(
 ) -> tuple[nnx.GraphDef, TrainState, TrainState]:
     """Structure, state, and the state's shardings.
 
-    Shapes first, then one jitted initialisation straight into the shardings: no device ever
-    holds more than its part. `pretrained` parameters replace the random ones.
+    One jitted function makes the arrays in their shardings, so no device ever holds more than its part.
 
     Args:
-      frozen: patterns of parameter names that are not trained; these are kept in `config.dtype`.
-      pretrained: values by name, any subset.
+      frozen: patterns of the names of parameters that do not train. They are kept in `config.dtype`.
+      pretrained: some parameters by name; they replace the random ones.
 
     Raises:
-      ValueError: a pattern or a pretrained name or shape fits no parameter.
+      ValueError: a pattern, or the name or shape of a pretrained parameter, fits no parameter.
     """
     pretrained = pretrained or {}
     graphdef, create, shapes, shardings = _plan(config, optimizer, mesh, seed, frozen)
@@ -62,8 +61,7 @@ def abstract_state(
     *,
     frozen: Sequence[str] = (),
 ) -> tuple[nnx.GraphDef, TrainState, TrainState]:
-    """`init_state` with shapes in place of arrays. Nothing is computed or placed: the devices of `mesh` need not
-    exist."""
+    """`init_state` with shapes instead of arrays. It computes nothing, and the devices of `mesh` need not exist."""
     graphdef, _, shapes, shardings = _plan(config, optimizer, mesh, 0, frozen)
     return graphdef, shapes, shardings
 

@@ -31,18 +31,20 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Makes `step(state, batch) -> (state, metrics)`, which donates the old state.
 
-    Metrics are float32 scalars over the global batch: `loss` (mean over trained tokens), `accuracy`
-      (teacher-forced, per trained token), `grad_norm` before clipping (of all parameters and of
-      each part, as `grad_norm/language`), the counts `target_tokens`, `tokens` (without padding)
-      and `examples`, and `skipped`, which is 1 if the loss or a gradient was not finite. Such a
-      step increases the step number but changes neither parameters nor optimiser.
+    Metrics are float32 scalars over the global batch: `loss` (mean over trained tokens), `accuracy` (teacher-forced,
+    per trained token), `grad_norm` before clipping (of all parameters and of each part, as `grad_norm/language`), the
+    counts `target_tokens`, `tokens` (without padding) and `examples`, and `skipped`, which is 1 if the loss or a
+    gradient was not finite. A skipped step increases the step number, but changes neither parameters nor optimiser.
+
+    It is longer than other functions and has eight parameters, because the compiled step needs them all: three come
+    from `init_state`, the others from the config.
 
     Args:
       max_targets: see `cross_entropy`.
       keep, impl: see `Pangea.hidden`.
-      accumulation: number of parts of the batch, computed one after another. Every token has the
-        same weight in any part, so the step equals that of the whole batch, but needs only the
-        memory of one part. It must divide the number of rows of a device.
+      accumulation: number of parts of the batch, which are computed one after another. Every token has the same weight
+        in any part. So the step equals that of the whole batch, but needs only the memory of one part. It must divide
+        the number of rows of a device.
     """
 
     def loss_fn(trainable, frozen, batch, total):
@@ -53,22 +55,7 @@ def make_train_step(
         )
         return loss / total, hits / total
 
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-
-    def gradients(state, batch, total):
-        """(loss, accuracy, gradients), each summed over the parts."""
-        if accumulation == 1:
-            (loss, accuracy), grads = grad_fn(state.trainable, state.frozen, batch, total)
-            return loss, accuracy, grads
-
-        def add(sums, part):
-            (loss, accuracy), grads = grad_fn(state.trainable, state.frozen, part, total)
-            return jax.tree.map(jnp.add, sums, (loss, accuracy, grads)), None
-
-        zeros = jax.tree.map(jnp.zeros_like, state.trainable)
-        zeros = jax.lax.with_sharding_constraint(zeros, shardings.trainable)
-        start = (jnp.float32(0), jnp.float32(0), zeros)
-        return jax.lax.scan(add, start, batch.split(accumulation, mesh))[0]
+    gradients = _sum_over_parts(loss_fn, shardings, mesh, accumulation)
 
     def update(grads, trainable, opt_state):
         updates, opt_state = optimizer.update(grads, opt_state, trainable)
@@ -81,7 +68,7 @@ def make_train_step(
             loss, accuracy, grads = gradients(state, batch, total)
         norms = _norms(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
-        # A branch, because selecting between old and new makes XLA copy the optimiser's state first.
+        # This is a branch. To select between old and new arrays XLA would first copy the optimiser's state.
         trainable, opt_state = jax.lax.cond(
             finite, update, lambda _, *kept: kept, grads, state.trainable, state.opt_state
         )
@@ -106,8 +93,31 @@ def make_train_step(
     )
 
 
+def _sum_over_parts(loss_fn, shardings, mesh, accumulation):
+    """A function (state, batch, total) -> (loss, accuracy, gradients), each summed over the parts of the batch."""
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def gradients(state, batch, total):
+        (loss, accuracy), grads = grad_fn(state.trainable, state.frozen, batch, total)
+        return loss, accuracy, grads
+
+    if accumulation == 1:
+        return gradients
+
+    def summed(state, batch, total):
+        def add(sums, part):
+            return jax.tree.map(jnp.add, sums, gradients(state, part, total)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+        zeros = jax.lax.with_sharding_constraint(zeros, shardings.trainable)
+        start = (jnp.float32(0), jnp.float32(0), zeros)
+        return jax.lax.scan(add, start, batch.split(accumulation, mesh))[0]
+
+    return summed
+
+
 def _norms(grads):
-    """Norms of all gradients and of each part; a part is the first word of a parameter's name."""
+    """Norms of all gradients and of each part of the model: the first word of a parameter's name."""
     parts = {}
     for name, value in grads.items():
         part = name.partition(".")[0].removesuffix("_d")

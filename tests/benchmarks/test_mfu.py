@@ -1,4 +1,4 @@
-"""benchmarks/mfu.py on a CPU: the true step, of which only the rate is not to be had here."""
+"""benchmarks/mfu.py on a CPU: it runs the real step, but the MFU is unknown."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from pangea_jax.typed_config import build
 
 @pytest.fixture
 def config():
-    """A toy model that reads tiles, in rows short enough for a CPU."""
+    """A tiny model that reads tiles, with rows short enough for a CPU."""
     config = rehearsal.get_config()
     config.pipeline.update(rows=2, row_tokens=64, row_tiles=2)
     config.model.language.vocab_size = 512
@@ -22,9 +22,9 @@ def config():
 
 def test_steps_are_measured(config):
     found = mfu.measure(build(Experiment, config), steps=2)
-    assert found["rows"] == 8 and found["row_tokens"] == 64  # filled up to eight devices
+    assert found["rows"] == 8 and found["row_tokens"] == 64  # padded to eight devices
     assert found["tokens_per_s"] == pytest.approx(8 * 64 / found["step_s"])
-    assert found["mfu"] is None  # the peak of a CPU is not known
+    assert found["mfu"] is None  # the peak of a CPU is unknown
     assert found["losses"][1] < found["losses"][0]
     parts = found["model_flops"]
     rate = parts["total"] / found["step_s"] / found["devices"]

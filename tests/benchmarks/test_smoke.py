@@ -1,4 +1,4 @@
-"""Every benchmark runs to its end, on models and data so small that its figures mean nothing."""
+"""Every benchmark runs to its end. Models and data are so small that the figures mean nothing."""
 
 import dataclasses
 import importlib.util
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def tiny_peer(monkeypatch):
-    """A model of one narrow layer each in place of the 50 million parameters; small machine figures too."""
+    """A narrow model of a few layers replaces that of 50 million parameters. The figures of the machine are fixed."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     vision = dict(width=32, layers=2, heads=2, mlp=32)
@@ -37,7 +37,7 @@ def tiny_peer(monkeypatch):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Calls a module's main() with a command line; returns what it printed."""
+    """Calls main() of a module with a command line and returns what it printed."""
 
     def run(module, *arguments):
         monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
@@ -90,7 +90,7 @@ def test_attention(run):
 
 
 def test_input_pipeline(run):
-    """With the peer where its libraries and a vocabulary of the Qwen family are."""
+    """The peer runs too if its libraries and a vocabulary of the Qwen family are there."""
     tokenizer = ROOT.parent / "shared/data/tokenizer_qwen3"
     peer_too = tokenizer.is_dir() and importlib.util.find_spec("transformers")
     flags = (f"--tokenizer={tokenizer}", "--image_id=151655") if peer_too else ()
@@ -123,7 +123,7 @@ def test_sample_run(run):
 
 
 def test_the_script_for_a_gpu_is_right():
-    """The script itself needs a GPU; here its syntax, time limits and config keys are checked."""
+    """The script needs a GPU. This test checks its syntax, time limits and config keys."""
     script = ROOT / "benchmarks/on_gpu.sh"
     subprocess.run(["bash", "-n", script], check=True)
     shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent)

@@ -1,4 +1,4 @@
-"""Adapters in peft's layout: its forward and backward pass, with what was trained here, equal ours."""
+"""Adapters in peft's layout: peft loads them, and its forward and backward pass equal ours."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def adapted(request, make_reference):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Two rows of words and the weights of their logits in a loss."""
+    """Two rows of words, and a loss as weights of their logits."""
     random = np.random.default_rng(1)
     tokens = random.integers(1, 90, (2, T), np.int32)
     return Batch(
@@ -61,7 +61,7 @@ def divide(params):
 
 
 def peft_model(reference, folder):
-    """Another copy of the reference with the adapters in a folder: peft changes what it is given."""
+    """A new copy of the reference with the adapters of a folder, because peft changes the model that it gets."""
     peft = pytest.importorskip("peft", reason="peft is in requirements-parity.txt")
     base = type(reference.model).from_pretrained(reference.folder).eval()
     return peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
@@ -86,7 +86,7 @@ def test_peft_computes_the_same_logits_and_gradients(adapted, batch, tmp_path):
     np.testing.assert_allclose(logits, found.detach().numpy(), rtol=0, atol=TOLERANCE)
     with torch.no_grad(), theirs.disable_adapter():
         plain = theirs(input_ids=torch.tensor(batch.tokens).long()).logits
-    assert np.abs(logits - plain.numpy()).max() > 0.1  # the adapters do something
+    assert np.abs(logits - plain.numpy()).max() > 0.1  # the adapters change the logits
 
     slopes = {name: x.grad for name, x in theirs.named_parameters() if x.requires_grad}
     assert len(slopes) == sum(len(x) for x in grads.values())
@@ -103,7 +103,7 @@ def test_peft_computes_the_same_logits_and_gradients(adapted, batch, tmp_path):
 
 
 def test_names_and_shapes_are_those_of_peft(adapted, tmp_path):
-    """Written out as peft writes them, not taken from the table."""
+    """The names are listed here as peft writes them, and not taken from the table."""
     _, config, _, params = adapted
     adapter.save(params, config.language.lora, tmp_path, base="neulab/Pangea-7B-hf")
     tensors = load_file(tmp_path / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""Conversion between the public layouts and our own form, and what it refuses."""
+"""Conversion between the public layouts and our own form, and its errors."""
 
 import dataclasses
 import json
@@ -29,7 +29,13 @@ from pangea_jax.model.params import flatten
 from pangea_jax.sample import emoji
 from pangea_jax.train.resume import Checkpoints
 from pangea_jax.train.state import TrainState
-from tests.checkpoints.tiny import assert_same_state, random_state, tensors, with_language
+from tests.checkpoints.tiny import (
+    assert_same_state,
+    random_state,
+    save_in_shards,
+    tensors,
+    with_language,
+)
 
 TOKENIZER = emoji.DIRECTORY / emoji.TOKENIZER
 CONFIG = with_language(vocab_size=4501)
@@ -47,17 +53,17 @@ def state():
 
 @pytest.fixture(scope="module")
 def public(state, tokenizer, tmp_path_factory):
-    """A folder in the -hf layout, in several files, its tokenizer beside it."""
+    """A folder in the -hf layout with several files and its tokenizer."""
     folder = tmp_path_factory.mktemp("public")
     tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
-    checkpoints.save(state, CONFIG, folder, tokens=tokens, max_shard_bytes=200_000)
+    save_in_shards(state, CONFIG, folder, tokens=tokens, max_bytes=200_000)
     shutil.copy(TOKENIZER, folder)
     return folder
 
 
 @pytest.fixture
 def run(tokenizer, monkeypatch):
-    """`convert`, in parts small enough that every large tensor is several of them."""
+    """`convert` with parts so small that every large tensor has several."""
     monkeypatch.setattr(convert, "PART_BYTES", 20_000)
 
     def call(source, target, **kwargs):
@@ -122,7 +128,7 @@ def test_transformers_loads_what_comes_back(make_reference, tmp_path, tokenizer,
 
 
 def test_parts_are_small_and_cover_everything(state):
-    """No part is larger than asked for, and together they are each tensor once, in order."""
+    """No part is too large, and together the parts are every tensor once, in order."""
     shapes = shapes_of(CONFIG)
     for entry in names.entries(shapes, CONFIG, names.LAYOUTS["llava"]):
         whole, seen = np.asarray(flatten(state)[entry.path]), {}
@@ -176,7 +182,7 @@ def test_our_form_loads_onto_shardings_and_casts(ours, state):
 
 
 def test_a_training_run_becomes_a_public_folder(state, run, tmp_path):
-    """The newest step, trained and frozen parameters together; the optimiser stays behind."""
+    """It takes trained and frozen parameters of the newest step, but not the optimiser."""
     params = flatten(state)
     frozen = {k: v.astype(jnp.bfloat16) for k, v in params.items() if k.startswith("vision.")}
     trainable = {k: v for k, v in params.items() if k not in frozen}
@@ -201,7 +207,7 @@ def test_a_training_run_becomes_a_public_folder(state, run, tmp_path):
 
 
 class _Data:
-    """An iterator that Orbax saves as it saves Grain's: by its state."""
+    """An iterator that Orbax saves by its state, as it saves Grain's."""
 
     def __iter__(self):
         import grain
@@ -350,7 +356,7 @@ def test_quantised_weights_are_refused(public, run, tmp_path):
 
 
 def test_layers_of_different_types_need_a_choice(public, run, tmp_path):
-    """Nothing is rounded unless it was asked for."""
+    """Values are rounded only on request."""
     shutil.copytree(public, tmp_path / "source")
     name = "language_model.model.layers.1.self_attn.q_proj.bias"
     for file in (tmp_path / "source").glob("*.safetensors"):

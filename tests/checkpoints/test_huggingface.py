@@ -1,4 +1,4 @@
-"""Public checkpoints: every layout in, the same bytes out, and every fault named."""
+"""Public checkpoints: every layout is read, the same bytes are written, and errors name every fault."""
 
 import dataclasses
 import json
@@ -15,7 +15,14 @@ from pangea_jax import checkpoints
 from pangea_jax.checkpoints import CheckpointError, names
 from pangea_jax.checkpoints.huggingface import abstract_state
 from pangea_jax.model import PINPOINTS, LanguageConfig, Pangea, PangeaConfig
-from tests.checkpoints.tiny import CONFIG, TOKENS, assert_same_state, random_state, tensors
+from tests.checkpoints.tiny import (
+    CONFIG,
+    TOKENS,
+    assert_same_state,
+    random_state,
+    save_in_shards,
+    tensors,
+)
 
 KINDS = [("qwen2", False), ("qwen2", True), ("mistral", False), ("llama", True)]
 
@@ -51,7 +58,7 @@ def test_transformers_loads_what_is_saved(make_reference, tmp_path, decoder, tie
     reference = make_reference(decoder, tied)
     config = checkpoints.config_from_folder(reference.folder)
     state = checkpoints.load(reference.folder)
-    checkpoints.save(state, config, tmp_path, tokens=TOKENS, layout=layout, max_shard_bytes=60_000)
+    save_in_shards(state, config, tmp_path, tokens=TOKENS, layout=layout)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     model, report = transformers.LlavaNextForConditionalGeneration.from_pretrained(
         tmp_path, output_loading_info=True
@@ -82,7 +89,7 @@ def renamed(tensors, *replacements):
 
 
 def test_published_names_of_pangea_7b(saved, tmp_path):
-    """The names written out as they stand in neulab/Pangea-7B, not taken from the table."""
+    """The names are listed here as in neulab/Pangea-7B, and not taken from the table."""
     folder, state = saved
     save_file(
         renamed(
@@ -115,7 +122,7 @@ def test_table_covers_every_parameter_of_the_7b_and_counts_them():
 
 
 def test_part_reading_equals_slicing_of_the_whole():
-    """`read_part` reads less, for every axis that a device may hold a part of."""
+    """`read_part` reads less, for every axis along which devices split a parameter."""
     theirs = np.random.default_rng(0).normal(size=(6 * 4, 5))
     whole = names.read_part(theirs, "(h c) d -> d h c", (5, 6, 4), (slice(None),) * 3)
     np.testing.assert_array_equal(whole, theirs.reshape(6, 4, 5).transpose(2, 0, 1))
@@ -130,7 +137,7 @@ def test_part_reading_equals_slicing_of_the_whole():
 
 
 def test_loads_onto_shardings_and_saves_from_them(saved, tmp_path):
-    """The first axis of each parameter that divides, be it layers, heads or vocabulary."""
+    """Splits the first axis of each parameter that divides: layers, heads or vocabulary."""
     folder, state = saved
     devices = jax.devices()[:2]
     assert len(devices) == 2, "the tests run on simulated devices, see conftest.py"
@@ -174,7 +181,7 @@ def test_values_beyond_float16_are_refused(saved, tmp_path):
 
 
 def test_a_tower_alone(saved, tmp_path):
-    """A file with the keys of the tower fills the tower of a model and leaves the rest."""
+    """A file with the keys of the tower gives only the tower of a model."""
     folder, state = saved
     prefix = "vision_tower.vision_model."
     tower = {k: v for k, v in tensors(folder).items() if k.startswith(prefix)}
@@ -238,7 +245,7 @@ def test_a_tied_head_may_be_stored_if_it_is_the_embedding(make_reference, tmp_pa
 
 def test_truncated_and_missing_files_are_named(saved, tmp_path):
     _, state = saved
-    checkpoints.save(state, CONFIG, tmp_path, tokens=TOKENS, max_shard_bytes=60_000)
+    save_in_shards(state, CONFIG, tmp_path, tokens=TOKENS)
     second = sorted(tmp_path.glob("*.safetensors"))[1]
     whole = second.read_bytes()
     second.write_bytes(whole[: len(whole) // 2])
@@ -291,9 +298,7 @@ def test_a_save_cut_off_leaves_the_earlier_checkpoint(saved, tmp_path, monkeypat
 
 def test_saving_over_a_sharded_checkpoint_replaces_it_whole(saved, tmp_path):
     _, state = saved
-    checkpoints.save(
-        random_state(CONFIG, 1), CONFIG, tmp_path, tokens=TOKENS, max_shard_bytes=60_000
-    )
+    save_in_shards(random_state(CONFIG, 1), CONFIG, tmp_path, tokens=TOKENS)
     checkpoints.save(state, CONFIG, tmp_path, tokens=TOKENS)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "config.json",
@@ -317,7 +322,7 @@ def test_save_refuses_what_does_not_fit(saved, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"pinpoints": ()},  # the embedded sample: a single view with a newline
+        {"pinpoints": ()},  # the embedded sample: a single tile with a newline
         {"pinpoints": (), "newline": False},  # LLaVA-1.5
     ],
 )

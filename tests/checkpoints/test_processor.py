@@ -1,4 +1,4 @@
-"""The files beside the weights: transformers' processor must see what our own path sees."""
+"""The files for transformers: its processor must give the same inputs as our own code."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ SIZES = [
 
 @pytest.fixture(scope="module")
 def exported(qwen2_folder, tmp_path_factory):
-    """A folder as `convert` writes it, without weights, and the tokenizer it was made with."""
+    """A folder as `convert` writes it, but without weights, and its tokenizer."""
     folder = tmp_path_factory.mktemp("exported")
     tokenizer = load_tokenizer(qwen2_folder, image_id=config.PANGEA_TOKENS.image)
     assert processor.write(folder, CONFIG, tokenizer, qwen2_folder) == []
@@ -86,7 +86,7 @@ def assert_same(theirs, tokenizer, messages):
     assert np.asarray(found["input_ids"])[0].tolist() == tokens
     for theirs_one, ours_one in zip(found.get("pixel_values", []), tiles, strict=True):
         pixels = np.asarray(theirs_one)[: len(ours_one)].transpose(0, 2, 3, 1)
-        # A level of a byte is 0.014 to 0.015 after normalisation; no pixel is off by one.
+        # One level of a byte is 0.014 to 0.015 after normalisation, so no pixel differs by one.
         np.testing.assert_allclose(pixels, ours_one, atol=1e-3)
 
 
@@ -123,7 +123,7 @@ def test_text_alone(theirs, exported):
 
 
 def test_the_folder_is_its_own_source(exported, qwen2_folder, tmp_path):
-    """What was written is read back to the same tokenizer, and written again to the same files."""
+    """Reading the files gives the same tokenizer, and writing that gives the same files."""
     folder, tokenizer = exported
     again = checkpoints.load_tokenizer(folder)
     assert (again.image_id, again.vocab_size) == (tokenizer.image_id, tokenizer.vocab_size)
@@ -134,7 +134,7 @@ def test_the_folder_is_its_own_source(exported, qwen2_folder, tmp_path):
 
 
 def test_image_marker_of_a_plain_vocabulary_is_pangeas(qwen2_folder, tmp_path):
-    """LLaVA's layout names no id for `<image>`; the training code has none either."""
+    """LLaVA's layout has no id of `<image>`, and its training code has none either."""
     shutil.copytree(qwen2_folder, tmp_path, dirs_exist_ok=True)
     llava = {"model_type": "qwen2", "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
     (tmp_path / "config.json").write_text(json.dumps(llava))
@@ -142,7 +142,7 @@ def test_image_marker_of_a_plain_vocabulary_is_pangeas(qwen2_folder, tmp_path):
 
 
 def test_image_marker_of_a_plain_vocabulary_is_the_configs(qwen2_folder, tmp_path):
-    """Whatever else the config leaves out."""
+    """The rest of the config may be missing."""
     shutil.copytree(qwen2_folder, tmp_path, dirs_exist_ok=True)
     values = {"model_type": "llava_next", "image_token_index": 151650, "text_config": {}}
     (tmp_path / "config.json").write_text(json.dumps(values))

@@ -31,7 +31,7 @@ from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.model import LanguageConfig, Pangea, PangeaConfig, VisionConfig
 from tests.checkpoints.tiny import TOKENS, tensors, with_language
 
-# Prefixes that it replaces, in this order; any other name is taken as it is.
+# vLLM replaces these prefixes, in this order, and does not change other names.
 RENAMED = {
     "model.language_model.": "language_model.model.",
     "model.vision_tower.": "vision_tower.",
@@ -39,9 +39,9 @@ RENAMED = {
     "model.image_newline": "image_newline",
     "lm_head.": "language_model.lm_head.",
 }
-# Modules of one kernel that it loads from several tensors.
+# vLLM loads the one kernel of such a module from several tensors.
 FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
-# It builds the tower up to the layer that is read, and leaves out what lies behind it.
+# vLLM builds the tower up to the feature layer, without the blocks after it.
 LEFT_OUT = re.compile(r"vision_tower\.vision_model\.(post_layernorm|encoder\.layers\.2)\.")
 BOTH = ("weight", "bias")
 
@@ -51,7 +51,7 @@ def modules(prefix, **parts):
 
 
 def parameters(tied: bool) -> set[str]:
-    """Of `CONFIG` in vLLM, fused ones by their parts."""
+    """vLLM's parameters for `CONFIG`; fused ones are listed by their parts."""
     tower, decoder = "vision_tower.vision_model.", "language_model.model."
     found = {f"{tower}embeddings.class_embedding", "image_newline"}
     found |= modules(
@@ -75,7 +75,7 @@ def parameters(tied: bool) -> set[str]:
 
 
 def taken(name: str) -> str | None:
-    """The parameter that a tensor goes into, None if vLLM leaves it out."""
+    """The parameter for a tensor; None if vLLM skips the tensor."""
     for prefix, new in RENAMED.items():
         if name.startswith(prefix):
             name = new + name.removeprefix(prefix)
@@ -104,12 +104,12 @@ def test_every_tensor_has_its_parameter_and_every_parameter_its_tensor(exported,
     tied, make = exported
     found = [taken(name) for name in tensors(make(layout=layout))]
     kept = [name for name in found if name is not None]
-    assert len(found) - len(kept) == 2 + 16  # the norm and the layer behind the one that is read
+    assert len(found) - len(kept) == 2 + 16  # the norm, and the block after the feature layer
     assert sorted(kept) == sorted(parameters(tied))
 
 
 def test_the_names_that_transformers_5_writes_miss_the_tower(exported):
-    """Why `launch/convert.py` writes the others: vLLM keeps `vision_model` in the names of its tower."""
+    """So `launch/convert.py` writes other layouts: vLLM keeps `vision_model` in the names of its tower."""
     tied, make = exported
     found = {taken(name) for name in tensors(make(layout="transformers-5"))}
     missing = parameters(tied) - found
@@ -122,12 +122,12 @@ def test_the_default_layout_is_one_that_is_read(exported):
 
 
 def test_the_config_has_the_fields_that_are_read(exported):
-    """As vLLM does, through transformers' own config class."""
+    """vLLM reads the config with transformers' config class."""
     transformers = pytest.importorskip("transformers", reason="requirements-parity.txt has it")
     tied, make = exported
     folder = make()
     written = json.loads((folder / "config.json").read_text())
-    # Without it transformers 5.19, which vLLM 0.32 brings, warns that the tokenizer is a wrong one.
+    # Without it transformers 5.19, a requirement of vLLM 0.32, warns of a wrong tokenizer.
     assert written["transformers_version"] == "4.45.0"
     assert written["architectures"] == ["LlavaNextForConditionalGeneration"]
     assert written["text_config"]["architectures"] == ["Qwen2ForCausalLM"]
@@ -136,7 +136,7 @@ def test_the_config_has_the_fields_that_are_read(exported):
     assert (read.vision_feature_layer, read.vision_feature_select_strategy) == (-2, "default")
     assert (read.projector_hidden_act, read.multimodal_projector_bias) == ("gelu", True)
     assert read.image_token_index == 96
-    # (height, width), as there.
+    # (height, width), as in transformers.
     assert [tuple(size) for size in read.image_grid_pinpoints] == [(56, 28), (28, 56), (28, 84)]
     assert isinstance(read.vision_config, transformers.CLIPVisionConfig)
     assert (read.vision_config.image_size, read.vision_config.patch_size) == (28, 7)
@@ -150,7 +150,7 @@ def test_the_config_has_the_fields_that_are_read(exported):
     assert (text.num_attention_heads, text.num_key_value_heads) == (4, 2)
 
 
-# Small, with heads of 64 channels and a vocabulary of a size that vLLM's kernels have.
+# A small model with heads of 64 channels and a vocabulary size that vLLM's kernels support.
 SERVED = PangeaConfig(
     vision=VisionConfig(image_size=112, width=128, layers=3, heads=2, mlp=256),
     language=LanguageConfig(
@@ -166,7 +166,7 @@ SERVED = PangeaConfig(
     pinpoints=((112, 224), (224, 112), (224, 224), (336, 112), (112, 336)),
     dtype="float32",
 )
-STARTS = 300  # seconds that the server may take
+STARTS = 300  # seconds allowed for the start of the server
 NEW = 16
 
 
@@ -182,7 +182,7 @@ def served(qwen2_folder, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Pillow resizes, as here; torchvision, its default, gives other pixels in the last bit.
+    # Pillow resizes, as in our code. torchvision, the default, gives pixels that differ in the last bit.
     flags = {
         "model": folder,
         "served-model-name": "exported",
@@ -209,7 +209,7 @@ def served(qwen2_folder, tmp_path_factory):
 
 
 def wait_for(address, server, log):
-    """Until the server answers; fails with the end of its log."""
+    """Waits until the server answers. On failure it shows the end of the server's log."""
     until = time.monotonic() + STARTS
     while time.monotonic() < until and server.poll() is None:
         try:
@@ -221,7 +221,7 @@ def wait_for(address, server, log):
 
 
 def for_vllm(message):
-    """A message with its pictures as the protocol has them."""
+    """A message with its pictures in the form of the protocol."""
     content = [
         {"type": "image_url", "image_url": {"url": address(part["image"])}}
         if part["type"] == "image"
@@ -242,7 +242,7 @@ def address(picture) -> str:
     "sizes", [[], [(640, 480)], [(300, 1000)], [(100, 100)], [(300, 400), (500, 333)]]
 )
 def test_vllm_serves_what_was_exported(served, picture, sizes):
-    """Prompt, likeliest tokens and their probabilities are ours."""
+    """Prompt, likeliest tokens and their probabilities equal ours."""
     engine, client = served
     pictures = [{"type": "image", "image": picture(*size)} for size in sizes]
     text = {"type": "text", "text": "Hii ni nini? 这是什么? यह क्या है?"}

@@ -1,4 +1,4 @@
-"""A small model's checkpoint, and how two of them are compared."""
+"""Checkpoints of a small model, and functions that compare them."""
 
 import dataclasses
 import json
@@ -7,9 +7,11 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
-from pangea_jax.checkpoints import SpecialTokens
+from pangea_jax import checkpoints
+from pangea_jax.checkpoints import SpecialTokens, huggingface
 from pangea_jax.checkpoints.huggingface import abstract_state
 from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig
 from pangea_jax.model.params import flatten
@@ -32,15 +34,22 @@ def with_language(**changes) -> PangeaConfig:
 
 
 def random_state(config, seed=0, dtype=jnp.float32):
-    """A state in which no two parameters agree: zeros would hide a swap."""
+    """A state in which all parameters differ. With zeros a swap would not be noticed."""
     random = np.random.default_rng(seed)
     return jax.tree.map(
         lambda x: jnp.asarray(random.normal(size=x.shape), dtype), abstract_state(config)
     )
 
 
+def save_in_shards(*args, max_bytes=60_000, **kwargs):
+    """`checkpoints.save` with several files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface, "MAX_SHARD_BYTES", max_bytes)
+        checkpoints.save(*args, **kwargs)
+
+
 def write_run(folder, config, params):
-    """The work directory of a run that trained the adapters among the parameters."""
+    """The work directory of a run in which only the adapters were trained."""
     content = {"model": dataclasses.asdict(config), "data": {"tokenizer": "emoji"}}
     (folder / "config.json").write_text(json.dumps(content))
     adapters = {name: x for name, x in params.items() if "_lora." in name}

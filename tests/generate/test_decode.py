@@ -231,18 +231,14 @@ def test_steps_one_by_one_equal_all_at_once(tiny_model, batch, expected):
         hidden, cache = model(params).prefill(batch, PROMPT + NEW)
         return *last_hidden(hidden, jnp.asarray(batch.segment_ids)), cache
 
-    run = jax.jit(
-        lambda params, *start: complete(
-            model(params), *start, max_new_tokens=NEW, stop_ids=stop_ids, limit=limit
-        )
-    )
     settings = {"limit": limit, "stop_ids": stop_ids}
     first = jax.jit(
         lambda params, *start: begin(model(params), *start, max_new_tokens=NEW, **settings)
     )
     step = jax.jit(lambda params, state: advance(model(params), state, steps=1, **settings))
-    start = prefill(params)
-    at_once = np.asarray(run(params, *start))
+    run = jax.jit(lambda params, state: advance(model(params), state, steps=NEW, **settings))
+    state = first(params, *prefill(params))
+    at_once = np.asarray(run(params, state).tokens)
 
     def end_of(free):
         ends = [i + 1 for i, token in enumerate(free[:limit]) if token in stop_ids]
@@ -253,7 +249,6 @@ def test_steps_one_by_one_equal_all_at_once(tiny_model, batch, expected):
         assert row[:end].tolist() == free[:end].tolist()
         assert (row[end:] == stop_ids[0]).all()
     assert (at_once[-1] == stop_ids[0]).all()
-    state = first(params, *start)
     steps = 1
     while not state.done.all():
         state = step(params, state)

@@ -46,7 +46,7 @@ def reads(sample, monkeypatch):
         monkeypatch.setattr(sample._programs, name, call)
 
     watch("begin", 0)
-    watch("follow", 3)
+    watch("follow", 2)
     return found
 
 
@@ -189,7 +189,7 @@ def test_following_equals_reading_whole(tiny_config, tiny_model):
     def after(params, state):
         model = model_params.merge(graphdef, params)
         ids = rest.tokens, rest.segment_ids
-        return follow(model, state, jnp.int32(1), jnp.int32(shared), *ids, width=W)
+        return follow(model, state, jnp.int32(1), jnp.int32(shared), *ids)
 
     hidden, whole, cache = after(params, state)
     assert whole.tolist() == [shared + 3, shared + 8, 0]

@@ -1,4 +1,4 @@
-"""Batches for the model tests, put together by hand: independent of the data pipeline."""
+"""Batches for the model tests. They are made here, independently of the data pipeline."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from pangea_jax.batch import Batch
 from pangea_jax.data.image import views
 from pangea_jax.model.attention import AttentionImpl
 
-# Kernels wherever the tests run, with blocks so small that a short row has several.
+# The kernels run on every machine. Their blocks are so small that a short row has several.
 IMPLS = (
     AttentionImpl("xla"),
     AttentionImpl("splash", 128, 128, interpret=True),
@@ -78,5 +78,5 @@ def impls():
 
 @pytest.fixture(scope="session", params=IMPLS, ids=lambda impl: impl.name)
 def impl(request):
-    """Every attention backend, so that it runs on this machine."""
+    """Every attention backend, in a form that runs on this machine."""
     return request.param

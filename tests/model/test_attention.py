@@ -1,4 +1,4 @@
-"""Every attention backend against attention written out in float64 NumPy."""
+"""Every attention backend equals attention in float64 NumPy."""
 
 import itertools
 import logging
@@ -78,12 +78,12 @@ def test_outputs_and_gradients(impl, case):
     H, K, length, rows = CASES[case]
     ids, positions = rows_of(*rows, length=length)
     q, k, v, cotangent = random_qkv(len(rows), length, H, K)
-    cotangent *= (ids > 0)[..., None, None]  # no loss has weight on padding
+    cotangent *= (ids > 0)[..., None, None]  # the loss has no weight on padding
     expected = reference(q, k, v, cotangent, ids, positions)
     found = outputs_and_gradients(q, k, v, cotangent, ids, positions, impl)
     real = (ids > 0)[..., None, None]
     for name, ours, theirs in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
-        assert np.isfinite(ours).all(), name  # padding included
+        assert np.isfinite(ours).all(), name  # also in padding
         error = np.abs(np.where(real, ours - theirs, 0)).max()
         assert error < 2e-6 * np.abs(theirs).max(), name
 
@@ -100,7 +100,7 @@ def test_bfloat16(impl):
 
 
 def test_every_mesh_gives_the_same(impl):
-    """Rows over data and fsdp, heads over tensor."""
+    """Rows are split over data and fsdp, heads over tensor."""
     ids, positions = rows_of([70, 58], [128], [3, 4, 5], [100, 20], length=128)
     q, k, v, cotangent = random_qkv(4, 128, 4, 2)
     mesh = sharding.make_mesh(2, 2, 2)
@@ -115,7 +115,7 @@ def test_every_mesh_gives_the_same(impl):
 
 
 def test_many_queries_go_in_chunks(monkeypatch):
-    """Odd length, so that the last chunk is padded; a cache, whose keys are more than the queries."""
+    """The length is odd, so the last chunk is padded. With a cache there are more keys than queries."""
     monkeypatch.setattr(attention_module, "QUERY_CHUNK", 64)
     ids, positions = rows_of([70, 1, 100], [171], length=171)
     q, k, v, cotangent = random_qkv(2, 171, 4, 2)
@@ -178,7 +178,7 @@ def test_without_ids_every_query_sees_every_key():
 
 
 def call(impl, T=16, B=1, H=4, K=2, C=C, dtype=jnp.bfloat16, **arguments):
-    """Traces a call with ids and positions, computing nothing."""
+    """Traces a call with ids and positions, without computing anything."""
     shapes = [jax.ShapeDtypeStruct((B, T, heads, C), dtype) for heads in (H, K, K)]
     ids = jnp.zeros((B, T), jnp.int32)
     arguments = {"segment_ids": ids, "positions": ids} | arguments
@@ -214,7 +214,7 @@ def test_unknown_backends_and_uneven_heads_are_errors():
 
 @pytest.fixture
 def chosen(monkeypatch, caplog):
-    """Runs `auto` as if on an accelerator; gives the kernel that was called and what was logged."""
+    """Runs `auto` as if on an accelerator. Returns the kernel that was called and the log."""
     attention_module._log_choice.cache_clear()
     caplog.set_level(logging.INFO, logger="absl")
 
@@ -237,7 +237,7 @@ def test_auto_takes_the_kernel_of_the_device(chosen):
     assert chosen("cpu", T=129)[0] == "blockwise"
     name, logged = chosen("tpu")
     assert name == "splash"
-    assert len(logged) == 3  # each choice once
+    assert len(logged) == 3  # each choice is logged once
     assert "'splash' here (packed causal rows on tpu)" in logged[0]
 
 
@@ -259,7 +259,7 @@ def test_auto_says_why_it_takes_none(chosen, platform, arguments, reason):
 
 
 def test_triton_compiles_its_kernels_for_a_gpu():
-    """As far as a machine without one can tell: lowered to Triton, keys not repeated, no [T, T]."""
+    """A machine without GPU can check this: it is lowered to Triton, repeats no keys and has no [T, T]."""
     gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
     axis_types = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.sharding.AbstractMesh((1, 1, 1), sharding.AXES, axis_types, abstract_device=gpu)
@@ -289,7 +289,7 @@ def test_every_backend_is_tested(impls):
 
 @pytest.mark.parametrize("name", ["triton", "blockwise"])
 def test_no_block_of_another_segment_is_read(name):
-    """Segments end where blocks do; what lies in the others is NaN, forwards and backwards."""
+    """Segments end where blocks end. All other segments are NaN, in the forward and in the backward pass."""
     T, middle = 3 * 64, slice(64, 128)
     ids, positions = rows_of((64, 64, 64), length=T)
     q, k, v, cotangent = random_qkv(1, T, 4, 2)
@@ -318,7 +318,7 @@ def test_blockwise_takes_the_blocks_that_pad_least(tokens, block, padded):
 
 
 def test_blockwise_walks_back_no_further_for_padding():
-    """Values of the first block are NaN: neither its neighbour's segment nor padding looks there."""
+    """The first block is NaN. Neither the next segment nor padding reads it."""
     ids, positions = rows_of([64, 64], length=192)
     q, k, v, cotangent = random_qkv(1, 192, 4, 2)
     for x in (q, k, v, cotangent):

@@ -1,4 +1,4 @@
-"""Splash attention compiled for TPUs, on a machine that has none: libtpu holds the compiler."""
+"""Splash attention compiles for TPUs. No TPU is needed, because libtpu contains the compiler."""
 
 import dataclasses
 import re
@@ -20,14 +20,14 @@ from pangea_jax.train.optimizer import OptimizerConfig, make_optimizer
 from pangea_jax.train.state import TrainState
 from pangea_jax.train.step import make_train_step
 
-# JAX keeps what it compiles for TPUs, but cannot load it where there is none, and says so.
+# JAX caches what it compiles for TPUs. Without a TPU it cannot load that again, and warns.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
-ROWS, TOKENS, HEADS, KV_HEADS = 2, 4096, 28, 4  # a row on each pair of chips, Qwen2-7B's heads
+ROWS, TOKENS, HEADS, KV_HEADS = 2, 4096, 28, 4  # one row per pair of chips, the heads of Qwen2-7B
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    """Four chips: rows over fsdp, heads over tensor."""
+    """Four chips: rows are split over fsdp, heads over tensor."""
     pytest.importorskip(
         "libtpu",
         reason='the TPU compiler is in libtpu: pip install "jax[tpu]"',
@@ -36,18 +36,18 @@ def mesh():
     from jax.experimental import topologies
 
     with pytest.MonkeyPatch.context() as patch:
-        # Nobody to ask what kind of TPU host this is: it is none.
+        # This is no TPU host, so there is no metadata server to ask for its kind.
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
         patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-        # Its lock keeps two processes off one TPU; compiling uses none.
+        # libtpu's lock protects a TPU from a second process. Compiling uses no TPU.
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     return sharding.make_mesh(1, 2, 2, devices=topology.devices)
 
 
 def kernels_of(text):
-    """The Pallas kernels in compiled code, as (name, shapes of what it reads)."""
+    """The Pallas kernels in compiled code, as (name, shapes of the inputs)."""
     calls = re.findall(
         r"%(splash\w+)[.\d]* = [^\n]*\"tpu_custom_call\", operand_layout_constraints=({.*?}})", text
     )
@@ -82,7 +82,7 @@ def test_attention_and_its_gradients_compile(mesh, head_width):
         "splash_mha_dkv_segmented_no_residuals",
         "splash_mha_fwd_segmented_residuals",
     ]
-    for _, operands in kernels:  # keys and values of half the heads, not repeated
+    for _, operands in kernels:  # keys and values of half of the heads are not repeated
         assert operands.count(f"bf16[{KV_HEADS // 2},{TOKENS},{head_width}]") == 2
     shapes = shapes_of(text)
     assert not [shape for shape in shapes if shape.count(TOKENS) > 1]
@@ -92,7 +92,7 @@ def test_attention_and_its_gradients_compile(mesh, head_width):
 
 
 def test_train_step_compiles(mesh, tiny_config):
-    """The whole step finds the mesh for its attention by itself."""
+    """The attention of the whole step finds the mesh."""
     config = dataclasses.replace(
         tiny_config, language=dataclasses.replace(tiny_config.language, head_width=128)
     )
@@ -116,6 +116,6 @@ def test_train_step_compiles(mesh, tiny_config):
     shardings = sharding.state_shardings(state, placed, mesh)
     step = make_train_step(graphdef, optimizer, shardings, mesh, keep="none")
     text = step.lower(state, batch).compile().as_text()
-    # Forward, forward again (recomputed) and backward.
+    # The forward pass, its recomputation, and the backward pass.
     assert len(kernels_of(text)) == 3
     assert not [shape for shape in shapes_of(text) if shape.count(tokens) > 1]

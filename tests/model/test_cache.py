@@ -1,4 +1,4 @@
-"""Decoding from the KV cache: equal to the full forward pass, and to transformers' generate."""
+"""Decoding from the KV cache equals the full forward pass and transformers' generate."""
 
 import dataclasses
 
@@ -111,4 +111,4 @@ def test_greedy_decoding_equals_generate(model, reference, prompts):
         with torch.no_grad():
             theirs = reference.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
         assert ours.tolist() == theirs[0, len(tokens) :].tolist()
-    assert len(np.unique(found)) > 5  # not one token over and over
+    assert len(np.unique(found)) > 5  # it does not repeat one token

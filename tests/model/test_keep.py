@@ -1,4 +1,4 @@
-"""What blocks keep for the backward pass changes memory alone."""
+"""`keep` changes only memory, not results."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def batch(tiny_config):
 
 @pytest.fixture(scope="module")
 def loss_of(tiny_model, batch):
-    """(parameters, keep -> a loss of them that no symmetry makes easy)."""
+    """(parameters, function keep -> loss). The loss has no symmetry that could hide a mistake."""
     graphdef, params = model_params.split(tiny_model)
     impl = AttentionImpl("xla")
 
@@ -48,7 +48,7 @@ def test_gradients_are_those_of_keeping_everything(loss_of, keep):
     params, make = loss_of
     expected, found = (jax.jit(jax.grad(make(name)))(params) for name in ("all", keep))
     for name, value in expected.items():
-        # Of a bias that all keys share, the gradient is nothing but rounding.
+        # The gradient of a bias that all keys share is only rounding noise.
         tolerance = 1e-5 * (1 + np.abs(value).max())
         np.testing.assert_allclose(found[name], value, atol=tolerance, err_msg=name)
 
@@ -58,7 +58,7 @@ def test_gradients_are_those_of_keeping_everything(loss_of, keep):
     [("none", 0, 0), ("attention", 1, 0), ("qkv", 2, 2), ("products", 2, 2)],
 )
 def test_a_policy_keeps_what_it_says(tiny_config, loss_of, keep, queries, keys):
-    """Of each decoder layer: queries and mixed values [B, T, H, C], keys and values [B, T, K, C]."""
+    """Each decoder layer keeps queries and mixed values [B, T, H, C], keys and values [B, T, K, C]."""
     params, make = loss_of
     kept = jax.tree.leaves(jax.eval_shape(lambda params: jax.vjp(make(keep), params)[1], params))
     shapes = [leaf.shape for leaf in kept]

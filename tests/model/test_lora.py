@@ -1,4 +1,4 @@
-"""Adapters: they start as nothing, compute what their merged kernels compute, and only they learn."""
+"""Adapters start at zero, compute the same as merged kernels, and are the only parameters that learn."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from pangea_jax.train.step import make_train_step
 
 @pytest.fixture(scope="module")
 def tiny_batch(tiny_config):
-    """Eight rows of a picture in one view and words."""
+    """Eight rows, each with a picture of one tile and words."""
     rng = np.random.default_rng(0)
     patches, T = tiny_config.vision.patches, 20
     place = np.broadcast_to(np.arange(T, dtype=np.int32), (8, T))
@@ -153,7 +153,7 @@ def test_gradients_are_those_of_the_merged_kernel(tiny_batch, adapted):
 
 
 def test_flops_of_adapters(tiny_config):
-    """A frozen kernel costs its product and its input's gradient, an adapter its own gradient too."""
+    """A frozen kernel costs its product and the gradient of its input; an adapter also costs its own gradient."""
     language = dataclasses.replace(tiny_config.language, lora=LoraConfig(rank=2, targets=("up",)))
     config = dataclasses.replace(tiny_config, language=language)
     _, shapes = model_params.abstract(lambda: Pangea(config, rngs=nnx.Rngs(0)))
@@ -175,7 +175,7 @@ def test_what_cannot_be_is_refused():
 
 
 def test_a_run_with_adapters_has_no_public_layout(adapted, tmp_path, emoji_tokenizer):
-    """Its config says so before anything is read."""
+    """The config shows it, so nothing else is read."""
     config, _, _ = adapted
     (tmp_path / "config.json").write_text(
         json.dumps({"model": dataclasses.asdict(config), "data": {"tokenizer": "emoji"}})

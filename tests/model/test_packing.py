@@ -1,4 +1,4 @@
-"""A packed row equals its parts run alone: outputs, loss and gradients."""
+"""Outputs, loss and gradients of a packed row equal those of its parts, each run alone."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def parts(make_examples, picture):
 
 
 def packed_batch(examples, rows):
-    """All rows one after another in a single row, padding behind."""
+    """A single row with all rows one after another, then padding."""
     batch = examples.batch([([], [], [])], LENGTH, TILES)
     start = tile = 0
     for segment, (tokens, index, tiles) in enumerate(rows, start=1):

@@ -61,10 +61,10 @@ class Pair:
         pictures = [piece for pieces in rows for piece in pieces if not isinstance(piece, list)]
         if pictures:
             tiles = [torch.tensor(pixels(self.examples.row(picture)[2])) for picture in pictures]
-            # One zero-padded stack, cut down again by the reference from image_sizes.
+            # One stack, padded with zeros. The reference removes the padding with image_sizes.
             inputs["pixel_values"] = torch.nn.utils.rnn.pad_sequence(tiles, batch_first=True)
             inputs["image_sizes"] = torch.tensor([picture.size[::-1] for picture in pictures])
-            if not self.config.pinpoints:  # LLaVA-1.5 knows neither tiles nor sizes
+            if not self.config.pinpoints:  # LLaVA-1.5 has neither tiles nor sizes
                 inputs["pixel_values"] = inputs["pixel_values"][:, 0]
                 del inputs["image_sizes"]
         return inputs
@@ -81,7 +81,7 @@ class Pair:
     def assert_equal(self, rows):
         for ours, theirs in zip(self.ours(rows), self.theirs(rows), strict=True):
             assert ours.shape == theirs.shape
-            assert np.abs(theirs).max() > 1  # the comparison is not one of zeros
+            assert np.abs(theirs).max() > 1  # not all are zero
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
@@ -118,7 +118,7 @@ def test_decoders(make_pair, picture, decoder, tied):
 
 
 def test_llava_names(make_reference, make_examples, picture, tmp_path):
-    """The same weights under the names of neulab/Pangea-7B, written out by hand."""
+    """The same weights under the names of neulab/Pangea-7B, which are listed here and not taken from the table."""
     from safetensors.numpy import load_file, save_file
 
     reference = make_reference()
@@ -133,7 +133,7 @@ def test_llava_names(make_reference, make_examples, picture, tmp_path):
 
 
 def test_llava_1_5(make_pair, picture):
-    """One view, no newline vector, a Llama decoder without biases."""
+    """The model has one tile, no newline vector, and a Llama decoder without biases."""
     pair = make_pair("llava-1.5")
     assert (pair.config.pinpoints, pair.config.newline) == ((), False)
     assert not pair.config.language.qkv_bias
@@ -169,7 +169,7 @@ def test_picture_features_matter(make_pair, picture):
 
 
 def next_token_loss(logits, tokens, words):
-    """Mean cross-entropy of predicting words (not picture tokens) from the token before."""
+    """Mean cross-entropy of words (not picture tokens), each predicted from the token before."""
     scores = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)
     trained = words[:, 1:]
     return -(scores[..., 0] * trained).sum() / trained.sum()
@@ -217,7 +217,9 @@ def test_gradients_of_every_parameter(make_pair, picture, tmp_path, decoder, tie
         if path[1:] and path[1] in unused:
             assert (norm, error) == (0, 0)
         elif path[-1] in ("k_bias_hc", "k_bias_kc") and "vision" in path:
-            assert error < 1e-6  # softmax does not see a key bias: both are rounding noise
+            assert (
+                error < 1e-6
+            )  # a key bias cancels in the softmax, so both gradients are rounding noise
         else:
             assert norm > 0, path
             assert error <= 1e-4 * norm, (path, float(error), float(norm))

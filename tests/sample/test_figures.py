@@ -13,14 +13,13 @@ from rich.console import Console
 from pangea_jax import languages
 from pangea_jax.figures import style as fig
 from pangea_jax.sample.figures import (
-    AnswerExample,
     answer_sheet,
     plot_languages,
     plot_loss,
     results_table,
     timing_table,
 )
-from pangea_jax.sample.scores import wilson_interval
+from pangea_jax.sample.scores import AnswerExample, wilson_interval
 
 EIGHT = ("en", "ar", "es", "hi", "ru", "sw", "te", "zh")
 

@@ -1,4 +1,4 @@
-"""The count of FLOPs, against XLA's own and against a sum on paper."""
+"""The count of FLOPs equals XLA's count and a count by hand."""
 
 import dataclasses
 
@@ -22,8 +22,7 @@ def structure(config):
 
 @pytest.fixture(scope="module")
 def config():
-    """Wide enough for matrix products to be all that matters; unrolled, since XLA counts the body of
-    a loop once."""
+    """A model so wide that only matrix products matter. It is unrolled, because XLA counts the body of a loop once."""
     vision = VisionConfig(
         image_size=112, patch_size=14, width=256, layers=3, heads=2, mlp=1024, scan_unroll=2
     )
@@ -51,7 +50,7 @@ def batch_of(config):
 
 
 def xla_flops(config, frozen):
-    """Of the loss and its gradients, as XLA counts them."""
+    """XLA's count of FLOPs of the loss and its gradients."""
     graphdef, shapes = structure(config)
     names = model_params.select(shapes, frozen)
     kept = {name: leaf for name, leaf in shapes.items() if name in names}
@@ -62,7 +61,7 @@ def xla_flops(config, frozen):
         hidden = model.hidden(batch, impl="xla")
         return cross_entropy(model.language, hidden, batch.targets, batch.weights)[0]
 
-    # Not compiled: XLA counts the same products then, for many times the wait.
+    # Not compiled, because XLA then counts the same products but takes many times as long.
     return jax.jit(jax.grad(loss)).lower(trained, kept, batch_of(config)).cost_analysis()["flops"]
 
 
@@ -83,7 +82,7 @@ def test_agrees_with_xla(config, frozen, tied):
         tiles=ROWS * TILES,
         frozen=frozen,
     )
-    # Plain attention computes all pairs, not the causal half. XLA counts other work than matrix products too: 2 %.
+    # Plain attention computes all pairs, not the causal half. XLA also counts other work than matrix products: 2 %.
     total = counted["total"] + counted["attention"]
     assert 1 < xla_flops(config, frozen) / total < 1.04
 
@@ -99,7 +98,7 @@ def test_pangea_7b_on_paper():
     assert parts["attention"] == 28 * 3 * (4 * 8192**2 * 28 * 128) / 2
     tower_layer = 4 * 1024**2 + 2 * 1024 * 4096
     tower = 23 * (6 * 577 * tower_layer + 3 * 4 * 577**2 * 1024)
-    # The pixels take no gradient: two passes of the patch kernel.
+    # The pixels need no gradient, so the patch kernel has two passes.
     assert parts["vision"] == 5 * (tower + 4 * 576 * 14 * 14 * 3 * 1024)
     assert parts["projector"] == 6 * 5 * 576 * (1024 * 3584 + 3584**2)
     assert parts["total"] == pytest.approx(3.94e14, rel=0.02)
@@ -113,7 +112,7 @@ def test_only_what_is_computed_counts():
     frozen = train_flops(
         config, shapes, tiles=4, frozen=(r"vision\..*", r"language\..*", "newline_d"), **batch
     )
-    # The decoder's kernels take no gradient but pass it on; the tower is only run.
+    # The decoder's kernels need no gradient, but pass it on. The tower has only a forward pass.
     for part in ("language", "head"):
         assert frozen[part] == everything[part] * 2 / 3
     assert frozen["attention"] == everything["attention"]

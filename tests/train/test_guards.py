@@ -1,4 +1,4 @@
-"""Steps that are not finite, and losses far above the others."""
+"""The guard detects steps that are not finite, and losses far above the others."""
 
 import logging
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_a_spike_is_noted_and_noise_is_not(caplog):
     for step, loss in enumerate(losses(200)):
         assert not guard.check(step, GOOD | {"loss": loss}, {})
     assert not caplog.text
-    # A standard deviation is 0.1 here: 2.6 is 6 of them, 3.2 is 12.
+    # The standard deviation is 0.1: 2.6 is 6 of them above the mean, 3.2 is 12.
     assert not guard.check(200, GOOD | {"loss": 2.6}, {})
     assert guard.check(201, GOOD | {"loss": 3.2}, {})
     assert "step 201: the loss is 3.200, 1" in caplog.text

@@ -1,4 +1,4 @@
-"""The loop by itself, around a step that only adds."""
+"""The training loop with a step that only adds numbers."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def add(state, batch):
 
 
 class Saves:
-    """Stands in for `Checkpoints`: remembers what it was given."""
+    """Replaces `Checkpoints` and records what it gets."""
 
     def __init__(self):
         self.saved, self.closed = [], 0
@@ -105,14 +105,14 @@ def test_what_is_logged_and_saved_when(make, tmp_path):
     state = loop.run(start(), Data())
     assert float(state.total) == 6 * sum(range(1, 8))
     assert len(seen) == 1 and seen[0].tokens[0, 0] == 1
-    # A line tells of the steps since the one before; a step's loss is six times its number here.
+    # A line covers the steps since the line before. Here the loss of step n is 6 * n.
     assert [(step, loss) for step, loss, _ in logged(tmp_path)] == [
         (1, 9),
         (3, 21),
         (5, 33),
         (6, 42),
     ]
-    # The data are never drawn past what a checkpoint has seen.
+    # At a save the loop has read no batch beyond the last step.
     saved = [(step, total, following) for step, total, following, _ in loop.checkpoints.saved]
     assert saved == [(3, 36, 4), (6, 126, 7), (7, 168, 8)]
     assert loop.checkpoints.closed
@@ -141,14 +141,14 @@ def test_asked_to_stop_it_saves_and_leaves(make):
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_asked_to_stop_at_the_last_step_it_says_so(make, asked):
-    """What follows training, such as an evaluation, is then left to the next start."""
+    """The next start then does what follows training, such as an evaluation."""
     loop = make(stop=lambda step: asked and step == 6)
     assert int(loop.run(start(), Data()).step) == 7
     assert loop.stopped is asked
 
 
 def test_the_speed_is_not_of_the_first_batch(make, tmp_path):
-    """Before it the workers of the data start, which takes as long as many steps."""
+    """Before the first batch the data workers start, which takes as long as many steps."""
 
     class Slow(Data):
         def __next__(self):
@@ -175,7 +175,7 @@ def test_the_host_is_one_step_ahead_no_more(make):
     )
     loop.run(start(), Data())
     ahead = np.cumsum([1 if kind == "begun" else -1 for kind, _ in events])
-    assert ahead.max() == 2  # one that runs, one that has just been read
+    assert ahead.max() == 2  # one step runs, and one has just been read
     assert [step for kind, step in events if kind == "read"] == list(range(7))
 
 

@@ -43,7 +43,7 @@ def reference(decoder, hidden, targets, weights):
 
 
 def set_chunk(monkeypatch, places):
-    """The head runs on so many places at a time; the real number is too large for these rows."""
+    """Sets the number of places for the head at a time; the real number is too large for these rows."""
     monkeypatch.setattr(losses, "chunk_places", lambda vocab_size: places)
 
 
@@ -98,7 +98,7 @@ def test_gradients_equal_those_of_plain_cross_entropy(
 
 def test_no_logits_of_the_whole_row_exist(decoder, monkeypatch):
     set_chunk(monkeypatch, 8)
-    # The widest array of the model would be [B, T, V]; nothing of that size may be computed.
+    # The widest array of the model would be [B, T, V]. The program must not have it.
     T = 64
     shapes = (
         jax.ShapeDtypeStruct((B, T, D), jnp.float32),

@@ -94,7 +94,7 @@ def test_ten_steps_equal_textbook_adamw(params, scale):
 def test_decay_acts_on_kernels_and_embeddings_alone(params):
     config = OptimizerConfig(learning_rate=0.5, warmup_ratio=0, weight_decay=0.1)
     zero = {name: jnp.zeros_like(value) for name, value in params.items()}
-    # The first step of a warm-up has learning rate 0, the second the peak.
+    # In the first step of a warm-up the learning rate is 0; in the second it is at its peak.
     after = run(config, params, [zero, zero], 100)
     for name, value in params.items():
         factor = 0.95 if name in DECAYED else 1.0
@@ -148,7 +148,7 @@ def test_defaults_are_the_papers_fine_tuning_stage():
 
 
 def test_adafactor_keeps_rows_and_columns_and_learns():
-    """Of a kernel D x F it keeps D + F numbers; on a quadratic it arrives where Adam does."""
+    """It keeps D + F numbers for a kernel [D, F]; on a quadratic it ends where Adam ends."""
     shape = (256, 384)
     goal = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     params = {"language.blocks.up_kernel_df": jnp.zeros(shape)}
@@ -170,7 +170,7 @@ def test_adafactor_keeps_rows_and_columns_and_learns():
 
 
 def test_first_moments_in_bfloat16(params):
-    """Half the bytes, and the same steps to the precision of bfloat16."""
+    """The moments need half the bytes, and the steps are the same up to the precision of bfloat16."""
     grads = [params, params]
     found, exact = (
         run(OptimizerConfig(1e-2, mu_dtype=dtype), params, grads, 10)

@@ -14,15 +14,15 @@ from pangea_jax.train.step import make_train_step
 
 ROWS, TOKENS, STEPS = 8, 24, 3
 FROZEN = (r"vision\.patch_kernel_hwcd", r"language\.blocks\.[qkv]_bias_\w+")
-# Patch features never pass the tower's last norm; a bias that all keys share cancels in softmax.
+# The tower's last norm does not change patch features; a bias that all keys share cancels in the softmax.
 STILL = ("vision.post_norm.scale", "vision.post_norm.bias", "vision.blocks.k_bias_hc")
-# A large epsilon: Adam divides rounding errors by the root of tiny gradients.
+# A large epsilon, because Adam divides rounding errors by the root of tiny gradients.
 OPTIMIZER = make_optimizer(OptimizerConfig(1e-2, warmup_ratio=0, eps=1e-3, weight_decay=0.1), 10)
 
 
 @pytest.fixture(scope="module")
 def batches(tiny_config):
-    """Rows of different length and with different numbers of targets, a picture in each."""
+    """Rows with a picture each; their lengths and numbers of targets differ."""
     rng = np.random.default_rng(0)
     patches = tiny_config.vision.patches
     lengths = rng.integers(patches + 4, TOKENS + 1, (STEPS, ROWS))
@@ -61,7 +61,7 @@ def one_device(tiny_config, batches):
 
 
 def test_a_mesh_trains_as_one_device_does(tiny_config, batches, one_device):
-    """All three axes at once, with every option that must not change the result."""
+    """A mesh with all three axes, and every option that must not change the result."""
     assert max(batch.weights.sum(axis=1).max() for batch in batches) == 7
     options = {"max_targets": 7, "keep": "none", "accumulation": 2}
     start, state, metrics = run(tiny_config, batches, sharding.make_mesh(2, 2, 2), **options)
@@ -83,7 +83,7 @@ def test_parts_that_do_not_divide_are_an_error(tiny_config, batches):
 
 
 def test_attention_kernels_split_themselves_over_the_mesh(tiny_config, batches):
-    """The step puts the mesh in context for them."""
+    """The step puts the mesh into the context, where kernels find it."""
     language = dataclasses.replace(tiny_config.language, head_width=64)
     config = dataclasses.replace(tiny_config, language=language)
     impl = AttentionImpl("splash", interpret=True)
@@ -128,7 +128,7 @@ def test_gradient_norms_of_parts_make_up_that_of_all(one_device):
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(
     tiny_config, batches, one_device, value, accumulation
 ):
-    """One bad row of one batch; the steps around it are those of a run without it."""
+    """One batch has a bad row. The other steps are the same as in a run without that batch."""
     mesh = sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])
     bad = dataclasses.replace(batches[1], weights=batches[1].weights.copy())
     row, place = np.argwhere(bad.weights)[-1]

@@ -1,4 +1,4 @@
-"""Telemetry: a resumed run leaves the records of an uninterrupted one; logs stay plain."""
+"""Telemetry: the records of a resumed run equal those of an uninterrupted one, and logs are plain text."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def _lines(workdir):
 
 
 def _events(workdir):
-    """Events of all files in order of writing, read by the TFRecord framing alone."""
+    """Events of all files in the order of writing, read as TFRecords."""
     events = []
     for path in sorted((workdir / "tensorboard").iterdir()):
         data, at = path.read_bytes(), 0
@@ -222,7 +222,7 @@ def test_speed_is_of_steps_and_waiting_for_data_alone(clock):
 def test_goodput_counts_what_was_lost_between_starts(clock, monkeypatch, tmp_path):
     monkeypatch.setattr(telemetry.time, "time", clock)
     assert telemetry.record_start(tmp_path, 0) == 100
-    clock.run(1000)  # of them 600 in steps that a checkpoint holds, the others lost
+    clock.run(1000)  # 600 of them are in steps that a checkpoint holds; the others are lost
     started = telemetry.record_start(tmp_path, 60)
     timer = StepTimer({"train step": 600.0, "data": 10.0})
     speed = Speed(timer, started=started)
@@ -252,7 +252,7 @@ def test_a_window_of_steps_is_traced(tmp_path):
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 jax.block_until_ready(jnp.arange(10) * step)
         assert not list(tmp_path.rglob("*.xplane.pb"))
-    # The run ended before step 4: what there is, is written.
+    # The run ended before step 4, so the trace ends early but is written.
     assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
     with Profiler("", tmp_path / "none") as profiler:
         profiler.at(0, None)
@@ -269,7 +269,7 @@ def test_mfu_is_on_the_console(tmp_path):
 
 
 def test_weights_and_biases_goes_on_with_its_run(tmp_path, monkeypatch):
-    """A stand-in for the package, of which three calls are used."""
+    """A stand-in replaces the package; it has the three functions that we call."""
     started, logged = [], []
     run = types.SimpleNamespace(
         log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end")

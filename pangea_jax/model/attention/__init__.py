@@ -1,4 +1,4 @@
-"""One attention for every use: packed rows, padded rows, and decoding from a KV cache."""
+"""Attention of packed rows, of padded rows, and of new tokens to a KV cache: one rule for all."""
 
 import dataclasses
 import functools
@@ -13,24 +13,23 @@ from pangea_jax.model.attention import kernels
 from pangea_jax.model.attention.segments import RESIDUALS
 
 BACKENDS = ("xla", *kernels.KERNELS)
-# At most this many queries have their logits in memory at once. With 8192 keys and 28 heads, 1024 queries take
-# 0.9 GB a row in float32; all 8192 would take 7.5 GB.
+# Largest number of queries with logits in memory at once. With 8192 keys and 28 heads, 1024 queries take 0.9 GB per row
+# in float32; all 8192 would take 7.5 GB.
 QUERY_CHUNK = 1024
-# Packed rows are cut into smaller chunks, but into at most MAX_UNROLLED of them unless memory asks for more.
+# Packed rows are cut into smaller chunks, but into at most MAX_UNROLLED of them, unless QUERY_CHUNK requires more.
 PACKED_CHUNK, MAX_UNROLLED = 128, 8
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionImpl:
-    """Which code mixes the values. All give the same result, up to rounding.
+    """Which code computes the attention. All give the same result, up to rounding.
 
     Attributes:
       name: `xla` (plain JAX, serves every call, and the reference of the tests), `splash` (a Pallas
         kernel for TPU), `triton` (a Pallas kernel for NVIDIA GPUs), `blockwise` (loops for CPU), or `auto`:
         the kernel of the device where it can serve the call, else `xla`. What `auto` chose is logged once.
-      block_q, block_kv: queries and keys a kernel works on at once, one of its `blocks`; None is its
-        default (`kernels.KERNELS`). Rows are padded to a multiple of both, so on unusual row
-        lengths smaller blocks waste less.
+      block_q, block_kv: queries and keys a kernel works on at once, one of its `blocks`; None is its default
+        (`kernels.KERNELS`). Rows are padded to a multiple of both, so on unusual row lengths smaller blocks waste less.
       interpret: run a kernel's arithmetic without its accelerator, slowly. For tests.
     """
 
@@ -55,10 +54,9 @@ def attention(
 ) -> Float[Array, "B T H C"]:
     """Scaled dot-product attention with grouped keys; softmax in float32.
 
-    A query sees a key when both carry the same segment id (0 marks padding, which no token sees) and,
-    if positions are given, the key's position is not after the query's. Positions count from 0 within
-    each segment, so one rule serves packed training rows and right-padded prompts alike.
-    Without ids every query sees every key (the vision tower).
+    A query sees a key if both have the same segment id (0 marks padding, which no token sees) and, if positions are
+    given, the key's position is not after the query's. Positions count from 0 within each segment, so one rule serves
+    packed training rows and right-padded prompts alike. Without ids every query sees every key (the vision tower).
 
     Args:
       q: queries; H = K * G heads, query head h reads key head h // G.
@@ -112,17 +110,18 @@ def _choose(impl: AttentionImpl, q: Array, k: Array, packed: bool) -> AttentionI
             raise ValueError(f"attention impl {impl.name!r}: {obstacle}; use impl 'auto' or 'xla'")
         return impl
     platform = kernels.platform()
+    plain = dataclasses.replace(impl, name="xla")
     name = next((n for n, kernel in kernels.KERNELS.items() if kernel.platform == platform), None)
     if name is None:
         _log_choice("xla", f"there is no kernel for {platform}")
-        return dataclasses.replace(impl, name="xla")
+        return plain
     chosen = dataclasses.replace(impl, name=name)
     obstacle = kernels.obstacle(chosen, q, k, packed) or kernels.unknown_placement()
     if q.shape[1] < kernels.KERNELS[name].shortest:
         obstacle = obstacle or f"plain JAX is faster for rows of {q.shape[1]} tokens"
     if obstacle:
         _log_choice("xla", f"{name} does not serve it: {obstacle}")
-        return dataclasses.replace(impl, name="xla")
+        return plain
     _log_choice(name, f"packed causal rows on {platform}")
     return chosen
 
@@ -133,12 +132,15 @@ def _log_choice(name: str, reason: str):
 
 
 def _mix_packed(q, k, v, segment_ids, positions):
-    """For packed rows, in which no query sees a later index: a chunk of queries reads only the keys up to its
-    end, which is half of all pairs. On a CPU a chunk's logits also stay in the cache."""
+    """For packed rows, in which no query sees a later index.
+
+    A chunk of queries reads only the keys up to its own end. This halves the work. On a CPU the logits of a chunk also
+    stay in the processor's cache.
+    """
     T = q.shape[1]
     chunks = max(-(-T // QUERY_CHUNK), min(-(-T // PACKED_CHUNK), MAX_UNROLLED))
     length = -(-T // chunks)
-    # Recomputed in the backward pass, which otherwise would keep the weights of every chunk.
+    # Recomputed in the backward pass. Otherwise the weights of every chunk would be kept.
     mix = jax.checkpoint(_mix)
     mixed = []
     for start in range(0, T, length):
@@ -149,7 +151,7 @@ def _mix_packed(q, k, v, segment_ids, positions):
 
 
 def _mix_all(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
-    """For any mask: all keys, and a chunk of queries at a time if there are many."""
+    """For any mask: all keys, and if there are many queries, a chunk of them at a time."""
     B, T, H, C = q.shape
     if T <= QUERY_CHUNK:
         return _mix(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions)
@@ -157,12 +159,11 @@ def _mix_all(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
     length = -(-T // chunks)
 
     def split(x):
-        """[B, T, ...] to [chunks, B, length, ...]; what is added has segment and position 0."""
+        """[B, T, ...] to [chunks, B, length, ...]; the padding has segment and position 0."""
         x = jnp.pad(x, [(0, 0), (0, chunks * length - T)] + [(0, 0)] * (x.ndim - 2))
         return x.reshape(B, chunks, length, *x.shape[2:]).swapaxes(0, 1)
 
-    # Recomputed, as above.
-    @jax.checkpoint
+    @jax.checkpoint  # as in `_mix_packed`
     def mix(chunk):
         q, segment_ids, positions = chunk
         return _mix(q, k, v, segment_ids, positions, kv_segment_ids, kv_positions)
@@ -172,26 +173,29 @@ def _mix_all(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
 
 
 def _mix(q, k, v, q_segment_ids, q_positions, kv_segment_ids, kv_positions):
-    """Attention of all queries at once. Keys are [B, K, C, S] and values [B, K, S, C], so that neither product
-    transposes them: on XLA's CPU backend that would double its time."""
+    """Attention of all queries at once.
+
+    Keys are [B, K, C, S] and values [B, K, S, C], so neither product transposes them. On XLA's CPU backend that would
+    double its time.
+    """
     B, T, H, C = q.shape
     K, S = v.shape[1:3]
     # One product for each key head: XLA's CPU backend takes twice as long for an einsum over five axes.
     q = (q * C**-0.5).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
-    # No -1: it cannot be inferred for an array without rows (text without tiles).
+    # Not -1, which cannot be inferred for an array without rows (text without tiles).
     q = q.reshape(B, K, H // K * T, C)
     logits = jnp.einsum("BKQC,BKCS->BKQS", q, k, preferred_element_type=jnp.float32)
     logits = logits.reshape(B, K, H // K, T, S)
     mask = _visible(q_segment_ids, q_positions, kv_segment_ids, kv_positions)
     if mask is not None:
-        # A finite minimum keeps the softmax of a padding query (which sees nothing) free of NaN.
+        # The minimum is finite, so the softmax of a padding query, which sees nothing, is not NaN.
         logits += jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min / 2)[:, None, None]
-    # Normalised after the values are mixed, as flash attention does: one division a channel, not a
-    # key, which halves the passes over the largest array.
+    # As in flash attention, the division by the sum follows the product with the values: one division per channel
+    # instead of one per key. This halves the passes over the largest array.
     highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp(logits - highest)
     if (B, T) == (1, 1) and kernels.platform() == "cpu":
-        # For a product XLA's CPU backend would copy the values of a cache four times at every step.
+        # For a matrix product XLA's CPU backend would copy the values of a cache four times at every step.
         mixed = (weights[..., None] * v[:, :, None, None].astype(jnp.float32)).sum(axis=-2)
     else:
         mixed = jnp.einsum(
@@ -208,9 +212,8 @@ def _visible(q_segment_ids, q_positions, kv_segment_ids, kv_positions):
     """Which keys a query may see, bool [B, T, S]; None means all."""
     mask = None
     if q_segment_ids is not None:
-        mask = (q_segment_ids[:, :, None] == kv_segment_ids[:, None]) & (
-            kv_segment_ids[:, None] > 0
-        )
+        of_keys = kv_segment_ids[:, None]
+        mask = (q_segment_ids[:, :, None] == of_keys) & (of_keys > 0)
     if q_positions is not None:
         causal = kv_positions[:, None] <= q_positions[:, :, None]
         mask = causal if mask is None else mask & causal

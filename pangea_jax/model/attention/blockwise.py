@@ -1,8 +1,8 @@
-"""Flash attention (Dao 2023) of packed rows for CPUs, in plain JAX: loops over blocks that stay in the cache.
+"""Flash attention (Dao 2023) of packed rows for CPUs, in plain JAX: loops over blocks that fit the processor's cache.
 
-A query sees a range of keys: from the first token of its segment to itself. A block of queries walks through the
-blocks of keys from the first that any of them sees, so a packed row costs what its conversations cost. Only the data
-say how many blocks that is: on an accelerator such a loop would wait for the host at every step.
+A query sees a range of keys: from the first token of its segment to itself. A block of queries reads only the blocks of
+keys in the ranges of its queries, so a packed row costs what its conversations cost. The number of these blocks depends
+on the data: on an accelerator such a loop would wait for the host at every step.
 """
 
 import functools
@@ -27,21 +27,21 @@ def attention(
     block_q: int,
     block_kv: int,
 ) -> Float[Array, "B T H C"]:
-    """Scaled dot products of every token with itself and those before it in its segment.
+    """Attention of every token to itself and to the tokens before it in its segment.
 
     Args:
-      segment_ids: tokens of a segment are neighbours. A padding token (0) sees itself alone: its result is
-        its own value.
+      segment_ids: tokens of a segment are neighbours. A padding token (0) sees only itself: its result is its own
+        value.
       block_q, block_kv: tokens of a block; both divide T.
     """
     B, T, H, C = q.shape
     K = k.shape[2]
-    # Padding would cost as much as a conversation of its length, and nobody reads its results.
+    # Otherwise padding would cost as much as a conversation of its length, and nobody reads its results.
     starts = jnp.where(segment_ids == 0, jnp.arange(T, dtype=jnp.int32), ranges(segment_ids)[0])
     starts = starts.reshape(B, T // block_q, block_q).swapaxes(0, 1)
 
     def split(x, size):
-        """[B, T, heads, C] to [blocks, B, K, heads / K * size, C]: a product a key head."""
+        """[B, T, heads, C] to [blocks, B, K, heads / K * size, C]: one product for each key head."""
         heads = x.shape[2]
         x = x.reshape(B, T // size, size, K, heads // K, C).transpose(1, 0, 3, 4, 2, 5)
         return x.reshape(T // size, B, K, heads // K * size, C)
@@ -75,7 +75,7 @@ def _attention_fwd(q, k, v, starts):
         return None, ((mixed / total).astype(v.dtype), highest + jnp.log(total))
 
     kept = lax.scan(mix, None, (jnp.arange(len(q)), q, starts))[1]
-    # Named, so that `keep` can choose them.
+    # Names by which `keep` can choose them.
     mixed, log_total = (checkpoint_name(x, RESIDUALS) for x in kept)
     return mixed, (q, k, v, starts, mixed, log_total)
 
@@ -111,7 +111,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def _key_blocks(starts, i, k):
-    """The blocks of keys, from and to, of which any query of block i sees any."""
+    """The range of key blocks that some query of block i sees: first, and last + 1."""
     size, block_kv = starts.shape[1], k.shape[3]
     return starts.min() // block_kv, ((i + 1) * size - 1) // block_kv + 1
 

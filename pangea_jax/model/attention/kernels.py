@@ -1,7 +1,7 @@
-"""Flash attention (Dao 2023) of packed causal rows, a kernel for each kind of device, on our layout.
+"""Flash attention (Dao 2023) of packed causal rows: one kernel for each kind of device.
 
-All mask by segment and by index. None holds a [T, T] array or repeats the key heads for the query heads that share
-them. Under a mesh every device runs its own rows and heads.
+All kernels mask by segment and by index. None holds a [T, T] array or repeats the key heads for the query heads that
+share them. Under a mesh every device computes its own rows and heads.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ def run(
     v: Float[Array, "B T K C"],
     segment_ids: Int[Array, "B T"],
 ) -> Float[Array, "B T H C"]:
-    """Attention of every token to itself and those before it in its segment.
+    """Attention of every token to itself and to the tokens before it in its segment.
 
-    `impl` is an `AttentionImpl` that names one of `KERNELS` and has no `obstacle`. Results of padding
-    (segment 0) are finite but meaningless: it sees itself, and in some kernels the padding before it.
+    `impl` is an `AttentionImpl` with the name of one of `KERNELS` and without `obstacle`. Results of padding (segment
+    0) are finite but meaningless: it sees itself, and in some kernels the padding before it.
     """
     T = q.shape[1]
     block_q, block_kv, length = _blocks(impl, T)
@@ -43,7 +43,7 @@ def run(
     if mesh.size > 1:
         rows = BATCH_SPEC[0]
         heads = P(rows, None, "tensor", None)
-        # The kernels say nothing of how their outputs vary over the mesh, so JAX cannot check it.
+        # Pallas does not say how outputs vary over the mesh, so JAX cannot check it.
         kernel = jax.shard_map(
             kernel,
             mesh=mesh,
@@ -55,10 +55,7 @@ def run(
 
 
 def obstacle(impl, q: Array, k: Array, packed: bool) -> str | None:
-    """Why the kernel `impl` names cannot serve a call, or None.
-
-    `packed` says that rows have segment ids and positions.
-    """
+    """Why the kernel that `impl` names cannot serve a call, or None. `packed`: rows have segment ids and positions."""
     kernel = KERNELS[impl.name]
     if not packed:
         return "it takes segment_ids and positions"
@@ -85,21 +82,23 @@ def obstacle(impl, q: Array, k: Array, packed: bool) -> str | None:
 
 
 def platform() -> str:
-    """The platform that the traced code will run on: that of the mesh in context, which may be for ahead-of-time
-    compilation, else JAX's default."""
+    """The platform that the traced code will run on: that of the mesh in context, or else JAX's default.
+
+    The mesh may be one for ahead-of-time compilation.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def unknown_placement() -> str | None:
-    """Why `auto` must not choose a kernel, which XLA cannot split over devices by itself."""
+    """Why `auto` must not choose a kernel, or None. XLA cannot split a kernel over devices by itself."""
     if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
         return "there are several devices and no mesh in context (jax.set_mesh)"
     return None
 
 
 def _blocks(impl, T: int) -> tuple[int, int, int]:
-    """Block sizes no longer than the row, and the padded length, a multiple of both."""
+    """Sizes of the blocks, at most the row, and the padded length of the row, a multiple of both."""
     kernel = KERNELS[impl.name]
     longest = _round_up(T, min(kernel.blocks))
     least_padding = min(kernel.blocks, key=lambda size: -T % size)
@@ -141,10 +140,10 @@ def _splash(q, k, v, segment_ids, *, block_q, block_kv, interpret):
 
 
 def _triton(q, k, v, segment_ids, *, block_q, block_kv, interpret):
-    """NVIDIA GPUs: our own kernel, which skips the blocks of other segments as well.
+    """NVIDIA GPUs: our own kernel, which also skips the blocks of other segments.
 
-    JAX's own Triton kernel computes these blocks and then masks them, and it is deprecated. Its cuDNN attention
-    needs a [T, T] mask for segments.
+    JAX's Triton kernel computes these blocks and then masks them, and it is deprecated. JAX's cuDNN attention needs a
+    [T, T] mask for segments.
     """
     from pangea_jax.model.attention import triton  # imports Pallas, which others do not need
 
@@ -163,9 +162,10 @@ class Kernel:
     """The platform, limits and default block sizes of a kernel.
 
     Attributes:
-      head_widths, dtypes: what it takes; empty means any.
-      blocks: block sizes it takes. A default of None stands for the first of those that pad a row least.
-      shortest: plain JAX is faster for shorter rows.
+      head_widths, dtypes: what it supports; empty means everything.
+      blocks: block sizes it supports.
+      block_q, block_kv: default block sizes. None stands for the first of `blocks` that pads a row least.
+      shortest: for rows with fewer tokens plain JAX is faster.
     """
 
     call: Callable[..., Array]

@@ -1,9 +1,9 @@
 """Flash attention (Dao 2023) of packed rows for NVIDIA GPUs, a Pallas kernel compiled by Triton.
 
-A segment of a packed row is a run of neighbouring tokens, so a query sees a range of keys: from the first token of
-its segment to itself. The kernels walk through that range only: a row of 8,192 tokens in four conversations costs a
-quarter of a causal kernel that masks by segment id. Query heads that share a key head read it in place; its gradient
-is summed over them in float32.
+A segment of a packed row is a run of neighbouring tokens, so a query sees a range of keys: from the first token of its
+segment to itself. The kernels read only that range: a row of 8,192 tokens with four conversations costs a quarter of a
+causal kernel that masks by segment id. Query heads that share a key head read it in place. Its gradient is summed over
+them in float32.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ LOG2_E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Tokens a program works on at once. The backward pass holds more, hence its own, smaller ones."""
+    """Tokens that a program works on at once. The backward pass holds more arrays, so it has smaller blocks."""
 
     q: int
     kv: int
@@ -40,11 +40,11 @@ def attention(
     segment_ids: Int[Array, "B T"],
     blocks: Blocks,
 ) -> Float[Array, "B T H C"]:
-    """Scaled dot products of every token with itself and those before it in its segment.
+    """Attention of every token to itself and to the tokens before it in its segment.
 
     Args:
-      segment_ids: tokens of a segment are neighbours. A run of padding (0) is a segment too: its tokens see
-        one another, and their results are finite but meaningless.
+      segment_ids: tokens of a segment are neighbours. A run of padding (0) is a segment too, with finite but
+        meaningless results.
       blocks: each divides T.
     """
     starts, ends = ranges(segment_ids)
@@ -57,7 +57,7 @@ def _attention(q, k, v, starts, ends, blocks):
 
 
 def _attention_fwd(q, k, v, starts, ends, blocks):
-    # Named, so that `keep` can choose them.
+    # Names by which `keep` can choose them.
     mixed, highest = (checkpoint_name(x, RESIDUALS) for x in _forward(q, k, v, starts, blocks))
     return mixed, (q, k, v, starts, ends, mixed, highest)
 
@@ -66,8 +66,9 @@ def _attention_bwd(blocks, kept, cotangent):
     q, k, v, starts, ends, mixed, highest = kept
     # Subtracted from the gradient of every weight in the softmax: "D" in the paper.
     shared = jnp.einsum("BTHC,BTHC->BHT", mixed, cotangent, preferred_element_type=jnp.float32)
-    dq = _backward_q(q, k, v, starts, cotangent, highest, shared, blocks)
-    dk, dv = _backward_kv(q, k, v, ends, cotangent, highest, shared, blocks)
+    of_queries = cotangent, highest, shared
+    dq = _backward_q(q, k, v, starts, of_queries, blocks)
+    dk, dv = _backward_kv(q, k, v, ends, of_queries, blocks)
     return dq, dk, dv, None, None
 
 
@@ -89,15 +90,15 @@ def _forward(q, k, v, starts, blocks):
     )
 
 
-def _backward_q(q, k, v, starts, cotangent, highest, shared, blocks):
+def _backward_q(q, k, v, starts, of_queries, blocks):
     """Gradient of the queries."""
     B, T, H, C = q.shape
     rows, keys, numbers, edges = _specs(q, k, blocks.backward)
-    inputs = [(q, rows), (k, keys), (v, keys), (starts, edges), (cotangent, rows)]
+    inputs = [(q, rows), (k, keys), (v, keys), (starts, edges)]
     (dq,) = _call(
         functools.partial(_backward_q_kernel, block=blocks.backward, scale=C**-0.5),
         "packed_attention_dq",
-        [*inputs, (highest, numbers), (shared, numbers)],
+        [*inputs, *zip(of_queries, (rows, numbers, numbers))],
         [(q, rows)],
         grid=(B, H, T // blocks.backward),
         interpret=blocks.interpret,
@@ -105,8 +106,9 @@ def _backward_q(q, k, v, starts, cotangent, highest, shared, blocks):
     return dq
 
 
-def _backward_kv(q, k, v, ends, cotangent, highest, shared, blocks):
-    """Gradients of keys and values, of all query heads that share them."""
+def _backward_kv(q, k, v, ends, of_queries, blocks):
+    """Gradients of keys and values, summed over the query heads that share them."""
+    cotangent, highest, shared = of_queries
     B, T, H, C = q.shape
     K = k.shape[2]
     G = H // K
@@ -127,8 +129,11 @@ def _backward_kv(q, k, v, ends, cotangent, highest, shared, blocks):
 
 
 def _specs(rows, keys, size):
-    """The blocks that program (b, h, i) reads: the tokens of block i of head h of `rows` [B, T, H, C], all tokens of
-    its key head in `keys`, and the numbers [B, H, T] and edges [B, T] of block i."""
+    """The blocks that program (b, h, i) reads, in four kinds of arrays.
+
+    `rows` [B, T, H, C]: block i of head h. `keys` [B, T, K, C]: all tokens of its key head. Numbers [B, H, T] and edges
+    [B, T]: block i.
+    """
     _, T, H, C = rows.shape
     G = H // keys.shape[2]
     return (
@@ -140,7 +145,7 @@ def _specs(rows, keys, size):
 
 
 def _call(kernel, name, inputs, outputs, *, grid, interpret, num_warps=4):
-    """Runs a kernel on pairs of (array, its spec); `outputs` has the shapes of what it makes."""
+    """Runs a kernel. `inputs` and `outputs` are pairs (array or its shape, spec)."""
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -159,7 +164,7 @@ def _places(size):
 
 
 def _key_blocks(starts, block):
-    """The blocks of keys, from and to, of which the program's queries see any."""
+    """The range of key blocks that some query of the program sees: first, and last + 1."""
     stop = (pl.program_id(2) + 1) * len(starts)
     return lax.div(jnp.min(starts), block), lax.div(stop + block - 1, block)
 
@@ -172,7 +177,8 @@ def _keys(k_ref, v_ref, queries, starts, j, block):
     return plgpu.load(k_ref.at[window, :]), plgpu.load(v_ref.at[window, :]), seen
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, starts_ref, mixed_ref, highest_ref, *, block, scale):
+def _forward_kernel(q_ref, k_ref, v_ref, starts_ref, *outputs, block, scale):
+    mixed_ref, highest_ref = outputs
     size, C = q_ref.shape
     queries, starts, q = _places(size), starts_ref[...], q_ref[...]
 
@@ -192,14 +198,11 @@ def _forward_kernel(q_ref, k_ref, v_ref, starts_ref, mixed_ref, highest_ref, *, 
     highest_ref[...] = highest + jnp.log2(total)
 
 
-def _backward_q_kernel(
-    q_ref, k_ref, v_ref, starts_ref, cotangent_ref, highest_ref, shared_ref, dq_ref, *, block, scale
-):
+def _backward_q_kernel(q_ref, k_ref, v_ref, starts_ref, *refs, block, scale):
+    *of_queries, dq_ref = refs
     size, C = q_ref.shape
-    queries, starts = _places(size), starts_ref[...]
-    q, cotangent, highest, shared = (
-        ref[...] for ref in (q_ref, cotangent_ref, highest_ref, shared_ref)
-    )
+    queries, starts, q = _places(size), starts_ref[...], q_ref[...]
+    cotangent, highest, shared = (ref[...] for ref in of_queries)
 
     def body(j, dq):
         k, v, seen = _keys(k_ref, v_ref, queries, starts, j, block)
@@ -213,21 +216,9 @@ def _backward_q_kernel(
     dq_ref[...] = (dq * scale).astype(dq_ref.dtype)
 
 
-def _backward_kv_kernel(
-    q_ref,
-    k_ref,
-    v_ref,
-    ends_ref,
-    cotangent_ref,
-    highest_ref,
-    shared_ref,
-    dk_ref,
-    dv_ref,
-    *,
-    block,
-    scale,
-):
-    """Everything with keys down and queries across, so that nothing needs to be transposed twice."""
+def _backward_kv_kernel(q_ref, k_ref, v_ref, ends_ref, *refs, block, scale):
+    """Rows of all matrices are keys and columns are queries, so nothing is transposed twice."""
+    cotangent_ref, highest_ref, shared_ref, dk_ref, dv_ref = refs
     size, C = k_ref.shape
     G = q_ref.shape[1]
     keys, ends = _places(size), ends_ref[...]

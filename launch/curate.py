@@ -14,8 +14,10 @@ import argparse
 import importlib
 import logging as python_logging
 import os
+import re
 import sqlite3
 import sys
+import types
 from pathlib import Path
 
 if not __package__:  # run as a file of a clone
@@ -26,14 +28,16 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from pangea_jax import typed_config
 from pangea_jax.curation import reply_store, workflow
 from pangea_jax.data.store import StoreError
 from pangea_jax.work.restart import WorkError
 
 console = Console(soft_wrap=True)
 
-# Each command imports only its own module, so it does not need the packages of the others.
-PIPELINES = {name: f"pangea_jax.curation.{name}" for name in ("translate", "cultural", "ocr")}
+# Command -> the dataclass of its config. Each command imports only its own module, pangea_jax.curation.COMMAND, so it
+# does not need the packages of the others.
+PIPELINES = {"translate": "TranslateConfig", "cultural": "CulturalConfig", "ocr": "OcrConfig"}
 EXIT_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 1, os.EX_TEMPFAIL, 130
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The pipeline's config.")
@@ -55,10 +59,16 @@ def run_pipeline(command: str, arguments: list[str]) -> None:
         )
     options = [f"--runner={_RUNNER.value or 'DirectRunner'}", *arguments]
     out = Path(_OUT.value)
-    module = importlib.import_module(PIPELINES[command])
-    report = module.run(_CONFIG.value, out, options)
+    module, kind = _pipeline(command)
+    report = module.run(typed_config.build(kind, _CONFIG.value), out, options)
     print((out / "report.md").read_text(encoding="utf-8"))
     print(f"{report['kept']:,} records in {out / workflow.RECORDS}")
+
+
+def _pipeline(command: str) -> tuple[types.ModuleType, type]:
+    """The module of a command and the dataclass of its config."""
+    module = importlib.import_module(f"pangea_jax.curation.{command}")
+    return module, getattr(module, PIPELINES[command])
 
 
 def run_statistics(arguments: list[str]) -> None:
@@ -159,9 +169,15 @@ def _guarded(argv: list[str]) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses our flags; leaves the rest: Beam's options and the arguments of `stats`."""
+    command = next(filter(PIPELINES.__contains__, argv), None)
+    keys = [found[1] for word in argv if (found := re.match(r"--?(?:no)?config\.([^=]+)", word))]
     try:
+        for key in keys if command else ():
+            typed_config.check_key(_pipeline(command)[1], key)
         return flags.FLAGS(argv, known_only=True)
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+    except (
+        *(flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError),
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
 

@@ -13,19 +13,13 @@ every stage, usage.json the cost.
 
 from ml_collections import ConfigDict
 
-from configs.curation import endpoint
+from pangea_jax.curation.cultural import CulturalConfig
+from pangea_jax.typed_config import section
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.source = "data/laion-multi"
-    config.name = "laion-multi"  # the records' source is cultural/<name>
-    config.seed = 0
-    config.shard_size = 256
-    config.languages = ()  # canonical codes; (): the 39 of PangeaIns
-    # File of offensive words and phrases, one per line; the paper names no list.
-    config.blocked_words = ""
-    config.filters = dict(
+    config = section(CulturalConfig, source="data/laion-multi", name="laion-multi")
+    config.filters.update(
         min_side=224,
         max_side=4096,
         min_aspect=0.25,
@@ -35,21 +29,16 @@ def get_config() -> ConfigDict:
         nsfw=("UNLIKELY",),
         min_similarity=0.3,
     )
-    # A two-tower model of transformers that scores pictures at hand; "" takes the source's own `similarity`.
-    config.clip_model = ""
-    config.near_duplicates = dict(min_text_similarity=0.8, max_hash_distance=4)
-    # The paper thins out frequent subjects and languages, but gives no numbers. None: no limit.
-    config.balance = dict(per_subject=20_000, per_language=60_000, seed=0)
+    config.blocked_words = ""  # the paper names no list
+    config.near_duplicates.update(min_text_similarity=0.8, max_hash_distance=4)
+    # The paper thins out frequent subjects and languages, but gives no numbers.
+    config.balance.update(per_subject=20_000, per_language=60_000)
     # Say in user_agent how you can be reached. Sites see it, and their robots.txt may name it.
-    config.fetch = dict(timeout=20.0, private=False, robots=True, user_agent="pangea_jax")
-    config.caption_share = 0.3  # share of pictures whose caption becomes a record as well
-    config.picture_side = 1024  # maximum pixels a side of what the model sees
-    config.scoring_llm = endpoint.client(
+    config.fetch.update(user_agent="pangea_jax")
+    config.scoring_llm.update(
         model="meta-llama/Llama-3.1-8B-Instruct", concurrency=64, max_tokens=64
     )
-    for name in ("budget", "max_calls", "journal"):  # those of config.llm count for both models
-        del config.scoring_llm[name]
-    config.llm = endpoint.client(
+    config.llm.update(
         model="gemini-1.5-pro",
         base_url="https://generativelanguage.googleapis.com/v1beta/openai/",
         api_key_variable="GEMINI_API_KEY",

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent import futures
 from importlib import util as import_util
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from xml.sax.saxutils import escape
 
 from PIL import Image
@@ -65,7 +65,6 @@ class PageError(Unfit):
 class Device:
     """A screen: viewport in CSS pixels, `scale` device pixels for each of them."""
 
-    name: str
     width: int
     height: int
     scale: float = 1.0
@@ -75,10 +74,10 @@ class Device:
         pixels = self.width * self.height * self.scale**2
         if min(self.width, self.height) < 200 or not 0.5 <= self.scale <= 4:
             raise ValueError(
-                f"device {self.name}: expected at least 200 x 200 CSS pixels and a scale of 0.5 to 4"
+                f"{self}: expected at least 200 x 200 CSS pixels and a scale of 0.5 to 4"
             )
         if pixels > image.MAX_PIXELS:
-            raise ValueError(f"device {self.name}: {pixels:,.0f} pixels are too many")
+            raise ValueError(f"{self}: {pixels:,.0f} pixels are too many")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +102,7 @@ class BrowserConfig:
 
     executable_path: str | None = None
     sandbox: bool = True
-    network: Literal["none", "static", "all"] = "none"
+    network: str = "none"
     private_addresses: bool = False
     robots: bool = True
     user_agent: str = web.USER_AGENT

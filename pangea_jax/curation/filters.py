@@ -18,17 +18,15 @@ from pangea_jax.data import image
 
 
 @dataclasses.dataclass(frozen=True)
-class Filters:
+class FilterConfig:
     """What a pair must be. The defaults are the paper's (section 2.2).
 
     Attributes:
-      min_side, max_side: of the picture in pixels, both sides.
-      min_aspect, max_aspect: width / height.
-      min_chars, max_chars: characters of the alt text.
-      nsfw: tags that may pass; (): any, also none.
-      languages: canonical codes that may pass; a pair without a tag is identified later.
-      blocked: words and phrases (lower case) that no alt text may hold. The paper names no list.
-      min_similarity: pairs pass above this CLIP score; None: any, also none.
+      min_side, max_side: limits of both sides of the picture, in pixels.
+      min_aspect, max_aspect: limits of width / height.
+      min_chars, max_chars: limits of the characters of the alt text.
+      nsfw: NSFW tags that may pass. (): every pair passes, also without a tag.
+      min_similarity: a pair passes above this CLIP score. None: every pair passes, also without a score.
     """
 
     min_side: int = 224
@@ -38,12 +36,23 @@ class Filters:
     min_chars: int = 5
     max_chars: int = 5000
     nsfw: tuple[str, ...] = ("UNLIKELY",)
-    languages: tuple[str, ...] | None = None
-    blocked: frozenset[str] = frozenset()
     min_similarity: float | None = 0.3
 
+
+@dataclasses.dataclass(frozen=True)
+class Filters(FilterConfig):
+    """The rules, with languages and words.
+
+    Attributes:
+      languages: canonical codes that may pass; the language of a pair without a tag is identified later.
+      blocked: words and phrases in lower case that an alt text must not contain.
+    """
+
+    languages: tuple[str, ...] | None = None
+    blocked: frozenset[str] = frozenset()
+
     def reason(self, pair: Pair) -> str | None:
-        """Why a pair does not pass, None if it does. Of the picture its header alone is read."""
+        """Why a pair does not pass; None if it does. Only the header of the picture is read."""
         if not self.min_chars <= len(pair.text) <= self.max_chars:
             return f"text is too {'short' if len(pair.text) < self.min_chars else 'long'}"
         if self.nsfw and pair.nsfw.upper() not in self.nsfw:

@@ -55,55 +55,67 @@ class Refused(Unfit):
 
 
 @dataclasses.dataclass(frozen=True)
-class ClientConfig:
-    """One model at one address, and what it may cost. Picklable: workers open their own client.
+class ModelConfig:
+    """One model at one address, and its prices.
 
     Attributes:
-      model: as the endpoint names it.
-      base_url: of the API, `https://host/v1`; None for OpenAI's own.
+      model: the endpoint's name of the model.
+      base_url: address of the API, `https://host/v1`; None: OpenAI's own.
       api_key_variable: the environment variable that has the key; local servers need none.
-      concurrency: calls under way at once in one process.
-      temperature, max_tokens: of every call that does not set its own. `max_tokens` also bounds what a
+      concurrency: calls in flight at once in one process.
+      temperature, max_tokens: of every call that does not set its own. `max_tokens` also limits what a
         call can cost.
       extra_body: further fields of the request, such as vLLM's.
       timeout: seconds before a call counts as unanswered.
-      retries: attempts after the first where the endpoint is busy (429), broken (5xx) or silent; the
-        openai package backs off between them and obeys `Retry-After`.
-      patience: seconds to wait, beyond those, for an endpoint that answers nobody.
+      retries: further attempts if the endpoint is busy (429), broken (5xx) or silent. The openai package
+        waits longer after each of them and obeys `Retry-After`.
+      patience: seconds to wait, after these attempts, while the endpoint answers no request.
       price_in, price_out: dollars per million tokens of prompts and replies.
-      image_tokens: the most tokens that a picture in a prompt is charged as.
-      budget: dollars that all runs with one cache may cost together; None for no limit.
-      max_calls: requests that all runs with one cache may make together; None for no limit.
-      journal: `wal`, or `delete` where machines share the cache on a network file system.
+      image_tokens: maximum number of tokens that a picture is charged as.
     """
 
-    model: str
-    base_url: str | None = None
+    model: str = ""
+    base_url: str | None = "http://localhost:8000/v1"
     api_key_variable: str = "OPENAI_API_KEY"
-    concurrency: int = 8
+    concurrency: int = 32
     temperature: float | None = 0.0
     max_tokens: int = 4096
     extra_body: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    timeout: float = 120.0
+    timeout: float = 300.0
     retries: int = 4
     patience: float = 7_200.0
     price_in: float = 0.0
     price_out: float = 0.0
     image_tokens: int = 3_000
+
+    def __post_init__(self):
+        if not self.model:
+            raise ValueError("config.llm.model is empty: the endpoint's name of a model is needed")
+        if self.concurrency < 1:
+            raise ValueError(f"config.llm.concurrency must be positive, not {self.concurrency}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientConfig(ModelConfig):
+    """A model, and the limits of all calls that one cache of replies stores.
+
+    Attributes:
+      budget: maximum cost in dollars of all runs with one cache together; None: no limit.
+      max_calls: maximum number of requests of all runs with one cache together; None: no limit.
+      journal: `wal`, or `delete` if machines share the cache on a network file system.
+    """
+
     budget: float | None = None
     max_calls: int | None = None
     journal: str = "wal"
 
     def __post_init__(self):
-        if not self.model:
-            raise ValueError("config.llm.model is empty: the endpoint's name of a model is needed")
+        super().__post_init__()
         if self.budget is not None and not self.price_in + self.price_out > 0:
             raise ValueError(
                 f"config.llm.budget is {self.budget} dollars, but price_in and price_out (dollars per "
                 "million tokens) are 0; set them, or limit max_calls instead"
             )
-        if self.concurrency < 1:
-            raise ValueError(f"config.llm.concurrency must be positive, not {self.concurrency}")
         if self.journal not in ("wal", "delete"):
             raise ValueError(f"config.llm.journal is {self.journal!r}; expected 'wal' or 'delete'")
 

@@ -41,7 +41,7 @@ from pangea_jax.work.atomic import as_json, read_json, write_bytes, write_json
 RECORDS = "records"
 """The part that makes the records."""
 
-# Keys of `config.llm` that do not change the answers.
+# Keys of `config.llm` and `config.scoring_llm` that do not change the answers.
 _NOT_PLANNED = (
     *("base_url", "api_key_variable", "concurrency", "timeout", "retries", "patience", "journal"),
     *("price_in", "price_out", "image_tokens", "budget", "max_calls"),
@@ -337,35 +337,34 @@ def _checked(outcome: Outcome, last_stage: str) -> Outcome:
     return outcome
 
 
-def plan(config: Mapping[str, Any], sources: Iterable[Path] = ()) -> dict[str, Any]:
-    """What decides the results: the source files, and the config without addresses, limits and prices."""
-    config = as_json(plain(config))
-    for name in _NOT_PLANNED:
-        config.get("llm", {}).pop(name, None)
+def plan(config: Any, sources: Iterable[Path] = ()) -> dict[str, Any]:
+    """What decides the results: the source files, and the config without addresses, limits and prices.
+
+    Args:
+      config: a dataclass.
+    """
+    config = as_json(dataclasses.asdict(config))
+    for model in config.keys() & {"llm", "scoring_llm"}:
+        config[model] = {k: v for k, v in config[model].items() if k not in _NOT_PLANNED}
     found = [(path.name, path.stat()) for path in sources]
     files = sorted([name, stat.st_size, stat.st_mtime_ns] for name, stat in found)
     return config | {"files": files}
 
 
-def plain(value: Any) -> Any:
-    """A section of a config and its inner sections as dicts."""
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
-    return dict(value) if isinstance(value, Mapping) else value
-
-
-def language_codes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """`config.languages` as canonical codes.
+def language_codes(
+    tags: Sequence[str],
+    key: str = "languages",
+    hint: str = "; to add a language, add a line to pangea_jax/languages.py",
+) -> tuple[str, ...]:
+    """The canonical codes of the language tags in `config.KEY`.
 
     Raises:
-      JobError: one of them is unknown.
+      ValueError: a tag is unknown; names the key, and ends with `hint`.
     """
     try:
-        return tuple(languages.get(tag).code for tag in split_names(config["languages"]))
+        return tuple(languages.get(tag).code for tag in split_names(tags))
     except KeyError as error:
-        raise JobError(
-            f"config.languages: {error.args[0]}; to add a language, add a line to pangea_jax/languages.py"
-        ) from None
+        raise ValueError(f"config.{key}: {error.args[0]}{hint}") from None
 
 
 def split_names(value: Sequence[str]) -> tuple[str, ...]:

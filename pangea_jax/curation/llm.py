@@ -1,7 +1,7 @@
-"""Any OpenAI-compatible endpoint: many calls at once, waited for, paid for once, within a budget.
+"""Calls models at any OpenAI-compatible endpoint: many calls at once, each paid for once, within a budget.
 
-What was answered is never asked again, see `reply_store`. Beyond the retries of the openai package an
-endpoint that answers nobody is waited for; a prompt that alone fails is refused, and the others go on.
+A stored reply is never requested again, see `reply_store`. The openai package retries a failed call. If the endpoint
+answers no request at all, the client waits for it. If only one prompt fails, it is refused and the others go on.
 """
 
 import collections
@@ -20,24 +20,26 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from pangea_jax.curation import markup
 from pangea_jax.curation.accounting import Unfit
 from pangea_jax.curation.reply_store import Replies, Stop, Usage
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 MALFORMED_TRIES = 3
-"""Replies that are no chat completion before a prompt counts as refused."""
+"""Number of replies that are not a chat completion, after which a prompt counts as refused."""
 
-_PROMPT_FAILURES = 3  # of one prompt, while others are answered
-_FIRST_CALLS = 20  # all of them rejected: the settings are wrong, not the prompts
-_LONGEST_WAIT = 60.0
-_MESSAGE_TOKENS = 16  # around each message, whatever the chat template
+_PROMPT_FAILURES = 3  # failures of one prompt while others are answered, after which it is refused
+# If the first calls are all rejected, the settings are wrong and not the prompts.
+_FIRST_CALLS = 20
+_LONGEST_WAIT = 60.0  # seconds
+_MESSAGE_TOKENS = 16  # maximum that any chat template adds to a message
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
 class _Claim:
-    """The request that a thread sends, and why it may not be sent again."""
+    """The request that a thread sends, and the error that forbids to send it again."""
 
     key: str
     stop: Stop | None = None
@@ -47,11 +49,11 @@ _CLAIM: contextvars.ContextVar[_Claim] = contextvars.ContextVar("claim")
 
 
 class EndpointError(Stop):
-    """The endpoint cannot be used: a wrong key or model, or silent for longer than `patience`."""
+    """The endpoint cannot be used: the key or model is wrong, or it was silent for longer than `patience`."""
 
 
 class Refused(Unfit):
-    """This one prompt gets no answer; others do."""
+    """This prompt gets no answer, but others do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,14 +123,14 @@ class ClientConfig(ModelConfig):
 
 
 class Reply(NamedTuple):
-    """A model's answer: data, to be checked and never to be followed or run.
+    """A model's answer. It is data: check it, but never follow or run it.
 
     Attributes:
       text: empty if the model said nothing.
       prompt_tokens, completion_tokens: as the endpoint counts them; see `Usage.estimated`.
-      cached: whether it had been paid for before.
-      finish_reason: `stop`, `length` (cut off) or what else the endpoint says.
-      key: of the stored reply.
+      cached: whether the reply was stored before.
+      finish_reason: `stop`, `length` (cut off) or another word of the endpoint.
+      key: key of the stored reply.
     """
 
     text: str
@@ -146,10 +148,10 @@ def request_key(request: Mapping[str, Any]) -> str:
 
 
 class Client:
-    """Asks one model; every thread of a process shares one, see `client`.
+    """Calls one model. All threads of a process share one client, see `client`.
 
     Args:
-      cache: SQLite file of the replies; made if it is not there.
+      cache: SQLite file of the replies; made if it is missing.
     """
 
     def __init__(self, config: ClientConfig, cache: Path):
@@ -159,7 +161,7 @@ class Client:
             raise ImportError(
                 "calling a model needs the openai package; run: pip install -r requirements-curation.txt"
             ) from None
-        # A call's claim may grow old by all of its attempts and waits before it is renewed.
+        # A claim is renewed only after all attempts and waits of the openai package.
         attempt = config.timeout + 2 * _LONGEST_WAIT
         self.config = config
         self.replies = Replies(
@@ -181,7 +183,7 @@ class Client:
         )
 
     def _transport(self, kind: type) -> Any:
-        """The openai package's own, charging each attempt that is not answered in time; it may be billed."""
+        """The openai package's transport; charges each attempt that times out, since it may be billed."""
         replies = self.replies
 
         class Transport(kind):
@@ -192,7 +194,7 @@ class Client:
                 try:
                     return super().send(request, **settings)
                 except Exception as error:
-                    # By name: the package's version decides whether it is httpx's or httpx2's.
+                    # By name, since the class may be of httpx or httpx2, depending on the openai package.
                     if type(error).__name__ == "ReadTimeout":
                         try:
                             replies.lose(claim.key)
@@ -206,16 +208,16 @@ class Client:
     def complete(
         self, messages: Sequence[Mapping[str, Any]], *, purpose: str, **sampling: Any
     ) -> Reply:
-        """The reply to a conversation, from the cache if it is there.
+        """The reply to a conversation, from the cache if it is stored there.
 
         Args:
-          messages: in OpenAI's form; pictures as `image_url` parts.
-          purpose: what the call is for; `usage` is by purpose. Not part of the key.
-          sampling: overrides `temperature` and `max_tokens`, or adds such as `seed`.
+          messages: in OpenAI's form; pictures are `image_url` parts.
+          purpose: what the call is for; `usage` counts by purpose. It is not part of the key.
+          sampling: overrides `temperature` and `max_tokens`, or adds other fields such as `seed`.
 
         Raises:
           Refused: the model declines, or the endpoint rejects this prompt.
-          BudgetExceeded: the call could cost more than is left. Nothing was sent.
+          BudgetExceeded: the call could cost more than is left of the budget. Nothing was sent.
           EndpointError: the endpoint cannot be used.
         """
         settings = {"temperature": self.config.temperature, "max_tokens": self.config.max_tokens}
@@ -231,7 +233,7 @@ class Client:
         return Reply(row["text"], *numbers, row["finish_reason"], row["key"])
 
     def embed(self, texts: Sequence[str], *, model: str, purpose: str) -> list[list[float]]:
-        """A vector for each text, by another model of the same endpoint; cached and charged alike.
+        """A vector for each text, from another model of the same endpoint. It is stored and charged like a reply.
 
         Raises: as `complete`.
         """
@@ -245,19 +247,21 @@ class Client:
     def map(
         self, call: Callable[[Item], Result], items: Iterable[Item]
     ) -> Iterator[tuple[Item, Result]]:
-        """`(item, call(item))` in order, `concurrency` of them under way. The first error ends it, once the
-        calls under way are stored."""
+        """`(item, call(item))` in order, with `concurrency` calls in flight.
+
+        The first error ends it, after the calls in flight are stored.
+        """
         pool = futures.ThreadPoolExecutor(self.config.concurrency)
         try:
             pending = collections.deque((item, pool.submit(call, item)) for item in items)
-            while pending:  # a result has pictures; it is not kept beyond its turn
+            while pending:  # a result may hold pictures, so it is dropped as soon as it was used
                 item, future = pending.popleft()
                 yield item, future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def usage(self) -> dict[str, Usage]:
-        """What was paid so far, by purpose; all runs with this cache together."""
+        """What all runs with this cache have paid so far, by purpose."""
         return self.replies.usage()
 
     def _cost(self, prompt_tokens: int, completion_tokens: int) -> float:
@@ -267,7 +271,7 @@ class Client:
     def _stored(self, request, purpose, most, send) -> dict[str, Any]:
         """The stored answer to a request; sends it if there is none."""
         key = request_key(request)
-        # The slot comes before the claim, so that no claim waits without a request under way.
+        # A thread takes its slot before its claim, so that no claim waits for a slot.
         with self._slots:
             row = self.replies.claim(key, purpose, most)
             if row is not None:
@@ -287,8 +291,8 @@ class Client:
     def _send(self, key, request, send) -> dict[str, Any]:
         """Sends a request until it is answered.
 
-        The openai package retries within one attempt. Beyond that an endpoint that answers nobody is
-        waited for, and a prompt that fails while others are answered is given up.
+        The openai package retries within one call of `send`. After that, this waits for an endpoint that answers no
+        request, and gives up a prompt that fails while others are answered.
         """
         errors, began, wait = self._errors, time.monotonic(), 1.0
         failures = malformed = 0
@@ -312,7 +316,7 @@ class Client:
                 self._check_patience(error, began, wait)
             except errors.APIStatusError as error:
                 raise EndpointError(f"{self._name()} refuses us: {_short(error)}") from None
-            # Proxies answer 200 with pages and half-made objects, which surface as whatever they lack.
+            # Proxies answer 200 with web pages or incomplete objects; the error depends on what is missing.
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 malformed += 1
                 if malformed == MALFORMED_TRIES:
@@ -332,17 +336,16 @@ class Client:
         choice = completion.choices[0]
         text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
         if not isinstance(text, str | None) or not isinstance(choice.finish_reason, str | None):
-            raise TypeError("its content is no text")
+            raise TypeError("its content is not text")
         filtered = choice.finish_reason == "content_filter" or (refusal and not text)
-        thoughts = getattr(
-            choice.message, "reasoning_content", None
-        )  # vLLM's, and charged as others are
+        # vLLM returns the reasoning here. Its tokens are charged, too.
+        thoughts = getattr(choice.message, "reasoning_content", None)
         most = {
             "prompt_tokens": sum(_size(m, self.config.image_tokens) for m in request["messages"]),
             "completion_tokens": _size([text or "", thoughts or ""], 0),
         }
         return {
-            "text": _clean(text or ""),
+            "text": markup.whole_characters(text or ""),
             "finish_reason": choice.finish_reason or "",
             "refusal": "the model declines" if filtered else "",
             **_counted(completion.usage, most),
@@ -373,8 +376,8 @@ class Client:
         waited = time.monotonic() - began
         if waited + wait > self.config.patience:
             raise EndpointError(
-                f"{self._name()} has not answered for {waited:,.0f} s ({_short(error)}); the same command "
-                "goes on when it is back, and config.llm.patience says how long to wait for it"
+                f"{self._name()} has not answered for {waited:,.0f} s ({_short(error)}); run the same "
+                "command again when it is back; config.llm.patience says how long to wait for it"
             ) from None
         _log.warning("%s: %s; next try in %.0f s", self._name(), _short(error), wait)
 
@@ -387,7 +390,7 @@ _CLIENTS_LOCK = threading.Lock()
 
 
 def client(config: ClientConfig, cache: Path) -> Client:
-    """The process's client of a model and cache, so that all of its threads share one limit."""
+    """The client of a model and cache. All threads of the process share it, and so its limits."""
     name = json.dumps([dataclasses.asdict(config), str(cache.resolve())], sort_keys=True)
     with _CLIENTS_LOCK:
         if name not in _CLIENTS:
@@ -397,7 +400,7 @@ def client(config: ClientConfig, cache: Path) -> Client:
 
 @functools.singledispatch
 def _size(value: Any, image_tokens: int) -> int:
-    """The most tokens that a part of a prompt can be: a token has at least one byte."""
+    """The maximum number of tokens of a part of a prompt: a token has at least one byte."""
     return 0
 
 
@@ -419,7 +422,7 @@ def _(value: list, image_tokens: int) -> int:
 
 
 def _counted(usage: Any, most: Mapping[str, int]) -> dict[str, int]:
-    """Tokens as the endpoint counts them; where it does not, or says 0, the most that they can be."""
+    """The tokens that the endpoint counts. If it does not count them or says 0: the maximum."""
     told = {name: getattr(usage, name, None) for name in most}
     told = {
         name: count
@@ -428,11 +431,6 @@ def _counted(usage: Any, most: Mapping[str, int]) -> dict[str, int]:
     }
     missing = {name for name in most if most[name]} - told.keys()
     return {**most, **told, "estimated": bool(missing)}
-
-
-def _clean(text: str) -> str:
-    """Half surrogate pairs, which JSON can hold and UTF-8 cannot, become U+FFFD."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def _short(error: Exception) -> str:

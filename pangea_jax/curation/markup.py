@@ -410,11 +410,11 @@ def turns_of(text: str) -> tuple[list[str] | None, list[str]]:
     texts = [entry.get("text") if isinstance(entry, dict) else entry for entry in value]
     if not all(isinstance(entry, str) for entry in texts):
         return None, []
-    return [_whole_characters(text) for text in texts], repairs
+    return [whole_characters(text) for text in texts], repairs
 
 
-def _whole_characters(text: str) -> str:
-    """JSON can write half a surrogate pair, which is no text; U+FFFD is a fault that is found."""
+def whole_characters(text: str) -> str:
+    """Replaces half surrogate pairs by U+FFFD, which the checks find. JSON can hold such halves, UTF-8 cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -28,8 +28,7 @@ import regex
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from pangea_jax import languages
-from pangea_jax.curation import workflow
+from pangea_jax.curation import language_check, workflow
 from pangea_jax.curation.accounting import Added, Dropped, Kept, Outcome, Passed, provenance
 from pangea_jax.curation.browser import Browser, BrowserConfig, Device, OpenPage, PageError
 from pangea_jax.curation.ocr_pages import Page, nearest_language, page_files, read_pages
@@ -40,12 +39,6 @@ RED = (255, 0, 0)
 SOURCE, CATEGORY = "ocr/webui", "ocr"
 STAGES = ("pages", "page", "language", "element")
 _SCRIPT = Path(__file__).with_name("ocr.js")
-# Codes of ISO 15924 that stand for several scripts; `regex` knows the others by their code.
-_UNIONS = {
-    "Jpan": ("Hani", "Hira", "Kana"),
-    "Kore": ("Hang", "Hani"),
-    "Hans": ("Hani",),
-}
 # Invisible: soft hyphen, zero-width space, word joiner, byte order mark. Joiners shape letters and stay.
 _UNSEEN = str.maketrans("", "", "\u00ad\u200b\u2060\ufeff")
 _UNREADABLE = regex.compile(r"[\p{Co}\p{Cn}\p{Cs}\ufffd\ufffc]")  # icon fonts, broken encodings
@@ -184,12 +177,9 @@ def answer_text(shown: str) -> str:
 
 def script_share(text: str, language: str) -> float:
     """Share of a text's letters that are in the script of a language; 0 without letters."""
-    script = languages.LANGUAGES[language].script
-    wanted = regex.compile(
-        "[" + "".join(rf"\p{{{name}}}" for name in _UNIONS.get(script, (script,))) + "]"
-    )
+    script = language_check.script_pattern(language)
     letters = regex.findall(r"\p{L}", text)
-    return sum(bool(wanted.match(letter)) for letter in letters) / max(1, len(letters))
+    return sum(bool(script.match(letter)) for letter in letters) / max(1, len(letters))
 
 
 def element_fault(element: Mapping[str, Any], language: str, device: Device, choice: Choice) -> str:

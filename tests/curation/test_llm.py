@@ -155,7 +155,7 @@ def test_beyond_patience_the_run_stops_and_nothing_is_lost(start_endpoint, tmp_p
     client = llm.Client(client_config(endpoint, retries=0, patience=0.5), tmp_path / "r.sqlite")
     endpoint.down = True
     with pytest.raises(
-        llm.EndpointError, match=r"has not answered for .* the same command goes on"
+        llm.EndpointError, match=r"has not answered for .* run the same command again"
     ):
         ask(client, "a")
     endpoint.down = False

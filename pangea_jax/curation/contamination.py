@@ -255,7 +255,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                 yield id.encode("utf-8", "replace").decode(), row
         except (ValueError, OSError, EOFError, RecursionError) as error:
             raise BenchmarkError(
-                f"{path}, row {number + 1}: is no {kind[1:].upper()} in UTF-8 ({error})"
+                f"{path}, row {number + 1}: is not {kind[1:].upper()} in UTF-8 ({error})"
             ) from None
 
 

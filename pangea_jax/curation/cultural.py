@@ -172,8 +172,7 @@ def run(
 def _make_instructions(config: CulturalConfig, job: Job) -> MakeInstructions:
     return MakeInstructions(
         llm=config.llm,
-        replies=job.replies,
-        out=job.out,
+        job=job,
         source=f"{CATEGORY}/{config.name}",
         scoring_model=config.scoring_llm.model,
         caption_share=config.caption_share,

@@ -11,7 +11,6 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -24,6 +23,7 @@ from pangea_jax.curation.balance import share
 from pangea_jax.curation.filters import words
 from pangea_jax.curation.image_text import Place
 from pangea_jax.curation.prompts import INSTRUCTIONS, PROMPTS, RECAPTION, TASK_TYPES
+from pangea_jax.curation.workflow import Job
 from pangea_jax.data import image
 from pangea_jax.data.record import IMAGE_MARKER, Conversation, Turn
 
@@ -50,16 +50,16 @@ class MakeInstructions:
     """Captions pictures and makes instructions of the captions.
 
     Attributes:
+      job: the run, in whose folder pictures are read and replies are stored.
       source: source of the records.
-      scoring_model: for the provenance.
+      scoring_model: name of the scoring model, for the provenance.
       caption_share: share of the pictures whose caption becomes a record of its own as well.
       side: the model sees pictures of at most this many pixels a side.
       seed: decides the variants of prompts and the places of markers.
     """
 
     llm: llm.ClientConfig
-    replies: Path
-    out: Path
+    job: Job
     source: str
     scoring_model: str
     caption_share: float
@@ -67,7 +67,7 @@ class MakeInstructions:
     seed: int
 
     def __call__(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
-        client = llm.client(self.llm, self.replies)
+        client = llm.client(self.llm, self.job.replies)
         for _, outcomes in client.map(functools.partial(self._make, client), rows):
             yield from outcomes
 
@@ -95,7 +95,7 @@ class MakeInstructions:
         return [*outcomes, self._kept(captioned, id, pairs, more)]
 
     def _captioned(self, client: llm.Client, row: Mapping[str, Any], language: str) -> _Captioned:
-        encoded = Place(*row["place"]).read(self.out)
+        encoded = Place(*row["place"]).read(self.job.out)
         variant = int(share(row["id"], self.seed, "recaption") * len(RECAPTION))
         values = {name: row[name] for name in ("text", "country", "subject")}
         prompt = RECAPTION[variant].format(language=language, **values)

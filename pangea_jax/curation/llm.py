@@ -7,7 +7,6 @@ answers no request at all, the client waits for it. If only one prompt fails, it
 import collections
 import contextvars
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -398,39 +397,25 @@ def client(config: ClientConfig, cache: Path) -> Client:
         return _CLIENTS[name]
 
 
-@functools.singledispatch
 def _size(value: Any, image_tokens: int) -> int:
     """The maximum number of tokens of a part of a prompt: a token has at least one byte."""
-    return 0
-
-
-@_size.register
-def _(value: str, image_tokens: int) -> int:
-    return len(value.encode("utf-8", "replace"))
-
-
-@_size.register
-def _(value: Mapping, image_tokens: int) -> int:
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "replace"))
+    if isinstance(value, list):
+        return sum(_size(part, image_tokens) for part in value)
+    if not isinstance(value, Mapping):
+        return 0
     if value.get("type") == "image_url":
         return image_tokens
     return _MESSAGE_TOKENS + sum(_size(part, image_tokens) for part in value.values())
 
 
-@_size.register
-def _(value: list, image_tokens: int) -> int:
-    return sum(_size(part, image_tokens) for part in value)
-
-
 def _counted(usage: Any, most: Mapping[str, int]) -> dict[str, int]:
     """The tokens that the endpoint counts. If it does not count them or says 0: the maximum."""
     told = {name: getattr(usage, name, None) for name in most}
-    told = {
-        name: count
-        for name, count in told.items()
-        if isinstance(count, int) and (count > 0 or most[name] == 0)
-    }
-    missing = {name for name in most if most[name]} - told.keys()
-    return {**most, **told, "estimated": bool(missing)}
+    told = {name: count for name, count in told.items() if isinstance(count, int) and count > 0}
+    is_estimated = any(most[name] > 0 and name not in told for name in most)
+    return {**most, **told, "estimated": is_estimated}
 
 
 def _short(error: Exception) -> str:

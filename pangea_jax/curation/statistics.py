@@ -231,22 +231,19 @@ class _Records:
         if not self.compared:
             return
         for name in conversation.images:
-            hash, fault = self._hash(name)
+            hash, fault = self._hash_once(name)
             if fault:
                 found.faults[fault] += 1
             else:
                 yield hash
 
-    def _hash(self, name: str) -> tuple[int, str]:
-        remembered = _REMEMBERED.get(name)
-        if remembered is None:
-            remembered = self._hash_of(name)
-            if len(_REMEMBERED) >= _PICTURES_REMEMBERED:
-                _REMEMBERED.clear()
-            _REMEMBERED[name] = remembered
-        return remembered
+    @functools.cached_property
+    def _hash_once(self) -> Callable[[str], tuple[int, str]]:
+        # Translated records share their pictures.
+        return functools.lru_cache(_PICTURES_REMEMBERED)(self._hash)
 
-    def _hash_of(self, name: str) -> tuple[int, str]:
+    def _hash(self, name: str) -> tuple[int, str]:
+        """The perceptual hash of a picture, and the fault if it has none."""
         try:
             picture, _ = image.preview(self._read(name), name=name)
         except image.ImageError as error:
@@ -266,9 +263,7 @@ class _Records:
         return self.released.read(found[1])
 
 
-# Of this process. Translated records share their picture.
-_REMEMBERED: dict[str, tuple[int, str]] = {}
-_RECORDS: list[_Records] = []
+_RECORDS: list[_Records] = []  # of this worker
 
 
 def _start_worker(records: _Records) -> None:
@@ -311,7 +306,6 @@ def measure(
     if compared and not records.is_store:
         work.mkdir(parents=True, exist_ok=True)
         records.released.index()
-    _REMEMBERED.clear()
     whole = Statistics(findings=None if benchmarks is None else Findings())
     for result in _results(records, workers):
         whole.merge(result.statistics)

@@ -422,7 +422,10 @@ class _Task:
             text, relabelled = markup.repair_labels(source, text)
             repairs = repairs + repaired + ["option respelled"] * relabelled
             # A lost mark would also show up as a structural fault.
-            faults += lost or self._structural_faults(source, text)
+            if lost or "structure" not in self._checks:
+                faults += lost
+            else:
+                faults += markup.structural_faults(source, text)
             texts.append(text)
         pairs = [
             tuple(markup.prose(text) for text in pair) for pair in zip(sources, texts, strict=True)
@@ -432,9 +435,6 @@ class _Task:
         for pair in pairs:
             faults += self._language_faults(*pair)
         return texts, repairs, faults
-
-    def _structural_faults(self, source: str, text: str) -> list[Fault]:
-        return markup.structural_faults(source, text) if "structure" in self._checks else []
 
     def _language_faults(self, source: str, target: str) -> list[Fault]:
         """Faults of the prose of one turn, or of all turns together."""

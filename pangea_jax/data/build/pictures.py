@@ -86,10 +86,7 @@ class Pictures:
             return
         rows, faults = [], {}
         plan = pq.read_table(self.build.path("plan", shard, "parquet")).to_pylist()
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow warns of pictures that it can read all the same
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns of pictures that it can read
             examples = self._checked(plan, rows, faults)
             IMAGES.store(self.build, shard, examples, rows, {"faults": faults})
 

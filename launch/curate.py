@@ -1,13 +1,13 @@
-"""Makes instruction data, as the paper made PangeaIns; counts and checks what there is.
+"""Makes instruction data as the paper made PangeaIns, and counts and checks data sets.
 
 python launch/curate.py translate --config=configs/curation/translate.py --out=data/translated
 python launch/curate.py cultural --config=configs/curation/cultural.py --out=data/cultural
 python launch/curate.py ocr --config=configs/curation/ocr.py --out=data/ocr
 python launch/curate.py stats data/translated --bench=data/pangeabench
 
---config.key=value overrides one leaf of a config. --runner names an Apache Beam runner (DirectRunner, this machine, is
+--config.key=value overrides one key of a config. --runner names an Apache Beam runner (DirectRunner, this machine, is
 the default; DataflowRunner, FlinkRunner, ...); further flags are its pipeline options. After a stop, run the
-same command again to go on; no answer is paid for twice.
+same command again to go on; stored replies of models are not requested again.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> None:
 
 
 def _guarded(argv: list[str]) -> None:
-    # Only warnings of libraries: Beam and the HTTP client report every step and request.
+    # Libraries may only print warnings: Beam and the HTTP client report every step and request.
     logging.set_verbosity(logging.WARNING)
     python_logging.getLogger("pangea_jax").setLevel(python_logging.INFO)
     logging.get_absl_handler().addFilter(

@@ -1,14 +1,14 @@
-"""Cultural instructions from image/alt-text pairs of the web, as the paper made 1.5M of PangeaIns (section 2.2).
+"""Cultural instructions from image/alt-text pairs of the web, the method of 1.5M records of PangeaIns (section 2.2).
 
     python launch/curate.py cultural --config=configs/curation/cultural.py --out=data/cultural \\
         --config.source=data/laion-multi
     python launch/build_data.py pangeains --source=data/cultural/records --out=data/cultural_store
 
-The source is LAION's Parquet files, whose pictures are fetched after everything else is decided, or the output of
+The source is LAION's Parquet files, whose pictures are fetched only after all other decisions, or the output of
 img2dataset. The paper began with 10M pairs of LAION-Multi and kept 1M pictures. Each scored pair takes about 500 tokens
-of prompt and 35 of reply, and each remaining picture 1,100 and 1,200: at the prices below about 7 dollars per thousand
-pictures. Set the prices of your model and a budget, and begin with a part of the source. report.md has the yield of
-every stage, usage.json the cost.
+of prompt and 35 of reply, and each remaining picture 1,100 and 1,200. At the prices below that is about 7 dollars per
+thousand pictures. Set the prices of your model and a budget, and begin with a part of the source. report.md has the
+yield of every stage, usage.json the cost.
 """
 
 from ml_collections import ConfigDict

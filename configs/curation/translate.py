@@ -5,11 +5,11 @@
         --config.llm.model=NAME --config.llm.base_url=http://localhost:8000/v1
     python launch/build_data.py pangeains --source=data/translated/records --images=PangeaInstruct --out=data/store
 
-Any endpoint with OpenAI's protocol will do: vLLM (`vllm serve NAME`), Gemini's
-(https://generativelanguage.googleapis.com/v1beta/openai/), a hosted one. OPENAI_API_KEY holds the key. Start with
+Any endpoint with OpenAI's protocol works: vLLM (`vllm serve NAME`), Gemini
+(https://generativelanguage.googleapis.com/v1beta/openai/), or a hosted one. OPENAI_API_KEY holds the key. Start with
 --config.limit=100 and read data/translated/report.md. It says what was dropped and why, and how well a sample reads
-when it is translated back. After a stop, a kill or a spent budget, the same command continues and pays for nothing
-twice. For a higher limit give another --out.
+when it is translated back. After a stop, a kill or a spent budget, the same command continues and requests no stored
+reply again. For a higher limit give another --out.
 
 To add a language, add its tag to `languages` (if pangea_jax/languages.py lacks it, add a line there too; see
 docs/data.md, "A new language"). `notes` tells the model what it should know, such as the orthography. For example:

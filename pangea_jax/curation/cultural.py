@@ -2,15 +2,16 @@
 
     filter      reads the pairs; checks size, aspect, length, NSFW tag, offensive words, language, CLIP score
     unique      drops repeated ids, similar alt texts and similar pictures
-    score       a model reads the alt text: quality, subject, country; drops poor and countryless ones
+    score       a model reads the alt text and names quality, subject and country; drops bad texts and those
+                without a country
     balance     thins out frequent subjects and languages
     fetch       fetches the pictures of which only the address is known
-    fetched     drops similar pictures among those
+    fetched     drops similar pictures among the fetched ones
     records     a model describes each picture in the language of the alt text and writes two instructions
 
-Alt texts and the model's answers are data: they are checked, put into prompts and records, and never
-followed or run. The paper does not publish its list of offensive words, its thresholds of similarity, its
-CLIP model or the numbers of the balance; ours are in configs/curation/cultural.py.
+Alt texts and the model's answers are data: they are checked and put into prompts and records, but never followed or
+run. The paper does not publish its list of offensive words, its thresholds of similarity, its CLIP model or the
+numbers of the balance; our values are in configs/curation/cultural.py.
 """
 
 import dataclasses
@@ -73,8 +74,8 @@ class NearDuplicates:
     """When two rows are too similar.
 
     Attributes:
-      min_text_similarity: estimated Jaccard similarity of the alt texts' 4-grams; None: not compared.
-      max_hash_distance: distance of the pictures' hashes in bits, of 64.
+      min_text_similarity: minimum estimated Jaccard similarity of the alt texts' 4-grams; None: texts are not compared.
+      max_hash_distance: maximum number of bits, of 64, in which the pictures' hashes differ.
     """
 
     min_text_similarity: float | None = near_duplicates.MIN_TEXT_SIMILARITY
@@ -221,7 +222,7 @@ def _clip_scorer(name: str) -> Scorer:
 
 @dataclasses.dataclass
 class _Looked:
-    """A pair that passes all rules but the score: its picture (if at hand), language and score."""
+    """A pair that passes all rules before the score: its picture (None if it must be fetched), language and score."""
 
     pair: Pair
     picture: Image.Image | None
@@ -234,8 +235,8 @@ class FilterPairs:
     """Reads parts of the source and keeps the pairs that pass all rules.
 
     Attributes:
-      out: folder of the job; pictures that have no file of their own are written there.
-      scorer: makes the scorer of pictures and texts; None: the similarity of the source is used.
+      out: folder of the job; pictures that are not in a file are written there.
+      scorer: makes the scorer of pictures and texts; None: the source's own similarity is used.
     """
 
     out: Path
@@ -247,7 +248,7 @@ class FilterPairs:
             count = 0
             for some in near_duplicates.batched(image_text.read(Part(**row)), _SCORER_BATCH):
                 count += len(some)
-                # Pillow's warnings: a picture that cannot be used has a reason of its own.
+                # Pillow's warnings are not needed: a picture that cannot be used is dropped with a reason.
                 with warnings.catch_warnings(action="ignore"):
                     outcomes = list(self._outcomes(some))
                 yield from outcomes
@@ -305,15 +306,15 @@ def keep_picture(out: Path, encoded: bytes) -> Place:
 
 
 def _picture_row(place: Place, picture: Image.Image, encoded: bytes) -> dict[str, Any]:
-    """What a row says of its picture."""
+    """The fields of a row that describe its picture."""
     size = image.header_size(encoded)
     return {"place": place, "size": size, "hash": near_duplicates.perceptual_hash(picture)}
 
 
 def unique(job: Job, source: str, stage: str, alike: NearDuplicates) -> Iterator[Outcome]:
-    """The rows of a part, without those that are too similar to an earlier one.
+    """Passes the rows of a part that are not too similar to an earlier one.
 
-    This process holds their hashes: about 1 GB for a million rows.
+    The hashes are held in memory: about 1 GB for a million rows.
     """
     reasons: list[str | None] = []
     numbers, hashes = [], []
@@ -341,7 +342,7 @@ def unique(job: Job, source: str, stage: str, alike: NearDuplicates) -> Iterator
 
 @dataclasses.dataclass(frozen=True)
 class FetchPictures:
-    """Fetches the pictures that are not at hand, and checks them as `FilterPairs` does."""
+    """Fetches the missing pictures, and checks them as `FilterPairs` does."""
 
     out: Path
     filters: Filters
@@ -372,7 +373,7 @@ class FetchPictures:
 
 
 def _sections(out: Path) -> dict[str, dict[str, Any]]:
-    """Counts of the records by what their provenance says."""
+    """Counts the records by language, subject, country and task type."""
     counts = {
         name: Counter() for name in ("Languages", "Subjects", "Countries", "Task types", "Pairs")
     }

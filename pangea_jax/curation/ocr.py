@@ -6,8 +6,8 @@ This is the data of the paper's Appendix J (Figure 27): pages in ten languages, 
     page -> draw devices -> load -> language -> elements that qualify -> scroll to one and inspect it
     -> screenshot -> check pixels -> red box -> record
 
-The marked text must be wholly visible: neither covered nor cut off, with a glyph for every letter,
-nothing else in the box, and enough contrast in every line.
+The marked text must be completely visible: it is neither covered nor cut off, there is a glyph for every letter,
+the box contains nothing else, and every line has enough contrast.
 """
 
 import asyncio
@@ -156,7 +156,7 @@ class Shot:
 
 
 def views_of(page: Page, config: OcrConfig) -> list[View]:
-    """The page on `views_per_page` devices, which seed and page decide."""
+    """The page on `views_per_page` devices; seed and page decide which."""
     drawn = _random(config.seed, page.id).sample([*config.devices], config.views_per_page)
     return [View(page, name, config.devices[name]) for name in drawn]
 
@@ -183,7 +183,7 @@ def script_share(text: str, language: str) -> float:
 
 
 def element_fault(element: Mapping[str, Any], language: str, device: Device, choice: Choice) -> str:
-    """Why an element of `candidates()` (ocr.js) does not qualify; empty if it may."""
+    """The reason why an element of `candidates()` (ocr.js) does not qualify; empty if there is none."""
     text = answer_text(element["text"])
     if not choice.min_characters <= len(text) <= choice.max_characters:
         return "text too short or too long"
@@ -322,7 +322,7 @@ async def _fault_of_picture(page, call, seen, picture, device, choice) -> str:
 
 
 def red_pixels(pixels: UInt8[np.ndarray, "H W 3"]) -> np.ndarray:
-    """(H, W) booleans: where a picture is as red as the box."""
+    """(H, W) booleans: the pixels that are as red as the box."""
     red, green, blue = (pixels[..., channel].astype(np.int16) for channel in range(3))
     return (red > 200) & (green < 60) & (blue < 60)
 
@@ -394,10 +394,10 @@ def to_record(shot: Shot, config: OcrConfig) -> tuple[Conversation, bytes, dict[
 async def take_all(
     views: Sequence[View], config: OcrConfig
 ) -> AsyncIterator[tuple[View, Shot | PageError]]:
-    """Every view with its shot, or the reason why there is none. Local pages have a browser of their own.
+    """Yields every view with its shot, or with the reason why there is none. Local pages have a separate browser.
 
     Raises:
-      BrowserError: no browser, or it does not start.
+      BrowserError: there is no browser, or it does not start.
     """
     for local in (True, False):
         async with Browser(config.browser, local=local) as browser:

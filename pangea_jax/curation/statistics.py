@@ -82,7 +82,7 @@ class Statistics:
         self.rejected[reason] = before + count, first
 
     def merge(self, other: "Statistics") -> None:
-        """Adds what was counted elsewhere, after what is counted here."""
+        """Adds the counts of later records."""
         self.total += other.total
         self.identified += other.identified
         for name in ("cells", "pictures", "faults", "task_types"):
@@ -97,7 +97,7 @@ class Statistics:
                 ours.extend(theirs)
 
     def index(self) -> pa.Table:
-        """`category`, `source`, `language`: one row a record, as the index of a store has them."""
+        """`category`, `source` and `language`, one row for each record, as in the index of a store."""
         columns = zip(*self.cells, strict=True) if self.cells else ((), (), ())
         counts = np.fromiter(self.cells.values(), np.int64, len(self.cells))
         rows = np.repeat(np.arange(len(counts)), counts)
@@ -318,7 +318,7 @@ def measure(
 
 
 def _results(records: _Records, workers: int) -> Iterator[_Result]:
-    """The results of all chunks in their order, with few chunks in memory at a time."""
+    """The results of all chunks in order, with only a few chunks in memory at a time."""
     if workers == 1:
         yield from map(records.measure, records.chunks())
         return
@@ -336,7 +336,7 @@ def _results(records: _Records, workers: int) -> Iterator[_Result]:
             while pending:
                 yield pending.popleft().result()
     except futures.process.BrokenProcessPool:
-        problem = "a worker was killed, perhaps for want of memory; try fewer --workers"
+        problem = "a worker was killed, perhaps because memory ran out; try fewer --workers"
         raise WorkError(problem) from None
 
 

@@ -1,15 +1,15 @@
 """Translates English instruction records into other languages (paper, section 2.1).
 
 The paper translated with Gemini 1.5 Pro, and then dropped or corrected records with missing turns or options.
-Its prompt, code and drop rates are not published. Here:
+Its prompt, code and drop rates are not published. The stages here are:
 
     read       keeps records that are valid, English, not too long, and have words
-    request    asks for each record in each language, in groups of whole turns that fit one request
+    request    requests each record in each language, in groups of whole turns that fit one request
     check      compares turns, protected spans, options, numbers, tables, language, copies, length, repetition
-               (`markup`, `language_check`). Faults are repaired by rule where that is safe. Otherwise the
-               model is asked once more and told what was wrong; then the record is dropped
+               (`markup`, `language_check`). Repairs a fault by rule if that is safe. Otherwise asks the model
+               once more and names the fault. If the second answer has a fault, too, the record is dropped
 
-A model's answer is text to compare and store; nothing in it is followed or run.
+A model's answer is data: it is compared and stored, but never followed or run.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ such as {marks}, numbers and line breaks."""
 VERSION = "translate-" + hashlib.sha256((_PROMPT + _RETRY + _BACK).encode()).hexdigest()[:8]
 """Version of the prompts, for the provenance."""
 
-# A reply is endless, and not read, if it is longer than this factor times its source plus these characters.
+# A longer reply than this factor times the source, plus these characters, counts as endless and is not read.
 _LONGEST_REPLY, _LONGEST_EXTRA = 6, 2_000
 _NO_LIST = Fault("reply is no list of turns")
 
@@ -181,7 +181,7 @@ class Translation:
         return llm.client(self.config.llm, self.job.replies)
 
     def read(self, files: Iterable[Path]) -> Iterator[Outcome]:
-        """The records that can be translated. A record that cannot is dropped once, not once per language."""
+        """Passes the records that can be translated. Another record is dropped once, not once for each language."""
         records = (record for path in files for record in release.read_records(path))
         for number, raw in enumerate(records):
             if self.config.limit and number >= self.config.limit:
@@ -250,7 +250,7 @@ class Translation:
         return Kept(record, origin)
 
     def count_languages(self) -> dict[str, str]:
-        """Language -> how many records are kept, were repaired, or were asked for again."""
+        """Language -> the numbers of records that are kept, were repaired, or were requested again."""
         kept, repaired, again, repairs = Counter(), Counter(), Counter(), Counter()
         for row in provenance(self.job.out):
             code = row["language"]
@@ -329,10 +329,10 @@ class Translation:
 
 
 class _Task:
-    """Translates one conversation into one language: asks, checks, repairs, asks once more.
+    """Translates one conversation into one language: requests, checks, repairs, and may request once more.
 
     Attributes:
-      repairs: repairs by rule in the texts that are kept.
+      repairs: name of a repair -> number of repairs in the kept texts.
       replies: keys of the replies.
       retries: number of requests that were repeated.
     """
@@ -345,12 +345,12 @@ class _Task:
         self.retries = 0
 
     def turns(self, sources: Sequence[str]) -> list[str] | Fault:
-        """The translated turns, or why there are none.
+        """The translated turns, or the fault.
 
         Raises:
           llm.Refused: the model or the endpoint declines.
         """
-        texts = list(sources)  # texts without words stay as they are, and cost nothing
+        texts = list(sources)  # texts without words stay unchanged and are not sent
         for group in self._groups(sources):
             found = self._group([sources[i] for i in group])
             if isinstance(found, Fault):
@@ -421,7 +421,7 @@ class _Task:
             text = markup.keep_margins(source, text)
             text, relabelled = markup.repair_labels(source, text)
             repairs = repairs + repaired + ["option respelled"] * relabelled
-            # A lost mark would also show up as a structural fault.
+            # A lost mark is also a structural fault, so the structure is then not checked.
             if lost or "structure" not in self._checks:
                 faults += lost
             else:
@@ -430,7 +430,7 @@ class _Task:
         pairs = [
             tuple(markup.prose(text) for text in pair) for pair in zip(sources, texts, strict=True)
         ]
-        # Each short turn alone may be too short to judge; all of them together may not be.
+        # A turn may be too short for the checks, but all turns together may be long enough.
         pairs.append(tuple("\n".join(some) for some in zip(*pairs, strict=True)))
         for pair in pairs:
             faults += self._language_faults(*pair)

@@ -73,7 +73,7 @@ def test_long_texts_come_first_more_often():
 
 
 def test_a_missing_browser_says_what_to_install(monkeypatch, tmp_path):
-    with pytest.raises(BrowserError, match="no program that can be run"):
+    with pytest.raises(BrowserError, match="not a program that can be run"):
         pytest.importorskip("playwright", reason="playwright is an extra")
         browsers.find_chromium(str(tmp_path / "chromium"))
     monkeypatch.setattr(browsers.import_util, "find_spec", lambda name: None)

@@ -257,6 +257,14 @@ def test_settings_that_cannot_be_carried_out_say_so(tmp_path):
     assert unknown in problem(scoring_llm={"model": "m", "budget": 5.0})
 
 
+def test_plans_are_those_of_earlier_versions():
+    config = build(cultural.CulturalConfig, cultural_config.get_config())
+    plan = cultural._plan(config, cultural._filters(config), [])
+    assert set(plan["fetch"]) == {"timeout", "private", "robots", "user_agent"}
+    assert set(plan["llm"]) == {"model", "temperature", "max_tokens", "extra_body"}
+    assert set(plan["scoring_llm"]) == set(plan["llm"])
+
+
 def test_tags_may_be_written_as_a_command_line_has_them():
     config = cultural_config.get_config()
     config.filters.nsfw = ("UNLIKELY,unsure",)  # of --config.filters.nsfw=UNLIKELY,unsure

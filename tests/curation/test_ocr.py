@@ -12,10 +12,12 @@ pytest.importorskip("regex", reason="regex is in requirements-curation.txt")
 pytest.importorskip("urllib3", reason="urllib3 is in requirements-curation.txt")
 pytest.importorskip("protego", reason="Protego is in requirements-curation.txt")
 
+from configs.curation import ocr as ocr_config
 from pangea_jax.curation import browser as browsers
 from pangea_jax.curation import ocr
 from pangea_jax.curation.browser import BrowserConfig, BrowserError, Device, PageError
 from pangea_jax.curation.ocr_pages import Page
+from pangea_jax.typed_config import build
 
 from .web_pages import CONFIG, DESKTOP, DEVICES, DROPPED, frame, shoot, write_pages
 
@@ -109,6 +111,13 @@ def test_configs_that_cannot_be():
         Device(20_000, 20_000)
     with pytest.raises(ValueError, match="not none, static or all"):
         BrowserConfig(network="some")
+
+
+def test_plans_are_those_of_earlier_versions():
+    config = build(ocr.OcrConfig, ocr_config.get_config())
+    devices = ocr._plan(config, [])["devices"]
+    assert devices["laptop"] == {"width": 1280, "height": 800}
+    assert devices["dense"] == {"width": 1440, "height": 900, "scale": 2.0}
 
 
 def test_pages_that_are_dropped(chromium, tmp_path):

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,6 @@ import zipfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -56,7 +56,7 @@ class JoinedFile(io.RawIOBase):
 
     def __init__(self, paths: Sequence[Path]):
         self._files = [path.open("rb") for path in paths]
-        self._ends = list(accumulate(path.stat().st_size for path in paths))
+        self._ends = list(itertools.accumulate(path.stat().st_size for path in paths))
         self._position = 0
 
     def readable(self) -> bool:
@@ -346,12 +346,9 @@ class Pictures:
     def _roots(self) -> list[str]:
         """The folders of the first two levels of the release, and those that have archives."""
         roots = {""} | {archive.folder for archive in self.archives.values()}
-        for pattern in ("*", "*/*"):
-            roots |= {p.relative_to(self.source).as_posix() for p in self._folders(pattern)}
+        folders = itertools.chain(self.source.glob("*/"), self.source.glob("*/*/"))
+        roots |= {p.relative_to(self.source).as_posix() for p in folders if p.is_dir()}
         return sorted(roots)
-
-    def _folders(self, pattern: str) -> Iterator[Path]:
-        return (path for path in self.source.glob(pattern + "/") if path.is_dir())
 
     def _is_folder(self, root: str, tail: str) -> bool:
         path = f"{root}/{tail}".lstrip("/")

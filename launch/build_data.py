@@ -271,13 +271,7 @@ def main() -> None:
         arguments.run(arguments)
     except KeyboardInterrupt:
         sys.exit("build_data.py: stopped; run the same command again to go on")
-    except (
-        sources.SourceError,
-        WorkError,
-        OSError,
-        sqlite3.Error,
-        ValueError,
-    ) as error:
+    except (sources.SourceError, WorkError, OSError, sqlite3.Error, ValueError) as error:
         sys.exit(f"build_data.py: {error}")
 
 

@@ -45,6 +45,12 @@ _OUT = flags.DEFINE_string("out", None, "Folder of the results.")
 _RUNNER = flags.DEFINE_string("runner", None, "Apache Beam runner (default: DirectRunner).")
 
 
+# What flags and config files raise.
+_FLAG_ERRORS = (
+    *(flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError),
+)
+
+
 class UsageError(Exception):
     """The command line is wrong; says how."""
 
@@ -153,14 +159,7 @@ def _guarded(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except (
-        UsageError,
-        WorkError,
-        ImportError,
-        OSError,
-        sqlite3.Error,
-        ValueError,
-    ) as error:
+    except (UsageError, WorkError, ImportError, OSError, sqlite3.Error, ValueError) as error:
         if "PANGEA_DEBUG" in os.environ:
             raise
         print(f"error: {error}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)
@@ -169,15 +168,14 @@ def _guarded(argv: list[str]) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses our flags; leaves the rest: Beam's options and the arguments of `stats`."""
-    command = next(filter(PIPELINES.__contains__, argv), None)
-    keys = [found[1] for word in argv if (found := re.match(r"--?(?:no)?config\.([^=]+)", word))]
     try:
-        for key in keys if command else ():
-            typed_config.check_key(_pipeline(command)[1], key)
+        command = next((word for word in argv if word in PIPELINES), None)
+        for word in argv:
+            key = re.match(r"--?(?:no)?config\.([^=]+)", word)
+            if command and key:
+                typed_config.check_key(_pipeline(command)[1], key[1])
         return flags.FLAGS(argv, known_only=True)
-    except (
-        *(flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError),
-    ) as error:
+    except _FLAG_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
 

@@ -314,12 +314,14 @@ class Client:
                     raise Refused("the endpoint fails on this prompt", _short(error)) from None
                 self._check_patience(error, began, wait)
             except errors.APIStatusError as error:
-                raise EndpointError(f"{self._name()} refuses us: {_short(error)}") from None
+                raise EndpointError(
+                    f"{self._name()} refuses the request: {_short(error)}"
+                ) from None
             # Proxies answer 200 with web pages or incomplete objects; the error depends on what is missing.
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 malformed += 1
                 if malformed == MALFORMED_TRIES:
-                    raise Refused("the reply is no completion", _short(error)) from None
+                    raise Refused("the reply is not a completion", _short(error)) from None
                 continue
             else:
                 self._answered += 1

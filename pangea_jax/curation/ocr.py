@@ -42,7 +42,7 @@ _SCRIPT = Path(__file__).with_name("ocr.js")
 # Invisible: soft hyphen, zero-width space, word joiner, byte order mark. Joiners shape letters and stay.
 _UNSEEN = str.maketrans("", "", "\u00ad\u200b\u2060\ufeff")
 _UNREADABLE = regex.compile(r"[\p{Co}\p{Cn}\p{Cs}\ufffd\ufffc]")  # icon fonts, broken encodings
-# A page about language models may hold text that a tokenizer takes for a special token.
+# A page about language models may contain text that a tokenizer reads as a special token.
 _MARKERS = regex.compile(rf"{IMAGE_MARKER}|<\|\w+\|>")
 
 
@@ -54,11 +54,11 @@ class Choice:
       min_characters, max_characters: length of the answer.
       min_font: size of the font; smaller letters are not legible.
       min_width, min_height: size of the element.
-      max_height_share: height of the element as a share of the screen's; its width may fill the screen.
+      max_height_share: height of the element as a share of the screen's height; its width is not limited.
       min_script_share: share of the letters that are in the script of the page's language.
       min_contrast: difference between the darkest and the lightest pixel (0 to 255) of each line.
-      max_red_share: share of the page's pixels that may be as red as the box.
-      max_screens: how far down the page an element may end, in heights of the screen.
+      max_red_share: maximum share of the page's pixels that are as red as the box.
+      max_screens: maximum distance from the top of the page to the end of the element, in heights of the screen.
       attempts: number of elements to try before the view is dropped.
     """
 

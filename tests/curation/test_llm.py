@@ -202,7 +202,7 @@ def test_wrong_key_and_wrong_settings_stop_at_once(start_endpoint, tmp_path, mon
     monkeypatch.setattr(endpoint, "respond", respond)
     for code in (401, 403, 404):
         status.append(code)
-        with pytest.raises(llm.EndpointError, match=r"refuses us: .*no such model"):
+        with pytest.raises(llm.EndpointError, match=r"refuses the request: .*no such model"):
             ask(client, "a")
     status.append(400)
     for prompt in MANY[:19]:

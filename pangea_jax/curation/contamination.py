@@ -144,16 +144,15 @@ class Benchmarks:
                     found[Overlap("13-gram", self.documents[document], place)] = None
         return list(found)
 
-    def in_pictures(
-        self, hashes: Iterable[int], max_distance: int = near_duplicates.MAX_HASH_DISTANCE
-    ) -> list[Overlap]:
+    def in_pictures(self, hashes: Iterable[int]) -> list[Overlap]:
         """The pictures of the benchmarks that look like pictures with these hashes."""
         found = []
         for hash in hashes:
             if hash.bit_count() < _MIN_BITS:
                 continue
             distances = np.bitwise_count(self.pictures ^ np.uint64(hash))
-            for place in np.flatnonzero(distances <= max_distance).tolist():
+            alike = np.flatnonzero(distances <= near_duplicates.MAX_HASH_DISTANCE)
+            for place in alike.tolist():
                 found.append(Overlap("picture", self.picture_names[place], int(distances[place])))
         return found
 
@@ -161,8 +160,7 @@ class Benchmarks:
 class Findings:
     """The overlaps of records, without common wording, for reports and `Mixture.exclude_ids`."""
 
-    def __init__(self, boilerplate: int = BOILERPLATE):
-        self._boilerplate = boilerplate
+    def __init__(self):
         self._records: list[tuple[str, tuple[Overlap, ...]]] = []
         self._of_ngram: Counter[int] = Counter()
 
@@ -178,7 +176,7 @@ class Findings:
             kept = [
                 o
                 for o in overlaps
-                if o.kind != "13-gram" or self._of_ngram[o.detail] <= self._boilerplate
+                if o.kind != "13-gram" or self._of_ngram[o.detail] <= BOILERPLATE
             ]
             if kept:
                 yield id, kept

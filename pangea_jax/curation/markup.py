@@ -283,7 +283,7 @@ def structural_faults(source: str, target: str) -> list[Fault]:
         if new.total() and not (reason == "speaker label" and pattern.search(source)):
             faults.append(Fault(reason, repr(next(iter(new)))))
     if repetition(target) > repetition(source) + 0.4:
-        faults.append(Fault("repetition", f"{repetition(target):.0%} of it is said before"))
+        faults.append(Fault("repetition", f"{repetition(target):.0%} of it repeats earlier text"))
     return faults
 
 
@@ -387,12 +387,10 @@ def _table(text: str) -> list[int]:
     return [line.strip().count("|") - 1 for line in text.splitlines() if line.lstrip()[:1] == "|"]
 
 
-def repetition(text: str, width: int = 12) -> float:
-    """The share of the runs of `width` characters that occur earlier in the text; 0 for short texts."""
-    stretches = max(0, len(text) - width + 1)
-    if stretches < 100:
-        return 0.0
-    return 1 - len({text[i : i + width] for i in range(stretches)}) / stretches
+def repetition(text: str) -> float:
+    """The share of the runs of 12 characters that occur earlier in the text; 0 for short texts."""
+    runs = len(text) - 11
+    return 0.0 if runs < 100 else 1 - len({text[i : i + 12] for i in range(runs)}) / runs
 
 
 def turns_of(text: str) -> tuple[list[str] | None, list[str]]:

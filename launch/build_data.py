@@ -79,7 +79,7 @@ def add_pangeains(commands) -> None:
         "pangeains",
         help="PangeaIns as it is released, or any records in its form",
         description="Makes a store of PangeaIns.json (or *.jsonl, *.parquet) and its pictures, read from "
-        "folders, tar files (split ones too) and zip files. Killed and started again it goes on.",
+        "folders, tar files (split ones too) and zip files. If it is killed, the same command continues.",
     )
     add = real.add_argument
     add("--source", type=Path, required=True, help="folder of the release, or a file of records")
@@ -87,11 +87,11 @@ def add_pangeains(commands) -> None:
     add("--images", type=Path, help="folder of the pictures (default: that of the records)")
     add("--workers", type=positive, default=os.cpu_count(), help="processes (default: one a core)")
     add("--tokenizer", type=Path, help="tokenizer.json, .model or their folder: counts tokens")
-    add("--image_id", type=int, help="id of <image> where the tokenizer has none (Pangea: 151646)")
+    add("--image_id", type=int, help="id of <image> if the tokenizer has none (Pangea: 151646)")
     add(
         "--default_language",
         type=language_code,
-        help="of records that name none (default: identified from their words)",
+        help="language of records without one (default: identified from their words)",
     )
     add(
         "--max_bad_fraction",
@@ -99,7 +99,9 @@ def add_pangeains(commands) -> None:
         default=0.01,
         help="stop if a larger share of the records cannot be used (default: 0.01)",
     )
-    add("--limit", type=positive, help="take only so many records, from the first on")
+    add(
+        "--limit", type=positive, help="number of records to read, from the first on (default: all)"
+    )
     add("--max_pixels", type=positive, default=image.MAX_PIXELS, help="reject larger pictures")
     add(
         "--runner",
@@ -129,7 +131,7 @@ def fraction(text: str) -> float:
 
 
 class Amount(ProgressColumn):
-    """How much of a stage is done, and the records a second."""
+    """How much of a stage is done, and the number of records per second."""
 
     def render(self, task: Task) -> Text:
         unit, parts = task.fields["unit"], []
@@ -145,7 +147,7 @@ class Amount(ProgressColumn):
 
 
 def progress_bar() -> Progress:
-    """A line for each stage of `pangeains.build`: how far, records a second, time left."""
+    """A line for each stage of `pangeains.build`: progress, records per second, remaining time."""
     return Progress(
         TextColumn("{task.description:18}"),
         BarColumn(),
@@ -181,7 +183,7 @@ def build_pangeains(arguments: argparse.Namespace) -> None:
     columns = ["category", "source", "language"]
     index = pq.read_table(build.out / INDEX, columns=columns)
     report = composition.write(index, build.out / "report", summary)
-    # Not with the console, which wraps lines and may take parts of a path for markup.
+    # Without the console, which wraps lines and may read parts of a path as markup.
     print(
         f"{summary['kept']:,} of {summary['total']:,} records, {summary['pictures']:,} pictures, "
         f"{summary['picture_bytes'] / 1e9:,.2f} GB in {build.out}"
@@ -225,7 +227,7 @@ def build_emoji(arguments: argparse.Namespace) -> None:
 
 
 def draw(concepts: list[Concept], artworks: dict[str, Artwork]) -> dict[str, list[Picture]]:
-    """Renders every drawing there is: artist -> pictures ordered by code point."""
+    """Renders all drawings: artist -> pictures ordered by code point."""
     noto = artworks["noto"]
     pictures: dict[str, list[Picture]] = {}
     for artist, artwork in artworks.items():
@@ -269,13 +271,7 @@ def main() -> None:
         arguments.run(arguments)
     except KeyboardInterrupt:
         sys.exit("build_data.py: stopped; run the same command again to go on")
-    except (
-        sources.SourceError,
-        WorkError,
-        OSError,
-        sqlite3.Error,
-        ValueError,
-    ) as error:
+    except (sources.SourceError, WorkError, OSError, sqlite3.Error, ValueError) as error:
         sys.exit(f"build_data.py: {error}")
 
 

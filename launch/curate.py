@@ -1,21 +1,23 @@
-"""Makes instruction data, as the paper made PangeaIns; counts and checks what there is.
+"""Makes instruction data as the paper made PangeaIns, and counts and checks data sets.
 
 python launch/curate.py translate --config=configs/curation/translate.py --out=data/translated
 python launch/curate.py cultural --config=configs/curation/cultural.py --out=data/cultural
 python launch/curate.py ocr --config=configs/curation/ocr.py --out=data/ocr
 python launch/curate.py stats data/translated --bench=data/pangeabench
 
---config.key=value overrides one leaf of a config. --runner names an Apache Beam runner (DirectRunner, this machine, is
+--config.key=value overrides one key of a config. --runner names an Apache Beam runner (DirectRunner, this machine, is
 the default; DataflowRunner, FlinkRunner, ...); further flags are its pipeline options. After a stop, run the
-same command again to go on; no answer is paid for twice.
+same command again to go on; stored replies of models are not requested again.
 """
 
 import argparse
 import importlib
 import logging as python_logging
 import os
+import re
 import sqlite3
 import sys
+import types
 from pathlib import Path
 
 if not __package__:  # run as a file of a clone
@@ -26,19 +28,27 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from pangea_jax import typed_config
 from pangea_jax.curation import reply_store, workflow
 from pangea_jax.data.store import StoreError
 from pangea_jax.work.restart import WorkError
 
 console = Console(soft_wrap=True)
 
-# Each command imports only its own module, so it does not need the packages of the others.
-PIPELINES = {name: f"pangea_jax.curation.{name}" for name in ("translate", "cultural", "ocr")}
+# Command -> the dataclass of its config. Each command imports only its own module, pangea_jax.curation.COMMAND, so it
+# does not need the packages of the others.
+PIPELINES = {"translate": "TranslateConfig", "cultural": "CulturalConfig", "ocr": "OcrConfig"}
 EXIT_ERROR, EXIT_STOPPED, EXIT_INTERRUPTED = 1, os.EX_TEMPFAIL, 130
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The pipeline's config.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the results.")
 _RUNNER = flags.DEFINE_string("runner", None, "Apache Beam runner (default: DirectRunner).")
+
+
+# What flags and config files raise.
+_FLAG_ERRORS = (
+    *(flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, ImportError),
+)
 
 
 class UsageError(Exception):
@@ -55,10 +65,16 @@ def run_pipeline(command: str, arguments: list[str]) -> None:
         )
     options = [f"--runner={_RUNNER.value or 'DirectRunner'}", *arguments]
     out = Path(_OUT.value)
-    module = importlib.import_module(PIPELINES[command])
-    report = module.run(_CONFIG.value, out, options)
+    module, kind = _pipeline(command)
+    report = module.run(typed_config.build(kind, _CONFIG.value), out, options)
     print((out / "report.md").read_text(encoding="utf-8"))
     print(f"{report['kept']:,} records in {out / workflow.RECORDS}")
+
+
+def _pipeline(command: str) -> tuple[types.ModuleType, type]:
+    """The module of a command and the dataclass of its config."""
+    module = importlib.import_module(f"pangea_jax.curation.{command}")
+    return module, getattr(module, PIPELINES[command])
 
 
 def run_statistics(arguments: list[str]) -> None:
@@ -129,7 +145,7 @@ def main(argv: list[str]) -> None:
 
 
 def _guarded(argv: list[str]) -> None:
-    # Only warnings of libraries: Beam and the HTTP client report every step and request.
+    # Libraries may only print warnings: Beam and the HTTP client report every step and request.
     logging.set_verbosity(logging.WARNING)
     python_logging.getLogger("pangea_jax").setLevel(python_logging.INFO)
     logging.get_absl_handler().addFilter(
@@ -143,14 +159,7 @@ def _guarded(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except (
-        UsageError,
-        WorkError,
-        ImportError,
-        OSError,
-        sqlite3.Error,
-        ValueError,
-    ) as error:
+    except (UsageError, WorkError, ImportError, OSError, sqlite3.Error, ValueError) as error:
         if "PANGEA_DEBUG" in os.environ:
             raise
         print(f"error: {error}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)
@@ -160,8 +169,13 @@ def _guarded(argv: list[str]) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses our flags; leaves the rest: Beam's options and the arguments of `stats`."""
     try:
+        command = next((word for word in argv if word in PIPELINES), None)
+        for word in argv:
+            key = re.match(r"--?(?:no)?config\.([^=]+)", word)
+            if command and key:
+                typed_config.check_key(_pipeline(command)[1], key[1])
         return flags.FLAGS(argv, known_only=True)
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+    except _FLAG_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
 

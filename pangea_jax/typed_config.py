@@ -128,6 +128,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     kind, optional = _without_none(hint)
     if value is None and optional:
         return None
+    if kind is Any:
+        return value.to_dict() if isinstance(value, ConfigDict) else value
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         if isinstance(value, kind):

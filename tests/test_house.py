@@ -36,11 +36,10 @@ RECURRING = {
     "__init__",
     # launch/NAME.py and benchmarks/NAME.py run or time the library's module of that name.
     *("convert", "chat", "decode"),
-    # configs/curation/NAME.py holds the settings of pangea_jax/curation/NAME.py.
+    # configs/curation/NAME.py fills the config of pangea_jax/curation/NAME.py.
     *("cultural", "ocr", "translate"),
-    # Two jobs under one name, to be renamed: settings of an endpoint and its client; what configs share and
-    # what launch scripts share.
-    *("endpoint", "common"),
+    # Two jobs under one name, to be renamed: what configs share and what launch scripts share.
+    "common",
 }
 
 

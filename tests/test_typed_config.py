@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
@@ -86,6 +87,16 @@ def test_an_error_names_the_key_and_what_was_expected(change, says):
     config = ConfigDict({"title": "A", "part": {"rate": 1.0}} | change)
     with pytest.raises(ConfigError, match=says):
         build(Whole, config)
+
+
+def test_values_of_any_type_are_plain():
+    @dataclasses.dataclass(frozen=True)
+    class Request:
+        body: Mapping[str, Any]
+
+    built = build(Request, ConfigDict({"body": {"outer": {"inner": [1]}, "n": 2}}))
+    assert built.body == {"outer": {"inner": [1]}, "n": 2}
+    assert type(built.body["outer"]) is dict
 
 
 def test_the_dataclass_checks_its_values():

@@ -20,7 +20,10 @@ takes 0.3 s of a core; for other pages the network decides. --runner=DirectRunne
 namespaces, Chromium has no sandbox: set --config.browser.sandbox=False, and only for pages that you trust.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
+
+from pangea_jax.curation.ocr import OcrConfig
+from pangea_jax.typed_config import section
 
 INSTRUCTIONS = {
     "en": (
@@ -64,13 +67,8 @@ INSTRUCTIONS = {
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    # A folder of HTML files, or a list (.jsonl, .txt) of files and addresses.
-    config.pages = "data/pages"
+    config = section(OcrConfig, pages="data/pages", instructions=INSTRUCTIONS)
     config.languages = ("en", "zh", "ja", "ko", "id", "hi", "es", "fr", "pt", "ar")
-    config.views_per_page = 1  # number of devices on which each page is shown
-    config.seed = 0
-    config.shard_size = 64  # number of views for which one browser runs
     config.devices = dict(
         laptop=dict(width=1280, height=800),
         desktop=dict(width=1920, height=1080),
@@ -78,32 +76,6 @@ def get_config() -> ConfigDict:
         tablet=dict(width=820, height=1180, scale=1.5, mobile=True),
         phone=dict(width=390, height=844, scale=2.0, mobile=True),
     )
-    config.instructions = INSTRUCTIONS
-    config.browser = dict(
-        # Path of a Chromium; by default the one on PATH, else Playwright's.
-        executable_path=config_dict.placeholder(str),
-        sandbox=True,
-        network="none",  # what pages from the web may load: none, static or all
-        private_addresses=False,
-        robots=True,  # whether robots.txt is obeyed
-        user_agent="pangea_jax",  # added to Chromium's own; say in it how you can be reached
-        load_seconds=20.0,
-        page_seconds=60.0,
-        max_html_bytes=8 << 20,
-        fonts=(),
-    )
-    config.choice = dict(  # which elements qualify: pangea_jax.curation.ocr.Choice
-        min_characters=2,
-        max_characters=1000,
-        min_font=9.0,
-        min_width=16.0,
-        min_height=9.0,
-        max_height_share=0.7,
-        min_script_share=0.5,
-        min_contrast=60,
-        max_red_share=0.002,
-        max_screens=8.0,
-        attempts=24,
-    )
-    config.box = dict(padding=3.0, thickness=3.0)
+    # Say in user_agent how you can be reached. It is added to Chromium's own.
+    config.browser.update(network="none", user_agent="pangea_jax")
     return config

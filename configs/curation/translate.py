@@ -5,11 +5,11 @@
         --config.llm.model=NAME --config.llm.base_url=http://localhost:8000/v1
     python launch/build_data.py pangeains --source=data/translated/records --images=PangeaInstruct --out=data/store
 
-Any endpoint with OpenAI's protocol will do: vLLM (`vllm serve NAME`), Gemini's
-(https://generativelanguage.googleapis.com/v1beta/openai/), a hosted one. OPENAI_API_KEY holds the key. Start with
+Any endpoint with OpenAI's protocol works: vLLM (`vllm serve NAME`), Gemini
+(https://generativelanguage.googleapis.com/v1beta/openai/), or a hosted one. OPENAI_API_KEY holds the key. Start with
 --config.limit=100 and read data/translated/report.md. It says what was dropped and why, and how well a sample reads
-when it is translated back. After a stop, a kill or a spent budget, the same command continues and pays for nothing
-twice. For a higher limit give another --out.
+when it is translated back. After a stop, a kill or a spent budget, the same command continues and requests no stored
+reply again. For a higher limit give another --out.
 
 To add a language, add its tag to `languages` (if pangea_jax/languages.py lacks it, add a line there too; see
 docs/data.md, "A new language"). `notes` tells the model what it should know, such as the orthography. For example:
@@ -31,25 +31,18 @@ more.
 from ml_collections import ConfigDict
 
 from configs.common import parse_arg
-from configs.curation import endpoint
+from pangea_jax.curation.translate import TranslateConfig
+from pangea_jax.typed_config import section
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     parse_arg(arg)
-    config = ConfigDict()
-    config.source = ""  # PangeaIns.json, or any *.jsonl or *.parquet in its form
-    config.source_language = "en"
+    config = section(TranslateConfig, source="", source_language="en")
     # The paper does not say into which languages it translated.
     config.languages = (
         *("es", "de", "fr", "pt", "ru", "ar", "hi"),
         *("bn", "zh", "ja", "ko", "id", "sw"),
     )
-    config.notes = dict(no="Write Bokmål.")  # only those for `languages` are used
-    config.limit = 0  # number of records to read, from the first on; 0: all
-    config.longest = 20_000  # maximum characters of a record
-    config.request = 6_000  # maximum characters of a request; longer conversations take several
-    config.checks = ("structure", "language", "copy", "length")
-    config.quality = dict(sample=200, embedding_model="")  # "": no similarity
-    config.shard_size = 256
-    config.llm = endpoint.client(max_tokens=8192)
+    config.notes = {"no": "Write Bokmål."}
+    config.llm.max_tokens = 8192
     return config

@@ -1,4 +1,4 @@
-"""What can happen to a record, how many records met each fate, and the report on them."""
+"""The possible outcomes of a record, the count of each, and the report."""
 
 import dataclasses
 import json
@@ -166,7 +166,7 @@ class Accounting:
 
 
 def estimates(usage: Mapping[str, Usage]) -> dict[str, dict[str, str]]:
-    """A section of the report on replies whose cost is only an upper bound, if there are any."""
+    """A section of the report on replies whose cost is only an upper bound; empty if there are none."""
     rows = {
         purpose: f"{row.estimated:,} of {row.calls:,} replies came without a count of tokens; each of their "
         "bytes is charged as one token, which is the maximum"
@@ -199,7 +199,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def provenance(out: Path) -> Iterator[dict[str, Any]]:
-    """What is known of every record that a pipeline kept in `out`, in their order."""
+    """The provenance of every record that a pipeline kept in `out`, in their order."""
     for path in sorted((out / "provenance").glob("*.jsonl")):
         with path.open(encoding="utf-8") as lines:
             yield from map(json.loads, lines)

@@ -12,7 +12,7 @@ class Unusable(Unfit):
     """An answer that cannot be used.
 
     Attributes:
-      rest: the usable part of it, in case no better answer comes.
+      rest: the usable part of the answer, used if there is no better answer.
     """
 
     def __init__(self, reason: str, detail: str = "", rest: Any = None):
@@ -21,10 +21,10 @@ class Unusable(Unfit):
 
 
 def ask(client: llm.Client, content: Any, purpose: str, read: Callable[[str], Any]) -> Any:
-    """What `read` makes of the model's answer. After an unusable answer it asks once more, warmer.
+    """The result of `read` on the model's answer. If it is unusable, asks once more with a higher temperature.
 
     Args:
-      content: of the user's message, in OpenAI's form: a text or a list of parts.
+      content: content of the user's message in OpenAI's form, a text or a list of parts.
 
     Raises:
       Unusable: neither answer can be used.
@@ -46,10 +46,10 @@ def ask(client: llm.Client, content: Any, purpose: str, read: Callable[[str], An
 
 
 def choice(value: str, choices: Sequence[str], reason: str) -> str:
-    """The one of `choices` that a model named, in any case and punctuation.
+    """Finds the choice that a model named, in any case and with any punctuation.
 
     Raises:
-      Unusable: for `reason`, if it is none of them.
+      Unusable: it is not one of `choices`; has this `reason`.
     """
 
     def bare(text: str) -> str:

@@ -16,9 +16,9 @@ class Balance:
     """How many pictures stay.
 
     Attributes:
-      per_subject: at most this many of one subject in one language; None: no limit.
-      per_language: at most this many of one language; its most frequent subjects lose first. None: no limit.
-      seed: decides which stay.
+      per_subject: maximum number of pictures of one subject in one language; None: no limit.
+      per_language: maximum number of one language, taken from its most frequent subjects first; None: no limit.
+      seed: decides which pictures stay.
     """
 
     per_subject: int | None = None
@@ -27,7 +27,7 @@ class Balance:
 
 
 def balanced(job: Job, source: str, balance: Balance) -> Iterator[Outcome]:
-    """The rows of a part that stay. Each row's rank in its language and subject is drawn from id and seed."""
+    """Passes the rows of a part that stay. Id and seed decide a row's rank in its language and subject."""
     drawn: dict[tuple[str, str], list[bytes]] = defaultdict(list)
     for row in job.read_all(source):
         drawn[row["language"], row["subject"]].append(_draw(row["id"], balance.seed))
@@ -46,7 +46,7 @@ def balanced(job: Job, source: str, balance: Balance) -> Iterator[Outcome]:
 def thresholds(
     cells: Mapping[tuple[str, str], int], balance: Balance
 ) -> dict[tuple[str, str], int]:
-    """How many stay of each (language, subject), given how many there are.
+    """(language, subject) -> the number of pictures that stay, given the numbers that there are.
 
     >>> thresholds({("a", "x"): 9, ("a", "y"): 2, ("b", "x"): 3}, Balance(per_subject=6, per_language=6))
     {('a', 'x'): 4, ('a', 'y'): 2, ('b', 'x'): 3}
@@ -59,7 +59,7 @@ def thresholds(
 
 
 def _level(counts: Sequence[int], balance: Balance) -> int:
-    """The highest limit that leaves at most `per_subject` of each and `per_language` in all."""
+    """The highest limit for each subject that keeps at most `per_subject` of each and `per_language` in all."""
     most = max(counts) if balance.per_subject is None else min(max(counts), balance.per_subject)
     if balance.per_language is None:
         return most
@@ -75,5 +75,5 @@ def _draw(id: str, seed: int) -> bytes:
 
 
 def share(id: str, seed: int, purpose: str) -> float:
-    """A number in [0, 1) that id, seed and purpose decide."""
+    """A random number in [0, 1), decided by id, seed and purpose."""
     return int.from_bytes(_draw(f"{purpose}/{id}", seed)[:7], "big") / 2**56

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent import futures
 from importlib import util as import_util
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from xml.sax.saxutils import escape
 
 from PIL import Image
@@ -54,7 +54,7 @@ class BrowserError(JobError):
 
 
 class PageError(Unfit):
-    """A page that cannot be used; `stage` is the stage that found out."""
+    """A page that cannot be used; `stage` is the stage at which it is dropped."""
 
     def __init__(self, reason: str, detail: str = "", stage: str = "page"):
         super().__init__(reason, detail)
@@ -63,9 +63,8 @@ class PageError(Unfit):
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A screen: viewport in CSS pixels, `scale` device pixels for each of them."""
+    """A screen: width and height in CSS pixels; `scale` is the number of device pixels for each of them."""
 
-    name: str
     width: int
     height: int
     scale: float = 1.0
@@ -75,10 +74,10 @@ class Device:
         pixels = self.width * self.height * self.scale**2
         if min(self.width, self.height) < 200 or not 0.5 <= self.scale <= 4:
             raise ValueError(
-                f"device {self.name}: expected at least 200 x 200 CSS pixels and a scale of 0.5 to 4"
+                f"{self}: expected at least 200 x 200 CSS pixels and a scale of 0.5 to 4"
             )
         if pixels > image.MAX_PIXELS:
-            raise ValueError(f"device {self.name}: {pixels:,.0f} pixels are too many")
+            raise ValueError(f"{self}: {pixels:,.0f} pixels are too many")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +102,7 @@ class BrowserConfig:
 
     executable_path: str | None = None
     sandbox: bool = True
-    network: Literal["none", "static", "all"] = "none"
+    network: str = "none"
     private_addresses: bool = False
     robots: bool = True
     user_agent: str = web.USER_AGENT
@@ -118,7 +117,7 @@ class BrowserConfig:
 
 
 def find_chromium(executable_path: str | None = None) -> str:
-    """The Chromium to run: the one named, else one on PATH, else Playwright's own.
+    """The path of Chromium: `executable_path`, or one on PATH, or Playwright's own.
 
     Raises:
       BrowserError: Playwright or Chromium is missing.
@@ -128,7 +127,7 @@ def find_chromium(executable_path: str | None = None) -> str:
     if executable_path is not None:
         if not os.access(executable_path, os.X_OK):
             raise BrowserError(
-                f"browser.executable_path {executable_path!r} is no program that can be run"
+                f"browser.executable_path {executable_path!r} is not a program that can be run"
             )
         return executable_path
     found = next(filter(None, map(shutil.which, COMMANDS)), None)
@@ -180,10 +179,10 @@ class OpenPage:
 
 
 class Browser:
-    """A Chromium, used with `async with`. It starts when needed, and again after a crash.
+    """A Chromium, used with `async with`. It starts when it is needed, and again after a crash.
 
     Args:
-      local: whether it is for local pages, which load nothing, whatever `config.network` says.
+      local: whether it shows local pages, which load nothing. `config.network` then does not count.
     """
 
     def __init__(self, config: BrowserConfig, *, local: bool):
@@ -341,10 +340,10 @@ async def _fetched(get: Callable[[str], Any], url: str) -> Any:
 
 
 class _Gate:
-    """Decides on every request of a page: its document passes, and what `network` and robots.txt allow.
+    """Decides on every request of a page: the document passes, and everything that `network` and robots.txt allow.
 
     Args:
-      document: the page itself; None: Chromium fetches it.
+      document: the document of the page; None: Chromium fetches it.
 
     Attributes:
       blocked: addresses of the requests that did not pass.
@@ -357,13 +356,13 @@ class _Gate:
     async def decide(self, route) -> None:
         from playwright.async_api import Error as PlaywrightError
 
-        # A page that took too long may be closed when its pictures arrive.
+        # A page that took too long may already be closed when its pictures arrive.
         with contextlib.suppress(PlaywrightError):
             try:
                 await self._answer(route)
             except PageError:
                 self.blocked.append(route.request.url)
-                # After an answer of 204 the browser stays on the page that it shows.
+                # After status 204 the browser stays on its page.
                 moves = route.request.is_navigation_request()
                 await (route.fulfill(status=204) if moves else route.abort())
 
@@ -416,7 +415,7 @@ def _write_font_list(fonts: Sequence[str]) -> str:
 
 
 def _content_type(document: bytes) -> str:
-    """A saved page has lost the encoding that its server stated; most pages are UTF-8."""
+    """The content type of a saved page, which has lost the one of its server; most pages are UTF-8."""
     if b"charset" not in document[:1024].lower():  # where browsers look for it
         with contextlib.suppress(UnicodeDecodeError):
             document.decode("utf-8")

@@ -1,12 +1,12 @@
-"""Which training records hold what a benchmark asks: whole texts, runs of 13 words, pictures.
+"""Finds training records that overlap with a benchmark: in whole texts, in 13 words in a row, or in pictures.
 
-A benchmark is any folder of rows (JSONL, JSON, TSV, also gzipped) and pictures: the one that
-`eval/run.py --data_dir` reads, or the files of a set as published. Every text of at least eight words in
-a row is taken for its question, answer or context, as GPT-3's check does (Brown et al. 2020, appendix C);
-prompts' templates are not in the rows. Texts that many documents hold, and runs of words that many documents
-or many records share, are wording, not content, and are left out.
+A benchmark is any folder of rows (JSONL, JSON, TSV, also gzipped) and pictures: the folder that
+`eval/run.py --data_dir` reads, or the published files of a data set. Every text of at least eight words in a row
+counts as its question, answer or context, as in GPT-3's check (Brown et al. 2020, appendix C). Rows do not contain
+templates of prompts. A text in many documents, or a run of words in many documents or records, is common wording
+and does not count.
 
-In scripts without spaces a character is a word (`filters.words`).
+In scripts without spaces, each character is a word (`filters.words`).
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ from pangea_jax.data import image
 
 NGRAM, MIN_WORDS = 13, 8
 BOILERPLATE = 10
-"""A run of words in more documents, or in more records, than this is wording."""
+"""A run of words in more documents, or in more records, than this is common wording."""
 
 _ROWS = (".jsonl", ".json", ".tsv")
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-# A picture within a row: thousands of "words" that nobody wrote.
+# A picture within a row: thousands of characters, but no words.
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{1000,}={0,2}")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-# Of a picture with few contrasts the hash has few bits, and many such pictures the same ones.
+# Pictures with little contrast have few bits in their hashes, and many of them have the same hash.
 _MIN_BITS = 24
 
 _log = logging.getLogger(__name__)
@@ -45,16 +45,16 @@ Kind = Literal["exact", "13-gram", "picture"]
 
 
 class BenchmarkError(ValueError):
-    """A benchmark file that cannot be read; names the file and the line."""
+    """A benchmark file that cannot be read; names the file and the row."""
 
 
 class Overlap(NamedTuple):
     """What a record has in common with a document.
 
     Attributes:
-      kind: the same text, the same 13 words in a row, or the same picture to the eye.
+      kind: the same text, the same 13 words in a row, or a picture that looks the same.
       document: `<file>:<id or line>`, or the path of the picture.
-      detail: number of the run of words among all, or bits in which the pictures' hashes differ.
+      detail: number of the run of words among all runs, or the number of bits in which the pictures' hashes differ.
     """
 
     kind: Kind
@@ -67,12 +67,12 @@ class Benchmarks:
     """The texts and pictures of benchmarks, as hashes.
 
     Attributes:
-      documents: names, in the order of reading.
-      words: every word of the texts -> a number of 64 bits.
+      documents: names of the documents, in the order of reading.
+      words: word of the texts -> its hash of 64 bits.
       texts, text_documents: hashes of whole texts, ascending, and their documents.
-      ngrams, ngram_documents: the same of runs of 13 words.
-      pictures: perceptual hashes, ascending; pictures without contrast are left out.
-      picture_names: theirs.
+      ngrams, ngram_documents: the same for runs of 13 words.
+      pictures: perceptual hashes, ascending, without those of pictures with little contrast.
+      picture_names: names of the pictures.
     """
 
     documents: tuple[str, ...]
@@ -86,11 +86,11 @@ class Benchmarks:
 
     @classmethod
     def read(cls, folders: Iterable[Path], *, pictures: bool = True) -> "Benchmarks":
-        """Reads every file of rows and every picture below some folders (or single files).
+        """Reads all files of rows and all pictures in folders and their subfolders. A folder may also be a file.
 
         Raises:
-          BenchmarkError: a file that is not what its name says.
-          FileNotFoundError: a folder that is not there, or all without rows.
+          BenchmarkError: a file cannot be read.
+          FileNotFoundError: a folder is missing, or no folder has rows.
         """
         names, rows, texts = [], [], []
         words: dict[str, int] = {}
@@ -126,7 +126,7 @@ class Benchmarks:
         )
 
     def in_texts(self, texts: Iterable[str]) -> list[Overlap]:
-        """What some texts, and single lines of them, have in common with the documents."""
+        """The overlaps of texts, and of their single lines, with the documents."""
         found: dict[Overlap, None] = {}
         for text in texts:
             for part in dict.fromkeys((text, *text.splitlines())):
@@ -144,41 +144,39 @@ class Benchmarks:
                     found[Overlap("13-gram", self.documents[document], place)] = None
         return list(found)
 
-    def in_pictures(
-        self, hashes: Iterable[int], max_distance: int = near_duplicates.MAX_HASH_DISTANCE
-    ) -> list[Overlap]:
-        """Which pictures of the benchmarks some pictures look like."""
+    def in_pictures(self, hashes: Iterable[int]) -> list[Overlap]:
+        """The pictures of the benchmarks that look like pictures with these hashes."""
         found = []
         for hash in hashes:
             if hash.bit_count() < _MIN_BITS:
                 continue
             distances = np.bitwise_count(self.pictures ^ np.uint64(hash))
-            for place in np.flatnonzero(distances <= max_distance).tolist():
+            alike = np.flatnonzero(distances <= near_duplicates.MAX_HASH_DISTANCE)
+            for place in alike.tolist():
                 found.append(Overlap("picture", self.picture_names[place], int(distances[place])))
         return found
 
 
 class Findings:
-    """Overlaps of records, wording left out, as reports and `Mixture.exclude_ids` need them."""
+    """The overlaps of records, without common wording, for reports and `Mixture.exclude_ids`."""
 
-    def __init__(self, boilerplate: int = BOILERPLATE):
-        self._boilerplate = boilerplate
+    def __init__(self):
         self._records: list[tuple[str, tuple[Overlap, ...]]] = []
         self._of_ngram: Counter[int] = Counter()
 
     def add(self, id: str, overlaps: Sequence[Overlap]) -> None:
-        """Takes what one record has in common with the benchmarks."""
+        """Adds the overlaps of one record."""
         if overlaps:
             self._records.append((id, tuple(overlaps)))
             self._of_ngram.update({o.detail for o in overlaps if o.kind == "13-gram"})
 
     def records(self) -> Iterator[tuple[str, list[Overlap]]]:
-        """Id of a record -> its overlaps, in the order in which they were added."""
+        """(id, overlaps) of the records, in the order in which they were added."""
         for id, overlaps in self._records:
             kept = [
                 o
                 for o in overlaps
-                if o.kind != "13-gram" or self._of_ngram[o.detail] <= self._boilerplate
+                if o.kind != "13-gram" or self._of_ngram[o.detail] <= BOILERPLATE
             ]
             if kept:
                 yield id, kept
@@ -255,12 +253,12 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                 yield id.encode("utf-8", "replace").decode(), row
         except (ValueError, OSError, EOFError, RecursionError) as error:
             raise BenchmarkError(
-                f"{path}, row {number + 1}: is no {kind[1:].upper()} in UTF-8 ({error})"
+                f"{path}, row {number + 1}: is not {kind[1:].upper()} in UTF-8 ({error})"
             ) from None
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """The texts in a row, however deep."""
+    """The texts in a row, at any depth."""
     if isinstance(value, str):
         if not _BASE64.fullmatch(value):
             yield value
@@ -281,14 +279,14 @@ def _add_picture(path: Path, name: str, hashes: dict[int, str]) -> None:
 
 def _number(word: str, words: dict[str, int]) -> int:
     if word not in words:
-        # JSON can hold half a surrogate pair, which is a letter as others are.
+        # JSON can hold half a surrogate pair, which UTF-8 cannot.
         digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         words[word] = int.from_bytes(digest, "big") or 1
     return words[word]
 
 
 def _ngrams(numbers: UInt64[np.ndarray, "words"]) -> UInt64[np.ndarray, "n"]:
-    """Hashes of the distinct runs of 13 words all of which are known (not 0)."""
+    """Hashes of the distinct runs of 13 words, without runs that contain an unknown word (0)."""
     count = len(numbers) - NGRAM + 1
     if count <= 0:
         return np.zeros(0, np.uint64)
@@ -305,7 +303,7 @@ def _whole(numbers: UInt64[np.ndarray, "words"]) -> int:
 
 
 def _sorted(hashes, documents) -> tuple[UInt64[np.ndarray, "n"], Int32[np.ndarray, "n"]]:
-    """Ascending by hash, without those of more documents than content is of."""
+    """Sorts by hash, and leaves out hashes of more than `BOILERPLATE` documents."""
     order = np.argsort(hashes, kind="stable")
     hashes, documents = hashes[order], documents[order].astype(np.int32)
     _, place, count = np.unique(hashes, return_inverse=True, return_counts=True)
@@ -314,7 +312,7 @@ def _sorted(hashes, documents) -> tuple[UInt64[np.ndarray, "n"], Int32[np.ndarra
 
 
 def _look_up(wanted, hashes, documents) -> list[tuple[int, int]]:
-    """(place of the first of its kind among `hashes`, document) of every wanted hash that is there."""
+    """(place in `hashes`, document) of every wanted hash that is there; equal hashes have the place of the first."""
     first, last = np.searchsorted(hashes, wanted), np.searchsorted(hashes, wanted, "right")
     return [
         (int(a), int(document))

@@ -2,15 +2,16 @@
 
     filter      reads the pairs; checks size, aspect, length, NSFW tag, offensive words, language, CLIP score
     unique      drops repeated ids, similar alt texts and similar pictures
-    score       a model reads the alt text: quality, subject, country; drops poor and countryless ones
+    score       a model reads the alt text and names quality, subject and country; drops bad texts and those
+                without a country
     balance     thins out frequent subjects and languages
     fetch       fetches the pictures of which only the address is known
-    fetched     drops similar pictures among those
+    fetched     drops similar pictures among the fetched ones
     records     a model describes each picture in the language of the alt text and writes two instructions
 
-Alt texts and the model's answers are data: they are checked, put into prompts and records, and never
-followed or run. The paper does not publish its list of offensive words, its thresholds of similarity, its
-CLIP model or the numbers of the balance; ours are in configs/curation/cultural.py.
+Alt texts and the model's answers are data: they are checked and put into prompts and records, but never followed or
+run. The paper does not publish its list of offensive words, its thresholds of similarity, its CLIP model or the
+numbers of the balance; our values are in configs/curation/cultural.py.
 """
 
 import dataclasses
@@ -31,12 +32,17 @@ from pangea_jax import languages
 from pangea_jax.curation import image_text, llm, near_duplicates, workflow
 from pangea_jax.curation.accounting import Dropped, Entered, Outcome, Passed, provenance
 from pangea_jax.curation.balance import Balance, balanced
-from pangea_jax.curation.filters import ClipScorer, Filters, Scorer, language_code
+from pangea_jax.curation.filters import (
+    ClipScorer,
+    FilterConfig,
+    Filters,
+    Scorer,
+    language_code,
+)
 from pangea_jax.curation.image_scores import ScoreAltTexts
 from pangea_jax.curation.image_text import Fault, Pair, Part, Place
 from pangea_jax.curation.instructions import CATEGORY, MakeInstructions
 from pangea_jax.curation.prompts import PROMPTS
-from pangea_jax.curation.settings import section
 from pangea_jax.curation.web import Fetch, FetchError
 from pangea_jax.curation.workflow import Job
 from pangea_jax.data import image
@@ -68,16 +74,52 @@ class NearDuplicates:
     """When two rows are too similar.
 
     Attributes:
-      min_text_similarity: estimated Jaccard similarity of the alt texts' 4-grams; None: not compared.
-      max_hash_distance: distance of the pictures' hashes in bits, of 64.
+      min_text_similarity: minimum estimated Jaccard similarity of the alt texts' 4-grams; None: texts are not compared.
+      max_hash_distance: maximum number of bits, of 64, in which the pictures' hashes differ.
     """
 
     min_text_similarity: float | None = near_duplicates.MIN_TEXT_SIMILARITY
     max_hash_distance: int = near_duplicates.MAX_HASH_DISTANCE
 
 
+@dataclasses.dataclass(frozen=True)
+class CulturalConfig:
+    """The source, the filters and the models.
+
+    Attributes:
+      llm: the model that describes pictures and writes instructions. Its limits count for both models.
+      scoring_llm: the model that reads the alt texts.
+      source: folder of Parquet files of LAION or the Hub, or of tar files of img2dataset.
+      name: the source of the records is cultural/<name>.
+      seed: decides the variants of prompts and the places of markers.
+      shard_size: number of rows of a shard.
+      languages: tags of the languages that may pass; (): the 39 of PangeaIns.
+      blocked_words: file of offensive words and phrases, one per line; "": none.
+      clip_model: name or folder of a two-tower model of transformers, which scores the available pictures;
+        "": the source's own `similarity` is used.
+      caption_share: share of pictures whose caption becomes a record as well.
+      picture_side: maximum pixels a side of what the model sees.
+    """
+
+    llm: llm.ClientConfig
+    scoring_llm: llm.ModelConfig
+    source: str = "data/laion-multi"
+    name: str = "laion-multi"
+    seed: int = 0
+    shard_size: int = 256
+    languages: tuple[str, ...] = ()
+    blocked_words: str = ""
+    filters: FilterConfig = FilterConfig()
+    clip_model: str = ""
+    near_duplicates: NearDuplicates = NearDuplicates()
+    balance: Balance = Balance()
+    fetch: Fetch = Fetch()
+    caption_share: float = 0.3
+    picture_side: int = 1024
+
+
 def run(
-    config: Mapping[str, Any],
+    config: CulturalConfig,
     out: Path,
     runner_options: Sequence[str],
     *,
@@ -86,7 +128,6 @@ def run(
     """Makes cultural instructions, or continues to.
 
     Args:
-      config: see configs/curation/cultural.py.
       out: folder of the results, see `pangea_jax.curation.workflow`.
       runner_options: options of Beam.
       scorer: makes the scorer of pictures and texts, instead of `config.clip_model`; picklable.
@@ -96,18 +137,16 @@ def run(
 
     Raises:
       reply_store.Stop: the budget is spent or the endpoint does not answer; the same call continues.
-      workflow.JobError, ValueError: the settings cannot be used.
+      WorkError, ValueError: the source, the folder or a setting cannot be used.
     """
-    job, filters = Job(out, STAGES, config["shard_size"]), _filters(config)
-    source = Path(config["source"])
+    job, filters = Job(out, STAGES, config.shard_size), _filters(config)
+    source = Path(config.source)
     if not source.exists():
         raise workflow.JobError(f"config.source={source}: no such file or folder")
-    if scorer is None and config["clip_model"]:
-        scorer = functools.partial(_clip_scorer, config["clip_model"])
-    alike = section(config, "near_duplicates", NearDuplicates)
-    balance, fetch = section(config, "balance", Balance), section(config, "fetch", Fetch)
-    make = _make_instructions(config, job)
-    score = ScoreAltTexts(_scoring_model(config, make.llm), job.replies)
+    if scorer is None and config.clip_model:
+        scorer = functools.partial(_clip_scorer, config.clip_model)
+    alike = config.near_duplicates
+    score = ScoreAltTexts(_scoring_model(config), job.replies)
     parts = image_text.find_parts(source)
     beam = runners.Beam(runner_options)
     with job.started(_plan(config, filters, parts)):
@@ -116,59 +155,63 @@ def run(
         job.map(beam, "filter", "sources", FilterPairs(out, filters, scorer))
         job.split("unique", unique(job, "filter", "near-duplicates", alike), source="filter")
         job.map(beam, "score", "unique", score)
-        job.split("balance", balanced(job, "score", balance), source="score")
-        job.map(beam, "fetch", "balance", FetchPictures(out, filters, fetch))
+        job.split("balance", balanced(job, "score", config.balance), source="score")
+        job.map(beam, "fetch", "balance", FetchPictures(out, filters, config.fetch))
         # The alt texts have been compared already.
         alike = dataclasses.replace(alike, min_text_similarity=None)
         job.split("fetched", unique(job, "fetch", "alike when fetched", alike), source="fetch")
-        job.map(beam, workflow.RECORDS, "fetched", make)
+        job.map(beam, workflow.RECORDS, "fetched", _make_instructions(config, job))
         return job.report(
             PARTS,
             title="Cultural instructions from image/alt-text pairs",
             published=PUBLISHED,
             sections=_sections(out),
-            usage=llm.client(make.llm, job.replies).usage(),
+            usage=llm.client(config.llm, job.replies).usage(),
         )
 
 
-def _make_instructions(config: Mapping[str, Any], job: Job) -> MakeInstructions:
+def _make_instructions(config: CulturalConfig, job: Job) -> MakeInstructions:
     return MakeInstructions(
-        llm=section(config, "llm", llm.ClientConfig),
-        replies=job.replies,
-        out=job.out,
-        source=f"{CATEGORY}/{config['name']}",
-        scoring_model=config["scoring_llm"]["model"],
-        caption_share=config["caption_share"],
-        side=config["picture_side"],
-        seed=config["seed"],
+        llm=config.llm,
+        job=job,
+        source=f"{CATEGORY}/{config.name}",
+        scoring_model=config.scoring_llm.model,
+        caption_share=config.caption_share,
+        side=config.picture_side,
+        seed=config.seed,
     )
 
 
-def _scoring_model(config: Mapping[str, Any], main: llm.ClientConfig) -> llm.ClientConfig:
-    """`config.scoring_llm`. It shares the budget of `main`, which is kept with the replies."""
-    shared = {"max_calls": main.max_calls, "journal": main.journal, "budget": None}
-    scoring = section(config, "scoring_llm", llm.ClientConfig, **shared)
+def _scoring_model(config: CulturalConfig) -> llm.ClientConfig:
+    """The scoring model with the limits of `config.llm`, which are kept with the replies of both."""
+    main, scoring = config.llm, config.scoring_llm
     is_free = scoring.price_in + scoring.price_out == 0
-    return scoring if is_free else dataclasses.replace(scoring, budget=main.budget)
+    return llm.ClientConfig(
+        **dataclasses.asdict(scoring),
+        budget=None if is_free else main.budget,
+        max_calls=main.max_calls,
+        journal=main.journal,
+    )
 
 
-def _filters(config: Mapping[str, Any]) -> Filters:
+def _filters(config: CulturalConfig) -> Filters:
     blocked: frozenset[str] = frozenset()
-    if config["blocked_words"]:
-        lines = Path(config["blocked_words"]).read_text(encoding="utf-8").splitlines()
+    if config.blocked_words:
+        lines = Path(config.blocked_words).read_text(encoding="utf-8").splitlines()
         entries = (line.strip() for line in lines)
         blocked = frozenset(entry for entry in entries if entry and not entry.startswith("#"))
-    wanted = workflow.language_codes(config) or languages.PANGEAINS
-    filters = section(config, "filters", Filters, languages=wanted, blocked=blocked)
-    nsfw = tuple(tag.upper() for tag in workflow.split_names(filters.nsfw))
-    return dataclasses.replace(filters, nsfw=nsfw)
+    rules = dataclasses.asdict(config.filters)
+    rules["nsfw"] = tuple(tag.upper() for tag in workflow.split_names(config.filters.nsfw))
+    wanted = workflow.language_codes(config.languages) or languages.PANGEAINS
+    return Filters(**rules, languages=wanted, blocked=blocked)
 
 
-def _plan(config: Mapping[str, Any], filters: Filters, parts: Sequence[Part]) -> dict[str, Any]:
+def _plan(config: CulturalConfig, filters: Filters, parts: Sequence[Part]) -> dict[str, Any]:
     paths = [Path(path) for path in dict.fromkeys(part.path for part in parts)]
     plan = workflow.plan(config, paths) | {"prompts": PROMPTS}
     plan["blocked_words"] = hashlib.sha256("\n".join(sorted(filters.blocked)).encode()).hexdigest()
-    plan["scoring_llm"] = workflow.plan({"llm": workflow.plain(config["scoring_llm"])})["llm"]
+    for name in ("max_bytes", "browser"):  # not in the plans of earlier versions
+        del plan["fetch"][name]
     return plan
 
 
@@ -179,7 +222,7 @@ def _clip_scorer(name: str) -> Scorer:
 
 @dataclasses.dataclass
 class _Looked:
-    """A pair that passes all rules but the score: its picture (if at hand), language and score."""
+    """A pair that passes all rules before the score: its picture (None if it must be fetched), language and score."""
 
     pair: Pair
     picture: Image.Image | None
@@ -192,8 +235,8 @@ class FilterPairs:
     """Reads parts of the source and keeps the pairs that pass all rules.
 
     Attributes:
-      out: folder of the job; pictures that have no file of their own are written there.
-      scorer: makes the scorer of pictures and texts; None: the similarity of the source is used.
+      out: folder of the job; pictures that are not in a file are written there.
+      scorer: makes the scorer of pictures and texts; None: the source's own similarity is used.
     """
 
     out: Path
@@ -205,7 +248,7 @@ class FilterPairs:
             count = 0
             for some in near_duplicates.batched(image_text.read(Part(**row)), _SCORER_BATCH):
                 count += len(some)
-                # Pillow's warnings: a picture that cannot be used has a reason of its own.
+                # Pillow's warnings are not needed: a picture that cannot be used is dropped with a reason.
                 with warnings.catch_warnings(action="ignore"):
                     outcomes = list(self._outcomes(some))
                 yield from outcomes
@@ -263,15 +306,15 @@ def keep_picture(out: Path, encoded: bytes) -> Place:
 
 
 def _picture_row(place: Place, picture: Image.Image, encoded: bytes) -> dict[str, Any]:
-    """What a row says of its picture."""
+    """The fields of a row that describe its picture."""
     size = image.header_size(encoded)
     return {"place": place, "size": size, "hash": near_duplicates.perceptual_hash(picture)}
 
 
 def unique(job: Job, source: str, stage: str, alike: NearDuplicates) -> Iterator[Outcome]:
-    """The rows of a part, without those that are too similar to an earlier one.
+    """Passes the rows of a part that are not too similar to an earlier one.
 
-    This process holds their hashes: about 1 GB for a million rows.
+    The hashes are held in memory: about 1 GB for a million rows.
     """
     reasons: list[str | None] = []
     numbers, hashes = [], []
@@ -299,7 +342,7 @@ def unique(job: Job, source: str, stage: str, alike: NearDuplicates) -> Iterator
 
 @dataclasses.dataclass(frozen=True)
 class FetchPictures:
-    """Fetches the pictures that are not at hand, and checks them as `FilterPairs` does."""
+    """Fetches the missing pictures, and checks them as `FilterPairs` does."""
 
     out: Path
     filters: Filters
@@ -330,7 +373,7 @@ class FetchPictures:
 
 
 def _sections(out: Path) -> dict[str, dict[str, Any]]:
-    """Counts of the records by what their provenance says."""
+    """Counts the records by language, subject, country and task type."""
     counts = {
         name: Counter() for name in ("Languages", "Subjects", "Countries", "Task types", "Pairs")
     }

@@ -1,4 +1,4 @@
-"""Which pairs of picture and alt text pass: the paper's rules (section 2.2), and CLIP scores."""
+"""Filters pairs of picture and alt text by the paper's rules (section 2.2), and computes CLIP scores."""
 
 import dataclasses
 import functools
@@ -18,17 +18,15 @@ from pangea_jax.data import image
 
 
 @dataclasses.dataclass(frozen=True)
-class Filters:
+class FilterConfig:
     """What a pair must be. The defaults are the paper's (section 2.2).
 
     Attributes:
-      min_side, max_side: of the picture in pixels, both sides.
-      min_aspect, max_aspect: width / height.
-      min_chars, max_chars: characters of the alt text.
-      nsfw: tags that may pass; (): any, also none.
-      languages: canonical codes that may pass; a pair without a tag is identified later.
-      blocked: words and phrases (lower case) that no alt text may hold. The paper names no list.
-      min_similarity: pairs pass above this CLIP score; None: any, also none.
+      min_side, max_side: limits of both sides of the picture, in pixels.
+      min_aspect, max_aspect: limits of width / height.
+      min_chars, max_chars: limits of the characters of the alt text.
+      nsfw: NSFW tags that may pass. (): every pair passes, also without a tag.
+      min_similarity: a pair passes above this CLIP score. None: every pair passes, also without a score.
     """
 
     min_side: int = 224
@@ -38,12 +36,23 @@ class Filters:
     min_chars: int = 5
     max_chars: int = 5000
     nsfw: tuple[str, ...] = ("UNLIKELY",)
-    languages: tuple[str, ...] | None = None
-    blocked: frozenset[str] = frozenset()
     min_similarity: float | None = 0.3
 
+
+@dataclasses.dataclass(frozen=True)
+class Filters(FilterConfig):
+    """The rules, with languages and words.
+
+    Attributes:
+      languages: canonical codes that may pass; the language of a pair without a tag is identified later.
+      blocked: words and phrases in lower case that an alt text must not contain.
+    """
+
+    languages: tuple[str, ...] | None = None
+    blocked: frozenset[str] = frozenset()
+
     def reason(self, pair: Pair) -> str | None:
-        """Why a pair does not pass, None if it does. Of the picture its header alone is read."""
+        """Why a pair does not pass; None if it does. Only the header of the picture is read."""
         if not self.min_chars <= len(pair.text) <= self.max_chars:
             return f"text is too {'short' if len(pair.text) < self.min_chars else 'long'}"
         if self.nsfw and pair.nsfw.upper() not in self.nsfw:
@@ -96,14 +105,14 @@ class Filters:
 
 
 def language_code(tag: str) -> str | None:
-    """Canonical code of a tag, None if it is none of ours."""
+    """The canonical code of a tag; None if pangea_jax.languages does not have it."""
     try:
         return languages.get(tag).code
     except KeyError:
         return None
 
 
-# Han, kana, Thai, Lao, Burmese and Khmer put no spaces between words: a character is a word there.
+# Han, kana, Thai, Lao, Burmese and Khmer have no spaces between words, so each character counts as a word.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff"
@@ -112,7 +121,7 @@ _WORD = re.compile(f"[{_UNSPACED}]|[^\\s{_UNSPACED}]+")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, without case and punctuation; in scripts without spaces its characters.
+    """The words of a text, without case and punctuation. In scripts without spaces, each character is a word.
 
     >>> words("Ｔokyo's Skytree, 東京!")
     ['tokyo', 's', 'skytree', '東', '京']
@@ -123,13 +132,13 @@ def words(text: str) -> list[str]:
 
 @functools.cache
 def _separators() -> dict[int, str]:
-    """Every character that is no letter, mark or number -> a space."""
+    """Maps every character that is not a letter, mark or number to a space."""
     characters = (c for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000)
     return {c: " " for c in characters if unicodedata.category(chr(c))[0] not in "LMN"}
 
 
 class Scorer(Protocol):
-    """Scores how well texts describe pictures: cosine similarities, in order."""
+    """Scores how well texts describe pictures: the cosine similarity of each pair, in order."""
 
     def __call__(
         self, pictures: Sequence[Image.Image], texts: Sequence[str]
@@ -137,10 +146,10 @@ class Scorer(Protocol):
 
 
 class ClipScorer:
-    """A two-tower model of transformers (CLIP, SigLIP, ...): needs torch.
+    """A two-tower model of transformers (CLIP, SigLIP, ...). It needs torch.
 
     Args:
-      name: its name on the hub or its folder. Alt text in many languages needs a multilingual one.
+      name: name on the Hub, or folder. Alt texts in many languages need a multilingual model.
     """
 
     def __init__(self, name: str):

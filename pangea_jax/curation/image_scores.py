@@ -19,7 +19,7 @@ _MAX_SCORE_CHARS = 2_000
 
 @dataclasses.dataclass(frozen=True)
 class ScoreAltTexts:
-    """Keeps the rows whose alt text is good and speaks of a country, as a model judges it."""
+    """Passes the rows whose alt text a model judges as good and related to a country."""
 
     llm: llm.ClientConfig
     replies: Path
@@ -42,7 +42,7 @@ class ScoreAltTexts:
         return Passed({**row, **score})
 
 
-# Possessive quantifiers, or a line of a thousand asterisks would be tried in a million ways.
+# With possessive quantifiers, since without them a line of a thousand asterisks takes a million steps.
 _SCORE_LINE = re.compile(
     r"[^\w:]*+([123])?[.)]?[^\w:]*+(text quality|subject|country)?[^:\n]*+:\s*+(.*)", re.I
 )
@@ -85,7 +85,7 @@ def read_score(answer: str) -> dict[str, Any]:
 def _country(value: str) -> str | None:
     if re.match(r"(?:no |not |none\b|n/a\b|unspecified|global\b|worldwide)", value, re.I):
         return None
-    # The name goes into a prompt, so it may only be a few words, nothing like an instruction.
+    # The name goes into a prompt, so only a few words are allowed, without digits and most punctuation.
     if not 2 <= len(value) <= 60 or not re.fullmatch(r"[^\W\d_][^\d_\n:;<>{}|]*", value):
         raise Unusable("country is no name", value[:60])
     return value

@@ -1,8 +1,8 @@
-"""Pictures with alt text as crawls publish them.
+"""Reads pictures with alt text from the files of crawls.
 
-Read are Parquet files (LAION's metadata, which has the addresses of pictures, or any with the pictures
-themselves in a column) and tar files of the webdataset form that img2dataset writes. What cannot be
-read is a `Fault` with a reason, never an exception: crawls are never whole.
+The files are Parquet files (LAION's metadata with addresses of pictures, or files with the pictures in a column) or
+tar files that img2dataset wrote. A row that cannot be read gives a `Fault` with a reason, not an exception, since
+every crawl has such rows.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ from pangea_jax.data.build.release import ReleaseError
 
 MAX_PICTURE_BYTES, MAX_TEXT_BYTES, MAX_JSON_BYTES = 32 << 20, 4 << 20, 1 << 20
 
-# Field of a `Pair` -> columns that hold it, in LAION's files, img2dataset's and the hub's.
+# Field of a `Pair` -> names of its column in files of LAION, img2dataset and the Hub.
 _COLUMNS = {
     "id": ("sample_id", "id", "uid"),
-    "key": ("key",),  # img2dataset's, which begins anew in each of its outputs
+    "key": ("key",),  # of img2dataset; unique only within one of its outputs
     "text": ("text", "caption", "alt_text", "alt", "txt"),
     "url": ("url", "image_url"),
     "language": ("language", "lang"),
@@ -48,16 +48,16 @@ class Pair:
     """A picture and its alt text.
 
     Attributes:
-      id: as the source has it; where it has none or img2dataset's key alone, the file's path from the source
-        on and the key, the name within a tar file, or the row.
+      id: id in the source. If it has none or only img2dataset's key: the path of the file in the source, and the
+        key, the name in the tar file, or the row.
       text: the alt text.
-      url: address of the picture, may be empty.
-      language: tag of the alt text as the source has it, may be empty.
-      nsfw: LAION's tag `UNLIKELY`, `UNSURE` or `NSFW`, may be empty.
-      similarity: CLIP's cosine similarity of picture and text, None if unknown.
-      width, height: of the picture in pixels as the source states them, None if it does not.
-      encoded: the bytes of the picture, None where only its address is known.
-      place: where those bytes lie as they are, None where they lie in a column.
+      url: address of the picture; may be empty.
+      language: language tag of the source; may be empty.
+      nsfw: LAION's tag `UNLIKELY`, `UNSURE` or `NSFW`; may be empty.
+      similarity: CLIP's cosine similarity of picture and text; None if unknown.
+      width, height: pixels of the picture as the source says; None if it does not say.
+      encoded: the bytes of the picture; None if only its address is known.
+      place: where these bytes are in a file; None if they are in a column.
     """
 
     id: str
@@ -73,40 +73,40 @@ class Pair:
 
 
 class Place(NamedTuple):
-    """Where the bytes of a picture lie: a file, and which of its bytes."""
+    """Where the bytes of a picture are: a file, and the range of its bytes."""
 
     path: str
     offset: int
     size: int
 
     def read(self, folder: Path) -> bytes:
-        """The bytes; a relative path counts from `folder`.
+        """The bytes. A relative path begins at `folder`.
 
         Raises:
-          OSError: they are not there any more.
+          OSError: the file is gone or too short.
         """
         with (folder / self.path).open("rb") as file:
             file.seek(self.offset)
             data = file.read(self.size)
         if len(data) != self.size:
-            raise OSError(f"{self.path} ends inside of a picture; it has changed since it was read")
+            raise OSError(f"{self.path} ends inside a picture; it has changed since it was read")
         return data
 
 
 class Fault(NamedTuple):
-    """A row that could not be read, and why, in a short fixed phrase."""
+    """A row that could not be read; the reason is a short fixed phrase."""
 
     id: str
     reason: str
 
 
 class Part(NamedTuple):
-    """What is read at a time: a tar file, or so many rows of a row group of a Parquet file.
+    """A piece of work: a tar file, or `PART_ROWS` rows of a row group of a Parquet file.
 
     Attributes:
-      row_group: None for a tar file.
-      first_row: within its row group; those of LAION have a million rows.
-      name: the path from the source on, which ids are made of; empty for the file's name.
+      row_group: number of the row group; None: a tar file.
+      first_row: number of the first row in its row group. Row groups of LAION have a million rows.
+      name: path of the file in the source, for ids; empty: the name of the file.
     """
 
     path: str
@@ -116,15 +116,14 @@ class Part(NamedTuple):
 
 
 def find_parts(source: Path) -> list[Part]:
-    """The parts of a file or of a folder with all below it, in the order of their names.
+    """The parts of a file, or of all files in a folder and its subfolders, in the order of their names.
 
-    A Parquet file beside a tar file of its name is img2dataset's list of what the tar file holds, and
-    not read.
+    A Parquet file beside a tar file of the same name is img2dataset's list of its contents, and is not read.
 
     Raises:
-      FileNotFoundError: there are none.
+      FileNotFoundError: there are no parts.
     """
-    source = source.resolve()  # workers may be started elsewhere
+    source = source.resolve()  # workers may run in another folder
     paths = [source] if source.is_file() else sorted(source.rglob("*"))
     tars = {path for path in paths if path.suffix == ".tar"}
     parts: list[Part] = []
@@ -140,11 +139,11 @@ def find_parts(source: Path) -> list[Part]:
 
 
 def _text(path: Path) -> str:
-    """A path as ids can have it, which are UTF-8 where names of files need not be."""
+    """A path for use in ids: these are UTF-8, but names of files need not be."""
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
-# A damaged footer surfaces as whatever Arrow trips over.
+# A damaged footer can raise any of these in Arrow.
 _PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, LookupError)
 
 
@@ -152,7 +151,7 @@ def _parquet_parts(path: Path) -> list[Part]:
     try:
         groups = _group_sizes(pq.read_metadata(path))
     except _PARQUET_ERRORS:
-        return [Part(str(path), 0)]  # reading it then says what is wrong
+        return [Part(str(path), 0)]  # `read` then gives the fault
     return [
         Part(str(path), group, first)
         for group, total in enumerate(groups)
@@ -161,7 +160,7 @@ def _parquet_parts(path: Path) -> list[Part]:
 
 
 def read(part: Part) -> Iterator[Pair | Fault]:
-    """The rows of a part. Every row of a Parquet file comes out, as one or the other."""
+    """The rows of a part. Every row of a Parquet file gives a pair or a fault."""
     path = Path(part.path)
     label = part.name or _text(Path(path.name))
     if part.row_group is None:
@@ -190,7 +189,7 @@ def _read_parquet(path: Path, label: str, group: int, first: int) -> Iterator[Pa
         for row in _parquet_rows(file, group, columns, first, last, stem):
             yield row
             number += 1
-        # Damage may also end the rows early without an error.
+        # Damage may also end the rows too early, without an error.
         yield from (Fault(f"{name}-{n}", "row group is damaged") for n in range(number, last))
 
 
@@ -209,12 +208,12 @@ def _parquet_rows(file, group, columns, first, last, stem) -> Iterator[Pair | Fa
 
 
 def _group_sizes(metadata: pq.FileMetaData) -> list[int]:
-    """The rows of each row group.
+    """The number of rows of each row group.
 
     Raises:
-      ValueError: they do not add up, so that none can be trusted.
+      ValueError: their sum is wrong, so that no number can be trusted.
     """
-    # Not checked against the columns: their metadata, if damaged, makes pyarrow end the process.
+    # The columns are not checked: if their metadata are damaged, pyarrow ends the process.
     sizes = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
     if min(sizes, default=0) < 0 or sum(sizes) != metadata.num_rows:
         raise ValueError(f"{metadata.num_rows} rows, row groups of {sizes[:5]}")
@@ -238,7 +237,7 @@ def _parquet_row(batch: pa.RecordBatch, row: int, columns, stem: str, name: str)
     except UnicodeDecodeError:
         return Fault(name, "text is not UTF-8")
     encoded = values.get("encoded")
-    if isinstance(encoded, Mapping):  # the hub's form of a picture: {"bytes", "path"}
+    if isinstance(encoded, Mapping):  # the form of the Hub: {"bytes", "path"}
         values["encoded"] = encoded.get("bytes")
     key = _id(values.pop("key", None))
     return _pair(values, f"{stem}-{key}" if key else name)
@@ -268,7 +267,7 @@ def _read_tar(path: Path, label: str) -> Iterator[Pair | Fault]:
 
 
 def _add_member(fields: dict[str, Any], suffix: str, file, place: Place) -> None:
-    """Reads a file of a sample into its fields; what is not of use is passed over."""
+    """Reads a file of a sample into its fields; ignores files of other kinds."""
     limits = {"txt": MAX_TEXT_BYTES, "json": MAX_JSON_BYTES}
     limits |= dict.fromkeys(_PICTURE_SUFFIXES, MAX_PICTURE_BYTES)
     if suffix not in limits:
@@ -332,7 +331,7 @@ def _pair(values: Mapping[str, Any], name: str, place: Place | None = None) -> P
 
 
 def is_unicode(*texts: str) -> bool:
-    """Whether texts can be written: JSON can hold half a surrogate pair."""
+    """Whether texts can be written as UTF-8, which half a surrogate pair of JSON cannot."""
     try:
         for text in texts:
             text.encode()
@@ -346,12 +345,12 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value) if math.isfinite(value) else None
-    except OverflowError:  # JSON has whole numbers of any length
+    except OverflowError:  # JSON has integers of any length
         return None
 
 
 def _id(value: Any) -> str:
-    """As text; LAION's ids are floats, written `2433684022797.0` in the release."""
+    """An id as text. LAION's ids are floats, written `2433684022797.0` in the release."""
     if isinstance(value, bool) or value is None:
         return ""
     if isinstance(value, float):

@@ -1,6 +1,6 @@
 """Captions pictures in the language of their alt text, and makes instructions of the captions (section 2.2).
 
-The model's answers are data: they are checked, put into prompts and records, and never followed or run.
+The model's answers are data: they are checked and put into prompts and records, but never followed or run.
 """
 
 import base64
@@ -11,7 +11,6 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -24,6 +23,7 @@ from pangea_jax.curation.balance import share
 from pangea_jax.curation.filters import words
 from pangea_jax.curation.image_text import Place
 from pangea_jax.curation.prompts import INSTRUCTIONS, PROMPTS, RECAPTION, TASK_TYPES
+from pangea_jax.curation.workflow import Job
 from pangea_jax.data import image
 from pangea_jax.data.record import IMAGE_MARKER, Conversation, Turn
 
@@ -50,16 +50,16 @@ class MakeInstructions:
     """Captions pictures and makes instructions of the captions.
 
     Attributes:
+      job: the run, in whose folder pictures are read and replies are stored.
       source: source of the records.
-      scoring_model: for the provenance.
-      caption_share: share of the pictures whose caption becomes a record of its own as well.
-      side: the model sees pictures of at most this many pixels a side.
+      scoring_model: name of the scoring model, for the provenance.
+      caption_share: share of the pictures whose caption also becomes a record.
+      side: maximum pixels a side of what the model sees.
       seed: decides the variants of prompts and the places of markers.
     """
 
     llm: llm.ClientConfig
-    replies: Path
-    out: Path
+    job: Job
     source: str
     scoring_model: str
     caption_share: float
@@ -67,7 +67,7 @@ class MakeInstructions:
     seed: int
 
     def __call__(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Outcome]:
-        client = llm.client(self.llm, self.replies)
+        client = llm.client(self.llm, self.job.replies)
         for _, outcomes in client.map(functools.partial(self._make, client), rows):
             yield from outcomes
 
@@ -95,7 +95,7 @@ class MakeInstructions:
         return [*outcomes, self._kept(captioned, id, pairs, more)]
 
     def _captioned(self, client: llm.Client, row: Mapping[str, Any], language: str) -> _Captioned:
-        encoded = Place(*row["place"]).read(self.out)
+        encoded = Place(*row["place"]).read(self.job.out)
         variant = int(share(row["id"], self.seed, "recaption") * len(RECAPTION))
         values = {name: row[name] for name in ("text", "country", "subject")}
         prompt = RECAPTION[variant].format(language=language, **values)
@@ -111,7 +111,7 @@ class MakeInstructions:
         pairs: Sequence[tuple[str, str]],
         more: Mapping[str, Any],
     ) -> Kept:
-        """The record `id` of some pairs of question and answer, `more` for its provenance."""
+        """The record `id` with pairs of question and answer; `more` is added to its provenance."""
         row, source_id = captioned.row, captioned.row["id"]
         folder = hashlib.blake2b(source_id.encode(), digest_size=1).hexdigest()
         name = f"images/{folder}/{image_text.file_name(source_id, captioned.encoded)}"
@@ -139,7 +139,7 @@ class MakeInstructions:
 
 
 def data_url(encoded: bytes, side: int) -> str:
-    """A picture as models take it. Other formats than JPEG, PNG and WebP, and large ones, become JPEG."""
+    """A picture as a data URL. Large pictures, and other formats than JPEG, PNG and WebP, become JPEG."""
     with Image.open(io.BytesIO(encoded), formats=image.FORMATS) as opened:
         kind, size = opened.format.lower(), opened.size
     if kind not in ("jpeg", "png", "webp") or max(size) > side:
@@ -165,10 +165,10 @@ def read_caption(answer: str, code: str) -> str:
 
 
 def read_pairs(answer: str, code: str) -> tuple[list[dict[str, str]], list[str]]:
-    """Two usable pairs of instruction and response, and why others are not usable.
+    """Two usable pairs of instruction and response, and the faults of the other pairs.
 
     Raises:
-      Unusable: there are fewer than two; its `rest` holds what there is.
+      Unusable: there are fewer than two pairs; its `rest` has the usable one.
     """
     faults, pairs = [], []
     for found in _objects(answer):
@@ -190,7 +190,7 @@ def read_pairs(answer: str, code: str) -> tuple[list[dict[str, str]], list[str]]
 
 
 def _objects(answer: str) -> list[dict[str, Any]]:
-    """The JSON objects with an instruction, whatever text or lists surround them."""
+    """The JSON objects with an instruction, also inside other text or lists."""
     decoder, found, place = json.JSONDecoder(), [], 0
     if len(answer) > 2 * sum((_INSTRUCTION_CHARS[1], _RESPONSE_CHARS[1])):
         raise Unusable("answer is too long", f"{len(answer):,} characters")
@@ -231,7 +231,7 @@ def _pair(found: Mapping[str, Any], code: str) -> dict[str, str]:
 
 
 def text_fault(text: str, code: str, least: int, most: int) -> str | None:
-    """What is wrong with a text that a model wrote for a record; None if nothing is."""
+    """The fault of a text that a model wrote for a record; None if it has no fault."""
     if not least <= len(text) <= most:
         return f"is too {'short' if len(text) < least else 'long'}"
     if not image_text.is_unicode(text):

@@ -36,7 +36,8 @@ def identify(text: str, k: int = 1) -> list[Verdict]:
 
 
 @functools.cache
-def _script(code: str) -> regex.Pattern:
+def script_pattern(code: str) -> regex.Pattern:
+    """Matches a character of the script of a language."""
     script = languages.get(code).script
     return regex.compile(_SCRIPTS.get(script, rf"\p{{Script={script}}}"))
 
@@ -57,8 +58,8 @@ def language_faults(prose: str, code: str) -> list[Fault]:
       code: the language that it should be in.
     """
     language = languages.get(code)
-    own = len(_script(code).findall(prose)) * _WEIGHTS.get(language.script, 1)
-    letters = own + len(_LETTER.findall(_script(code).sub("", prose)))
+    own = len(script_pattern(code).findall(prose)) * _WEIGHTS.get(language.script, 1)
+    letters = own + len(_LETTER.findall(script_pattern(code).sub("", prose)))
     if letters < MIN_LETTERS:
         return []
     if own / letters < 0.5:

@@ -1,13 +1,12 @@
-"""Any OpenAI-compatible endpoint: many calls at once, waited for, paid for once, within a budget.
+"""Calls models at any OpenAI-compatible endpoint: many calls at once, each paid for once, within a budget.
 
-What was answered is never asked again, see `reply_store`. Beyond the retries of the openai package an
-endpoint that answers nobody is waited for; a prompt that alone fails is refused, and the others go on.
+A stored reply is never requested again, see `reply_store`. The openai package retries a failed call. If the endpoint
+answers no request at all, the client waits for it. If only one prompt fails, it is refused and the others go on.
 """
 
 import collections
 import contextvars
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -20,24 +19,26 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from pangea_jax.curation import markup
 from pangea_jax.curation.accounting import Unfit
 from pangea_jax.curation.reply_store import Replies, Stop, Usage
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 MALFORMED_TRIES = 3
-"""Replies that are no chat completion before a prompt counts as refused."""
+"""Number of replies that are not a chat completion, after which a prompt counts as refused."""
 
-_PROMPT_FAILURES = 3  # of one prompt, while others are answered
-_FIRST_CALLS = 20  # all of them rejected: the settings are wrong, not the prompts
-_LONGEST_WAIT = 60.0
-_MESSAGE_TOKENS = 16  # around each message, whatever the chat template
+_PROMPT_FAILURES = 3  # failures of one prompt while others are answered, after which it is refused
+# If the first calls are all rejected, the settings are wrong and not the prompts.
+_FIRST_CALLS = 20
+_LONGEST_WAIT = 60.0  # seconds
+_MESSAGE_TOKENS = 16  # maximum that any chat template adds to a message
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
 class _Claim:
-    """The request that a thread sends, and why it may not be sent again."""
+    """The request that a thread sends, and the error that forbids to send it again."""
 
     key: str
     stop: Stop | None = None
@@ -47,76 +48,88 @@ _CLAIM: contextvars.ContextVar[_Claim] = contextvars.ContextVar("claim")
 
 
 class EndpointError(Stop):
-    """The endpoint cannot be used: a wrong key or model, or silent for longer than `patience`."""
+    """The endpoint cannot be used: the key or model is wrong, or it was silent for longer than `patience`."""
 
 
 class Refused(Unfit):
-    """This one prompt gets no answer; others do."""
+    """This prompt gets no answer, but others do."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ClientConfig:
-    """One model at one address, and what it may cost. Picklable: workers open their own client.
+class ModelConfig:
+    """One model at one address, and its prices.
 
     Attributes:
-      model: as the endpoint names it.
-      base_url: of the API, `https://host/v1`; None for OpenAI's own.
+      model: the endpoint's name of the model.
+      base_url: address of the API, `https://host/v1`; None: OpenAI's own.
       api_key_variable: the environment variable that has the key; local servers need none.
-      concurrency: calls under way at once in one process.
-      temperature, max_tokens: of every call that does not set its own. `max_tokens` also bounds what a
+      concurrency: calls in flight at once in one process.
+      temperature, max_tokens: of every call that does not set its own. `max_tokens` also limits what a
         call can cost.
       extra_body: further fields of the request, such as vLLM's.
       timeout: seconds before a call counts as unanswered.
-      retries: attempts after the first where the endpoint is busy (429), broken (5xx) or silent; the
-        openai package backs off between them and obeys `Retry-After`.
-      patience: seconds to wait, beyond those, for an endpoint that answers nobody.
+      retries: further attempts if the endpoint is busy (429), broken (5xx) or silent. The openai package
+        waits longer after each of them and obeys `Retry-After`.
+      patience: seconds to wait, after these attempts, while the endpoint answers no request.
       price_in, price_out: dollars per million tokens of prompts and replies.
-      image_tokens: the most tokens that a picture in a prompt is charged as.
-      budget: dollars that all runs with one cache may cost together; None for no limit.
-      max_calls: requests that all runs with one cache may make together; None for no limit.
-      journal: `wal`, or `delete` where machines share the cache on a network file system.
+      image_tokens: maximum number of tokens that a picture is charged as.
     """
 
-    model: str
-    base_url: str | None = None
+    model: str = ""
+    base_url: str | None = "http://localhost:8000/v1"
     api_key_variable: str = "OPENAI_API_KEY"
-    concurrency: int = 8
+    concurrency: int = 32
     temperature: float | None = 0.0
     max_tokens: int = 4096
     extra_body: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    timeout: float = 120.0
+    timeout: float = 300.0
     retries: int = 4
     patience: float = 7_200.0
     price_in: float = 0.0
     price_out: float = 0.0
     image_tokens: int = 3_000
+
+    def __post_init__(self):
+        if not self.model:
+            raise ValueError("config.llm.model is empty: the endpoint's name of a model is needed")
+        if self.concurrency < 1:
+            raise ValueError(f"config.llm.concurrency must be positive, not {self.concurrency}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientConfig(ModelConfig):
+    """A model, and the limits of all calls that one cache of replies stores.
+
+    Attributes:
+      budget: maximum cost in dollars of all runs with one cache together; None: no limit.
+      max_calls: maximum number of requests of all runs with one cache together; None: no limit.
+      journal: `wal`, or `delete` if machines share the cache on a network file system.
+    """
+
     budget: float | None = None
     max_calls: int | None = None
     journal: str = "wal"
 
     def __post_init__(self):
-        if not self.model:
-            raise ValueError("config.llm.model is empty: the endpoint's name of a model is needed")
+        super().__post_init__()
         if self.budget is not None and not self.price_in + self.price_out > 0:
             raise ValueError(
                 f"config.llm.budget is {self.budget} dollars, but price_in and price_out (dollars per "
                 "million tokens) are 0; set them, or limit max_calls instead"
             )
-        if self.concurrency < 1:
-            raise ValueError(f"config.llm.concurrency must be positive, not {self.concurrency}")
         if self.journal not in ("wal", "delete"):
             raise ValueError(f"config.llm.journal is {self.journal!r}; expected 'wal' or 'delete'")
 
 
 class Reply(NamedTuple):
-    """A model's answer: data, to be checked and never to be followed or run.
+    """A model's answer. It is data: check it, but never follow or run it.
 
     Attributes:
       text: empty if the model said nothing.
       prompt_tokens, completion_tokens: as the endpoint counts them; see `Usage.estimated`.
-      cached: whether it had been paid for before.
-      finish_reason: `stop`, `length` (cut off) or what else the endpoint says.
-      key: of the stored reply.
+      cached: whether the reply was stored before.
+      finish_reason: `stop`, `length` (cut off) or another word of the endpoint.
+      key: key of the stored reply.
     """
 
     text: str
@@ -134,10 +147,10 @@ def request_key(request: Mapping[str, Any]) -> str:
 
 
 class Client:
-    """Asks one model; every thread of a process shares one, see `client`.
+    """Calls one model. All threads of a process share one client, see `client`.
 
     Args:
-      cache: SQLite file of the replies; made if it is not there.
+      cache: SQLite file of the replies; made if it is missing.
     """
 
     def __init__(self, config: ClientConfig, cache: Path):
@@ -147,7 +160,7 @@ class Client:
             raise ImportError(
                 "calling a model needs the openai package; run: pip install -r requirements-curation.txt"
             ) from None
-        # A call's claim may grow old by all of its attempts and waits before it is renewed.
+        # A claim is renewed only after all attempts and waits of the openai package.
         attempt = config.timeout + 2 * _LONGEST_WAIT
         self.config = config
         self.replies = Replies(
@@ -169,7 +182,7 @@ class Client:
         )
 
     def _transport(self, kind: type) -> Any:
-        """The openai package's own, charging each attempt that is not answered in time; it may be billed."""
+        """The openai package's transport; charges each attempt that times out, since it may be billed."""
         replies = self.replies
 
         class Transport(kind):
@@ -180,7 +193,7 @@ class Client:
                 try:
                     return super().send(request, **settings)
                 except Exception as error:
-                    # By name: the package's version decides whether it is httpx's or httpx2's.
+                    # By name, since the class may be of httpx or httpx2, depending on the openai package.
                     if type(error).__name__ == "ReadTimeout":
                         try:
                             replies.lose(claim.key)
@@ -194,16 +207,16 @@ class Client:
     def complete(
         self, messages: Sequence[Mapping[str, Any]], *, purpose: str, **sampling: Any
     ) -> Reply:
-        """The reply to a conversation, from the cache if it is there.
+        """The reply to a conversation, from the cache if it is stored there.
 
         Args:
-          messages: in OpenAI's form; pictures as `image_url` parts.
-          purpose: what the call is for; `usage` is by purpose. Not part of the key.
-          sampling: overrides `temperature` and `max_tokens`, or adds such as `seed`.
+          messages: in OpenAI's form; pictures are `image_url` parts.
+          purpose: what the call is for; `usage` counts by purpose. It is not part of the key.
+          sampling: overrides `temperature` and `max_tokens`, or adds other fields such as `seed`.
 
         Raises:
           Refused: the model declines, or the endpoint rejects this prompt.
-          BudgetExceeded: the call could cost more than is left. Nothing was sent.
+          BudgetExceeded: the call could cost more than is left of the budget. Nothing was sent.
           EndpointError: the endpoint cannot be used.
         """
         settings = {"temperature": self.config.temperature, "max_tokens": self.config.max_tokens}
@@ -219,7 +232,7 @@ class Client:
         return Reply(row["text"], *numbers, row["finish_reason"], row["key"])
 
     def embed(self, texts: Sequence[str], *, model: str, purpose: str) -> list[list[float]]:
-        """A vector for each text, by another model of the same endpoint; cached and charged alike.
+        """A vector for each text, from another model of the same endpoint. It is stored and charged like a reply.
 
         Raises: as `complete`.
         """
@@ -233,19 +246,21 @@ class Client:
     def map(
         self, call: Callable[[Item], Result], items: Iterable[Item]
     ) -> Iterator[tuple[Item, Result]]:
-        """`(item, call(item))` in order, `concurrency` of them under way. The first error ends it, once the
-        calls under way are stored."""
+        """`(item, call(item))` in order, with `concurrency` calls in flight.
+
+        The first error ends it, after the calls in flight are stored.
+        """
         pool = futures.ThreadPoolExecutor(self.config.concurrency)
         try:
             pending = collections.deque((item, pool.submit(call, item)) for item in items)
-            while pending:  # a result has pictures; it is not kept beyond its turn
+            while pending:  # a result may hold pictures, so it is dropped as soon as it was used
                 item, future = pending.popleft()
                 yield item, future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def usage(self) -> dict[str, Usage]:
-        """What was paid so far, by purpose; all runs with this cache together."""
+        """What all runs with this cache have paid so far, by purpose."""
         return self.replies.usage()
 
     def _cost(self, prompt_tokens: int, completion_tokens: int) -> float:
@@ -255,7 +270,7 @@ class Client:
     def _stored(self, request, purpose, most, send) -> dict[str, Any]:
         """The stored answer to a request; sends it if there is none."""
         key = request_key(request)
-        # The slot comes before the claim, so that no claim waits without a request under way.
+        # A thread takes its slot before its claim, so that no claim waits for a slot.
         with self._slots:
             row = self.replies.claim(key, purpose, most)
             if row is not None:
@@ -275,8 +290,8 @@ class Client:
     def _send(self, key, request, send) -> dict[str, Any]:
         """Sends a request until it is answered.
 
-        The openai package retries within one attempt. Beyond that an endpoint that answers nobody is
-        waited for, and a prompt that fails while others are answered is given up.
+        The openai package retries within one call of `send`. After that, this waits for an endpoint that answers no
+        request, and gives up a prompt that fails while others are answered.
         """
         errors, began, wait = self._errors, time.monotonic(), 1.0
         failures = malformed = 0
@@ -299,12 +314,14 @@ class Client:
                     raise Refused("the endpoint fails on this prompt", _short(error)) from None
                 self._check_patience(error, began, wait)
             except errors.APIStatusError as error:
-                raise EndpointError(f"{self._name()} refuses us: {_short(error)}") from None
-            # Proxies answer 200 with pages and half-made objects, which surface as whatever they lack.
+                raise EndpointError(
+                    f"{self._name()} refuses the request: {_short(error)}"
+                ) from None
+            # Proxies answer 200 with web pages or incomplete objects; the error depends on what is missing.
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 malformed += 1
                 if malformed == MALFORMED_TRIES:
-                    raise Refused("the reply is no completion", _short(error)) from None
+                    raise Refused("the reply is not a completion", _short(error)) from None
                 continue
             else:
                 self._answered += 1
@@ -320,17 +337,16 @@ class Client:
         choice = completion.choices[0]
         text, refusal = choice.message.content, getattr(choice.message, "refusal", None)
         if not isinstance(text, str | None) or not isinstance(choice.finish_reason, str | None):
-            raise TypeError("its content is no text")
+            raise TypeError("its content is not text")
         filtered = choice.finish_reason == "content_filter" or (refusal and not text)
-        thoughts = getattr(
-            choice.message, "reasoning_content", None
-        )  # vLLM's, and charged as others are
+        # vLLM returns the reasoning here. Its tokens are charged, too.
+        thoughts = getattr(choice.message, "reasoning_content", None)
         most = {
             "prompt_tokens": sum(_size(m, self.config.image_tokens) for m in request["messages"]),
             "completion_tokens": _size([text or "", thoughts or ""], 0),
         }
         return {
-            "text": _clean(text or ""),
+            "text": markup.whole_characters(text or ""),
             "finish_reason": choice.finish_reason or "",
             "refusal": "the model declines" if filtered else "",
             **_counted(completion.usage, most),
@@ -361,8 +377,8 @@ class Client:
         waited = time.monotonic() - began
         if waited + wait > self.config.patience:
             raise EndpointError(
-                f"{self._name()} has not answered for {waited:,.0f} s ({_short(error)}); the same command "
-                "goes on when it is back, and config.llm.patience says how long to wait for it"
+                f"{self._name()} has not answered for {waited:,.0f} s ({_short(error)}); run the same "
+                "command again when it is back; config.llm.patience says how long to wait for it"
             ) from None
         _log.warning("%s: %s; next try in %.0f s", self._name(), _short(error), wait)
 
@@ -375,7 +391,7 @@ _CLIENTS_LOCK = threading.Lock()
 
 
 def client(config: ClientConfig, cache: Path) -> Client:
-    """The process's client of a model and cache, so that all of its threads share one limit."""
+    """The client of a model and cache. All threads of the process share it, and so its limits."""
     name = json.dumps([dataclasses.asdict(config), str(cache.resolve())], sort_keys=True)
     with _CLIENTS_LOCK:
         if name not in _CLIENTS:
@@ -383,44 +399,25 @@ def client(config: ClientConfig, cache: Path) -> Client:
         return _CLIENTS[name]
 
 
-@functools.singledispatch
 def _size(value: Any, image_tokens: int) -> int:
-    """The most tokens that a part of a prompt can be: a token has at least one byte."""
-    return 0
-
-
-@_size.register
-def _(value: str, image_tokens: int) -> int:
-    return len(value.encode("utf-8", "replace"))
-
-
-@_size.register
-def _(value: Mapping, image_tokens: int) -> int:
+    """The maximum number of tokens of a part of a prompt: a token has at least one byte."""
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "replace"))
+    if isinstance(value, list):
+        return sum(_size(part, image_tokens) for part in value)
+    if not isinstance(value, Mapping):
+        return 0
     if value.get("type") == "image_url":
         return image_tokens
     return _MESSAGE_TOKENS + sum(_size(part, image_tokens) for part in value.values())
 
 
-@_size.register
-def _(value: list, image_tokens: int) -> int:
-    return sum(_size(part, image_tokens) for part in value)
-
-
 def _counted(usage: Any, most: Mapping[str, int]) -> dict[str, int]:
-    """Tokens as the endpoint counts them; where it does not, or says 0, the most that they can be."""
+    """The tokens that the endpoint counts. If it does not count them or says 0: the maximum."""
     told = {name: getattr(usage, name, None) for name in most}
-    told = {
-        name: count
-        for name, count in told.items()
-        if isinstance(count, int) and (count > 0 or most[name] == 0)
-    }
-    missing = {name for name in most if most[name]} - told.keys()
-    return {**most, **told, "estimated": bool(missing)}
-
-
-def _clean(text: str) -> str:
-    """Half surrogate pairs, which JSON can hold and UTF-8 cannot, become U+FFFD."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    told = {name: count for name, count in told.items() if isinstance(count, int) and count > 0}
+    is_estimated = any(most[name] > 0 and name not in told for name in most)
+    return {**most, **told, "estimated": is_estimated}
 
 
 def _short(error: Exception) -> str:

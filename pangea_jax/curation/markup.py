@@ -1,8 +1,8 @@
-"""What a translation must leave as it is: protected before, restored after, and compared.
+"""Protects what a translation must not change, restores it afterwards, and compares the structure of both texts.
 
-Code, formulas, tags, addresses and coordinates are replaced by numbered marks, `⟦1⟧`, which models keep better
-than the things themselves. What stands in the text besides, options, numbers, tables, lists, is compared
-afterwards. Nothing here asks for the language, but numbers in words are read in English only.
+Before a translation, code, formulas, tags, addresses and coordinates become numbered marks such as `⟦1⟧`, which
+models keep more reliably. Afterwards, options, numbers, tables and lists of both texts are compared. The rules are
+the same for all languages, except that only English number words are read.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 from pangea_jax.data.record import IMAGE_MARKER
 
-# In this order: what is found earlier hides what is inside of it. All lengths are bounded: a model may write
-# a hundred thousand openings without an end.
+# The order counts: a match hides everything inside it from the later kinds. All lengths are limited, since a model
+# may write a hundred thousand openings without an end.
 _KINDS = {
     "image marker": re.escape(IMAGE_MARKER),
     "code": r"```[\s\S]*?(?:```|\Z)|`[^`\n]+`",
-    # As Pandoc tells formulas from prices: no space inside of the dollars, no digit behind them.
+    # Pandoc's rule to tell formulas from prices: no space just inside the dollars, no digit after them.
     "formula": r"\$\$[\s\S]{1,2000}?\$\$|\\\[[\s\S]{1,2000}?\\\]|\\\([\s\S]{1,2000}?\\\)"
     r"|\\begin\{(?P<environment>\w+\*?)\}[\s\S]{0,4000}?\\end\{(?P=environment)\}"
     r"|\$(?=\S)[^$\n]{0,2000}?(?<=\S)\$(?!\d)|\$ [^$\n]{1,200}? \$(?!\d)|\\[A-Za-z]+(?:\{[^{}\n]*\})+",
@@ -28,7 +28,7 @@ _KINDS = {
     r"|</?[A-Za-z][\w-]{0,40}(?:\s+[\w:-]+=(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s<>\"']+))*\s*/?>",
     "address": r"(?:https?://|www\.)[^\s<>\"]*[^\s<>\".,;:!?)\]}'，。；：！？）】」。、]|(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+",
     "coordinates": r"\[\s*-?\d+(?:\.\d+)?(?:\s*,\s*-?\d+(?:\.\d+)?)+\s*\]",
-    # Code that was not fenced: lines of an object.
+    # The lines of a JSON object that is not in a code block.
     "data": r"(?m:^[ \t]*(?:[{}\[\]]+,?|\"[\w-]+\"[ \t]*:[ \t]*(?:[\"\d\[{-]|true|false|null).*)$)",
 }
 _PATTERN = re.compile("|".join(f"(?P<{k.replace(' ', '_')}>{v})" for k, v in _KINDS.items()))
@@ -47,7 +47,7 @@ _UNITS = _ENGLISH_UNITS | {
     **{"백": 1e2, "천": 1e3, "만": 1e4, "억": 1e8, "조": 1e12},
     **{"लाख": 1e5, "करोड़": 1e7, "লাখ": 1e5, "কোটি": 1e7, "لاکھ": 1e5, "کروڑ": 1e7},
 }
-# (?a:): elsewhere "s" also stands for "ſ" and "i" for "İ", which no unit is written with.
+# (?a:) since without it "s" also matches "ſ", and "i" matches "İ".
 _UNIT = re.compile(
     rf"\s?(?:(?a:{'|'.join(_ENGLISH_UNITS)})(?![a-z])|{'|'.join(u for u in _UNITS if not u.isascii())})",
     re.IGNORECASE,
@@ -84,10 +84,10 @@ class Protected:
     """A text whose untranslatable spans are numbered marks.
 
     Attributes:
-      text: with the marks.
-      spans: what mark 1, 2, ... stand for.
-      kinds: code, formula, ... of each.
-      brackets: the two characters of a mark, which the text itself does not have.
+      text: the text with the marks.
+      spans: the texts that mark 1, 2, ... stand for.
+      kinds: the kind of each span: code, formula, ...
+      brackets: the two characters around a mark's number; they do not occur in the original text.
     """
 
     text: str
@@ -100,17 +100,17 @@ class Protected:
 
 
 def protect(text: str) -> Protected:
-    """Replaces what must not be translated by marks.
+    """Replaces everything that must not be translated by marks.
 
     >>> protect("<image>\\nIs $x^2$ in `f(x)`?").text
     '⟦1⟧\\nIs ⟦2⟧ in ⟦3⟧?'
 
     Raises:
-      ValueError: the text has all of the characters that could make marks.
+      ValueError: the text contains all brackets that a mark could have.
     """
     brackets = next((pair for pair in _BRACKETS if not set(pair) & set(text)), None)
     if brackets is None:
-        raise ValueError(f"the text has all of {' '.join(_BRACKETS)}")
+        raise ValueError(f"the text contains all of {' '.join(_BRACKETS)}")
     found = _spans(text)
     number = itertools.count(1)
     marked = _PATTERN.sub(lambda match: f"{brackets[0]}{next(number)}{brackets[1]}", text)
@@ -118,7 +118,7 @@ def protect(text: str) -> Protected:
 
 
 def _spans(text: str) -> list[tuple[str, str]]:
-    """(kind, span) of what must not be translated, in order."""
+    """(kind, span) of everything that must not be translated, in order."""
     return [
         (next(k for k in _KINDS if match[k.replace(" ", "_")] is not None), match[0])
         for match in _PATTERN.finditer(text)
@@ -134,7 +134,7 @@ def restore(text: str, source: Protected) -> tuple[str, list[str], list[Fault]]:
     """Puts the spans back into a translation.
 
     Returns:
-      the text, what was repaired by rule, and what could not be.
+      the text, the repairs that were made, and the faults that could not be repaired.
     """
     text, repairs = _plain_marks(text, source)
     found = Counter(int(n) for n in re.findall(_mark_pattern(source), text))
@@ -151,7 +151,7 @@ def restore(text: str, source: Protected) -> tuple[str, list[str], list[Fault]]:
             faults.append(Fault(f"{kind} lost", _cut(span)))
     rest = re.sub(_mark_pattern(source), "", text)
     unknown = [source.mark(number) for number in found if not 1 <= number <= len(source.spans)]
-    # The source has neither of the brackets.
+    # The original text has none of the brackets, so every bracket here belongs to a mark.
     if unknown or set(source.brackets) & set(rest):
         faults.append(Fault("mark invented", (unknown or ["half a mark"])[0]))
 
@@ -167,7 +167,7 @@ def _mark_pattern(source: Protected) -> str:
 
 
 def _plain_marks(text: str, source: Protected) -> tuple[str, list[str]]:
-    """Marks in other digits or with spaces inside, as they should be."""
+    """Corrects marks with other digits or with spaces inside."""
     opening, closing = source.brackets
     plain = re.sub(
         rf"{opening}\s*(\d{{1,5}})\s*{closing}",
@@ -178,7 +178,7 @@ def _plain_marks(text: str, source: Protected) -> tuple[str, list[str]]:
 
 
 def _at_border(text: str, source: Protected, number: int) -> str:
-    """A picture's marker that stood first or last goes back there: its place says nothing."""
+    """Puts an image marker back if it was first or last in the source; empty if it was elsewhere."""
     mark = source.mark(number)
     if source.text.lstrip().startswith(mark):
         gap = re.match(r"\s*", source.text.lstrip()[len(mark) :])[0]
@@ -190,7 +190,7 @@ def _at_border(text: str, source: Protected, number: int) -> str:
 
 
 def is_translatable(text: str) -> bool:
-    """Whether there is anything to translate: not for a number, a formula or the letter of an option.
+    """Whether there are words to translate: not in a number, a formula or the letter of an option.
 
     >>> [is_translatable(text) for text in ("2.89", "(B)", "$x$", "yes")]
     [False, False, False, True]
@@ -201,7 +201,7 @@ def is_translatable(text: str) -> bool:
 
 
 def labels(text: str) -> list[str]:
-    """Letters of the options of a multiple-choice question, in order; empty if there are fewer than two.
+    """The letters of the options of a multiple-choice question, in order; empty if there are fewer than two.
 
     >>> labels("Which?\\nA. cat\\nB. dog"), labels("Is it (a) red or (b) blue?"), labels("A. Smith")
     (['A', 'B'], ['a', 'b'], [])
@@ -218,8 +218,13 @@ def _latin(letter: str) -> str:
 
 
 def repair_labels(source: str, target: str) -> tuple[str, bool]:
-    """Options' labels as the source writes them, where the same letters stand there in other characters
-    or brackets: `Ａ．` for `A.`, a Cyrillic `В)` for `B.`."""
+    """Writes the labels of options as in the source, if they are the same letters in other characters or brackets.
+
+    For example, `Ａ．` becomes `A.`, and a Cyrillic `В)` becomes `B.`.
+
+    Returns:
+      the text, and whether it was changed.
+    """
     for pattern in (_OPTION_LINE, _OPTION_INLINE):
         ours, theirs = list(pattern.finditer(source)), list(pattern.finditer(target))
         letters = [_latin(match["letter"]) for match in ours]
@@ -238,7 +243,7 @@ def repair_labels(source: str, target: str) -> tuple[str, bool]:
 
 
 def numbers(text: str) -> Counter[str]:
-    """The numbers of a text in one spelling, whatever its digits and separators.
+    """The numbers of a text in one spelling for all digits and separators.
 
     >>> sorted(numbers("1,234 of 3,5 in ٢٠٢٠")) == sorted(numbers("1.234 of 3.5 in 2020"))
     True
@@ -247,11 +252,14 @@ def numbers(text: str) -> Counter[str]:
 
 
 def _values(written: str) -> list[str]:
-    """`1.234` and `1,234` are a thousand and something, `1,5` and `1.5` a fraction, `1.5.2020` three numbers."""
+    """The numbers in a group of digits and separators.
+
+    `1.234` and `1,234` are 1234, `1,5` and `1.5` are a fraction, and `1.5.2020` are three numbers.
+    """
     ascii_digits = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in written)
     digits, separators = re.findall(r"\d+", ascii_digits), re.findall(r"\D", ascii_digits)
     *whole, last = digits
-    # Thousands by threes, and in India hundreds by twos above them.
+    # Groups have three digits; in India those above the thousands have two.
     grouped = [len(some) in (2, 3) for some in whole[1:]] + [len(last) == 3]
     if separators and all(grouped) and len(digits[0]) <= 3 and len(set(separators)) == 1:
         digits = ["".join(digits)]
@@ -261,11 +269,11 @@ def _values(written: str) -> list[str]:
 
 
 def structural_faults(source: str, target: str) -> list[Fault]:
-    """What a translated turn has lost, gained or broken, whatever its language."""
+    """What a translated turn has lost, added or broken; the same rules for every language."""
     if not target.strip():
         return [Fault("empty turn")]
     faults = _span_faults(source, target)
-    # Of what is protected only its place.
+    # The other checks see only the places of protected spans.
     ours, theirs = (_PATTERN.sub("⟦⟧", text) for text in (source, target))
     faults += _option_faults(ours, theirs)
     faults += _number_faults(ours, theirs)
@@ -275,7 +283,7 @@ def structural_faults(source: str, target: str) -> list[Fault]:
         if new.total() and not (reason == "speaker label" and pattern.search(source)):
             faults.append(Fault(reason, repr(next(iter(new)))))
     if repetition(target) > repetition(source) + 0.4:
-        faults.append(Fault("repetition", f"{repetition(target):.0%} of it is said before"))
+        faults.append(Fault("repetition", f"{repetition(target):.0%} of it repeats earlier text"))
     return faults
 
 
@@ -290,7 +298,7 @@ def _option_faults(source: str, target: str) -> list[Fault]:
     if ours != theirs:
         reason = "options missing" if len(theirs) < len(ours) else "options changed"
         return [Fault(reason, f"{' '.join(ours) or 'none'} became {' '.join(theirs) or 'none'}")]
-    # The answer to such a question begins with a label.
+    # An answer to a multiple-choice question begins with a label.
     answer = re.match(rf"\s*{_LABEL}", source)
     if answer and not ours:
         reply = re.match(rf"\s*{_LABEL}", target)
@@ -309,10 +317,10 @@ def _number_faults(source: str, target: str) -> list[Fault]:
     sizes = dict(_sized(source))
     for number, size in _sized(target):
         our = sizes.get(number)
-        # 20 million became 20万: the same number in another unit.
+        # For example, 20 million became 20万: the same number with another unit.
         if our and our != size and our >= 1e6 * float(number) and size > float(number):
             return [Fault("numbers changed", f"{our:,.0f} became {size:,.0f}")]
-    # One digit may be written as a word, and a word as one digit; but not as another digit.
+    # A digit may become a word, or a word a digit, but a digit must not become another digit.
     if all(len(number) == 1 for number in (*lost, *new)) and not (lost and new):
         return []
     show = [" ".join(sorted(some.elements())) or "nothing" for some in (lost, new)]
@@ -320,7 +328,7 @@ def _number_faults(source: str, target: str) -> list[Fault]:
 
 
 def _match_sizes(source: str, target: str, lost: Counter[str], new: Counter[str]) -> None:
-    """Takes out what is the same in other units: 1.5 million and 150万."""
+    """Removes numbers that are equal in other units, such as 1.5 million and 150万."""
     sizes = Counter(size for number, size in _sized(target) if number in new)
     for number, size in _sized(source):
         if lost[number] and sizes[size]:
@@ -333,7 +341,7 @@ def _match_sizes(source: str, target: str, lost: Counter[str], new: Counter[str]
 
 
 def _sized(text: str) -> list[tuple[str, float]]:
-    """Each number, and what it is together with the unit behind it."""
+    """Each number, and its value together with the unit after it."""
     found = []
     for match in _NUMBER.finditer(text):
         unit = _UNIT.match(text, match.end())
@@ -343,7 +351,7 @@ def _sized(text: str) -> list[tuple[str, float]]:
 
 
 def _roman(number: str) -> str:
-    """A number up to 39 as centuries and kings are numbered, otherwise nothing."""
+    """A number up to 39 in Roman numerals, as of centuries and kings; otherwise empty."""
     if len(number) > 2 or not number.isdigit() or not 0 < int(number) < 40:
         return ""
     tens, ones = divmod(int(number), 10)
@@ -351,7 +359,7 @@ def _roman(number: str) -> str:
 
 
 def _spelled_out(text: str) -> set[str]:
-    """Numbers that an English text has as words: of months, hours after noon, dozens, hundreds."""
+    """The numbers that an English text has as words: months, hours after noon, dozens, hundreds."""
     words = re.findall(r"[a-z]+", text.lower())
     found = {_WORDS[word] for word in words if word in _WORDS}
     if "pm" in words or "p.m" in text.lower():
@@ -375,23 +383,21 @@ def _layout_faults(source: str, target: str) -> list[Fault]:
 
 
 def _table(text: str) -> list[int]:
-    """Cells of each row of the Markdown tables."""
+    """The number of cells of each row of the Markdown tables."""
     return [line.strip().count("|") - 1 for line in text.splitlines() if line.lstrip()[:1] == "|"]
 
 
-def repetition(text: str, width: int = 12) -> float:
-    """Share of the text's stretches of `width` characters that stood in it before; 0 for short texts."""
-    stretches = max(0, len(text) - width + 1)
-    if stretches < 100:
-        return 0.0
-    return 1 - len({text[i : i + width] for i in range(stretches)}) / stretches
+def repetition(text: str) -> float:
+    """The share of the runs of 12 characters that occur earlier in the text; 0 for short texts."""
+    runs = len(text) - 11
+    return 0.0 if runs < 100 else 1 - len({text[i : i + 12] for i in range(runs)}) / runs
 
 
 def turns_of(text: str) -> tuple[list[str] | None, list[str]]:
-    """A reply's list of texts, whatever stands around it; None if there is none.
+    """Finds the list of texts in a reply, with or without words around it.
 
     Returns:
-      the texts, and what was repaired by rule.
+      the texts (None: no list of texts), and the repairs that were made.
     """
     begin, end = text.find("["), text.rfind("]")
     if begin < 0 or end < begin:
@@ -401,7 +407,7 @@ def turns_of(text: str) -> tuple[list[str] | None, list[str]]:
         repairs.append("words around the reply removed")
     value = _json(inside)
     if value is None:
-        # A backslash that begins no escape is meant as one; a comma before the end as none.
+        # A backslash that begins no escape stands for itself; a comma before the end is removed.
         inside = re.sub(r'\\(?!["\\/bfnrtu])', r"\\\\", inside)
         value = _json(re.sub(r",\s*\]$", "]", inside))
         repairs.append("JSON repaired")
@@ -410,11 +416,11 @@ def turns_of(text: str) -> tuple[list[str] | None, list[str]]:
     texts = [entry.get("text") if isinstance(entry, dict) else entry for entry in value]
     if not all(isinstance(entry, str) for entry in texts):
         return None, []
-    return [_whole_characters(text) for text in texts], repairs
+    return [whole_characters(text) for text in texts], repairs
 
 
-def _whole_characters(text: str) -> str:
-    """JSON can write half a surrogate pair, which is no text; U+FFFD is a fault that is found."""
+def whole_characters(text: str) -> str:
+    """Replaces half surrogate pairs by U+FFFD, which the checks find. JSON can hold such halves, UTF-8 cannot."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -426,7 +432,7 @@ def _json(text: str):
 
 
 def keep_margins(source: str, target: str) -> str:
-    """The target with the white space that the source begins and ends with."""
+    """The target, with the white space of the source at both ends."""
     begin = source[: len(source) - len(source.lstrip())]
     return begin + target.strip() + source[len(source.rstrip()) :]
 

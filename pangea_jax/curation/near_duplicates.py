@@ -26,7 +26,7 @@ _SKETCHED_AT_ONCE, _COMPARED_AT_ONCE = 4096, 65_536
 
 
 def perceptual_hash(picture: Image.Image) -> int:
-    """The 64-bit DCT hash of imagehash (`phash`): near for pictures that look the same."""
+    """The 64-bit DCT hash of imagehash (`phash`). Pictures that look the same have similar hashes."""
     bits = imagehash.phash(picture).hash
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
@@ -34,13 +34,13 @@ def perceptual_hash(picture: Image.Image) -> int:
 def unlike_earlier_pictures(
     hashes: UInt64[np.ndarray, "n"], max_distance: int = MAX_HASH_DISTANCE
 ) -> Bool[np.ndarray, "n"]:
-    """Which pictures are not within `max_distance` bits of an earlier one; exact.
+    """Whether each picture differs from all earlier ones in more than `max_distance` bits. The result is exact.
 
-    Hashes that differ in d bits agree in one of d + 1 groups of bits, and are compared where they do.
-    Memory is some 100 bytes a picture.
+    Hashes that differ in d bits agree in at least one of d + 1 groups of bits. So only hashes that agree in one group
+    are compared. This needs about 100 bytes of memory for each picture.
     """
     bands = max_distance + 1
-    # Every d-th bit: bits side by side are of like frequency, and some of those hardly vary.
+    # Every d-th bit, since neighbouring bits have similar frequencies, and some of them hardly vary.
     masks = [np.uint64(sum(1 << bit for bit in range(b, 64, bands))) for b in range(bands)]
 
     def alike(earlier, later):
@@ -52,11 +52,11 @@ def unlike_earlier_pictures(
 def unlike_earlier_texts(
     texts: Iterable[str], min_similarity: float = MIN_TEXT_SIMILARITY
 ) -> Bool[np.ndarray, "n"]:
-    """Which texts are not like an earlier one, by MinHash of their character 4-grams (rensa).
+    """Whether each text differs from all earlier ones, by MinHash of their character 4-grams (rensa).
 
-    Of two texts at the threshold (Jaccard 0.8) 99 % are found, and the estimate of how alike they are is
-    off by 0.04. Memory is some 0.8 kB a text, less than half of what rensa's own index needs and a fifth of
-    datasketch's (benchmarks/curation.py).
+    It finds 99 % of the pairs at the threshold (Jaccard 0.8); the error of the estimated similarity is 0.04. It needs
+    about 0.8 kB of memory for each text, less than half of rensa's own index and a fifth of datasketch's
+    (benchmarks/curation.py).
     """
     sketches = _sketches(texts)
     rows = _PERMUTATIONS // _TEXT_BANDS
@@ -80,7 +80,7 @@ def _unlike_earlier(
     bands: Iterable[UInt64[np.ndarray, "n"]],
     alike: Callable[[Int64[np.ndarray, "m"], Int64[np.ndarray, "m"]], Bool[np.ndarray, "m"]],
 ) -> Bool[np.ndarray, "n"]:
-    """Which items no earlier one is like, of those that share a key in some band."""
+    """Whether each item differs from all earlier ones; only items with the same key in a band are compared."""
     stays = np.ones(count, bool)
     for keys in bands:
         order = np.argsort(keys, kind="stable")  # within a group the earliest comes first
@@ -89,7 +89,7 @@ def _unlike_earlier(
         start = np.repeat(first, np.diff(np.append(first, count)))
         places = np.arange(count)
         later, step = places[(places > start) & stays[order]], 0
-        # A great many alike ones cost little: they go when they are compared with the first of them.
+        # A large group of similar items costs little: all leave when they are compared with the first one.
         while len(later):
             found = alike(order[start[later] + step], order[later])
             stays[order[later[found]]] = False
@@ -107,7 +107,7 @@ def _sketches(texts: Iterable[str]) -> UInt32[np.ndarray, "n permutations"]:
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """`items` in lists of `size`, the last one shorter; itertools has it from Python 3.12 on."""
+    """`items` in lists of `size`; the last may be shorter. itertools has it from Python 3.12 on."""
     items = iter(items)
     while some := list(itertools.islice(items, size)):
         yield some
@@ -122,6 +122,6 @@ def _hash_rows(rows: UInt32[np.ndarray, "n r"]) -> UInt64[np.ndarray, "n"]:
 
 
 def shingles(text: str) -> list[str]:
-    """Runs of four characters, without case and punctuation; a shorter text is one of its own."""
+    """The runs of four characters, without case and punctuation; a shorter text is one run."""
     plain = " ".join(words(text)) or text
     return list({plain[i : i + _SHINGLE] for i in range(max(1, len(plain) - _SHINGLE + 1))})

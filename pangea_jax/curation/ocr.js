@@ -1,14 +1,14 @@
-// What ocr.py asks of a page; runs in a world of its own. What it returns is in CSS pixels of the screen: on a
-// phone a page that knows nothing of phones is laid out wider than the screen and zoomed out.
+// The functions that ocr.py calls in a page; they run in an isolated world. They return CSS pixels of the screen. These
+// differ from the page's own CSS pixels on a phone, where a page without a mobile layout is wider and zoomed out.
 () => {
   const SHOWS_NO_DOM_TEXT = "img, picture, video, canvas, iframe, object, embed, input, textarea, select, svg";
   const MAX_TEXT_NODES = 20000;
-  const STEP = 40; // between the points of a line that are tested for what lies over it
-  const INSET = 2; // edges of what can be hit are rounded to pixels
-  const TOLERANCE = 2; // letters may reach over their element's edge
-  const NO_INK = 0.15; // of a line's height, above and below: fonts are higher than what they draw
+  const STEP = 40; // distance between the points of a line where the topmost element is checked
+  const INSET = 2; // elementFromPoint rounds the edges of elements to pixels
+  const TOLERANCE = 2; // letters may be a little wider than their element
+  const NO_INK = 0.15; // share of a line's height without ink, above and below the letters
 
-  // Before anything is measured: nothing moves any more, and overlays that let clicks through count.
+  // Before the measurements: stop all movement, and let elementFromPoint find overlays that ignore clicks.
   const sheet = new CSSStyleSheet();
   sheet.replaceSync(`*, *::before, *::after { animation: none !important; transition: none !important;
     scroll-behavior: auto !important; caret-color: transparent !important; pointer-events: auto !important; }`);
@@ -32,7 +32,7 @@
   const isVisible = (element) =>
     element.checkVisibility({ opacityProperty: true, visibilityProperty: true, contentVisibilityAuto: true });
 
-  // Whether any of a line that lies in the box shows: what only screen readers get is clipped away.
+  // Whether the part of a line in the box is visible. Text for screen readers only is clipped away.
   const isSeen = (line, around, parent) => {
     if (!isVisible(parent)) return false;
     const left = Math.max(line.left, around.left), right = Math.min(line.right, around.right);
@@ -40,7 +40,7 @@
     return [0.05, 0.5, 0.95].some((part) => parent.contains(document.elementFromPoint(left + part * (right - left), y)));
   };
 
-  // Text that is seen but not in the DOM, or is in the DOM and seen otherwise.
+  // Why the visible text differs from the text in the DOM; empty if it does not.
   const disguise = (element) => {
     for (const pseudo of ["::before", "::after"]) {
       const { content } = getComputedStyle(element, pseudo);
@@ -51,7 +51,7 @@
     return "";
   };
 
-  // A letter without a glyph is drawn like a code point that no font has (U+0378 is not assigned).
+  // A letter without a glyph looks like U+0378, which is not assigned, so no font has it.
   const context = new OffscreenCanvas(48, 48).getContext("2d", { willReadFrequently: true });
   const drawn = new Map();
   const draw = (font, letter) => {
@@ -88,7 +88,7 @@
       }),
   });
 
-  // Scrolls the page to `top` and says what is wrong with a red box `margin` around the element, if anything.
+  // Scrolls the page to `top` and checks a red box with `margin` around the element. `fault` is empty if it may be drawn.
   globalThis.inspect = (index, top, margin) => {
     const { scale: zoom, offsetLeft, offsetTop, width: screenWidth, height: screenHeight } = visualViewport;
     scrollTo(0, top / zoom);

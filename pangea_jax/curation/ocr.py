@@ -6,12 +6,13 @@ This is the data of the paper's Appendix J (Figure 27): pages in ten languages, 
     page -> draw devices -> load -> language -> elements that qualify -> scroll to one and inspect it
     -> screenshot -> check pixels -> red box -> record
 
-The marked text must be wholly visible: neither covered nor cut off, with a glyph for every letter,
-nothing else in the box, and enough contrast in every line.
+The marked text must be completely visible: it is neither covered nor cut off, there is a glyph for every letter,
+the box contains nothing else, and every line has enough contrast.
 """
 
 import asyncio
 import dataclasses
+import functools
 import hashlib
 import io
 import math
@@ -27,12 +28,10 @@ import regex
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from pangea_jax import languages
-from pangea_jax.curation import workflow
+from pangea_jax.curation import language_check, workflow
 from pangea_jax.curation.accounting import Added, Dropped, Kept, Outcome, Passed, provenance
 from pangea_jax.curation.browser import Browser, BrowserConfig, Device, OpenPage, PageError
 from pangea_jax.curation.ocr_pages import Page, nearest_language, page_files, read_pages
-from pangea_jax.curation.settings import section
 from pangea_jax.data.record import IMAGE_MARKER, Conversation, Turn, identify_language
 from pangea_jax.work import runners
 
@@ -40,16 +39,10 @@ RED = (255, 0, 0)
 SOURCE, CATEGORY = "ocr/webui", "ocr"
 STAGES = ("pages", "page", "language", "element")
 _SCRIPT = Path(__file__).with_name("ocr.js")
-# Codes of ISO 15924 that stand for several scripts; `regex` knows the others by their code.
-_UNIONS = {
-    "Jpan": ("Hani", "Hira", "Kana"),
-    "Kore": ("Hang", "Hani"),
-    "Hans": ("Hani",),
-}
 # Invisible: soft hyphen, zero-width space, word joiner, byte order mark. Joiners shape letters and stay.
 _UNSEEN = str.maketrans("", "", "\u00ad\u200b\u2060\ufeff")
 _UNREADABLE = regex.compile(r"[\p{Co}\p{Cn}\p{Cs}\ufffd\ufffc]")  # icon fonts, broken encodings
-# A page about language models may hold text that a tokenizer takes for a special token.
+# A page about language models may contain text that a tokenizer reads as a special token.
 _MARKERS = regex.compile(rf"{IMAGE_MARKER}|<\|\w+\|>")
 
 
@@ -61,11 +54,11 @@ class Choice:
       min_characters, max_characters: length of the answer.
       min_font: size of the font; smaller letters are not legible.
       min_width, min_height: size of the element.
-      max_height_share: height of the element as a share of the screen's; its width may fill the screen.
+      max_height_share: height of the element as a share of the screen's height; its width is not limited.
       min_script_share: share of the letters that are in the script of the page's language.
       min_contrast: difference between the darkest and the lightest pixel (0 to 255) of each line.
-      max_red_share: share of the page's pixels that may be as red as the box.
-      max_screens: how far down the page an element may end, in heights of the screen.
+      max_red_share: maximum share of the page's pixels that are as red as the box.
+      max_screens: maximum distance from the top of the page to the end of the element, in heights of the screen.
       attempts: number of elements to try before the view is dropped.
     """
 
@@ -92,28 +85,31 @@ class Box:
 
 @dataclass(frozen=True)
 class OcrConfig:
-    """The settings of `configs/curation/ocr.py`, without the pages.
+    """The pages, and how their screenshots are taken.
 
     Attributes:
-      languages: languages of the pages that are used.
-      devices: devices to draw from.
-      views_per_page: number of devices for each page.
+      pages: a folder of HTML files, or a list (.jsonl, .txt) of files and addresses.
+      languages: tags of the languages of the pages that are used.
+      devices: name -> device to draw from.
       instructions: language -> questions; the English ones are used for every language.
+      views_per_page: number of devices on which each page is shown.
+      shard_size: number of views for which one browser runs.
     """
 
+    pages: str
     languages: tuple[str, ...]
-    devices: tuple[Device, ...]
+    devices: Mapping[str, Device]
     instructions: Mapping[str, Sequence[str]]
-    views_per_page: int = 2
+    views_per_page: int = 1
     seed: int = 0
+    shard_size: int = 64
     browser: BrowserConfig = field(default_factory=BrowserConfig)
     choice: Choice = field(default_factory=Choice)
     box: Box = field(default_factory=Box)
 
     def __post_init__(self):
-        unknown = [code for code in self.languages if code not in languages.LANGUAGES]
-        if unknown:
-            raise ValueError(f"languages: {unknown[0]!r} is none of pangea_jax.languages")
+        if not self.codes:
+            raise ValueError("config.languages is empty; name at least one language")
         if not 1 <= self.views_per_page <= len(self.devices):
             raise ValueError(
                 f"views_per_page is {self.views_per_page}, there are {len(self.devices)} devices"
@@ -121,17 +117,23 @@ class OcrConfig:
         if not self.instructions.get("en"):
             raise ValueError("instructions needs at least one question in English (en)")
 
+    @functools.cached_property
+    def codes(self) -> tuple[str, ...]:
+        """The codes of `languages`."""
+        return workflow.language_codes(self.languages)
+
 
 @dataclass(frozen=True)
 class View:
-    """One page on one device; `id` is unique."""
+    """One page on one device, which has the name `screen` in the config; `id` is unique."""
 
     page: Page
+    screen: str
     device: Device
 
     @property
     def id(self) -> str:
-        return f"{self.page.id}@{self.device.name}"
+        return f"{self.page.id}@{self.screen}"
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,9 @@ class Shot:
 
 
 def views_of(page: Page, config: OcrConfig) -> list[View]:
-    """The page on `views_per_page` devices, which seed and page decide."""
-    drawn = _random(config.seed, page.id).sample(config.devices, config.views_per_page)
-    return [View(page, device) for device in drawn]
+    """The page on `views_per_page` devices; seed and page decide which."""
+    drawn = _random(config.seed, page.id).sample([*config.devices], config.views_per_page)
+    return [View(page, name, config.devices[name]) for name in drawn]
 
 
 def _random(seed: int, name: str) -> random.Random:
@@ -175,16 +177,13 @@ def answer_text(shown: str) -> str:
 
 def script_share(text: str, language: str) -> float:
     """Share of a text's letters that are in the script of a language; 0 without letters."""
-    script = languages.LANGUAGES[language].script
-    wanted = regex.compile(
-        "[" + "".join(rf"\p{{{name}}}" for name in _UNIONS.get(script, (script,))) + "]"
-    )
+    script = language_check.script_pattern(language)
     letters = regex.findall(r"\p{L}", text)
-    return sum(bool(wanted.match(letter)) for letter in letters) / max(1, len(letters))
+    return sum(bool(script.match(letter)) for letter in letters) / max(1, len(letters))
 
 
 def element_fault(element: Mapping[str, Any], language: str, device: Device, choice: Choice) -> str:
-    """Why an element of `candidates()` (ocr.js) does not qualify; empty if it may."""
+    """The reason why an element of `candidates()` (ocr.js) does not qualify; empty if there is none."""
     text = answer_text(element["text"])
     if not choice.min_characters <= len(text) <= choice.max_characters:
         return "text too short or too long"
@@ -221,7 +220,7 @@ async def take(browser: Browser, view: View, config: OcrConfig) -> Shot:
     Raises:
       PageError: the page cannot be used, or none of its elements.
     """
-    if view.page.language and view.page.language not in config.languages:
+    if view.page.language and view.page.language not in config.codes:
         raise PageError("language is not wanted", view.page.language, "language")
     source = _read(view.page, config.browser)
     async with browser.open(source, view.device) as page:
@@ -229,7 +228,7 @@ async def take(browser: Browser, view: View, config: OcrConfig) -> Shot:
         found = await page.run("() => document.fonts.ready.then(() => candidates())")
         if found["tooLarge"]:
             raise PageError("page is too large", "over 20,000 pieces of text")
-        language = page_language(view.page, found, config.languages)
+        language = page_language(view.page, found, config.codes)
         draw = _random(config.seed, view.id)
         plain, seen, tag = await _look(page, view, found, language, draw, config)
         facts = {
@@ -323,7 +322,7 @@ async def _fault_of_picture(page, call, seen, picture, device, choice) -> str:
 
 
 def red_pixels(pixels: UInt8[np.ndarray, "H W 3"]) -> np.ndarray:
-    """(H, W) booleans: where a picture is as red as the box."""
+    """(H, W) booleans: the pixels that are as red as the box."""
     red, green, blue = (pixels[..., channel].astype(np.int16) for channel in range(3))
     return (red > 200) & (green < 60) & (blue < 60)
 
@@ -382,7 +381,7 @@ def to_record(shot: Shot, config: OcrConfig) -> tuple[Conversation, bytes, dict[
         "id": name,
         "language": shot.language,
         "page": shot.view.page.id,
-        "device": device.name,
+        "device": shot.view.screen,
         "screen": [device.width, device.height, device.scale],
         "box": list(shot.inside),
         "element_box": [round(edge, 2) for edge in shot.element],
@@ -395,10 +394,10 @@ def to_record(shot: Shot, config: OcrConfig) -> tuple[Conversation, bytes, dict[
 async def take_all(
     views: Sequence[View], config: OcrConfig
 ) -> AsyncIterator[tuple[View, Shot | PageError]]:
-    """Every view with its shot, or the reason why there is none. Local pages have a browser of their own.
+    """Yields every view with its shot, or with the reason why there is none. Local pages have a separate browser.
 
     Raises:
-      BrowserError: no browser, or it does not start.
+      BrowserError: there is no browser, or it does not start.
     """
     for local in (True, False):
         async with Browser(config.browser, local=local) as browser:
@@ -418,8 +417,8 @@ class _TakeShard:
     config: OcrConfig
 
     def __call__(self, rows: Iterator[dict[str, Any]]) -> Iterator[Outcome]:
-        devices = {device.name: device for device in self.config.devices}
-        views = [View(Page(**row["page"]), devices[row["device"]]) for row in rows]
+        devices = self.config.devices
+        views = [View(Page(**row["page"]), row["device"], devices[row["device"]]) for row in rows]
         with asyncio.Runner() as runner:
             shots = take_all(views, self.config)
             try:
@@ -446,35 +445,14 @@ def _view_outcomes(pages: Iterator[Page], config: OcrConfig) -> Iterator[Outcome
         if len(views) > 1:
             yield Added("pages", len(views) - 1)
         for view in views:
-            row = {"page": dataclasses.asdict(page), "device": view.device.name}
+            row = {"page": dataclasses.asdict(page), "device": view.screen}
             yield Passed(row)
 
 
-def make_config(config: Mapping[str, Any]) -> OcrConfig:
-    """`configs/curation/ocr.py` as an `OcrConfig`.
-
-    Raises:
-      JobError, ValueError: a value or a key is wrong.
-    """
-    try:
-        devices = tuple(Device(name, **size) for name, size in config["devices"].items())
-    except TypeError as error:
-        raise ValueError(f"config.devices: {error}") from None
-    return OcrConfig(
-        languages=workflow.language_codes(config),
-        devices=devices,
-        browser=section(config, "browser", BrowserConfig),
-        choice=section(config, "choice", Choice),
-        box=section(config, "box", Box),
-        **{name: config[name] for name in ("views_per_page", "seed", "instructions")},
-    )
-
-
-def run(config, out: Path, runner_options: Sequence[str]) -> dict[str, Any]:
+def run(config: OcrConfig, out: Path, runner_options: Sequence[str]) -> dict[str, Any]:
     """Makes the records of all pages. After a kill the same call continues.
 
     Args:
-      config: see `configs/curation/ocr.py`.
       out: folder of the results, see `pangea_jax.curation.workflow`.
       runner_options: options of Beam.
 
@@ -482,29 +460,38 @@ def run(config, out: Path, runner_options: Sequence[str]) -> dict[str, Any]:
       the contents of report.json.
 
     Raises:
-      JobError: there is no browser or no page, or `out` holds other results.
-      ValueError: the config, or a line of the list of pages, is wrong.
+      WorkError: there is no browser or no page, or `out` holds other results.
+      ValueError: a line of the list of pages is wrong.
     """
-    ours, source = make_config(config.to_dict()), Path(config.pages)
+    source = Path(config.pages)
     if not source.exists() or next(read_pages(source), None) is None:
         raise workflow.JobError(
             f"config.pages: no pages in {source}; name a folder of *.html or a list"
         )
     # Pictures depend on the browser's version, so a run keeps to one.
-    plan = workflow.plan(config, page_files(source)) | {"chromium": asyncio.run(_version(ours))}
+    plan = _plan(config, page_files(source)) | {"chromium": asyncio.run(_version(config))}
     job = workflow.Job(out, STAGES, config.shard_size)
     with job.started(plan):
-        job.split("views", _view_outcomes(read_pages(source), ours))
-        job.map(runners.Beam(runner_options), workflow.RECORDS, "views", _TakeShard(ours))
+        job.split("views", _view_outcomes(read_pages(source), config))
+        job.map(runners.Beam(runner_options), workflow.RECORDS, "views", _TakeShard(config))
         title = "Text in screenshots of web pages"
         return job.report(("views", workflow.RECORDS), title=title, sections=_sections(out))
+
+
+def _plan(config: OcrConfig, files: Sequence[Path]) -> dict[str, Any]:
+    plan = workflow.plan(config, files)
+    defaults = {item.name: item.default for item in dataclasses.fields(Device)}
+    for device in plan["devices"].values():  # plans of earlier versions have no defaults
+        for name in [name for name, value in device.items() if value == defaults[name]]:
+            del device[name]
+    return plan
 
 
 async def _version(config: OcrConfig) -> str:
     """The browser's version. This starts it, so a missing browser is found before the work begins."""
     async with (
         Browser(config.browser, local=True) as browser,
-        browser.open(b"<p>", config.devices[0]),
+        browser.open(b"<p>", next(iter(config.devices.values()))),
     ):
         return browser.version
 

@@ -1,7 +1,7 @@
-"""The prompts of the cultural set (paper, Appendix B), and what they let a model choose from.
+"""The prompts of the cultural set (paper, Appendix B), and the subjects and task types that they offer.
 
-`SCORING` and the variants of `RECAPTION` are the paper's; of `INSTRUCTIONS` it prints the task types and
-the rules.
+`SCORING` and the variants of `RECAPTION` are the paper's. `INSTRUCTIONS` is ours: the paper prints only its task
+types and rules.
 """
 
 PROMPTS = "pangea-appendix-b/1"

@@ -1,16 +1,15 @@
-"""Replies of models in an SQLite file that threads and processes share, what they cost, and the budget.
+"""Stores replies of models, their cost and the budget in an SQLite file that threads and processes share.
 
-A reply is stored under the SHA-256 of its request before it is handed out, so that a pipeline that is
-killed and started again asks only what was not answered. What is guaranteed:
+A reply is stored under the SHA-256 of its request before it is used. So a pipeline that was killed requests only
+the missing replies. These rules hold:
 
-    - a stored reply is never asked for again, by any thread or process that shares the file;
-    - two callers of the same prompt at the same time make one request: the other waits for it;
-    - a request that was under way when its process died is asked again, for its reply went nowhere. Its
-      cost may be on the bill, so the most it can have cost stays charged to the budget (`lost`). There are
-      at most `concurrency` of these to a killed process;
-    - so does that of a request whose answer did not come within `timeout`, for each attempt.
+    - No thread or process that shares the file requests a stored reply again.
+    - If two callers need the same reply at the same time, one sends the request and the other waits.
+    - If a process is killed, its requests in flight are sent again. There are at most `concurrency` of them.
+      The endpoint may bill the first request, too, so its maximum cost stays charged to the budget (`lost`).
+    - The same holds for each attempt that is not answered within `timeout`.
 
-Calls are charged before they are made, with the most they can cost, and settled afterwards; a call that
+Before a call is made, the budget is charged with its maximum cost; afterwards, with its real cost. A call that
 could exceed the budget is not made.
 """
 
@@ -29,20 +28,20 @@ _POLL = 0.05
 
 
 class Stop(RuntimeError):
-    """The run cannot go on now; what is stored stays, and the same command goes on later."""
+    """The run cannot go on now. The stored replies stay; the same command goes on later."""
 
 
 class BudgetExceeded(Stop):
-    """The next call could cost more than is left of the budget."""
+    """The next call could cost more than what is left of the budget."""
 
 
 class Usage(NamedTuple):
     """What the calls of one purpose have cost so far.
 
     Attributes:
-      lost: calls that were under way in a killed process, and attempts that were not answered in time.
-      estimated: calls, among the others, whose tokens the endpoint did not count: charged as the most that
-        they can be.
+      lost: number of calls in flight when their process was killed, and of attempts that timed out.
+      estimated: number of calls, of `calls`, whose tokens the endpoint did not count. They are charged with the
+        maximum.
     """
 
     calls: int
@@ -67,14 +66,14 @@ INSERT INTO total SELECT 0, 0 WHERE NOT EXISTS (SELECT 1 FROM total);
 
 
 class Replies:
-    """The stored replies, which calls are under way, and what they cost.
+    """The stored replies, the calls in flight, and their cost.
 
-    Safe for threads and processes of one machine; of several if `journal` is `delete` and the file system
-    has locks. A killed process loses nothing that `settle` returned from.
+    Threads and processes of one machine can share it; several machines only if `journal` is `delete` and the file
+    system has locks. A killed process loses no reply for which `settle` has returned.
 
     Args:
-      path: of the SQLite file; made if it is not there.
-      lease: seconds without `renew` after which another's call counts as that of a dead process.
+      path: the SQLite file; made if it is missing.
+      lease: if the call of another process was not renewed for these seconds, that process counts as dead.
       budget, max_calls, journal: see `llm.ClientConfig`.
     """
 
@@ -97,7 +96,7 @@ class Replies:
         )
         self._file.row_factory = sqlite3.Row
         self._file.execute(f"PRAGMA journal_mode={journal}")
-        # What is committed outlives the process; only a power cut may take the last replies.
+        # A commit survives the end of the process. Only a power cut may lose the last replies.
         self._file.execute("PRAGMA synchronous=NORMAL")
         with self._transaction() as file:
             for statement in filter(str.strip, _SCHEMA.split(";")):
@@ -115,12 +114,12 @@ class Replies:
             self._file.execute("COMMIT")
 
     def claim(self, key: str, purpose: str, most: float) -> dict[str, Any] | None:
-        """The stored answer; or None, and the caller has the right and the money to ask.
+        """The stored answer. None: the caller must send the request, and its maximum cost is reserved.
 
-        Waits while somebody else asks the same, or while calls under way hold what is left of the budget.
+        Waits while another caller sends the same request, or while calls in flight reserve the rest of the budget.
 
         Raises:
-          BudgetExceeded: the call could cost more than is left.
+          BudgetExceeded: the call could cost more than what is left of the budget.
         """
         while True:
             with self._transaction() as file:
@@ -136,7 +135,7 @@ class Replies:
             time.sleep(_POLL)
 
     def _affordable(self, file: sqlite3.Connection, key: str, most: float) -> bool:
-        """Whether one more call fits; False if it may fit when the others under way are settled."""
+        """Whether the budget allows one more call. False: it may allow it when other calls in flight are settled."""
         if self._budget is None and self._max_calls is None:
             return True
         calls, dollars = file.execute("SELECT calls, dollars FROM total").fetchone()
@@ -150,14 +149,14 @@ class Replies:
             )
         if self._max_calls is not None and calls >= self._max_calls:
             raise BudgetExceeded(
-                f"{calls:,} calls are made, as many as config.llm.max_calls; raise it and start the same "
+                f"{calls:,} calls were made, the maximum by config.llm.max_calls; raise it and start the same "
                 "command again"
             )
         within = self._budget is None or dollars + reserved + most <= self._budget
         return within and (self._max_calls is None or calls + others < self._max_calls)
 
     def _forget_dead(self, file: sqlite3.Connection) -> None:
-        """Ends the claims of processes that are gone. Their calls may have been paid for."""
+        """Ends the claims of dead processes, and charges their calls, which may have been billed."""
         dead = [
             row
             for row in file.execute("SELECT * FROM under_way WHERE owner != ?", (self._owner,))
@@ -172,25 +171,25 @@ class Replies:
         file.execute("UPDATE total SET calls = calls + 1, dollars = dollars + ?", (row["dollars"],))
 
     def lose(self, key: str) -> None:
-        """Charges an attempt that was not answered; the claim stays, for the next one.
+        """Charges an attempt that was not answered. The claim stays for the next attempt.
 
         Raises:
-          BudgetExceeded: another attempt could cost more than is left beside the calls under way.
+          BudgetExceeded: the next attempt could cost more than what the calls in flight leave of the budget.
         """
         with self._transaction() as file:
             mine = "SELECT * FROM under_way WHERE key = ? AND owner = ?"
             row = file.execute(mine, (key, self._owner)).fetchone()
-            if row is not None:  # else another process took us for dead, and has charged it
+            if row is not None:  # otherwise another process took this one for dead and charged it
                 self._charge_lost(file, row)
         with self._transaction() as file:
             if row is not None and not self._affordable(file, key, row["dollars"]):
                 raise BudgetExceeded(
-                    "an attempt was not answered in time and what is left of config.llm.budget or max_calls "
-                    "does not hold another; raise it, or start the same command again"
+                    "an attempt was not answered in time, and what is left of config.llm.budget or max_calls "
+                    "is too little for another; raise it, or start the same command again"
                 )
 
     def settle(self, key: str, purpose: str, row: Mapping[str, Any], dollars: float) -> None:
-        """Stores an answer and charges what it cost."""
+        """Stores an answer and charges its cost."""
         counts = row["prompt_tokens"], row["completion_tokens"], dollars
         answer = row["text"], row["finish_reason"], row["refusal"]
         estimated = row.get("estimated", False)
@@ -206,7 +205,7 @@ class Replies:
                 )
 
     def release(self, key: str) -> None:
-        """Gives up a claim: the request was not answered."""
+        """Gives up the claim of a request that was not answered."""
         with self._transaction() as file:
             self._end(file, key)
 
@@ -214,7 +213,7 @@ class Replies:
         file.execute("DELETE FROM under_way WHERE key = ? AND owner = ?", (key, self._owner))
 
     def renew(self, key: str) -> None:
-        """Tells others that the call is still being made."""
+        """Tells other processes that this call is still in flight."""
         with self._transaction() as file:
             now = time.time()
             file.execute("UPDATE under_way SET renewed = ? WHERE key = ?", (now, key))
@@ -241,9 +240,9 @@ _OWNERS: set[str] = set()  # of this process
 def _is_dead(owner: str) -> bool:
     host, pid, _ = owner.split("/")
     if host != socket.gethostname():
-        return False  # until its lease is over
+        return False  # cannot be known before its lease ends
     if int(pid) == os.getpid():
-        return owner not in _OWNERS  # an earlier process of the same number, as in a container
+        return owner not in _OWNERS  # an earlier process with the same number, common in containers
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

@@ -82,7 +82,7 @@ class Statistics:
         self.rejected[reason] = before + count, first
 
     def merge(self, other: "Statistics") -> None:
-        """Adds what was counted elsewhere, after what is counted here."""
+        """Adds the counts of later records."""
         self.total += other.total
         self.identified += other.identified
         for name in ("cells", "pictures", "faults", "task_types"):
@@ -97,7 +97,7 @@ class Statistics:
                 ours.extend(theirs)
 
     def index(self) -> pa.Table:
-        """`category`, `source`, `language`: one row a record, as the index of a store has them."""
+        """`category`, `source` and `language`, one row for each record, as in the index of a store."""
         columns = zip(*self.cells, strict=True) if self.cells else ((), (), ())
         counts = np.fromiter(self.cells.values(), np.int64, len(self.cells))
         rows = np.repeat(np.arange(len(counts)), counts)
@@ -231,22 +231,19 @@ class _Records:
         if not self.compared:
             return
         for name in conversation.images:
-            hash, fault = self._hash(name)
+            hash, fault = self._hash_once(name)
             if fault:
                 found.faults[fault] += 1
             else:
                 yield hash
 
-    def _hash(self, name: str) -> tuple[int, str]:
-        remembered = _REMEMBERED.get(name)
-        if remembered is None:
-            remembered = self._hash_of(name)
-            if len(_REMEMBERED) >= _PICTURES_REMEMBERED:
-                _REMEMBERED.clear()
-            _REMEMBERED[name] = remembered
-        return remembered
+    @functools.cached_property
+    def _hash_once(self) -> Callable[[str], tuple[int, str]]:
+        # Translated records share their pictures.
+        return functools.lru_cache(_PICTURES_REMEMBERED)(self._hash)
 
-    def _hash_of(self, name: str) -> tuple[int, str]:
+    def _hash(self, name: str) -> tuple[int, str]:
+        """The perceptual hash of a picture, and the fault if it has none."""
         try:
             picture, _ = image.preview(self._read(name), name=name)
         except image.ImageError as error:
@@ -266,9 +263,7 @@ class _Records:
         return self.released.read(found[1])
 
 
-# Of this process. Translated records share their picture.
-_REMEMBERED: dict[str, tuple[int, str]] = {}
-_RECORDS: list[_Records] = []
+_RECORDS: list[_Records] = []  # of this worker
 
 
 def _start_worker(records: _Records) -> None:
@@ -311,7 +306,6 @@ def measure(
     if compared and not records.is_store:
         work.mkdir(parents=True, exist_ok=True)
         records.released.index()
-    _REMEMBERED.clear()
     whole = Statistics(findings=None if benchmarks is None else Findings())
     for result in _results(records, workers):
         whole.merge(result.statistics)
@@ -324,7 +318,7 @@ def measure(
 
 
 def _results(records: _Records, workers: int) -> Iterator[_Result]:
-    """The results of all chunks in their order, with few chunks in memory at a time."""
+    """The results of all chunks in order, with only a few chunks in memory at a time."""
     if workers == 1:
         yield from map(records.measure, records.chunks())
         return
@@ -342,7 +336,7 @@ def _results(records: _Records, workers: int) -> Iterator[_Result]:
             while pending:
                 yield pending.popleft().result()
     except futures.process.BrokenProcessPool:
-        problem = "a worker was killed, perhaps for want of memory; try fewer --workers"
+        problem = "a worker was killed, perhaps because memory ran out; try fewer --workers"
         raise WorkError(problem) from None
 
 

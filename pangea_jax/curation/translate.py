@@ -1,15 +1,15 @@
 """Translates English instruction records into other languages (paper, section 2.1).
 
 The paper translated with Gemini 1.5 Pro, and then dropped or corrected records with missing turns or options.
-Its prompt, code and drop rates are not published. Here:
+Its prompt, code and drop rates are not published. The stages here are:
 
     read       keeps records that are valid, English, not too long, and have words
-    request    asks for each record in each language, in groups of whole turns that fit one request
+    request    requests each record in each language, in groups of whole turns that fit one request
     check      compares turns, protected spans, options, numbers, tables, language, copies, length, repetition
-               (`markup`, `language_check`). Faults are repaired by rule where that is safe. Otherwise the
-               model is asked once more and told what was wrong; then the record is dropped
+               (`markup`, `language_check`). Repairs a fault by rule if that is safe. Otherwise asks the model
+               once more and names the fault. If the second answer has a fault, too, the record is dropped
 
-A model's answer is text to compare and store; nothing in it is followed or run.
+A model's answer is data: it is compared and stored, but never followed or run.
 """
 
 import dataclasses
@@ -28,15 +28,7 @@ from pangea_jax import languages
 from pangea_jax.curation import language_check, llm, markup
 from pangea_jax.curation.accounting import Added, Dropped, Kept, Outcome, Passed, provenance
 from pangea_jax.curation.markup import Fault
-from pangea_jax.curation.settings import section
-from pangea_jax.curation.workflow import (
-    RECORDS,
-    Job,
-    JobError,
-    language_codes,
-    plan,
-    split_names,
-)
+from pangea_jax.curation.workflow import RECORDS, Job, language_codes, plan, split_names
 from pangea_jax.data.build import release
 from pangea_jax.data.record import Conversation, RecordError, Turn, identify_language
 from pangea_jax.work import runners
@@ -66,30 +58,108 @@ such as {marks}, numbers and line breaks."""
 VERSION = "translate-" + hashlib.sha256((_PROMPT + _RETRY + _BACK).encode()).hexdigest()[:8]
 """Version of the prompts, for the provenance."""
 
-# A reply is endless, and not read, if it is longer than this factor times its source plus these characters.
+# A longer reply than this factor times the source, plus these characters, counts as endless and is not read.
 _LONGEST_REPLY, _LONGEST_EXTRA = 6, 2_000
 _NO_LIST = Fault("reply is no list of turns")
 
 
-def run(config: Mapping[str, Any], out: Path, runner_options: Sequence[str]) -> dict[str, Any]:
-    """Translates `config.source` into `config.languages`; see configs/curation/translate.py.
+@dataclasses.dataclass(frozen=True)
+class QualityConfig:
+    """How a sample is translated back into the language of the source.
+
+    Attributes:
+      sample: number of records; 0: none.
+      embedding_model: a model of the same endpoint, which compares source and back-translation; "": none.
+    """
+
+    sample: int = 200
+    embedding_model: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TranslateConfig:
+    """What to translate, and how.
+
+    Attributes:
+      llm: the translator.
+      source: PangeaIns.json, or any *.jsonl or *.parquet in its form, or a folder of them.
+      languages: tags of the languages to translate into.
+      source_language: tag of the language of the records to translate; "any" takes all records.
+      notes: code of a language -> what the model should know about it. Other languages' notes are not used.
+      limit: number of records to read, from the first on; 0: all.
+      longest: maximum characters of a record.
+      request: maximum characters of a request; longer conversations take several.
+      checks: the checks to make, of `CHECKS`.
+      shard_size: number of records of a shard.
+
+    Raises:
+      ValueError: names the field at fault.
+    """
+
+    llm: llm.ClientConfig
+    source: str = ""
+    languages: tuple[str, ...] = ()
+    source_language: str = "en"
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    limit: int = 0
+    longest: int = 20_000
+    request: int = 6_000
+    checks: tuple[str, ...] = CHECKS
+    quality: QualityConfig = QualityConfig()
+    shard_size: int = 256
+
+    def __post_init__(self):
+        if not self.source:
+            raise ValueError(
+                "config.source is empty: a file or folder of records in PangeaIns form"
+            )
+        targets = self.targets
+        if not targets or len({*targets, self.source_code}) <= len(targets):
+            raise ValueError(
+                f"config.languages: expected languages, each once and other than that of the source, got "
+                f"{targets}"
+            )
+        if self.limit < 0:
+            raise ValueError(f"config.limit is {self.limit}; 0 takes all records")
+        if not set(split_names(self.checks)) <= set(CHECKS):
+            raise ValueError(f"config.checks: {self.checks} are not all among {CHECKS}")
+
+    @functools.cached_property
+    def targets(self) -> tuple[str, ...]:
+        """The codes of `languages`."""
+        return language_codes(self.languages)
+
+    @functools.cached_property
+    def source_code(self) -> str:
+        """The code of `source_language`, or "any"."""
+        if self.source_language == "any":
+            return "any"
+        return language_codes((self.source_language,), "source_language", ", or any")[0]
+
+
+def run(config: TranslateConfig, out: Path, runner_options: Sequence[str]) -> dict[str, Any]:
+    """Translates the records of `config.source`.
+
+    Args:
+      out: folder of the results, see `pangea_jax.curation.workflow`.
+      runner_options: options of Beam.
 
     Returns:
       the contents of report.json.
 
     Raises:
-      JobError: the config or the folder cannot be used.
+      WorkError: the source or the folder cannot be used.
       reply_store.Stop: the budget is spent or the endpoint does not answer; the same call continues.
     """
-    translation = Translation.from_config(config, out)
-    job, files = translation.job, release.record_files(Path(config["source"]))
+    job, files = Job(out, STAGES, config.shard_size), release.record_files(Path(config.source))
+    translation = Translation(config, job)
     run_on = runners.Beam(runner_options)
     with job.started(plan(config, files) | {"prompts": VERSION}):
         job.split("input", translation.read(files))
         job.map(run_on, RECORDS, "input", translation.translate)
         sections = {"Languages": translation.count_languages()}
-        if config["quality"]["sample"]:
-            sections["Quality of a sample"] = translation.measure_quality(config["quality"])
+        if config.quality.sample:
+            sections["Quality of a sample"] = translation.measure_quality()
         return job.report(
             PARTS,
             title="Translation",
@@ -101,68 +171,20 @@ def run(config: Mapping[str, Any], out: Path, runner_options: Sequence[str]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Translation:
-    """What to translate, and how; picklable.
+    """The parts of the pipeline; picklable."""
 
-    Attributes:
-      model: the translator.
-      targets: codes of the languages.
-      checks: the checks to make, of `CHECKS`.
-      source_language: code of the records to translate; "any" takes all.
-      notes: code -> what the model should know about the language.
-      limit: number of records to read, from the first on; 0 for all.
-      longest: maximum characters of a record.
-      request: maximum characters of a request; longer conversations take several.
-    """
-
+    config: TranslateConfig
     job: Job
-    model: llm.ClientConfig
-    targets: tuple[str, ...]
-    checks: tuple[str, ...] = CHECKS
-    source_language: str = "en"
-    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    limit: int = 0
-    longest: int = 20_000
-    request: int = 6_000
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], out: Path) -> "Translation":
-        """
-        Raises:
-          JobError: names the field at fault.
-        """
-        targets = language_codes(config)
-        source_language = _source_language(config["source_language"])
-        if not targets or len({*targets, source_language}) <= len(targets):
-            raise JobError(
-                f"config.languages: expected languages, each once and other than that of the source, got "
-                f"{targets}"
-            )
-        if config["limit"] < 0:
-            raise JobError(f"config.limit is {config['limit']}; 0 takes all records")
-        checks = split_names(config["checks"])
-        if not set(checks) <= set(CHECKS):
-            raise JobError(f"config.checks: {checks} are not all among {CHECKS}")
-        if not config["source"]:
-            raise JobError("config.source is empty: a file or folder of records in PangeaIns form")
-        return cls(
-            Job(out, STAGES, config["shard_size"]),
-            section(config, "llm", llm.ClientConfig),
-            targets,
-            checks,
-            source_language,
-            notes=dict(config["notes"]),
-            **{name: config[name] for name in ("limit", "longest", "request")},
-        )
 
     @property
     def client(self) -> llm.Client:
-        return llm.client(self.model, self.job.replies)
+        return llm.client(self.config.llm, self.job.replies)
 
     def read(self, files: Iterable[Path]) -> Iterator[Outcome]:
-        """The records that can be translated. A record that cannot is dropped once, not once per language."""
+        """Passes the records that can be translated. Another record is dropped once, not once for each language."""
         records = (record for path in files for record in release.read_records(path))
         for number, raw in enumerate(records):
-            if self.limit and number >= self.limit:
+            if self.config.limit and number >= self.config.limit:
                 return
             try:
                 conversation = Conversation.from_pangeains(raw, default_language=identify_language)
@@ -176,10 +198,10 @@ class Translation:
             yield Dropped(conversation.id, "read", *fault) if fault else Passed(row)
 
     def _unfit(self, conversation: Conversation) -> Fault | None:
-        if self.source_language not in ("any", conversation.language):
+        if self.config.source_code not in ("any", conversation.language):
             return Fault("not in the source language", conversation.language)
         characters = sum(len(turn.text) for turn in conversation.turns)
-        if characters > self.longest:
+        if characters > self.config.longest:
             return Fault("too long", f"{characters:,} characters")
         if not any(markup.is_translatable(turn.text) for turn in conversation.turns):
             return Fault("nothing to translate")
@@ -192,8 +214,9 @@ class Translation:
 
     def translate(self, rows: Iterator[Mapping[str, Any]]) -> Iterator[Outcome]:
         """One outcome for each row and language."""
-        pairs = [(row, code) for row in rows for code in self.targets]
-        yield Added("request", len(pairs) - len(pairs) // len(self.targets))
+        targets = self.config.targets
+        pairs = [(row, code) for row in rows for code in targets]
+        yield Added("request", len(pairs) - len(pairs) // len(targets))
         for _, outcome in self.client.map(lambda pair: self._translated(*pair), pairs):
             yield outcome
 
@@ -216,18 +239,18 @@ class Translation:
             "source_id": source.id,
             "source_number": row["number"],
             "language": code,
-            "model": self.model.model,
+            "model": self.config.llm.model,
             "prompts": VERSION,
             "replies": task.replies,
             "asked_again": task.retries,
             "repairs": dict(task.repairs),
-            "checks": dict.fromkeys(self.checks, "passed"),
+            "checks": dict.fromkeys(split_names(self.config.checks), "passed"),
             "scores": _scores([turn.text for turn in source.turns], texts),
         }
         return Kept(record, origin)
 
     def count_languages(self) -> dict[str, str]:
-        """Language -> how many records are kept, were repaired, or were asked for again."""
+        """Language -> the numbers of records that are kept, were repaired, or were requested again."""
         kept, repaired, again, repairs = Counter(), Counter(), Counter(), Counter()
         for row in provenance(self.job.out):
             code = row["language"]
@@ -237,7 +260,7 @@ class Translation:
             repairs.update(row["repairs"])
         rows = {
             code: f"{kept[code]:,} kept, {repaired[code]:,} of them repaired, {again[code]:,} asked again"
-            for code in self.targets
+            for code in self.config.targets
         }
         return rows | {
             f"repair: {name}": f"{count:,} times" for name, count in repairs.most_common()
@@ -252,26 +275,24 @@ class Translation:
                 pair = (Conversation.from_pangeains(some) for some in (source, record))
                 yield *pair, origin
 
-    def measure_quality(self, quality: Mapping[str, Any]) -> dict[str, str]:
+    def measure_quality(self) -> dict[str, str]:
         """Translates a sample back into the source language, and compares it with the source.
 
         The sample is the same every time: the records whose ids have the smallest hashes.
 
-        Args:
-          quality: `sample`, number of records; `embedding_model`, a model of the same endpoint, or "".
-
         Returns:
           language -> chrF (Popović 2015) of the back-translations, and mean cosine similarity.
         """
-        sample = heapq.nsmallest(quality["sample"], self._kept(), key=_hash)
-        measure = functools.partial(self._measured, model=quality["embedding_model"])
-        rows = [row for _, row in self.client.map(measure, sample)]
+        sample = heapq.nsmallest(self.config.quality.sample, self._kept(), key=_hash)
+        rows = [row for _, row in self.client.map(self._measured, sample)]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self.job.write(QUALITY, text.encode())
-        found = {code: [row for row in rows if row["language"] == code] for code in self.targets}
+        found = {
+            code: [row for row in rows if row["language"] == code] for code in self.config.targets
+        }
         return {code: _summary(some) for code, some in found.items() if some}
 
-    def _measured(self, triple, model: str) -> dict[str, Any]:
+    def _measured(self, triple) -> dict[str, Any]:
         source, target, _ = triple
         pairs = [
             (before.text, after.text)
@@ -282,8 +303,8 @@ class Translation:
         row = {"id": target.id, "language": target.language, "source": ours, "back": None}
         try:
             row["back"] = self._back(theirs, target.language, source.language)
-            if model:
-                row["similarity"] = self._similarity(ours, theirs, model)
+            if self.config.quality.embedding_model:
+                row["similarity"] = self._similarity(ours, theirs)
         except llm.Refused as refused:
             row["problem"] = str(refused)
         return row
@@ -300,34 +321,36 @@ class Translation:
             return None
         return [markup.restore(text, p)[0] for text, p in zip(found, protected, strict=True)]
 
-    def _similarity(self, ours: Sequence[str], theirs: Sequence[str], model: str) -> float:
+    def _similarity(self, ours: Sequence[str], theirs: Sequence[str]) -> float:
+        model = self.config.quality.embedding_model
         pair = ["\n".join(texts) for texts in (ours, theirs)]
         a, b = np.asarray(self.client.embed(pair, model=model, purpose="similarity"))
         return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
 
 
 class _Task:
-    """Translates one conversation into one language: asks, checks, repairs, asks once more.
+    """Translates one conversation into one language: requests, checks, repairs, and may request once more.
 
     Attributes:
-      repairs: repairs by rule in the texts that are kept.
+      repairs: name of a repair -> number of repairs in the kept texts.
       replies: keys of the replies.
       retries: number of requests that were repeated.
     """
 
     def __init__(self, translation: Translation, source_language: str, code: str):
         self._of, self._source, self._code = translation, source_language, code
+        self._checks = split_names(translation.config.checks)
         self.repairs: Counter[str] = Counter()
         self.replies: list[str] = []
         self.retries = 0
 
     def turns(self, sources: Sequence[str]) -> list[str] | Fault:
-        """The translated turns, or why there are none.
+        """The translated turns, or the fault.
 
         Raises:
           llm.Refused: the model or the endpoint declines.
         """
-        texts = list(sources)  # texts without words stay as they are, and cost nothing
+        texts = list(sources)  # texts without words stay unchanged and are not sent
         for group in self._groups(sources):
             found = self._group([sources[i] for i in group])
             if isinstance(found, Fault):
@@ -342,7 +365,7 @@ class _Task:
         for i, text in enumerate(sources):
             if not markup.is_translatable(text):
                 continue
-            if not groups or size + len(text) > self._of.request:
+            if not groups or size + len(text) > self._of.config.request:
                 groups.append([])
                 size = 0
             groups[-1].append(i)
@@ -370,7 +393,7 @@ class _Task:
             native=language.native_name,
             marks=_marks(protected),
         )
-        note = self._of.notes.get(self._code)
+        note = self._of.config.notes.get(self._code)
         system += (f"\n- {note}" if note else "") + addition
         reply = self._of.client.complete(
             _messages(system, [text.text for text in protected]), purpose="translation"
@@ -398,24 +421,24 @@ class _Task:
             text = markup.keep_margins(source, text)
             text, relabelled = markup.repair_labels(source, text)
             repairs = repairs + repaired + ["option respelled"] * relabelled
-            # A lost mark would also show up as a structural fault.
-            faults += lost or self._structural_faults(source, text)
+            # A lost mark is also a structural fault, so the structure is then not checked.
+            if lost or "structure" not in self._checks:
+                faults += lost
+            else:
+                faults += markup.structural_faults(source, text)
             texts.append(text)
         pairs = [
             tuple(markup.prose(text) for text in pair) for pair in zip(sources, texts, strict=True)
         ]
-        # Each short turn alone may be too short to judge; all of them together may not be.
+        # A turn may be too short for the checks, but all turns together may be long enough.
         pairs.append(tuple("\n".join(some) for some in zip(*pairs, strict=True)))
         for pair in pairs:
             faults += self._language_faults(*pair)
         return texts, repairs, faults
 
-    def _structural_faults(self, source: str, text: str) -> list[Fault]:
-        return markup.structural_faults(source, text) if "structure" in self._of.checks else []
-
     def _language_faults(self, source: str, target: str) -> list[Fault]:
         """Faults of the prose of one turn, or of all turns together."""
-        checks, faults = self._of.checks, []
+        checks, faults = self._checks, []
         if "language" in checks:
             faults += language_check.language_faults(target, self._code)
         if "copy" in checks:
@@ -423,19 +446,6 @@ class _Task:
         if "length" in checks:
             faults += language_check.length_faults(source, target, self._code)
         return faults
-
-
-def _source_language(tag: str) -> str:
-    """
-    Raises:
-      JobError: it is neither a language nor "any".
-    """
-    if tag == "any":
-        return tag
-    try:
-        return languages.get(tag).code
-    except KeyError as error:
-        raise JobError(f"config.source_language: {error.args[0]}, or any") from None
 
 
 def _messages(system: str, texts: Sequence[str]) -> list[dict[str, str]]:

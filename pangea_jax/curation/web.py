@@ -1,8 +1,7 @@
 """Fetches from the web: only from public addresses, and only what robots.txt allows (RFC 9309).
 
-Each request looks its host name up once, and connects to an address that was checked. A name that
-resolves to another address a moment later (DNS rebinding) changes nothing. The certificate is still
-checked against the name.
+Each request looks up its host name once and connects to the address that was checked. So it does not matter if the
+name resolves to another address a moment later (DNS rebinding). The certificate is still checked against the name.
 """
 
 import contextlib
@@ -35,14 +34,14 @@ _MAX_REDIRECTS = 5
 _ROBOTS_BYTES = 500 << 10  # RFC 9309 asks a robot to read at least this much
 _ROBOTS_SECONDS, _ROBOTS_RETRY_SECONDS = 24 * 3600, 300
 _ROBOTS_HOSTS = 4_096
-_LOOK_UPS = threading.BoundedSemaphore(512)  # only a resolver that hangs reaches this number
+_LOOK_UPS = threading.BoundedSemaphore(512)  # reached only if the resolver hangs
 
-# The last 32 bits of these IPv6 addresses are an IPv4 address: NAT64 (RFC 6052), and the old form.
+# The last 32 bits of these IPv6 addresses are an IPv4 address: NAT64 (RFC 6052), and an older form.
 _OVER_IPV4 = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("::/96")
 
 
 class FetchError(Exception):
-    """Something could not be fetched, or may not be; the message is a short fixed phrase."""
+    """An address cannot or must not be fetched. The message is a short fixed phrase."""
 
 
 class Answer(NamedTuple):
@@ -66,8 +65,8 @@ class Fetch:
     Attributes:
       timeout: seconds for one fetch, including the look-up of the name, redirections and all addresses of
         the host. Each host's robots.txt gets as many seconds again.
-      max_bytes: larger files are given up.
-      private: whether addresses of private networks are allowed. A crawl can hold any address.
+      max_bytes: maximum size of a file.
+      private: whether addresses of private networks are allowed. A crawl can contain any address.
       robots: whether robots.txt is obeyed. Each process reads it once a day for each host.
       user_agent: the name that robots.txt can address. Say in it how you can be reached.
       browser: a browser's user agent, sent before `user_agent`.
@@ -122,7 +121,7 @@ class Fetch:
         seconds = self.timeout if seconds is None else seconds
         try:
             found = _look_up(parts.hostname, parts.port or 443, seconds)
-        except (OSError, ValueError):  # impossible names and ports
+        except (OSError, ValueError):  # invalid names and ports
             raise FetchError("address cannot be reached") from None
         addresses = list(dict.fromkeys(entry[4][0] for entry in found))
         if not self.private and not all(map(_is_public, addresses)):
@@ -130,7 +129,7 @@ class Fetch:
         return addresses
 
     def _get(self, url: str, *, robots: bool, cut_at: int | None = None) -> Answer:
-        """The answer; with `cut_at`, only the first bytes of its body, whatever `max_bytes` says."""
+        """The answer. With `cut_at`, the body is cut to that size, and `max_bytes` is ignored."""
         seconds = self.timeout
         for _ in range(_MAX_REDIRECTS + 1):
             _split(url)
@@ -167,14 +166,14 @@ class Fetch:
                         return urllib.parse.urljoin(url, target)
                     kind = reply.headers.get("Content-Type", "")
                     return Answer(reply.status, url, kind, self._body(reply, deadline, cut_at))
-        # Crawled addresses are broken in every possible way, and each library reports its own errors.
+        # Crawled addresses have all kinds of faults, for which the libraries raise different errors.
         except (urllib3.exceptions.HTTPError, OSError, ValueError):
             deadline.check()
             raise FetchError("address cannot be reached") from None
 
     def _body(self, reply, deadline: "_Deadline", cut_at: int | None) -> bytes:
         body = bytearray()
-        # read1 returns what has arrived; read would wait, perhaps for days, until the block is full.
+        # read1 returns what has arrived; read would wait until the block is full, perhaps for days.
         while block := reply.read1(1 << 16, decode_content=True):
             body += block
             if cut_at is not None and len(body) >= cut_at:
@@ -182,7 +181,7 @@ class Fetch:
             if cut_at is None and len(body) > self.max_bytes:
                 raise FetchError("file is too large")
             deadline.check()
-        deadline.check()  # after we hang up, a body seems to be at its end
+        deadline.check()  # if the deadline closed the connection, the body only seems complete
         return bytes(body)
 
     def _check_robots(self, url: str) -> None:
@@ -199,7 +198,7 @@ class Fetch:
         """The rules of a host.
 
         Raises:
-          FetchError: the host is out of order or cannot be reached, so nothing may be fetched from it.
+          FetchError: the host has an error or cannot be reached, so nothing may be fetched from it.
         """
         answer = self._get(f"{origin}/robots.txt", robots=False, cut_at=_ROBOTS_BYTES)
         if answer.status >= 500 or answer.status == 429:
@@ -214,7 +213,7 @@ class Fetch:
 def _split(url: str) -> urllib.parse.SplitResult:
     """
     Raises:
-      FetchError: it is not an address of the web.
+      FetchError: it is not an address with http or https.
     """
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
@@ -224,10 +223,10 @@ def _split(url: str) -> urllib.parse.SplitResult:
 
 
 def _look_up(host: str, port: int, seconds: float) -> list[tuple]:
-    """`socket.getaddrinfo`. Nothing can stop that call, so a thread that runs out of time is abandoned.
+    """`socket.getaddrinfo` in a thread. The call cannot be stopped, so the thread is left alone after a timeout.
 
     Raises:
-      FetchError: the time is over, or too many threads have been abandoned to start another.
+      FetchError: a timeout, or too many threads hang already.
       OSError, ValueError: there is no such name.
     """
     end, found = time.monotonic() + seconds, futures.Future()
@@ -249,7 +248,7 @@ def _look_up(host: str, port: int, seconds: float) -> list[tuple]:
 
 
 def _is_public(address: str) -> bool:
-    """Whether an address is public; if it stands for an IPv4 address, that one must be public too."""
+    """Whether an address is public. If it contains an IPv4 address, that one must be public, too."""
     parsed = ipaddress.ip_address(address)
     if parsed.version == 4:
         return parsed.is_global
@@ -262,7 +261,7 @@ def _is_public(address: str) -> bool:
 
 
 class _Deadline:
-    """Hangs up when the time is over. A server that sends a byte now and then never times out by itself."""
+    """Closes connections after a time limit, also if a slow server sends a byte now and then."""
 
     def __init__(self, seconds: float):
         self._end, self._is_over = time.monotonic() + seconds, False
@@ -288,13 +287,13 @@ class _Deadline:
     def check(self) -> None:
         """
         Raises:
-          FetchError: the time is over.
+          FetchError: the time limit is over.
         """
         if self._is_over or self.seconds_left <= 0:
             raise FetchError("address is too slow")
 
     def watch(self, line: socket.socket) -> None:
-        """Hangs up on this connection as well; TLS may take its socket over, so a copy is kept."""
+        """Adds a connection. A copy of its socket is kept, since TLS may take over the original."""
         with self._lock:
             self._sockets.append(line.dup())
         if self._is_over:
@@ -309,14 +308,14 @@ class _Deadline:
 
 
 def _pinned(fetch: Fetch, url: str, deadline: _Deadline) -> urllib3.PoolManager:
-    """Connects to `url` at addresses that `fetch` has checked, whatever its name resolves to next."""
+    """Connects to `url` only at addresses that `fetch` has checked."""
 
     class Pinned(urllib3.connection.HTTPConnection):
         def _new_conn(self) -> socket.socket:
             addresses = fetch.addresses(url, deadline.seconds_left)
             for number, address in enumerate(addresses, 1):
                 deadline.check()
-                # An address that does not answer leaves the others their share of the time.
+                # Each address has its share of the time, so that one without an answer does not use it up.
                 share = deadline.seconds_left / (len(addresses) + 1 - number)
                 try:
                     line = connection.create_connection((address, self.port), share)
@@ -368,13 +367,11 @@ class _Rules:
                 rules.set_result(fetch.read_robots(origin))
             except BaseException as error:
                 rules.set_exception(error)
-                with self._lock:  # the host may soon be in order again
+                with self._lock:  # the host may soon work again
                     self._of[key] = now - _ROBOTS_SECONDS + _ROBOTS_RETRY_SECONDS, rules
         error = rules.exception()
-        if isinstance(
-            error, FetchError
-        ):  # a new one each time: raising an error extends its traceback
-            raise FetchError(str(error))
+        if isinstance(error, FetchError):
+            raise FetchError(str(error))  # a new one, since raising an error extends its traceback
         return rules.result()
 
 

@@ -1,13 +1,13 @@
 """One run of a curation pipeline: its parts, their shards, and the files of its results.
 
-A pipeline is a row of parts. Each part reads the shards of the part before it. For every row that it reads, it
+A pipeline is a sequence of parts. Each part reads the shards of the part before it. For every row that it reads, it
 yields exactly one outcome (`accounting.py`): `Passed` on to the next part, `Kept` as a record of PangeaIns,
-or `Dropped` for a reason. Beam spreads the shards over its workers. A finished shard is never made again, so a
-killed pipeline goes on, and its results do not depend on how often it was killed (`pangea_jax/work/restart.py`).
+or `Dropped` for a reason. Beam distributes the shards to its workers. A finished shard is never made again. So a killed
+pipeline goes on, and its results do not depend on the number of kills (`pangea_jax/work/restart.py`).
 
     OUT/records/00000.jsonl, images/    records, for launch/build_data.py pangeains --source=OUT/records
-    OUT/provenance/00000.jsonl          line for line: where a record comes from and what was found out about it
-    OUT/dropped/PART-00000.jsonl        what was dropped, at which stage, and why
+    OUT/provenance/00000.jsonl          one line for each record: its source, models, scores and repairs
+    OUT/dropped/PART-00000.jsonl        the dropped records, with stage and reason
     OUT/report.json, report.md          every stage's yield
     OUT/usage.json                      what the model has cost
     OUT/work                            shards between the parts, and the model's replies
@@ -41,7 +41,7 @@ from pangea_jax.work.atomic import as_json, read_json, write_bytes, write_json
 RECORDS = "records"
 """The part that makes the records."""
 
-# Keys of `config.llm` that do not change the answers.
+# Keys of `config.llm` and `config.scoring_llm` that do not change the answers.
 _NOT_PLANNED = (
     *("base_url", "api_key_variable", "concurrency", "timeout", "retries", "patience", "journal"),
     *("price_in", "price_out", "image_tokens", "budget", "max_calls"),
@@ -131,11 +131,11 @@ class Job:
         return read_json(self._end(part))["shards"]
 
     def split(self, part: str, outcomes: Iterable[Outcome], *, source: str | None = None) -> int:
-        """Runs a part in order in this process, such as reading, or comparing all rows with each other.
+        """Runs a part in this process, in order, for work such as reading or comparing all rows with each other.
 
         Args:
-          outcomes: computed lazily; a second call must give the same ones.
-          source: the part whose rows the outcomes are for. None: the rows enter the pipeline here.
+          outcomes: computed lazily; a second call must give the same outcomes.
+          source: the part whose rows have these outcomes. None: the rows enter the pipeline here.
 
         Returns:
           the number of shards.
@@ -174,7 +174,7 @@ class Job:
         source: str,
         function: Callable[[Iterator[dict[str, Any]]], Iterator[Outcome]],
     ) -> None:
-        """Runs a part on each shard alone, on the workers of `run`.
+        """Runs a part on each shard separately, on the workers of `run`.
 
         Args:
           run: `runners.Beam(options)`.
@@ -202,13 +202,13 @@ class Job:
     def _write(
         self, part: str, shard: int, outcomes: Iterable[Outcome], counts: Accounting
     ) -> None:
-        """Writes the files of a shard, the counts last: they say that it is finished."""
+        """Writes the files of a shard, the counts last, since they mark it as finished."""
         dropped = [dataclasses.asdict(o) for o in outcomes if isinstance(o, Dropped)]
         unknown = {row["stage"] for row in dropped} | set(counts.added)
         if not unknown <= set(self.stages):
             raise AccountingError(f"part {part}: no stage {unknown - set(self.stages)}")
         path = self.out / "dropped" / f"{part}-{shard:05d}.jsonl"
-        path.unlink(missing_ok=True)  # from a try that was killed before it wrote its counts
+        path.unlink(missing_ok=True)  # of a run that was killed before it wrote the counts
         if dropped:
             _write_lines(path, dropped)
         kept = [o for o in outcomes if isinstance(o, Kept)]
@@ -223,7 +223,7 @@ class Job:
         write_json(self._path(part, shard, "json"), counts.to_json())
 
     def _without_pictures(self, outcome: Outcome) -> Outcome:
-        """Writes a record's pictures at once, since those of a shard may not fit into memory."""
+        """Writes the pictures of a record at once, since those of a whole shard may not fit into memory."""
         if not isinstance(outcome, Kept) or not outcome.pictures:
             return outcome
         for name, data in outcome.pictures.items():
@@ -231,7 +231,7 @@ class Job:
         return dataclasses.replace(outcome, pictures={})
 
     def accounting(self, *parts: str) -> Accounting:
-        """Counts of consecutive finished parts: entered the first one, left the last one, dropped on the way.
+        """Adds up consecutive finished parts: records that entered the first, left the last, and were dropped.
 
         Raises:
           AccountingError: a record was lost on the way.
@@ -292,7 +292,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The work of a part on one shard, sent to the workers."""
+    """The work of a part, as it is sent to the workers."""
 
     job: Job
     name: str
@@ -301,7 +301,7 @@ class _Part:
 
     def run_shard(self, shard: int) -> None:
         job = self.job
-        # A runner may hand out a shard twice. After one shard has stopped, the others need not try.
+        # A runner may run a shard twice. If one shard was stopped, the others are not run.
         if job._path(self.name, shard, "json").is_file() or job._stopped.is_file():
             return
         counts, outcomes = Accounting(), []
@@ -316,7 +316,7 @@ class _Part:
                 outcome = job._without_pictures(_checked(outcome, job.stages[-1]))
                 counts.count(outcome)
                 outcomes.append(outcome)
-        # Beam would replace a KeyboardInterrupt by an error of its own.
+        # Beam would replace a KeyboardInterrupt with its own error.
         except (reply_store.Stop, KeyboardInterrupt) as stop:
             write_json(job._stopped, {"kind": type(stop).__name__, "problem": str(stop)})
             return
@@ -337,43 +337,42 @@ def _checked(outcome: Outcome, last_stage: str) -> Outcome:
     return outcome
 
 
-def plan(config: Mapping[str, Any], sources: Iterable[Path] = ()) -> dict[str, Any]:
-    """What decides the results: the source files, and the config without addresses, limits and prices."""
-    config = as_json(plain(config))
-    for name in _NOT_PLANNED:
-        config.get("llm", {}).pop(name, None)
+def plan(config: Any, sources: Iterable[Path] = ()) -> dict[str, Any]:
+    """Everything that decides the results: the source files, and the config without addresses, limits and prices.
+
+    Args:
+      config: a dataclass.
+    """
+    config = as_json(dataclasses.asdict(config))
+    for model in config.keys() & {"llm", "scoring_llm"}:
+        config[model] = {k: v for k, v in config[model].items() if k not in _NOT_PLANNED}
     found = [(path.name, path.stat()) for path in sources]
     files = sorted([name, stat.st_size, stat.st_mtime_ns] for name, stat in found)
     return config | {"files": files}
 
 
-def plain(value: Any) -> Any:
-    """A section of a config and its inner sections as dicts."""
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
-    return dict(value) if isinstance(value, Mapping) else value
-
-
-def language_codes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """`config.languages` as canonical codes.
+def language_codes(
+    tags: Sequence[str],
+    key: str = "languages",
+    hint: str = "; to add a language, add a line to pangea_jax/languages.py",
+) -> tuple[str, ...]:
+    """The canonical codes of the language tags in `config.KEY`.
 
     Raises:
-      JobError: one of them is unknown.
+      ValueError: a tag is unknown; names the key, and ends with `hint`.
     """
     try:
-        return tuple(languages.get(tag).code for tag in split_names(config["languages"]))
+        return tuple(languages.get(tag).code for tag in split_names(tags))
     except KeyError as error:
-        raise JobError(
-            f"config.languages: {error.args[0]}; to add a language, add a line to pangea_jax/languages.py"
-        ) from None
+        raise ValueError(f"config.{key}: {error.args[0]}{hint}") from None
 
 
 def split_names(value: Sequence[str]) -> tuple[str, ...]:
-    """`("sw", "yo")`, also from `("sw,yo",)`, which is what `sw,yo` on a command line becomes."""
+    """Splits names at commas: `sw,yo` on a command line becomes `("sw,yo",)`, and here `("sw", "yo")`."""
     return tuple(name for entry in value for name in entry.split(",") if name)
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    # Records are valid Unicode, but details of faults may quote half a surrogate pair. JSON can escape it.
+    # Records are valid Unicode, but details of faults may contain half a surrogate pair, which JSON can escape.
     write_bytes(path, text.encode("utf-8", "backslashreplace"))

@@ -26,12 +26,14 @@ from pangea_jax.curation.accounting import Dropped, Entered, Passed
 from pangea_jax.curation.filters import Filters
 from pangea_jax.data.build import archives, pangeains
 from pangea_jax.data.record import Conversation
+from pangea_jax.typed_config import build
 from pangea_jax.work import runners
 
 from .crawl import Crawl, Web, alt_texts, answers, make_crawl, prompt_of
 from .samples import ENGLISH, SENTENCES, picture
 
 RUNNER = ["--runner=DirectRunner"]
+PROBLEMS = (workflow.JobError, FileNotFoundError, ValueError)
 
 
 @pytest.fixture
@@ -54,6 +56,10 @@ def make_config(crawl, endpoint, tmp_path):
     config.scoring_llm.update(common)
     config.llm.update(common, price_in=1.0, price_out=2.0)
     return config
+
+
+def run(config, out, options):
+    return cultural.run(build(cultural.CulturalConfig, config), out, options)
 
 
 def rows_of(folder):
@@ -81,7 +87,7 @@ def test_what_is_planted_is_found_and_all_else_is_kept(tmp_path, web, start_endp
     crawl = make_crawl(tmp_path / "crawl", web)
     endpoint = start_endpoint(answers(crawl.scores))
     config, out = make_config(crawl, endpoint, tmp_path), tmp_path / "out"
-    report = cultural.run(config, out, RUNNER)
+    report = run(config, out, RUNNER)
     dropped = Counter((r["id"], r["stage"], r["reason"]) for r in rows_of(out / "dropped"))
     scored = {id for id, stage, _ in dropped if stage in ("quality", "country")}
     assert (
@@ -115,7 +121,7 @@ def test_records_are_ready_to_be_built_and_say_where_they_come_from(tmp_path, we
     crawl = make_crawl(tmp_path / "crawl", web)
     endpoint = start_endpoint(answers(crawl.scores), shares=TROUBLE)
     out = tmp_path / "out"
-    report = cultural.run(make_config(crawl, endpoint, tmp_path), out, RUNNER)
+    report = run(make_config(crawl, endpoint, tmp_path), out, RUNNER)
     dropped, kept = rows_of(out / "dropped"), rows_of(out / "records")
     assert report["entered"] == crawl.rows
     made = sum(row["id"].endswith("-caption") for row in kept)
@@ -165,7 +171,7 @@ def run_to_the_end(folder, url, out):
     logging.disable(logging.CRITICAL)
     crawl = Crawl(folder / "crawl", Counter(), [], {})
     endpoint = types.SimpleNamespace(url=url)
-    cultural.run(make_config(crawl, endpoint, folder), out, RUNNER)
+    run(make_config(crawl, endpoint, folder), out, RUNNER)
 
 
 def test_stopped_and_killed_ten_times_it_makes_the_same_and_pays_for_nothing_twice(
@@ -174,14 +180,14 @@ def test_stopped_and_killed_ten_times_it_makes_the_same_and_pays_for_nothing_twi
     crawl = make_crawl(tmp_path / "crawl", web)
     first, second = (start_endpoint(answers(crawl.scores), shares=TROUBLE) for _ in range(2))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    cultural.run(make_config(crawl, first, tmp_path), whole, RUNNER)
+    run(make_config(crawl, first, tmp_path), whole, RUNNER)
 
     limited = make_config(crawl, second, tmp_path)
     limited.llm.max_calls = 15
     with pytest.raises(
         reply_store.BudgetExceeded, match="raise it and start the same command again"
     ):
-        cultural.run(limited, killed, RUNNER)
+        run(limited, killed, RUNNER)
     assert second.finished.total() == 15
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
@@ -196,7 +202,7 @@ def test_stopped_and_killed_ten_times_it_makes_the_same_and_pays_for_nothing_twi
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
     second.wait_until_idle()
-    cultural.run(make_config(crawl, second, tmp_path), killed, RUNNER)
+    run(make_config(crawl, second, tmp_path), killed, RUNNER)
     assert results(killed) == results(whole)
     usage = reply_store.Replies(killed / "work" / "replies.sqlite", lease=600.0).usage()
     # A reply that was on its way when its asker was killed is asked for again, and counted as lost.
@@ -234,9 +240,9 @@ def test_settings_that_cannot_be_carried_out_say_so(tmp_path):
     config = make_config(crawl, types.SimpleNamespace(url="http://127.0.0.1:9/v1"), tmp_path)
 
     def problem(**changes):
-        with config.unlocked(), pytest.raises((workflow.JobError, FileNotFoundError)) as caught:
+        with config.unlocked(), pytest.raises(PROBLEMS) as caught:
             config.update(changes)
-            cultural.run(config, tmp_path / "out", RUNNER)
+            run(config, tmp_path / "out", RUNNER)
         return str(caught.value)
 
     assert "nowhere: no such file" in problem()
@@ -244,13 +250,23 @@ def test_settings_that_cannot_be_carried_out_say_so(tmp_path):
     assert "no *.parquet" in problem(source=str(tmp_path / "empty"))
     assert "config.languages: unknown language tag 'xx'" in problem(languages=("xx",))
     config.balance.per_topic = 3
-    assert "config.balance: unknown per_topic; it may have per_" in problem(languages=())
+    assert "config.balance.per_topic is an unknown key; did you mean" in problem(languages=())
     # One budget is for both models: another would not be kept.
     config.balance = {}
-    assert "config.scoring_llm: unknown budget" in problem(scoring_llm={"budget": 5.0})
+    unknown = "config.scoring_llm.budget is an unknown key"
+    assert unknown in problem(scoring_llm={"model": "m", "budget": 5.0})
+
+
+def test_plans_are_those_of_earlier_versions():
+    config = build(cultural.CulturalConfig, cultural_config.get_config())
+    plan = cultural._plan(config, cultural._filters(config), [])
+    assert set(plan["fetch"]) == {"timeout", "private", "robots", "user_agent"}
+    assert set(plan["llm"]) == {"model", "temperature", "max_tokens", "extra_body"}
+    assert set(plan["scoring_llm"]) == set(plan["llm"])
 
 
 def test_tags_may_be_written_as_a_command_line_has_them():
     config = cultural_config.get_config()
     config.filters.nsfw = ("UNLIKELY,unsure",)  # of --config.filters.nsfw=UNLIKELY,unsure
+    config = build(cultural.CulturalConfig, config)
     assert cultural._filters(config).nsfw == ("UNLIKELY", "UNSURE")

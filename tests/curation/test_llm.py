@@ -155,7 +155,7 @@ def test_beyond_patience_the_run_stops_and_nothing_is_lost(start_endpoint, tmp_p
     client = llm.Client(client_config(endpoint, retries=0, patience=0.5), tmp_path / "r.sqlite")
     endpoint.down = True
     with pytest.raises(
-        llm.EndpointError, match=r"has not answered for .* the same command goes on"
+        llm.EndpointError, match=r"has not answered for .* run the same command again"
     ):
         ask(client, "a")
     endpoint.down = False
@@ -202,7 +202,7 @@ def test_wrong_key_and_wrong_settings_stop_at_once(start_endpoint, tmp_path, mon
     monkeypatch.setattr(endpoint, "respond", respond)
     for code in (401, 403, 404):
         status.append(code)
-        with pytest.raises(llm.EndpointError, match=r"refuses us: .*no such model"):
+        with pytest.raises(llm.EndpointError, match=r"refuses the request: .*no such model"):
             ask(client, "a")
     status.append(400)
     for prompt in MANY[:19]:

@@ -51,7 +51,7 @@ def test_marks_are_characters_that_the_text_does_not_have():
 
 def test_a_reply_may_have_every_bracket_but_a_source_may_not():
     brackets = "⟦⦃⟪⌊"
-    with pytest.raises(ValueError, match="the text has all of"):
+    with pytest.raises(ValueError, match="the text contains all of"):
         protect(brackets)
     assert _reasons("some words", f"Wörter {brackets}") == []
     assert restore(f"Wörter {brackets}", protect("words"))[2] == [("mark invented", "half a mark")]

@@ -12,10 +12,12 @@ pytest.importorskip("regex", reason="regex is in requirements-curation.txt")
 pytest.importorskip("urllib3", reason="urllib3 is in requirements-curation.txt")
 pytest.importorskip("protego", reason="Protego is in requirements-curation.txt")
 
+from configs.curation import ocr as ocr_config
 from pangea_jax.curation import browser as browsers
 from pangea_jax.curation import ocr
 from pangea_jax.curation.browser import BrowserConfig, BrowserError, Device, PageError
 from pangea_jax.curation.ocr_pages import Page
+from pangea_jax.typed_config import build
 
 from .web_pages import CONFIG, DESKTOP, DEVICES, DROPPED, frame, shoot, write_pages
 
@@ -53,7 +55,7 @@ def test_the_frame_leaves_what_it_encloses():
 )
 def test_elements_that_do_not_qualify(change, fault):
     element = {"text": "Some words", "font": 16.0, "top": 40.0, "width": 300.0, "height": 20.0}
-    assert ocr.element_fault(element | change, "en", DEVICES[0], ocr.Choice()) == fault
+    assert ocr.element_fault(element | change, "en", DEVICES["desktop"], ocr.Choice()) == fault
 
 
 def test_script_share():
@@ -73,7 +75,7 @@ def test_long_texts_come_first_more_often():
 
 
 def test_a_missing_browser_says_what_to_install(monkeypatch, tmp_path):
-    with pytest.raises(BrowserError, match="no program that can be run"):
+    with pytest.raises(BrowserError, match="not a program that can be run"):
         pytest.importorskip("playwright", reason="playwright is an extra")
         browsers.find_chromium(str(tmp_path / "chromium"))
     monkeypatch.setattr(browsers.import_util, "find_spec", lambda name: None)
@@ -101,14 +103,21 @@ def test_playwrights_own_chromium_is_found_where_none_is_on_path(monkeypatch, tm
 def test_configs_that_cannot_be():
     with pytest.raises(ValueError, match="there are 3 devices"):
         dataclasses.replace(CONFIG, views_per_page=4)
-    with pytest.raises(ValueError, match="'xx' is none of"):
+    with pytest.raises(ValueError, match=r"config\.languages: unknown language tag 'xx'"):
         dataclasses.replace(CONFIG, languages=("en", "xx"))
     with pytest.raises(ValueError, match="English"):
         dataclasses.replace(CONFIG, instructions={"ar": ("؟",)})
-    with pytest.raises(ValueError, match="device wall"):
-        Device("wall", 20_000, 20_000)
+    with pytest.raises(ValueError, match=r"width=20000, height=20000.*too many"):
+        Device(20_000, 20_000)
     with pytest.raises(ValueError, match="not none, static or all"):
         BrowserConfig(network="some")
+
+
+def test_plans_are_those_of_earlier_versions():
+    config = build(ocr.OcrConfig, ocr_config.get_config())
+    devices = ocr._plan(config, [])["devices"]
+    assert devices["laptop"] == {"width": 1280, "height": 800}
+    assert devices["dense"] == {"width": 1440, "height": 900, "scale": 2.0}
 
 
 def test_pages_that_are_dropped(chromium, tmp_path):

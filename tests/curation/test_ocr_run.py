@@ -20,6 +20,7 @@ from configs.curation import ocr as ocr_config
 from pangea_jax.curation import ocr
 from pangea_jax.curation.browser import Browser
 from pangea_jax.data.store import RecordStore
+from pangea_jax.typed_config import build
 
 from .web_pages import CONFIG, DEVICES, DROPPED, SANDBOX, SCREENS, WORDS, frame, page, write_pages
 
@@ -48,7 +49,7 @@ def make_config(pages, shard_size, views_per_page=1):
         config.devices = SCREENS
     config.browser.sandbox = SANDBOX
     config.shard_size, config.views_per_page = shard_size, views_per_page
-    return config
+    return build(ocr.OcrConfig, config)
 
 
 def rows(folder):
@@ -72,14 +73,13 @@ def test_every_page_is_accounted_for(curated):
 @pytest.mark.slow
 def test_the_box_encloses_the_element_and_the_text_is_the_dom_s(curated):
     folder, _, texts = curated
-    devices = {device.name: device for device in DEVICES}
     records = rows(folder / "out" / "records")
     elements = set()
 
     async def compare():
         async with Browser(CONFIG.browser, local=True) as browser:
             for record, row in zip(records, rows(folder / "out" / "provenance"), strict=True):
-                device = devices[row["device"]]
+                device = DEVICES[row["device"]]
                 source = (folder / "pages" / row["page"]).read_bytes()
                 async with browser.open(source, device) as page:
                     await page.run("top => scrollTo(0, top)", row["scroll"])

@@ -57,7 +57,7 @@ def test_budget_is_never_exceeded_and_raising_it_goes_on(start_endpoint, tmp_pat
 def test_limit_of_calls(start_endpoint, tmp_path):
     endpoint = start_endpoint(echo)
     client = llm.Client(client_config(endpoint, max_calls=7), tmp_path / "r.sqlite")
-    with pytest.raises(reply_store.BudgetExceeded, match="7 calls are made"):
+    with pytest.raises(reply_store.BudgetExceeded, match="7 calls were made"):
         list(client.map(lambda p: ask(client, p), MANY))
     assert endpoint.asked.total() == 7
 

@@ -232,9 +232,9 @@ def test_ids_that_a_line_cannot_hold_are_warned_of(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.jsonl", b'{"id": 1}\n{"id": \n', r"a\.jsonl, row 2: is no JSONL"),
+        ("a.jsonl", b'{"id": 1}\n{"id": \n', r"a\.jsonl, row 2: is not JSONL"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz, row 1"),
-        ("a.json", b"\xff\xfe", r"a\.json, row 1: is no JSON"),
+        ("a.json", b"\xff\xfe", r"a\.json, row 1: is not JSON"),
         ("a.jpg", b"no picture", r"a\.jpg'.*not a whole file"),
     ],
 )

@@ -28,6 +28,7 @@ from .translator import (
     line_by_line,
     lines_of,
     make_config,
+    run,
     target_of,
     texts_of,
     translator,
@@ -57,7 +58,7 @@ def test_every_record_is_translated_or_dropped_for_the_reason_that_it_had(start_
     config = make_config(tmp_path, endpoint, english_records() + bad)
     with open(config.source, "a") as file:
         file.write("[" * 100_000 + "]" * 100_000 + "\n")
-    report = translate.run(config, tmp_path / "out", OPTIONS)
+    report = run(config, tmp_path / "out", OPTIONS)
 
     # What the server did to each record and language, in the order in which it was asked.
     done = {}
@@ -125,7 +126,7 @@ def test_every_record_is_translated_or_dropped_for_the_reason_that_it_had(start_
 
     # Finished is finished.
     asked = endpoint.asked.total()
-    assert translate.run(config, tmp_path / "out", OPTIONS) == report
+    assert run(config, tmp_path / "out", OPTIONS) == report
     assert endpoint.asked.total() == asked
 
 
@@ -149,7 +150,7 @@ def test_embeddings_and_back_translation_are_measured(start_endpoint, tmp_path):
     endpoint = start_endpoint(answer, embed=embed)
     config = make_config(tmp_path, endpoint, program, languages=("de",))
     config.quality.embedding_model = "e"
-    report = translate.run(config, tmp_path / "out", OPTIONS)
+    report = run(config, tmp_path / "out", OPTIONS)
     assert report["sections"]["Quality of a sample"] == {
         "de": "1 of 1 read back, chrF 100.0, similarity 0.600"
     }
@@ -159,7 +160,7 @@ def test_fields_that_only_some_servers_know_are_sent(start_endpoint, tmp_path):
     endpoint = start_endpoint(translator)
     config = make_config(tmp_path, endpoint, english_records()[:1])
     config.llm.extra_body = {"chat_template_kwargs": {"enable_thinking": False}}
-    assert translate.run(config, tmp_path / "out", OPTIONS)["kept"] == 3
+    assert run(config, tmp_path / "out", OPTIONS)["kept"] == 3
     sent = [request["chat_template_kwargs"] for request in endpoint.requests.values()]
     assert sent
     assert all(kwargs == {"enable_thinking": False} for kwargs in sent)
@@ -226,7 +227,7 @@ def test_a_new_language_is_built_and_counted_under_its_name(start_endpoint, tmp_
     for animal in animals:
         (tmp_path / "own" / f"{animal}.png").write_bytes(picture(kind="PNG"))
     config = make_config(tmp_path, start_endpoint(translated), records, languages=("yo",))
-    report = translate.run(config, tmp_path / "out", OPTIONS)
+    report = run(config, tmp_path / "out", OPTIONS)
     assert (report["kept"], report["dropped"]) == (4, 0)
     assert config.checks == translate.CHECKS
 
@@ -248,9 +249,9 @@ def test_an_endpoint_that_is_gone_stops_the_run_and_loses_nothing(start_endpoint
     with pytest.raises(
         llm.EndpointError, match=r"stopped with 0 of 4 shards done: .* not answered"
     ):
-        translate.run(config, tmp_path / "out", OPTIONS)
+        run(config, tmp_path / "out", OPTIONS)
     endpoint.down = False
-    report = translate.run(config, tmp_path / "out", OPTIONS)
+    report = run(config, tmp_path / "out", OPTIONS)
     assert (report["entered"], report["kept"], report["dropped"]) == (20, 60, 0)
     assert set(endpoint.finished.values()) == {1}
 
@@ -271,8 +272,8 @@ def test_an_endpoint_that_is_gone_stops_the_run_and_loses_nothing(start_endpoint
 def test_wrong_configs_name_the_field(start_endpoint, tmp_path, change, message):
     config = make_config(tmp_path, start_endpoint(translator))
     config.update(change)
-    with pytest.raises(WorkError, match=message):
-        translate.run(config, tmp_path / "out", OPTIONS)
+    with pytest.raises((ValueError, WorkError), match=message):
+        run(config, tmp_path / "out", OPTIONS)
 
 
 def test_prompts_name_the_language_of_the_source(start_endpoint, tmp_path):
@@ -281,7 +282,7 @@ def test_prompts_name_the_language_of_the_source(start_endpoint, tmp_path):
     endpoint = start_endpoint(lambda request, kind: json.dumps(texts_of(request)))
     changes = {"languages": ("de",), "source_language": "fr", "checks": ()}
     config = make_config(tmp_path, endpoint, [record], **changes)
-    assert translate.run(config, tmp_path / "out", OPTIONS)["kept"] == 1
+    assert run(config, tmp_path / "out", OPTIONS)["kept"] == 1
     there, back = (request["messages"][0]["content"] for request in endpoint.requests.values())
     assert "from French into German (Deutsch)" in there
     assert "from German into French, as literally as good French allows" in back
@@ -302,3 +303,9 @@ def test_unknown_commands_name_the_known_ones():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "expected one of translate, cultural, ocr, stats, got 'transalte'" in done.stderr
+
+
+def test_unknown_keys_of_the_config_name_the_nearest(tmp_path):
+    done = _curate("configs/curation/translate.py", tmp_path / "out", "--config.llm.modle=m")
+    assert done.returncode == 1
+    assert "config.llm.modle is an unknown key; did you mean 'model'?" in done.stderr

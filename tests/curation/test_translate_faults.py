@@ -11,10 +11,18 @@ import pytest
 pytest.importorskip("apache_beam", reason="apache-beam is in requirements-curation.txt")
 pytest.importorskip("openai", reason="openai is in requirements-curation.txt")
 
-from pangea_jax.curation import markup, translate
+from pangea_jax.curation import markup
 from pangea_jax.data.record import Conversation
 
-from .translator import english_records, line_by_line, lines_of, make_config, target_of, texts_of
+from .translator import (
+    english_records,
+    line_by_line,
+    lines_of,
+    make_config,
+    run,
+    target_of,
+    texts_of,
+)
 
 SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "pangeains_sample"
 OPTIONS = ["--runner=DirectRunner"]
@@ -137,7 +145,7 @@ def _check_faults(records, start_endpoint, tmp_path):
         shard_size=64,
     )
     config.quality.sample = 0
-    report = translate.run(config, tmp_path / "out", OPTIONS)
+    report = run(config, tmp_path / "out", OPTIONS)
     dropped = {row["id"].removesuffix("-eu"): row for row in lines_of(tmp_path / "out" / "dropped")}
     kept = {r["id"].removesuffix("-eu"): r for r in lines_of(tmp_path / "out" / "records")}
     origins = {r["source_id"]: r for r in lines_of(tmp_path / "out" / "provenance")}
@@ -196,7 +204,7 @@ def test_instructions_in_answers_are_text(start_endpoint, tmp_path):
     config = make_config(tmp_path, start_endpoint(answer), records[1:], languages=("de",))
     config.checks = ()
     config.quality.sample = 0
-    report = translate.run(config, tmp_path / "out", OPTIONS)
+    report = run(config, tmp_path / "out", OPTIONS)
     assert (report["kept"], report["dropped"]) == (0, 3)  # their mark ⟦1⟧ is there twice
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
 
@@ -208,7 +216,7 @@ def test_sources_with_braces_and_brackets_reach_the_model_as_they_are(start_endp
     record = {"id": "x", "language": "en", "conversations": turns}
     config = make_config(tmp_path, endpoint, [record], languages=("de",), checks=("structure",))
     config.quality.sample = 0
-    assert translate.run(config, tmp_path / "out", OPTIONS)["kept"] == 1
+    assert run(config, tmp_path / "out", OPTIONS)["kept"] == 1
     (request,) = endpoint.requests.values()
     assert texts_of(request) == [text, "No, thank you."]
     assert lines_of(tmp_path / "out" / "records")[0]["conversations"] == turns
@@ -224,6 +232,6 @@ def test_long_conversations_take_several_requests(start_endpoint, tmp_path):
         tmp_path, endpoint, [record], languages=("de",), checks=("structure",), request=450
     )
     config.quality.sample = 0
-    assert translate.run(config, tmp_path / "out", OPTIONS)["kept"] == 1
+    assert run(config, tmp_path / "out", OPTIONS)["kept"] == 1
     assert endpoint.finished.total() == 5
     assert lines_of(tmp_path / "out" / "records")[0]["conversations"] == turns

@@ -13,9 +13,8 @@ import pytest
 pytest.importorskip("apache_beam", reason="apache-beam is in requirements-curation.txt")
 pytest.importorskip("openai", reason="openai is in requirements-curation.txt")
 
-from pangea_jax.curation import translate
 
-from .translator import SHARES, english_records, make_config, translator
+from .translator import SHARES, english_records, make_config, run, translator
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ["--runner=DirectRunner"]
@@ -41,7 +40,7 @@ def test_two_processes_write_the_same_and_pay_for_nothing_twice(
     # The same records twice: the two workers meet the same prompts.
     records = english_records() * 2
     for endpoint, options, name in zip(endpoints, (OPTIONS, two), ("one", "two"), strict=True):
-        translate.run(make_config(tmp_path, endpoint, records), tmp_path / name, options)
+        run(make_config(tmp_path, endpoint, records), tmp_path / name, options)
         assert set(endpoint.finished.values()) == {1}
     assert _results(tmp_path / "one") == _results(tmp_path / "two")
     assert endpoints[0].finished == endpoints[1].finished
@@ -67,7 +66,7 @@ def test_killed_ten_times_it_writes_the_same_and_asks_for_no_stored_reply_again(
     whole = start_endpoint(translator, shares=SHARES, seed=3)
     config = make_config(tmp_path, whole)
     config.quality.sample = 40
-    translate.run(config, tmp_path / "whole", OPTIONS)
+    run(config, tmp_path / "whole", OPTIONS)
 
     def unhurried(request, kind):
         time.sleep(0.01)
@@ -81,7 +80,7 @@ def test_killed_ten_times_it_writes_the_same_and_asks_for_no_stored_reply_again(
     finished, paid_again, lost = Counter(), Counter(), set()
     kills = 0
     while True:
-        process = context.Process(target=translate.run, args=(config, out, OPTIONS))
+        process = context.Process(target=run, args=(config, out, OPTIONS))
         process.start()
         if kills < 10:
             _wait_for_a_moment(process, endpoint, chance, kills)

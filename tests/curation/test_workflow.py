@@ -1,5 +1,6 @@
 """Shards, accounting and restart, with a pipeline small enough to count by hand."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -8,7 +9,7 @@ import pytest
 
 pytest.importorskip("apache_beam", reason="apache-beam is in requirements-curation.txt")
 
-from pangea_jax.curation import reply_store, workflow
+from pangea_jax.curation import llm, reply_store, workflow
 from pangea_jax.curation.accounting import AccountingError, Added, Dropped, Kept, Passed
 from pangea_jax.curation.workflow import Job
 from pangea_jax.data.record import Conversation, Turn
@@ -169,10 +170,18 @@ def test_another_plan_is_refused_and_names_what_differs(job, tmp_path):
         _run(job)
 
 
+@dataclasses.dataclass(frozen=True)
+class Config:
+    llm: llm.ClientConfig
+    x: tuple[int, ...] = (1, 2)
+
+
+MODEL = llm.ClientConfig("m", "u", budget=3.0, price_in=1.0)
+
+
 def test_plan_leaves_out_where_and_at_what_price():
-    config = {"llm": {"model": "m", "base_url": "u", "budget": 3, "temperature": 0}, "x": (1, 2)}
-    assert workflow.plan(config) == {
-        "llm": {"model": "m", "temperature": 0},
+    assert workflow.plan(Config(MODEL)) == {
+        "llm": {"model": "m", "temperature": 0, "max_tokens": 4096, "extra_body": {}},
         "x": [1, 2],
         "files": [],
     }
@@ -182,10 +191,10 @@ def test_plan_knows_files_that_were_written_again(tmp_path):
     path, before = tmp_path / "a.json", 1_700_000_000_000_000_000
     path.write_text("[1]")
     os.utime(path, ns=(before, before))
-    first = workflow.plan({}, [path])
-    assert first == {"files": [["a.json", 3, before]]}
+    first = workflow.plan(Config(MODEL), [path])
+    assert first["files"] == [["a.json", 3, before]]
     path.write_text("[2]")
-    assert workflow.plan({}, [path]) != first
+    assert workflow.plan(Config(MODEL), [path]) != first
 
 
 def test_a_stop_leaves_finished_shards_and_the_rest_is_made_later(job, tmp_path):

@@ -4,6 +4,8 @@ import json
 import re
 
 from configs.curation import translate as default
+from pangea_jax.curation import translate
+from pangea_jax.typed_config import build
 
 # What the server knows of three languages; * is a number or an animal.
 PHRASES = {
@@ -141,6 +143,11 @@ def make_config(folder, endpoint, records=None, **changes):
     for name, value in changes.items():
         config[name] = value
     return config
+
+
+def run(config, out, options):
+    """Translates by a config as a file makes it."""
+    return translate.run(build(translate.TranslateConfig, config), out, options)
 
 
 def lines_of(folder):

@@ -29,16 +29,17 @@ SCREENS = {
     "dense": dict(width=560, height=400, scale=1.25),
     "phone": dict(width=360, height=480, scale=1.5, mobile=True),
 }
-DEVICES = tuple(Device(name, **screen) for name, screen in SCREENS.items())
+DEVICES = {name: Device(**screen) for name, screen in SCREENS.items()}
 SANDBOX = not (hasattr(os, "geteuid") and os.geteuid() == 0)
 CONFIG = ocr.OcrConfig(
+    pages="",
     languages=tuple(WORDS),
     devices=DEVICES,
     views_per_page=1,
     instructions={"en": ("Read the text in the red box.",), "ar": ("اقرأ النص في الإطار الأحمر.",)},
     browser=BrowserConfig(sandbox=SANDBOX),
 )
-DESKTOP = dataclasses.replace(CONFIG, devices=DEVICES[:1])
+DESKTOP = dataclasses.replace(CONFIG, devices={"desktop": DEVICES["desktop"]})
 BODY = "<p>A first sentence of some words.</p>"
 DROPPED = {
     "empty.html": ("", "no element qualifies"),

@@ -99,7 +99,7 @@ def test_faults_are_told_in_a_sentence(source, tmp_path, capsys, monkeypatch):
     text = (source / "PangeaIns.json").read_text()
     (source / "PangeaIns.json").write_text(text[:700])
     elsewhere = (*common[:2], f"--out={tmp_path / 'other'}", "--workers=1")
-    assert "PangeaIns.json, byte 700: ends inside of the array" in errors(capsys, *elsewhere)
+    assert "PangeaIns.json, byte 700: ends inside the array" in errors(capsys, *elsewhere)
     (source / "PangeaIns.json").unlink()
     assert "holds no PangeaIns.json" in errors(capsys, *elsewhere)
 

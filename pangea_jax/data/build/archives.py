@@ -1,13 +1,15 @@
-"""The pictures of PangeaIns as they are released, 784 GB in archives: found, and read where they lie.
+"""Finds and reads the released pictures of PangeaIns, 784 GB in archives, without unpacking them.
 
-That is in folders, in tar files (also split ones, `cat part_* > images.tar` not needed) and in zip files; an SQLite
-index says where in an archive each begins. Memory stays constant whatever the size of the release.
+They are in folders, tar files and zip files. The parts of a split tar file need not be joined. An SQLite index holds
+the byte at which each picture begins in its archive. The memory that is needed does not depend on the size of the
+release.
 """
 
 import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -18,7 +20,6 @@ import zipfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -33,14 +34,14 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class Place(NamedTuple):
-    """Where a picture lies.
+    """Where a picture is.
 
     Attributes:
-      archive: path of the archive within the release, empty for a file of its own.
-      name: path of the file, or of the member, within the release.
-      offset: byte of the archive at which its bytes begin.
-      size: bytes it takes there.
-      deflated: 1 if zlib must unpack them, else 0.
+      archive: path of the archive in the release; empty if the picture is a file.
+      name: path of the file or of the archive's member in the release.
+      offset: byte of the archive at which the picture begins.
+      size: number of its bytes in the archive.
+      deflated: 1 if zlib must unpack these bytes, otherwise 0.
     """
 
     archive: str
@@ -51,11 +52,11 @@ class Place(NamedTuple):
 
 
 class JoinedFile(io.RawIOBase):
-    """Several files one after the other as one, for reading and seeking."""
+    """Several files, joined in order, for reading and seeking."""
 
     def __init__(self, paths: Sequence[Path]):
         self._files = [path.open("rb") for path in paths]
-        self._ends = list(accumulate(path.stat().st_size for path in paths))
+        self._ends = list(itertools.accumulate(path.stat().st_size for path in paths))
         self._position = 0
 
     def readable(self) -> bool:
@@ -90,7 +91,14 @@ class JoinedFile(io.RawIOBase):
 
 
 class Archive(NamedTuple):
-    """An archive of the release: its folder, its name without parts and suffix, and its files."""
+    """An archive of the release.
+
+    Attributes:
+      name: path in the release; for a split archive, without the numbers of the parts.
+      folder: its folder in the release.
+      stem: name without numbers of parts and suffix.
+      parts: paths of its files in the release.
+    """
 
     name: str
     folder: str
@@ -110,7 +118,7 @@ class Archive(NamedTuple):
 
 
 def find_archives(source: Path) -> list[Archive]:
-    """All tar and zip files below a folder, parts of one archive together, ordered by name.
+    """All tar and zip files in a folder and its subfolders, ordered by name. A split archive is one archive.
 
     Raises:
       ReleaseError: a part is missing, or a tar file is compressed as a whole.
@@ -122,7 +130,9 @@ def find_archives(source: Path) -> list[Archive]:
         for name in names:
             path = f"{where}/{name}" if where else name
             if name.endswith(_COMPRESSED):
-                problem = "is compressed as a whole and cannot be read in places; decompress it"
+                problem = (
+                    "is compressed as a whole, so single members cannot be read; decompress it"
+                )
                 raise ReleaseError(source / path, problem)
             if name.endswith((".tar", ".zip")):
                 whole.append(Archive(path, where, name[:-4], (path,)))
@@ -142,7 +152,7 @@ def find_archives(source: Path) -> list[Archive]:
 
 
 def _part_number(part: str) -> int:
-    """Part `aa` of `split` is number 0, `ab` 1, `ba` 26."""
+    """The number of a part; `aa` is 0, `ab` is 1, `ba` is 26."""
     if part.isdigit():
         return int(part)
     first, second = (ord(letter) - ord("a") for letter in part)
@@ -150,11 +160,11 @@ def _part_number(part: str) -> int:
 
 
 class Pictures:
-    """Finds and reads the pictures of a release; picklable, opens archives on first use.
+    """Finds and reads the pictures of a release; picklable. It opens an archive when it first reads from it.
 
     Args:
-      source: folder of the release, or the folder its pictures are in.
-      database: SQLite file of the archives' members; `index` makes it.
+      source: folder of the release, or of its pictures.
+      database: SQLite file of the archives' members, made by `index`.
     """
 
     def __init__(self, source: Path, database: Path):
@@ -165,7 +175,7 @@ class Pictures:
         return {"source": self.source, "database": self.database, "_opened": {}}
 
     def index(self, on_members: Callable[[int], Any] = lambda count: None) -> None:
-        """Lists the members of every archive, once: archives that have not changed are kept.
+        """Lists the members of every archive that is new or has changed since the last call.
 
         Args:
           on_members: called with the number of members listed since the last call.
@@ -192,12 +202,12 @@ class Pictures:
 
     def _index(self, database, archive: Archive, fingerprint: str, on_members) -> None:
         with archive.open(self.source) as file, database:
-            # Rows of an archive that was not finished: its name is entered last.
+            # The name of an archive is inserted last, so these rows are from a run that was killed.
             database.execute("DELETE FROM members WHERE archive = ?", (archive.name,))
             members = _zip_members if zipfile.is_zipfile(file) else tar_members
             if members is tar_members and archive.name.endswith(".zip"):
                 raise ReleaseError(
-                    self.source / archive.name, "is no whole zip file; download it again"
+                    self.source / archive.name, "is not a complete zip file; download it again"
                 )
             file.seek(0)
             count = 0
@@ -213,13 +223,13 @@ class Pictures:
             on_members(count % _COMMIT_EVERY)
 
     def changed(self) -> list[str]:
-        """Archives that are not as `index` found them, or are new; those that are gone are not named."""
+        """Archives that are new or have changed since `index`. Missing archives are not named."""
         listed = dict(self._listed())
         found = find_archives(self.source)
         return [a.name for a in found if listed.get(a.name) != a.fingerprint(self.source)]
 
     def digest(self) -> str:
-        """Of all archives as `index` found them: another one if any was changed, added or removed."""
+        """A hash of all archives that `index` listed. It changes if an archive is changed, added or removed."""
         return hashlib.sha256(json.dumps(self._listed()).encode()).hexdigest()
 
     def _listed(self) -> list[tuple[str, str]]:
@@ -231,7 +241,7 @@ class Pictures:
 
     @functools.cached_property
     def _connection(self) -> sqlite3.Connection:
-        # Immutable: no locks, which network file systems are bad at.
+        # Immutable, so that SQLite sets no locks, which often fail on network file systems.
         return sqlite3.connect(f"{self.database.resolve().as_uri()}?immutable=1", uri=True)
 
     @functools.cached_property
@@ -242,24 +252,23 @@ class Pictures:
         return {row[0]: Archive(*row[:3], tuple(json.loads(row[3]))) for row in rows}
 
     def find(self, path: str) -> tuple[str, Place] | None:
-        """Finds the picture that a record names, None if it is nowhere.
+        """Finds the picture that a record names.
 
-        Relative paths count from the release or from its folder `images`; nothing is guessed from
-        the name of a file alone. Absolute paths, of the machine on which the release was made, are
-        found by the end of their folder: `/data/x/laion-multi-1M/images/1.jpg` is
-        `cultural/laion-multi-1M/images/1.jpg` if that is the only folder ending so.
+        A relative path begins at the release or at its folder `images`. The name of the file alone is not enough. Some
+        paths are absolute, from the machine on which the release was made. They are found by the last folders of the
+        path: `/data/x/laion-multi-1M/images/1.jpg` is `cultural/laion-multi-1M/images/1.jpg` if no other folder
+        ends in the same way.
 
         Args:
           path: as `pangea_jax.data.record.image_paths` returns it.
 
         Returns:
-          the key, `images/` and the path below the images folder, and where it lies. Where several
-          pictures have that path, the key has the path that the record gives, which names the
-          archive: `x/train/0.png` and `x/val/0.png` of `x/train.tar` and `x/val.tar`.
+          the key and the place; None if there is no such picture. The key is `images/` and the path in the images
+          folder. If several pictures have this path, the key has the path of the record, which names the archive:
+          `x/train/0.png` and `x/val/0.png` for the member `x/0.png` of `x/train.tar` and `x/val.tar`.
 
         Raises:
-          RecordError: an absolute path that fits two folders, or a path in two archives neither of
-            which it names.
+          RecordError: an absolute path fits two folders, or a path is in two archives and names neither.
         """
         if path.startswith("/"):
             folder, _, name = path.rpartition("/")
@@ -272,12 +281,12 @@ class Pictures:
         return found and ("images/" + found[0].removeprefix("images/"), found[1])
 
     def _located(self, path: str) -> tuple[str, Place] | None:
-        """What a picture is called, alone of all, and its place."""
+        """A path that only this picture has, and its place."""
         try:
             size = (self.source / path).stat().st_size
             if (self.source / path).is_file():
                 return path, Place("", path, 0, size, 0)
-        except OSError:  # no such file, or no possible name of one
+        except OSError:  # there is no such file, or the path is not valid
             pass
         members = self._members(path)
         if len(members) > 1:
@@ -297,17 +306,19 @@ class Pictures:
             return None
         name = members[0].name
         if name != path and (len(self._members(name)) > 1 or os.path.isfile(self.source / name)):
-            name = path  # theirs too
+            name = path  # another picture has this name, too
         return name, members[0]
 
     def _members(self, path: str) -> list[Place]:
-        """The members of that path, at most one of each archive."""
+        """The members with this path, at most one of each archive."""
         query = "SELECT archive, path, offset, size, deflated FROM members WHERE path = ?"
         return [Place(*row) for row in self._connection.execute(query, (path,))]
 
     def _named(self, path: str) -> dict[str, str]:
-        """Archives that are to be unpacked into a folder of their own name which the path names, and what
-        it is called there: `a/images/1.jpg` is `a/1.jpg` if the members of `a/images.tar` have no folder."""
+        """The archives whose name is a folder of the path, and the path of the member in each of them.
+
+        For example, `a/images/1.jpg` is the member `a/1.jpg` of `a/images.tar`.
+        """
         names = {}
         for archive in self.archives.values():
             if archive.stem and path.startswith(f"{archive.own_folder}/"):
@@ -326,21 +337,18 @@ class Pictures:
             if len(found) > 1:
                 detail = f"{folder!r} may be any of {', '.join(sorted(found))}"
                 raise RecordError("path is ambiguous", "image", detail)
-            # The last folder alone is often called `images` and says nothing.
+            # The last folder alone is not enough: it is often called `images`.
             if found and (len(parts) - start > 1 or len(parts) == 1):
                 return found.pop()
         return None
 
     @functools.cached_property
     def _roots(self) -> list[str]:
-        """Folders of the release down to two levels, and those that archives lie in."""
+        """The folders of the first two levels of the release, and those that have archives."""
         roots = {""} | {archive.folder for archive in self.archives.values()}
-        for pattern in ("*", "*/*"):
-            roots |= {p.relative_to(self.source).as_posix() for p in self._folders(pattern)}
+        folders = itertools.chain(self.source.glob("*/"), self.source.glob("*/*/"))
+        roots |= {p.relative_to(self.source).as_posix() for p in folders if p.is_dir()}
         return sorted(roots)
-
-    def _folders(self, pattern: str) -> Iterator[Path]:
-        return (path for path in self.source.glob(pattern + "/") if path.is_dir())
 
     def _is_folder(self, root: str, tail: str) -> bool:
         path = f"{root}/{tail}".lstrip("/")
@@ -355,7 +363,7 @@ class Pictures:
         """The bytes of a picture.
 
         Raises:
-          OSError: they cannot be read, or not as many as there were when they were found.
+          OSError: they cannot be read, or the archive is shorter than when it was indexed.
         """
         if not place.archive:
             return (self.source / place.name).read_bytes()
@@ -365,7 +373,7 @@ class Pictures:
         file.seek(place.offset)
         data = file.read(place.size)
         if len(data) != place.size:
-            raise OSError(f"{place.archive} ends inside of {place.name}")
+            raise OSError(f"{place.archive} ends inside {place.name}")
         try:
             return zlib.decompress(data, -15) if place.deflated else data
         except zlib.error as error:
@@ -389,24 +397,24 @@ CREATE TABLE IF NOT EXISTS members (
 
 
 def tar_members(file: BinaryIO, path: Path) -> Iterator[tuple[str, int, int, bool]]:
-    """Files of an uncompressed tar file: name with `/`, offset and size of the bytes, False (not deflated).
+    """The files in an uncompressed tar file: name with `/`, offset, size in bytes, False (not deflated).
 
     Raises:
-      ReleaseError: no tar file, or one that was cut off; what was whole has been yielded before.
+      ReleaseError: it is not a tar file or is cut off. The complete members have been yielded before.
     """
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                tar.members = []  # it keeps them all, a kilobyte each
+                tar.members = []  # otherwise it keeps all members, a kilobyte each
                 if member.isreg() and not member.issparse():
                     yield _member_name(member.name), member.offset_data, member.size, False
             _check_tar_end(file, tar.offset, path)
     except tarfile.TarError as error:
-        raise ReleaseError(path, f"is no whole tar file ({error})", file.tell()) from None
+        raise ReleaseError(path, f"is not a complete tar file ({error})", file.tell()) from None
 
 
 def _check_tar_end(file: BinaryIO, end: int, path: Path) -> None:
-    """A tar file ends with blocks of zeros; without them it was cut, perhaps inside of a member."""
+    """A tar file ends with blocks of zeros. Without them it is cut off, perhaps inside a member."""
     file.seek(end)
     tail = file.read(1024)
     if len(tail) < 512 or tail.strip(b"\0"):
@@ -420,9 +428,11 @@ def _zip_members(file: BinaryIO, path: Path) -> Iterator[tuple[str, int, int, bo
             if member.is_dir():
                 continue
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                problem = f"compresses {member.filename!r} in a way other than stored or deflated"
+                problem = (
+                    f"compresses {member.filename!r} by another method than stored or deflated"
+                )
                 raise ReleaseError(path, problem)
-            # The name and extra field before the data may differ from those in the directory.
+            # The lengths of name and extra field here may differ from those in the directory.
             file.seek(member.header_offset + 26)
             name_length, extra_length = struct.unpack("<HH", file.read(4))
             offset = member.header_offset + 30 + name_length + extra_length
@@ -432,4 +442,4 @@ def _zip_members(file: BinaryIO, path: Path) -> Iterator[tuple[str, int, int, bo
 
 def _member_name(name: str) -> str:
     plain = "/".join(part for part in name.split("/") if part not in ("", "."))
-    return plain.encode("utf-8", "replace").decode()  # names in other encodings are no text
+    return plain.encode("utf-8", "replace").decode()  # other encodings are not valid text

@@ -1,6 +1,6 @@
 """The pictures of a build: each one is stored once, in its own bytes, and checked by decoding.
 
-They are stored in their order in the archives. Two pictures are the same if their paths are.
+They are stored in their order in the archives. Two pictures are the same if their paths are equal.
 """
 
 import contextlib
@@ -86,10 +86,7 @@ class Pictures:
             return
         rows, faults = [], {}
         plan = pq.read_table(self.build.path("plan", shard, "parquet")).to_pylist()
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow warns of pictures that it can read all the same
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns of pictures that it can read
             examples = self._checked(plan, rows, faults)
             IMAGES.store(self.build, shard, examples, rows, {"faults": faults})
 
@@ -111,7 +108,7 @@ class Pictures:
                 yield write_store.serialize_picture(Picture(key, encoded, width, height))
 
     def sizes(self, keys: Iterable[str]) -> dict[str, tuple[int, int]]:
-        """key -> (width, height) of those of the given pictures that are stored.
+        """key -> (width, height) of the given pictures, without those that are not stored.
 
         Reads the rows of all pictures each time: about a second for 3 million of them, in 130 MiB of memory.
         """

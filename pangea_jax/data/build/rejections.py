@@ -1,4 +1,4 @@
-"""Records that cannot be used: counted by reason, the first of each named."""
+"""Counts records that cannot be used by their reason, with the id of the first record."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -7,11 +7,11 @@ from typing import Any
 from pangea_jax.data.record import RecordError
 
 Reasons = dict[str, tuple[int, str]]
-"""Reason -> how many records, and the id of the first one."""
+"""Reason -> (number of records, id of the first one)."""
 
 
 def describe(raw: Any, error: RecordError) -> dict[str, Any]:
-    """What is wrong with a record, in fields that can be written as UTF-8."""
+    """The fault of a record, in fields that can be written as UTF-8."""
     id = error.record_id or (str(raw.get("id", "")) if isinstance(raw, Mapping) else "")
     id = id.encode("utf-8", "replace").decode()
     detail = error.detail.encode("utf-8", "replace").decode()
@@ -19,7 +19,7 @@ def describe(raw: Any, error: RecordError) -> dict[str, Any]:
 
 
 def count(rejected: Iterable[Mapping[str, Any]]) -> Reasons:
-    """Counts records, each given by its `reason` and `id`, in their order."""
+    """Counts records, given by `reason` and `id`, in their order."""
     counts, first = Counter(), {}
     for row in rejected:
         counts[row["reason"]] += 1
@@ -28,7 +28,7 @@ def count(rejected: Iterable[Mapping[str, Any]]) -> Reasons:
 
 
 def merge(parts: Iterable[Reasons]) -> Reasons:
-    """Counts of several parts together, in their order."""
+    """Adds the counts of several parts, in their order."""
     merged: dict[str, tuple[int, str]] = {}
     for part in parts:
         for reason, (count, id) in part.items():
@@ -38,6 +38,6 @@ def merge(parts: Iterable[Reasons]) -> Reasons:
 
 
 def table(reasons: Reasons) -> str:
-    """Reasons as lines, the most frequent first."""
+    """One line for each reason, the most frequent first."""
     rows = sorted(reasons.items(), key=lambda item: (-item[1][0], item[0]))
     return "\n".join(f"{count:>10,}  {reason}, e.g. {id!r}" for reason, (count, id) in rows)

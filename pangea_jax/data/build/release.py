@@ -1,6 +1,6 @@
-"""The records of PangeaIns as they are released, one 12 GB JSON array: streamed, also from JSONL and Parquet.
+"""Reads the released records of PangeaIns, one JSON array of 12 GB, as a stream; also JSONL and Parquet.
 
-Memory stays constant whatever their size. Their pictures are found by `archives`.
+The memory that is needed does not depend on the size of the file. `archives` finds the pictures.
 """
 
 import json
@@ -19,7 +19,7 @@ RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
 RELEASED_NAME = "PangeaIns.json"
 _BLOCK = 1 << 18
 _PARQUET_BATCH = 1024
-_MAX_NESTING = 100  # of a record of PangeaIns: 3
+_MAX_NESTING = 100  # records of PangeaIns have 3 levels
 _TOO_DEEP = f"nested more than {_MAX_NESTING} levels deep"
 
 
@@ -27,8 +27,8 @@ class ReleaseError(WorkError):
     """The release cannot be read.
 
     Attributes:
-      path: the file at fault.
-      offset: the byte at which it is at fault, None where that has no meaning.
+      path: the file with the fault.
+      offset: the byte of the fault; None if that has no meaning.
     """
 
     def __init__(self, path: Path | str, problem: str, offset: int | None = None):
@@ -41,11 +41,12 @@ class ReleaseError(WorkError):
 
 
 def record_files(source: Path) -> list[Path]:
-    """The files that hold the records: `source` itself, or in a folder PangeaIns.json, else the
-    Parquet, JSONL or JSON files at its top.
+    """The files of the records: `source` itself, or the files in the folder `source`.
+
+    In a folder that is PangeaIns.json; without it, the Parquet, JSONL or JSON files, but not those in subfolders.
 
     Raises:
-      ReleaseError: there are none, or of two kinds.
+      ReleaseError: there are none, or files of two kinds.
     """
     if source.is_file():
         return [source]
@@ -61,26 +62,26 @@ def record_files(source: Path) -> list[Path]:
 
 
 def read_records(path: Path, on_bytes: Callable[[int], Any] = lambda count: None) -> Iterator[Any]:
-    """Streams the records of one file, in its order, as they are; memory does not grow with it.
+    """Streams the records of one file in their order.
 
     Args:
       path: `.json` (one array), `.jsonl` (one object a line) or `.parquet`.
       on_bytes: called with the number of bytes read since the last call.
 
     Yields:
-      what the file holds, be it a record or not. In the place of one that is nested too deeply, a text that says so.
+      the values in the file, also those that are not records. A text instead of a value that is nested too deeply.
 
     Raises:
-      ReleaseError: the file is broken or ends early; names the byte.
+      ReleaseError: the file is broken or ends too early; names the byte.
     """
     readers = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
-        raise ReleaseError(path, f"is none of {', '.join(RECORD_SUFFIXES)}")
+        raise ReleaseError(path, f"is not one of {', '.join(RECORD_SUFFIXES)}")
     return readers[path.suffix](path, on_bytes)
 
 
 def _json_parser():
-    # Left to choose, ijson takes a parser in Python, 20 times slower, where the C one is missing.
+    # By itself ijson would use a parser in Python, 20 times slower, if the C parser is missing.
     try:
         return ijson.get_backend("yajl2_c")
     except ImportError as error:
@@ -88,7 +89,7 @@ def _json_parser():
 
 
 class _Counted:
-    """A file that tells how many bytes have been read, and where the last block began."""
+    """A file that reports the number of bytes read, and knows where the last block began."""
 
     def __init__(self, file: BinaryIO, on_bytes: Callable[[int], Any]):
         self._file, self._on_bytes, self.start, self.end = file, on_bytes, 0, 0
@@ -116,12 +117,12 @@ def _read_json(path, on_bytes):
         except ijson.JSONError as error:
             offset = _offset_of_error(path, counted.start)
             ended = offset == path.stat().st_size
-            problem = "ends inside of the array" if ended else f"is no JSON ({_line(error)})"
+            problem = "ends inside the array" if ended else f"is not JSON ({_line(error)})"
             raise ReleaseError(path, f"{problem}, after {number:,} records", offset) from None
 
 
 def _offset_of_error(path: Path, block: int) -> int:
-    """The parser does not tell where it stumbled: it is fed again, byte by byte in the last block."""
+    """Parses the file again, the last block byte by byte, since the parser does not say where the error is."""
     parser = _json_parser()
     events = _Sink()
     feed = parser.basic_parse_coro(events, use_float=True)
@@ -159,7 +160,7 @@ def _read_jsonl(path, on_bytes):
 
 
 def _loaded(line: bytes) -> Any:
-    """A line of JSON; of one that is nested too deeply its beginning, which is a record of the wrong type."""
+    """The value of a line of JSON. If it is nested too deeply: a text with its beginning, which is not a record."""
     try:
         record = json.loads(line)
         if line.count(b"[") + line.count(b"{") <= _MAX_NESTING or _is_shallow(record):
@@ -170,7 +171,7 @@ def _loaded(line: bytes) -> Any:
 
 
 def _is_shallow(record: Any) -> bool:
-    """Whether a record can also be written and sent to workers, which each have a limit of their own."""
+    """Whether a record is nested so little that every writer and worker can handle it."""
     level = [record]
     for _ in range(_MAX_NESTING + 1):
         level = [value for value in level if isinstance(value, dict | list)]
@@ -190,15 +191,15 @@ def _read_parquet(path, on_bytes):
             share = path.stat().st_size / max(1, file.metadata.num_rows)
             for batch in file.iter_batches(_PARQUET_BATCH):
                 on_bytes(round(share * len(batch)))
-                # A column is there for every record; what a record lacks is null.
+                # A record has null in the columns of the fields that it lacks.
                 for row in batch.to_pylist():
                     yield {name: value for name, value in row.items() if value is not None}
     except (pa.ArrowInvalid, OSError) as error:
-        raise ReleaseError(path, f"is no whole Parquet file ({_line(error)})") from None
+        raise ReleaseError(path, f"is not a complete Parquet file ({_line(error)})") from None
 
 
 def _line(error: Exception) -> str:
     text = str(error)
-    # ijson shows what the C parser says of undecodable text as the repr of bytes.
+    # If a text cannot be decoded, ijson gives the message of the C parser as the repr of bytes.
     text = text[2:] if text.startswith("b'") else text
     return re.split(r"\n|\\n", text.strip())[0][:120]

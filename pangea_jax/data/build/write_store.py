@@ -1,9 +1,8 @@
-"""Writes the prepared form that `pangea_jax.data.store` reads.
+"""Writes the store that `pangea_jax.data.store` reads.
 
-Shards are written directly, without TensorFlow, and described by TFDS's own metadata, so that
-`tfds.builder_from_directory` reads them. TFDS itself would make every record a group of its own,
-compressed alone: the records of the sample would take 9 MB instead of 3. Equal input gives equal
-files.
+The shards are written without TensorFlow. TFDS's metadata describe them, so that `tfds.builder_from_directory` reads
+them. TFDS itself would compress every record alone: the records of the sample would take 9 MB instead of 3. Equal
+input gives equal files.
 """
 
 import contextlib
@@ -29,11 +28,12 @@ from pangea_jax.work.atomic import partial_path, write_json
 
 VERSION = "1.0.0"
 
-# A random read decompresses a whole group, so groups are about this large: 128 records of the
-# sample, which read in 25 us each and take a third of the room of groups of one; one photograph.
-# How large that is, is told from so many examples at the head of the shard.
+# A random read decompresses a whole group of examples, so a group has about this size: 128 records of the sample, which
+# then take 25 us each to read and a third of the space, or one photograph. The first `_HEAD` examples of a shard decide
+# the number of examples in its groups.
 _GROUP_BYTES, _MAX_GROUP, _HEAD = 32_768, 128, 512
-# zstd 9 is within 4 % of zstd 19 and 28 times as fast; encoded pictures do not compress.
+# Files of zstd 9 are at most 4 % larger than those of zstd 19, and it is 28 times as fast.
+# Encoded pictures do not compress.
 RECORD_CODEC, PICTURE_CODEC = "zstd:9", "uncompressed"
 _INDEX_BATCH = 65_536
 
@@ -61,16 +61,16 @@ def write_store(
     columns: tuple[str, ...] = (),
     extra_files: Iterable[Path] = (),
 ) -> None:
-    """Writes a store; nothing of an earlier one is left in its place.
+    """Writes a store, and replaces an earlier one.
 
     Args:
-      directory: made if absent. Files other than the store's own are left alone.
+      directory: made if missing. Other files in it are kept.
       name: TFDS name of the data set, snake_case.
-      build: command that rebuilds it, quoted in the errors of the reader.
+      build: command that rebuilds it; the reader's errors quote it.
       records: split -> stream of (conversation, values of `columns`).
       images: collection -> stream of pictures, whose keys begin with `<collection>/`.
-      columns: text columns of the index beyond the common ones.
-      extra_files: further files inside `directory` to put under the manifest's checksums.
+      columns: further text columns of the index.
+      extra_files: further files in `directory` whose checksums the manifest holds.
     """
     directory.mkdir(parents=True, exist_ok=True)
     manifest: dict[str, Any] = {"format": store.FORMAT_VERSION, "name": name, "build": build}
@@ -124,8 +124,8 @@ class IndexWriter:
 
 
 def record_schema(columns: tuple[str, ...] = ()) -> pa.Schema:
-    """The columns of `index.parquet`; `columns` are text columns of a data set's own."""
-    # Dictionary columns keep the table a few bytes a row in memory, too.
+    """The columns of `index.parquet`; `columns` are further text columns."""
+    # With dictionary columns, a row takes only a few bytes of memory.
     label = pa.dictionary(pa.int32(), pa.string())
     fields = [("split", label), ("position", pa.int64()), ("id", pa.string())]
     fields += [(name, label) for name in ("source", "language", "category", "kind")]
@@ -217,18 +217,18 @@ def _example(features: Mapping[str, Sequence[str | bytes | int]]) -> bytes:
         else:
             encoded = (v.encode() if isinstance(v, str) else v for v in values)
             feature.bytes_list.value.extend(encoded)
-    # Protocol buffers else write the features in an order that changes from run to run.
+    # Otherwise the order of the features in the file changes from run to run.
     return example.SerializeToString(deterministic=True)
 
 
 def write_shard(path: Path, examples: Iterable[bytes], codec: str) -> tuple[int, int]:
-    """Writes one ArrayRecord shard; `path` exists only once it is whole.
+    """Writes one ArrayRecord shard. `path` appears only when the shard is complete.
 
     Returns:
-      the number of examples, and of their bytes before compression.
+      the number of examples, and their number of bytes before compression.
 
     Raises:
-      OSError: it cannot be written, as where the disk is full.
+      OSError: it cannot be written, for example if the disk is full.
     """
     partial = partial_path(path)
     examples, head = iter(examples), []
@@ -249,7 +249,7 @@ def write_shard(path: Path, examples: Iterable[bytes], codec: str) -> tuple[int,
         finally:
             writer.close()
     except RuntimeError as error:
-        if type(error) is not RuntimeError:  # one of ours, out of `examples`
+        if type(error) is not RuntimeError:  # raised by `examples`
             raise
         raise OSError(f"{path} cannot be written: {error}") from None
     os.replace(partial, path)
@@ -264,17 +264,17 @@ def shard_name(name: str, split: str, shard: int, shards: int) -> str:
 def write_metadata(
     folder: Path, features: Mapping[str, Any], splits: Mapping[str, tuple[Sequence[int], int]]
 ) -> None:
-    """Describes the shards in a folder, named by `shard_name`, to TFDS.
+    """Writes TFDS's description of the shards in a folder, whose names are those of `shard_name`.
 
     Args:
       folder: `<anything>/<version>`.
-      splits: split -> (examples of each shard, bytes of all).
+      splits: split -> (number of examples of each shard, number of bytes of all shards).
     """
     infos = [
         tfds.core.SplitInfo(name=split, shard_lengths=list(lengths), num_bytes=num_bytes)
         for split, (lengths, num_bytes) in splits.items()
     ]
-    # TFDS speaks to the terminal of the test that it does not make here.
+    # TFDS prints that it does not check the data.
     with contextlib.redirect_stdout(io.StringIO()):
         tfds.folder_dataset.write_metadata(
             data_dir=folder,
@@ -287,7 +287,7 @@ def write_metadata(
 
 
 def _write_folder(work, part, name, examples, features) -> dict[str, list[dict[str, Any]]]:
-    """Writes one shard a split into `work/part`; the shards by split, for the manifest."""
+    """Writes one shard for each split into `work/part`; returns the shards by split, for the manifest."""
     folder = work / part / VERSION
     folder.mkdir(parents=True)
     codec = RECORD_CODEC if features is RECORD_FEATURES else PICTURE_CODEC
@@ -302,7 +302,7 @@ def _write_folder(work, part, name, examples, features) -> dict[str, list[dict[s
 
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the file that makes a folder a store, whole or not at all."""
+    """Writes the manifest at once. Only with this file a folder counts as a store."""
     write_json(directory / store.MANIFEST, manifest, ensure_ascii=False)
 
 
@@ -311,7 +311,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """What the manifest holds of a file."""
+    """Size and checksum of a file, for the manifest."""
     return {"bytes": path.stat().st_size, "sha256": store.sha256(path)}
 
 

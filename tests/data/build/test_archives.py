@@ -214,13 +214,15 @@ def test_joined_file_equals_its_parts(tmp_path):
 @pytest.mark.parametrize("length", [300, 700, 1024, 2_000, 3_584])
 def test_cut_tar_file_is_an_error(tmp_path, length):
     put(tmp_path / "s/a.tar", tar(["1.jpg", "2.jpg", "3.jpg"])[:length])
-    with pytest.raises(ReleaseError, match=r"a\.tar.*(whole tar|cut off)"):
+    with pytest.raises(ReleaseError, match=r"a\.tar.*(complete tar|cut off)"):
         Pictures(tmp_path / "s", tmp_path / "archives.sqlite").index()
 
 
 def test_cut_zip_file_is_an_error(tmp_path, source):
     put(tmp_path / "s/a.zip", (source / "doc.zip").read_bytes()[:-30])
-    with pytest.raises(ReleaseError, match=r"a\.zip: is no whole zip file; download it again"):
+    with pytest.raises(
+        ReleaseError, match=r"a\.zip: is not a complete zip file; download it again"
+    ):
         Pictures(tmp_path / "s", tmp_path / "archives.sqlite").index()
 
 
@@ -240,5 +242,5 @@ def test_file_that_shrank_is_an_error(pictures, source):
     _, place = pictures.find("general/plain/19.jpg")
     data = (source / "general/plain.tar").read_bytes()
     (source / "general/plain.tar").write_bytes(data[: place.offset + 5])
-    with pytest.raises(OSError, match=r"plain\.tar ends inside of general/plain/19\.jpg"):
+    with pytest.raises(OSError, match=r"plain\.tar ends inside general/plain/19\.jpg"):
         pictures.read(place)

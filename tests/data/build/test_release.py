@@ -93,12 +93,12 @@ def test_parquet_has_no_null_fields(tmp_path):
 @pytest.mark.parametrize(
     ("text", "offset", "problem"),
     [
-        (b'[{"id": 1}, {"id": nul}]', 22, "is no JSON .*after 1 records"),
-        (b'[{"id": 1}, {"id": "x', 21, "ends inside of the array, after 1 records"),
-        (b'[{"id": 1} {"id": 2}]', 11, "is no JSON"),
+        (b'[{"id": 1}, {"id": nul}]', 22, "is not JSON .*after 1 records"),
+        (b'[{"id": 1}, {"id": "x', 21, "ends inside the array, after 1 records"),
+        (b'[{"id": 1} {"id": 2}]', 11, "is not JSON"),
         (b'[{"id": 1}', 10, "ends inside"),
-        (b'[{"id": "\xff"}]', 9, "is no JSON .*UTF8"),
-        (b'[{"id": 1}] x', 12, "is no JSON .*trailing garbage"),
+        (b'[{"id": "\xff"}]', 9, "is not JSON .*UTF8"),
+        (b'[{"id": 1}] x', 12, "is not JSON .*trailing garbage"),
         (b'{"id": 1}', 0, "expected an array"),
         (b"", 0, "expected an array"),
     ],
@@ -157,7 +157,7 @@ def test_what_is_nested_too_deeply_is_a_record_of_the_wrong_type(tmp_path, depth
 def test_broken_parquet_is_named(tmp_path):
     path = write_records(tmp_path, ".parquet")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ReleaseError, match=r"records\.parquet: is no whole Parquet file"):
+    with pytest.raises(ReleaseError, match=r"records\.parquet: is not a complete Parquet file"):
         list(read_records(path))
 
 
@@ -174,5 +174,5 @@ def test_record_files_of_a_folder(tmp_path):
     (tmp_path / "PangeaIns.json").touch()
     assert record_files(tmp_path) == [tmp_path / "PangeaIns.json"]
     assert record_files(parts[1]) == [parts[1]]
-    with pytest.raises(ReleaseError, match=r"is none of \.json"):
+    with pytest.raises(ReleaseError, match=r"is not one of \.json"):
         read_records(tmp_path / "x.csv")

@@ -154,8 +154,8 @@ def _weight_files(path: Path, index: dict[str, str]) -> list[Path]:
 
 
 _CONVERT = (
-    "unpickling runs code from the file, so it is not done here: load it with transformers "
-    "where you trust it and call save_pretrained(..., safe_serialization=True)"
+    "unpickling runs code from the file, so it is not done here: if you trust the file, load it with "
+    "transformers and call save_pretrained(..., safe_serialization=True)"
 )
 
 

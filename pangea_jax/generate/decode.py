@@ -165,8 +165,8 @@ def begin(
     Args:
       hidden, lengths: from `last_hidden`.
       cache: from `Pangea.prefill`. `advance` needs a free slot for every token but the last.
-      max_new_tokens: M, the largest number of tokens of an answer; another value compiles again.
-      limit: a smaller largest number; another value does not compile again.
+      max_new_tokens: M, the number of places for an answer; another value compiles again.
+      limit: largest number of tokens of an answer, at most M; another value does not compile again.
       stop_ids: a row ends with the first of these.
     """
     token = choose(model.language.logits(hidden), sampling, 0)

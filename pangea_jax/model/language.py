@@ -25,7 +25,7 @@ from pangea_jax.model.layers import (
     unstack_blocks,
     zeros,
 )
-from pangea_jax.model.lora import LoraConfig, adapter
+from pangea_jax.model.lora import Lora, LoraConfig
 from pangea_jax.sharding import BATCH_SPEC, constrain
 
 
@@ -154,7 +154,8 @@ class DecoderBlock(nnx.Module):
         sizes = {"q": (D, H * C), "k": (D, K * C), "v": (D, K * C), "o": (H * C, D)}
         sizes |= {"gate": (D, F), "up": (D, F), "down": (F, D)}
         for target, (inputs, outputs) in sizes.items():
-            lora = adapter(config.lora, target, inputs, outputs, rngs, dtype)
+            has_one = config.lora.rank and target in config.lora.targets
+            lora = Lora(config.lora, inputs, outputs, rngs, dtype) if has_one else None
             setattr(self, f"{target}_lora", lora)
 
     def qkv(self, x: Float[Array, "B T D"]):

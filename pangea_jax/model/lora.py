@@ -56,15 +56,6 @@ class Lora(nnx.Module):
         return self.scale * ((x @ self.a_ir[...].astype(x.dtype)) @ self.b_ro[...].astype(x.dtype))
 
 
-def adapter(
-    config: LoraConfig, target: str, inputs: int, outputs: int, rngs: nnx.Rngs, dtype
-) -> Lora | None:
-    """The adapter of the kernel `target`, if the config gives it one."""
-    if not config.rank or target not in config.targets:
-        return None
-    return Lora(config, inputs, outputs, rngs, dtype)
-
-
 def merge(params: Mapping[str, Array], config: LoraConfig) -> dict[str, Array]:
     """The parameters without adapters: each adapter is added to its kernel, in the kernel's dtype."""
     merged = {name: value for name, value in params.items() if "_lora." not in name}

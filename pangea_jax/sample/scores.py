@@ -1,4 +1,4 @@
-"""What the sample's scores mean, and one scored answer. The figures and the statistics of sweeps need both."""
+"""The sample's scores: chance, titles, intervals, and one answer. Figures and the statistics of sweeps use them."""
 
 import unicodedata
 from dataclasses import dataclass

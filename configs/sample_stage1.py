@@ -14,24 +14,26 @@ take 20 to 40 minutes on two CPU cores. The result is shipped as
 from ml_collections import ConfigDict
 
 from configs import sample
-from pangea_jax.data.pipeline import PipelineConfig
+from pangea_jax.sample.pretraining import Stage1Config
 from pangea_jax.typed_config import section
 
 
 def get_config() -> ConfigDict:
     base = sample.get_config()
-    config = ConfigDict()
-    config.seed = 0
-    config.model = base.model
-    config.frozen = base.frozen
-    config.languages = base.mixture.languages
-    config.sources = base.mixture.sources
-    config.translation_passes = 2
-    config.picture_passes = 40
-    config.augmented_views = base.augmented_views
-    config.reading = base.reading
-    config.pipeline = section(
-        PipelineConfig,
+    config = section(
+        Stage1Config,
+        model=base.model,
+        frozen=base.frozen,
+        languages=base.mixture.languages,
+        sources=base.mixture.sources,
+        translation_passes=2,
+        picture_passes=40,
+        augmented_views=base.augmented_views,
+        reading=base.reading,
+        optimizer=base.optimizer,
+        mesh=base.mesh,
+    )
+    config.pipeline.update(
         rows=10,
         row_tokens=160,
         row_tiles=4,
@@ -39,8 +41,5 @@ def get_config() -> ConfigDict:
         packing="balanced",
         examples_per_row=3,
     )
-    config.optimizer = base.optimizer
     config.optimizer.learning_rate = 2e-3
-    config.mesh = base.mesh
-    config.log_every = 20
     return config

@@ -11,19 +11,20 @@ the one test at the end. Writes `tower.safetensors`, shipped as
 from ml_collections import ConfigDict
 
 from configs import sample
+from pangea_jax.sample.pretraining import TowerConfig
+from pangea_jax.typed_config import section
 
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.artists = ("noto", "fluent", "emojione", "openmoji")
-    config.test_artist = "twemoji"
-    config.vision = sample.get_config().model.vision
-    config.steps = 4500
-    config.batch_size = 128
-    config.learning_rate = 1e-3
-    config.warmup_steps = 300
-    config.weight_decay = 0.05
-    config.label_smoothing = 0.1
-    config.seed = 0
-    config.log_every = 100
-    return config
+    return section(
+        TowerConfig,
+        artists=("noto", "fluent", "emojione", "openmoji"),
+        test_artist="twemoji",
+        vision=sample.get_config().model.vision,
+        steps=4500,
+        batch_size=128,
+        learning_rate=1e-3,
+        warmup_steps=300,
+        weight_decay=0.05,
+        label_smoothing=0.1,
+    )

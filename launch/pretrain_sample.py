@@ -17,50 +17,18 @@ from launch import common
 from pangea_jax import assets, experiment, sharding
 from pangea_jax.checkpoints import SpecialTokens, huggingface
 from pangea_jax.data import mixture, pipeline
-from pangea_jax.data.reader import CachedFeatures, Reader, ReadingPolicy
+from pangea_jax.data.reader import CachedFeatures, Reader
 from pangea_jax.data.tokenizer import load_tokenizer
-from pangea_jax.experiment import MeshConfig
-from pangea_jax.model import PangeaConfig
 from pangea_jax.model import params as model_params
 from pangea_jax.sample import emoji
 from pangea_jax.sample.features import frozen_features
+from pangea_jax.sample.pretraining import Stage1Config
 from pangea_jax.train import optimizer as optim
 from pangea_jax.train.state import init_state
 from pangea_jax.train.step import make_train_step
 from pangea_jax.train.telemetry import Speed, StepTimer, Telemetry, Window
 
-
-@dataclasses.dataclass(frozen=True)
-class Stage1:
-    """What configs/sample_stage1.py declares; fields that `Experiment` has too mean the same.
-
-    Attributes:
-      languages: to translate between.
-      sources: of the pictures that are named in English.
-      translation_passes, picture_passes: how often each translation and each picture is seen.
-    """
-
-    model: PangeaConfig
-    reading: ReadingPolicy
-    pipeline: pipeline.PipelineConfig
-    optimizer: optim.OptimizerConfig
-    languages: tuple[str, ...]
-    sources: tuple[str, ...]
-    translation_passes: int
-    picture_passes: int
-    augmented_views: int
-    frozen: tuple[str, ...] = ()
-    mesh: MeshConfig = MeshConfig()
-    seed: int = 0
-    log_every: int = 20
-
-    @property
-    def artists(self) -> tuple[str, ...]:
-        """The artists of the sources, such as "emoji/noto"."""
-        return tuple(source.removeprefix("emoji/") for source in self.sources)
-
-
-CONFIG = common.define_config("configs/sample_stage1.py", Stage1)
+CONFIG = common.define_config("configs/sample_stage1.py", Stage1Config)
 WORKDIR = flags.DEFINE_string("workdir", "runs/sample_stage1", "Where results are written.")
 
 

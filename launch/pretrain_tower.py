@@ -14,20 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 from flax import nnx
-from ml_collections import config_flags
 from PIL import Image
 
+from launch import common
 from pangea_jax.checkpoints import huggingface
 from pangea_jax.model import PangeaConfig, VisionConfig, VisionTower
 from pangea_jax.model import params as model_params
 from pangea_jax.model.layers import LayerNorm, normal
 from pangea_jax.model.vision import normalize
 from pangea_jax.sample import augment, emoji
+from pangea_jax.sample.pretraining import TowerConfig
 from pangea_jax.train.telemetry import Telemetry
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/sample_tower.py", "The run.")
+CONFIG = common.define_config("configs/sample_tower.py", TowerConfig)
 WORKDIR = flags.DEFINE_string("workdir", "runs/sample_tower", "Folder for the results.")
 
 
@@ -107,13 +108,12 @@ def make_optimizer(config):
 
 
 def main(_):
-    config, workdir = CONFIG.value, Path(WORKDIR.value)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(config.to_json(indent=2))
+    config, workdir = CONFIG(), Path(WORKDIR.value)
+    common.claim_workdir(workdir, config)
     store = emoji.open_store()
     drawings, labels = load_drawings(store, config.artists)
     logging.info("%d drawings of %d concepts", len(drawings), len(set(labels)))
-    vision = VisionConfig(**config.vision)
+    vision = config.vision
     module = Recogniser(vision, int(labels.max()) + 1, rngs=nnx.Rngs(config.seed))
     graphdef, params = model_params.split(module)
     optimizer = make_optimizer(config)
@@ -136,4 +136,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.run(main)

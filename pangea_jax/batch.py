@@ -21,12 +21,12 @@ class Example:
       tokens, image_index, tiles, features, targets, weights: see `Batch`, without the dimension B.
     """
 
-    tokens: Int32[np.ndarray, "T"]
-    image_index: Int32[np.ndarray, "T"]
+    tokens: Int32[np.ndarray, " T"]
+    image_index: Int32[np.ndarray, " T"]
     tiles: UInt8[np.ndarray, "N S S 3"] | None = None
     features: Float[np.ndarray, "N P E"] | None = None
-    targets: Int32[np.ndarray, "T"] | None = None
-    weights: Float32[np.ndarray, "T"] | None = None
+    targets: Int32[np.ndarray, " T"] | None = None
+    weights: Float32[np.ndarray, " T"] | None = None
 
     @property
     def pictures(self) -> np.ndarray:

@@ -31,6 +31,7 @@ from pangea_jax.model import params as model_params
 from pangea_jax.sample import emoji
 from pangea_jax.sample.features import frozen_features
 from pangea_jax.sample.naming import Evaluation
+from pangea_jax.sharding import MeshConfig
 from pangea_jax.train.flops import train_flops
 from pangea_jax.train.guards import GuardConfig
 from pangea_jax.train.optimizer import OptimizerConfig
@@ -58,15 +59,6 @@ class DataConfig:
     tokenizer: str
     image_id: int | None = None
     verify: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the mesh axes, see `pangea_jax.sharding.make_mesh`; -1 takes the remaining devices."""
-
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

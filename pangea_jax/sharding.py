@@ -1,6 +1,7 @@
 """The mesh, and one table: how every parameter is sharded over it."""
 
 import collections
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -38,6 +39,15 @@ RULES: tuple[tuple[str, P], ...] = (
     (r".*(norm\.(scale|bias)|_bias_d|class_embedding_d|newline_d)", P()),
 )
 MAX_REPLICATED = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes, see `make_mesh`; -1 takes the remaining devices."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:

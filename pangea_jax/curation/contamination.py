@@ -77,11 +77,11 @@ class Benchmarks:
 
     documents: tuple[str, ...]
     words: Mapping[str, int]
-    texts: UInt64[np.ndarray, "texts"]
-    text_documents: Int32[np.ndarray, "texts"]
-    ngrams: UInt64[np.ndarray, "ngrams"]
-    ngram_documents: Int32[np.ndarray, "ngrams"]
-    pictures: UInt64[np.ndarray, "pictures"]
+    texts: UInt64[np.ndarray, " texts"]
+    text_documents: Int32[np.ndarray, " texts"]
+    ngrams: UInt64[np.ndarray, " ngrams"]
+    ngram_documents: Int32[np.ndarray, " ngrams"]
+    pictures: UInt64[np.ndarray, " pictures"]
     picture_names: tuple[str, ...]
 
     @classmethod
@@ -285,7 +285,7 @@ def _number(word: str, words: dict[str, int]) -> int:
     return words[word]
 
 
-def _ngrams(numbers: UInt64[np.ndarray, "words"]) -> UInt64[np.ndarray, "n"]:
+def _ngrams(numbers: UInt64[np.ndarray, " words"]) -> UInt64[np.ndarray, " n"]:
     """Hashes of the distinct runs of 13 words, without runs that contain an unknown word (0)."""
     count = len(numbers) - NGRAM + 1
     if count <= 0:
@@ -298,11 +298,11 @@ def _ngrams(numbers: UInt64[np.ndarray, "words"]) -> UInt64[np.ndarray, "n"]:
     return np.unique(hashes[known])
 
 
-def _whole(numbers: UInt64[np.ndarray, "words"]) -> int:
+def _whole(numbers: UInt64[np.ndarray, " words"]) -> int:
     return int.from_bytes(hashlib.blake2b(numbers.tobytes(), digest_size=8).digest(), "big")
 
 
-def _sorted(hashes, documents) -> tuple[UInt64[np.ndarray, "n"], Int32[np.ndarray, "n"]]:
+def _sorted(hashes, documents) -> tuple[UInt64[np.ndarray, " n"], Int32[np.ndarray, " n"]]:
     """Sorts by hash, and leaves out hashes of more than `BOILERPLATE` documents."""
     order = np.argsort(hashes, kind="stable")
     hashes, documents = hashes[order], documents[order].astype(np.int32)

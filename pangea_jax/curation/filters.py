@@ -142,7 +142,7 @@ class Scorer(Protocol):
 
     def __call__(
         self, pictures: Sequence[Image.Image], texts: Sequence[str]
-    ) -> Float32[np.ndarray, "B"]: ...
+    ) -> Float32[np.ndarray, " B"]: ...
 
 
 class ClipScorer:

@@ -32,8 +32,8 @@ def perceptual_hash(picture: Image.Image) -> int:
 
 
 def unlike_earlier_pictures(
-    hashes: UInt64[np.ndarray, "n"], max_distance: int = MAX_HASH_DISTANCE
-) -> Bool[np.ndarray, "n"]:
+    hashes: UInt64[np.ndarray, " n"], max_distance: int = MAX_HASH_DISTANCE
+) -> Bool[np.ndarray, " n"]:
     """Whether each picture differs from all earlier ones in more than `max_distance` bits. The result is exact.
 
     Hashes that differ in d bits agree in at least one of d + 1 groups of bits. So only hashes that agree in one group
@@ -51,7 +51,7 @@ def unlike_earlier_pictures(
 
 def unlike_earlier_texts(
     texts: Iterable[str], min_similarity: float = MIN_TEXT_SIMILARITY
-) -> Bool[np.ndarray, "n"]:
+) -> Bool[np.ndarray, " n"]:
     """Whether each text differs from all earlier ones, by MinHash of their character 4-grams (rensa).
 
     It finds 99 % of the pairs at the threshold (Jaccard 0.8); the error of the estimated similarity is 0.04. It needs
@@ -77,9 +77,9 @@ def unlike_earlier_texts(
 
 def _unlike_earlier(
     count: int,
-    bands: Iterable[UInt64[np.ndarray, "n"]],
-    alike: Callable[[Int64[np.ndarray, "m"], Int64[np.ndarray, "m"]], Bool[np.ndarray, "m"]],
-) -> Bool[np.ndarray, "n"]:
+    bands: Iterable[UInt64[np.ndarray, " n"]],
+    alike: Callable[[Int64[np.ndarray, " m"], Int64[np.ndarray, " m"]], Bool[np.ndarray, " m"]],
+) -> Bool[np.ndarray, " n"]:
     """Whether each item differs from all earlier ones; only items with the same key in a band are compared."""
     stays = np.ones(count, bool)
     for keys in bands:
@@ -113,7 +113,7 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield some
 
 
-def _hash_rows(rows: UInt32[np.ndarray, "n r"]) -> UInt64[np.ndarray, "n"]:
+def _hash_rows(rows: UInt32[np.ndarray, "n r"]) -> UInt64[np.ndarray, " n"]:
     hashes = np.zeros(len(rows), np.uint64)
     for column in rows.T:
         hashes = (hashes ^ column) * np.uint64(0x9E3779B97F4A7C15)

@@ -45,15 +45,15 @@ class Rendered:
         tiles of this conversation (see `pangea_jax.model.Pangea`).
     """
 
-    tokens: Int[np.ndarray, "T"]
-    trained: Bool[np.ndarray, "T"]
-    image_index: Int[np.ndarray, "T"]
+    tokens: Int[np.ndarray, " T"]
+    trained: Bool[np.ndarray, " T"]
+    image_index: Int[np.ndarray, " T"]
 
 
 def render(
     turns: Sequence[Turn],
     tokenizer: Tokenizer,
-    layouts: Sequence[Int[np.ndarray, "_"]] = (),
+    layouts: Sequence[Int[np.ndarray, " _"]] = (),
     *,
     tiles_per_image: Sequence[int] = (),
     patches: int = 0,
@@ -225,8 +225,8 @@ def marker_first(text: str) -> str:
 class _Span(NamedTuple):
     """Words between images: their ids, and which are trained. Read-only, because it is shared."""
 
-    tokens: Int[np.ndarray, "T"]
-    trained: Bool[np.ndarray, "T"]
+    tokens: Int[np.ndarray, " T"]
+    trained: Bool[np.ndarray, " T"]
 
 
 def _message(tokenizer, role, text, loss_mask) -> tuple[_Span, ...]:

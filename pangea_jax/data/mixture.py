@@ -135,7 +135,7 @@ class Choice:
       repeat_factor: drawn examples per available record, by `language/kind`.
     """
 
-    rows: Int[np.ndarray, "num_examples"]
+    rows: Int[np.ndarray, " num_examples"]
     examples_per_language: dict[str, int]
     kinds: dict[str, int]
     repeat_factor: dict[str, float]
@@ -158,7 +158,7 @@ def read_ids(path: str | Path) -> tuple[str, ...]:
     return tuple(id for id in ids if id and not id.startswith("#"))
 
 
-def column_codes(index: pa.Table, name: str) -> tuple[Int32[np.ndarray, "n"], list[str]]:
+def column_codes(index: pa.Table, name: str) -> tuple[Int32[np.ndarray, " n"], list[str]]:
     """A column of labels as (codes, labels); -1 means no label.
 
     This takes a few bytes per row; Python strings of millions of rows would take gigabytes.
@@ -301,7 +301,7 @@ def _by_kind(examples: int, text_ratio: float | None) -> dict[str, int]:
     return {"image": examples - num_text, "text": num_text}
 
 
-def _pools(index: pa.Table, mixture: Mixture) -> dict[str, Bool[np.ndarray, "n"]]:
+def _pools(index: pa.Table, mixture: Mixture) -> dict[str, Bool[np.ndarray, " n"]]:
     """Kind -> which rows may be drawn."""
     kind, kinds = column_codes(index, "kind")
     is_text = kind == (kinds.index("text") if "text" in kinds else -2)
@@ -317,7 +317,7 @@ def _pools(index: pa.Table, mixture: Mixture) -> dict[str, Bool[np.ndarray, "n"]
     return {"image": everywhere & of_sources & ~is_text, "text": everywhere & is_text & within}
 
 
-def _matching(index, name, wanted, unwanted) -> Bool[np.ndarray, "n"]:
+def _matching(index, name, wanted, unwanted) -> Bool[np.ndarray, " n"]:
     """Rows whose label matches one of `wanted` (None: any) and none of `unwanted`."""
     if wanted is None and not unwanted:
         return np.ones(len(index), bool)
@@ -334,7 +334,7 @@ def _matching(index, name, wanted, unwanted) -> Bool[np.ndarray, "n"]:
     return np.array([*good, wanted is None], bool)[codes]
 
 
-def _translates_within(index, codes) -> Bool[np.ndarray, "n"]:
+def _translates_within(index, codes) -> Bool[np.ndarray, " n"]:
     if "source_language" not in index.column_names or codes is None:
         return np.ones(len(index), bool)
     numbers, labels = column_codes(index, "source_language")

@@ -44,13 +44,13 @@ class Plan:
       starts: row r holds `members[starts[r] : starts[r + 1]]`.
     """
 
-    def __init__(self, members: Int[np.ndarray, "n"], starts: Int[np.ndarray, "rows_1"]):
+    def __init__(self, members: Int[np.ndarray, " n"], starts: Int[np.ndarray, " rows_1"]):
         self.members, self.starts = members, starts
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __getitem__(self, row: int) -> Int[np.ndarray, "k"]:
+    def __getitem__(self, row: int) -> Int[np.ndarray, " k"]:
         return self.members[self.starts[row] : self.starts[row + 1]]
 
 

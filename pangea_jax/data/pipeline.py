@@ -114,7 +114,7 @@ class PipelineConfig:
 class RowSource(Sequence[Conversation]):
     """The conversations at some rows of a store's index; a Grain source."""
 
-    def __init__(self, store: RecordStore, rows: Int[np.ndarray, "n"]):
+    def __init__(self, store: RecordStore, rows: Int[np.ndarray, " n"]):
         self._sources = {split: store.records(split) for split in store.splits}
         codes, self._splits = column_codes(store.index, "split")
         self._codes = codes[rows].astype(np.int8)

@@ -28,7 +28,7 @@ TEMPLATES = ("qwen_1_5",)
 PADDING_COLOUR = (122, 116, 104)
 
 # How many tiles a picture has, and its `image_index` counted from its own first tile.
-Place = tuple[int, Int[np.ndarray, "T"]]
+Place = tuple[int, Int[np.ndarray, " T"]]
 
 
 @dataclasses.dataclass(frozen=True)

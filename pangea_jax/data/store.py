@@ -234,7 +234,7 @@ class RecordStore:
                 raise StoreError(path, "differs from the SHA-256 in the manifest", self._remedy)
 
     @cached_property
-    def _positions(self) -> tuple[UInt64[np.ndarray, "K"], Int64[np.ndarray, "K"]]:
+    def _positions(self) -> tuple[UInt64[np.ndarray, " K"], Int64[np.ndarray, " K"]]:
         """Hashes of all keys, ascending, and the pictures' positions: 16 bytes a picture, where a
         dict of the five million keys of PangeaIns would take a gigabyte in every process."""
         table = self._table(IMAGE_INDEX, ["key_hash", "position"])

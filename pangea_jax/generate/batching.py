@@ -54,7 +54,7 @@ class Batch:
         *,
         limit: int,
         max_new_tokens: int,
-        stop_ids: Int[np.ndarray, "Z"],
+        stop_ids: Int[np.ndarray, " Z"],
         stop_strings: Collection[str],
         decode: Callable[[Sequence[int]], str],
         shape: Callable[[Prompt], tuple[int, int]],

@@ -24,10 +24,10 @@ class Sampling:
         to get different answers.
     """
 
-    temperature: Float[Array, "B"]
-    top_p: Float[Array, "B"]
-    top_k: Int[Array, "B"]
-    seed: UInt32[Array, "B"]
+    temperature: Float[Array, " B"]
+    top_p: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    seed: UInt32[Array, " B"]
 
     @classmethod
     def make(
@@ -83,15 +83,15 @@ class Decoding:
     """
 
     tokens: Int[Array, "B M"]
-    chosen: Int[Array, "B"]
-    done: Bool[Array, "B"]
-    lengths: Int[Array, "B"]
+    chosen: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    lengths: Int[Array, " B"]
     cache: KVCache
 
 
 def last_hidden(
     hidden: Float[Array, "B T D"], segment_ids: Int[Array, "B T"]
-) -> tuple[Float[Array, "B D"], Int[Array, "B"]]:
+) -> tuple[Float[Array, "B D"], Int[Array, " B"]]:
     """Hidden state at each right-padded prompt's last token, and the prompts' lengths."""
     lengths = jnp.sum(segment_ids > 0, axis=1)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
@@ -99,7 +99,7 @@ def last_hidden(
 
 
 def keep_likely(
-    logits: Float[Array, "B V"], top_k: Int[Array, "B"], top_p: Float[Array, "B"]
+    logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
     """The logits, with -inf for all but the likeliest tokens: at most `top_k`, then up to the probability `top_p`.
 
@@ -121,7 +121,7 @@ def keep_likely(
 
 def choose(
     logits: Float[Array, "B V"], sampling: Sampling | None, step: Int[Array, "*B"] | int
-) -> Int[Array, "B"]:
+) -> Int[Array, " B"]:
     """The next token of each row, its `step`-th; the likeliest one without `sampling`."""
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if sampling is None:
@@ -150,12 +150,12 @@ def choose(
 def begin(
     model: Pangea,
     hidden: Float[Array, "B D"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     cache: KVCache,
     *,
     max_new_tokens: int,
     limit: Int[Array, ""] | int,
-    stop_ids: Int[Array, "Z"],
+    stop_ids: Int[Array, " Z"],
     sampling: Sampling | None = None,
 ) -> Decoding:
     """Chooses the first tokens after a prefill. Empty rows are done at once.
@@ -182,7 +182,7 @@ def advance(
     *,
     steps: int,
     limit: Int[Array, ""] | int,
-    stop_ids: Int[Array, "Z"],
+    stop_ids: Int[Array, " Z"],
     sampling: Sampling | None = None,
 ) -> Decoding:
     """Adds at most `steps` tokens to each row. A row ends with a stop id or when it has `limit` tokens."""
@@ -230,7 +230,7 @@ def idle(cache: KVCache, max_new_tokens: int, stop_id: int) -> Decoding:
     )
 
 
-def insert(decoding: Decoding, begun: Decoding, rows: Int[Array, "A"]) -> Decoding:
+def insert(decoding: Decoding, begun: Decoding, rows: Int[Array, " A"]) -> Decoding:
     """The batch with A of its rows replaced by new ones.
 
     Args:
@@ -274,7 +274,7 @@ def follow(
     shared: Int[Array, ""],
     tokens: Int[Array, "A T"],
     segment_ids: Int[Array, "A T"],
-) -> tuple[Float[Array, "A D"], Int[Array, "A"], KVCache]:
+) -> tuple[Float[Array, "A D"], Int[Array, " A"], KVCache]:
     """Prefills prompts that share a prefix with the prompt of a row, from the cache of that row.
 
     Args:
@@ -312,11 +312,11 @@ def follow(
 def complete(
     model: Pangea,
     hidden: Float[Array, "B D"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     cache: KVCache,
     *,
     max_new_tokens: int,
-    stop_ids: Int[Array, "Z"],
+    stop_ids: Int[Array, " Z"],
     sampling: Sampling | None = None,
 ) -> Int[Array, "B {max_new_tokens}"]:
     """The tokens of the answers up to and including a stop id, then `stop_ids[0]`; arguments as for `begin`."""

@@ -318,7 +318,7 @@ class Engine:
         most = 1 + max((w * h // side**2 for w, h in self.config.pinpoints), default=0)
         return tiles if tiles < 2 else tiles + -tiles % most
 
-    def _stop_ids(self, stop: Sequence[int] | None) -> Int[np.ndarray, "Z"]:
+    def _stop_ids(self, stop: Sequence[int] | None) -> Int[np.ndarray, " Z"]:
         ids = (self.tokenizer.im_end_id, self.tokenizer.pad_id) if stop is None else stop
         if isinstance(ids, str) or not all(isinstance(i, int | np.integer) for i in ids):
             raise ValueError(f"stop {stop!r} is not a list of token ids")

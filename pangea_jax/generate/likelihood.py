@@ -102,7 +102,7 @@ def score(
 def score_tails(
     model: Pangea,
     last: Float[Array, "B D"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     cache: KVCache,
     tails: Int[Array, "B A S"],
     scored: Bool[Array, "B A S"],

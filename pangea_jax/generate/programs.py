@@ -66,7 +66,7 @@ class Programs:
         """Number of parts that the rows of a batch are split into."""
         return sharding.row_shards(self.mesh)
 
-    def insert(self, decoding: Decoding, begun: Decoding, rows: Int[np.ndarray, "A"]) -> Decoding:
+    def insert(self, decoding: Decoding, begun: Decoding, rows: Int[np.ndarray, " A"]) -> Decoding:
         """`decode.insert`; it donates `decoding` and drops the rows of `begun` beyond A."""
         beyond = len(decoding.done)
         missing = len(begun.done) - len(rows)

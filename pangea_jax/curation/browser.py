@@ -89,7 +89,7 @@ class BrowserConfig:
       sandbox: whether Chromium uses its sandbox; root and most containers cannot.
       network: what pages given by URL may load. "none": such pages are refused. "static": the document,
         style sheets, pictures and fonts; no script runs, and `web.Fetch` fetches everything for Chromium.
-        "all": whatever they ask for, fetched by Chromium.
+        "all": everything; Chromium fetches it.
       private_addresses: whether pages may load from this machine and private networks. With "all",
         Chromium looks up a checked name again, and may get another address.
       robots: whether robots.txt is obeyed, for pages and for what they load. With "all", redirections of a
@@ -149,7 +149,7 @@ def _playwrights_own() -> str:
 
 
 class OpenPage:
-    """A page on one device. `blocked` lists the addresses of what was not loaded."""
+    """A page on one device. `blocked` lists the addresses that were not loaded."""
 
     def __init__(self, page, session, world: int, blocked: list[str]):
         self._page, self._session, self._world = page, session, world
@@ -399,7 +399,7 @@ def _write_font_list(fonts: Sequence[str]) -> str:
     specs = filter(None, map(import_util.find_spec, FONT_PACKAGES))
     folders = [str(Path(spec.origin).parent) for spec in specs] + list(fonts)
     lines = "".join(f"<dir>{escape(folder)}</dir>" for folder in folders)
-    # One folder for all browsers, since killed processes would leave folders of their own behind.
+    # One folder for all browsers, since a killed process could not remove its own folder.
     cache = (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pangea_jax" / "fonts"
     )

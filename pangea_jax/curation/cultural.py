@@ -97,8 +97,8 @@ class CulturalConfig:
       blocked_words: file of offensive words and phrases, one per line; "": none.
       clip_model: name or folder of a two-tower model of transformers, which scores the available pictures;
         "": the source's own `similarity` is used.
-      caption_share: share of pictures whose caption becomes a record as well.
-      picture_side: maximum pixels a side of what the model sees.
+      caption_share: share of the pictures whose caption also becomes a record.
+      picture_side: maximum side in pixels of the pictures that the model sees.
     """
 
     llm: llm.ClientConfig

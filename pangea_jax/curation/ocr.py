@@ -218,7 +218,7 @@ async def take(browser: Browser, view: View, config: OcrConfig) -> Shot:
     """Takes the screenshot of a view and draws the box.
 
     Raises:
-      PageError: the page cannot be used, or none of its elements.
+      PageError: the page or all of its elements cannot be used.
     """
     if view.page.language and view.page.language not in config.codes:
         raise PageError("language is not wanted", view.page.language, "language")
@@ -311,7 +311,7 @@ async def _fault_of_picture(page, call, seen, picture, device, choice) -> str:
         return "page moves"
     pixels = np.asarray(picture)
     if red_pixels(pixels).mean() > choice.max_red_share:
-        return "page has red of its own"
+        return "page has other red pixels"
     grey = np.asarray(picture.convert("L"))
     for line in seen["lines"]:
         left, top, right, bottom = _outwards(line, device.scale, 0)

@@ -141,7 +141,7 @@ def test_pages_that_are_dropped(chromium, tmp_path):
     assert details == {
         "covered": "covered or cut off",
         "pale": "too little contrast",
-        "red": "page has red of its own",
+        "red": "page has other red pixels",
         "letter": "no font has a letter",
     }
     assert shots["gone"].reason == "page cannot be read"

@@ -113,7 +113,9 @@ class BrowserConfig:
 
     def __post_init__(self):
         if self.network not in ("none", "static", "all"):
-            raise ValueError(f"browser.network is {self.network!r}, not none, static or all")
+            raise ValueError(
+                f"config.browser.network is {self.network!r}; expected none, static or all"
+            )
 
 
 def find_chromium(executable_path: str | None = None) -> str:
@@ -127,7 +129,7 @@ def find_chromium(executable_path: str | None = None) -> str:
     if executable_path is not None:
         if not os.access(executable_path, os.X_OK):
             raise BrowserError(
-                f"browser.executable_path {executable_path!r} is not a program that can be run"
+                f"config.browser.executable_path {executable_path!r} is not a program that can be run"
             )
         return executable_path
     found = next(filter(None, map(shutil.which, COMMANDS)), None)
@@ -259,7 +261,7 @@ class Browser:
         except PlaywrightError as error:
             await self._stop()
             root = "running as root without --no-sandbox" in error.message
-            hint = "Chromium has no sandbox as root: set browser.sandbox=False, or be another user"
+            hint = "Chromium has no sandbox as root: set config.browser.sandbox=False, or run it as another user"
             lines = [line.strip() for line in error.message.splitlines() if line.strip()]
             said = hint if root or "sandbox" in error.message.lower() else " ".join(lines)[:300]
             raise BrowserError(f"{self._path} does not start: {said}") from None

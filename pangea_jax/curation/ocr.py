@@ -112,10 +112,10 @@ class OcrConfig:
             raise ValueError("config.languages is empty; name at least one language")
         if not 1 <= self.views_per_page <= len(self.devices):
             raise ValueError(
-                f"views_per_page is {self.views_per_page}, there are {len(self.devices)} devices"
+                f"config.views_per_page is {self.views_per_page}, but there are {len(self.devices)} devices"
             )
         if not self.instructions.get("en"):
-            raise ValueError("instructions needs at least one question in English (en)")
+            raise ValueError("config.instructions needs at least one question in English (en)")
 
     @functools.cached_property
     def codes(self) -> tuple[str, ...]:

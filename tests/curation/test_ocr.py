@@ -109,7 +109,7 @@ def test_configs_that_cannot_be():
         dataclasses.replace(CONFIG, instructions={"ar": ("؟",)})
     with pytest.raises(ValueError, match=r"width=20000, height=20000.*too many"):
         Device(20_000, 20_000)
-    with pytest.raises(ValueError, match="not none, static or all"):
+    with pytest.raises(ValueError, match="expected none, static or all"):
         BrowserConfig(network="some")
 
 

@@ -25,9 +25,9 @@ from PIL import Image
 
 from pangea_jax.curation import web
 from pangea_jax.curation.accounting import Unfit
-from pangea_jax.curation.workflow import JobError
 from pangea_jax.data import image
 from pangea_jax.work.atomic import write_bytes
+from pangea_jax.work.restart import WorkError
 
 INSTALL = (
     'install it with `pip install "playwright>=1.50,<2"` and either `apt-get install chromium` or '
@@ -49,7 +49,7 @@ _LOCAL_ADDRESS = "http://page.invalid/"
 _STOP_SECONDS = 10
 
 
-class BrowserError(JobError):
+class BrowserError(WorkError):
     """There is no browser, or it does not start; the message says what to install or set."""
 
 

@@ -49,6 +49,7 @@ from pangea_jax.data import image
 from pangea_jax.data.record import identify_language
 from pangea_jax.work import runners
 from pangea_jax.work.atomic import write_bytes
+from pangea_jax.work.restart import WorkError
 
 STAGES = (
     *("read", "filters", "language", "pictures", "CLIP score", "near-duplicates"),
@@ -142,7 +143,7 @@ def run(
     job, filters = Job(out, STAGES, config.shard_size), _filters(config)
     source = Path(config.source)
     if not source.exists():
-        raise workflow.JobError(f"config.source={source}: no such file or folder")
+        raise WorkError(f"config.source={source}: no such file or folder")
     if scorer is None and config.clip_model:
         scorer = functools.partial(_clip_scorer, config.clip_model)
     alike = config.near_duplicates

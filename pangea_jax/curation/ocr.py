@@ -34,6 +34,7 @@ from pangea_jax.curation.browser import Browser, BrowserConfig, Device, OpenPage
 from pangea_jax.curation.ocr_pages import Page, nearest_language, page_files, read_pages
 from pangea_jax.data.record import IMAGE_MARKER, Conversation, Turn, identify_language
 from pangea_jax.work import runners
+from pangea_jax.work.restart import WorkError
 
 RED = (255, 0, 0)
 SOURCE, CATEGORY = "ocr/webui", "ocr"
@@ -465,9 +466,7 @@ def run(config: OcrConfig, out: Path, runner_options: Sequence[str]) -> dict[str
     """
     source = Path(config.pages)
     if not source.exists() or next(read_pages(source), None) is None:
-        raise workflow.JobError(
-            f"config.pages: no pages in {source}; name a folder of *.html or a list"
-        )
+        raise WorkError(f"config.pages: no pages in {source}; name a folder of *.html or a list")
     # Pictures depend on the browser's version, so a run keeps to one.
     plan = _plan(config, page_files(source)) | {"chromium": asyncio.run(_version(config))}
     job = workflow.Job(out, STAGES, config.shard_size)

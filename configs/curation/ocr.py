@@ -9,7 +9,7 @@
 PAGES is a folder of HTML files, best in subfolders named after their language (PAGES/hi/1.html). These pages are shown
 without a network: their scripts do not run and their pictures stay empty. Lines of `urls.jsonl` look like
 {"url": "https://...", "language": "hi"}. For such pages, "static" loads style sheets, pictures and fonts but runs no
-script; "all" runs scripts too. Pages that robots.txt forbids are dropped, and so is what it forbids them to load.
+script; "all" runs scripts too. Pages that robots.txt forbids are dropped; files that it forbids are not loaded.
 
 The paper took 50,000 pages per language from CC-News, in ten languages and on several devices and resolutions, and
 marked one element of each with a red box. To add a language, add it to `languages` and, if you like, to INSTRUCTIONS.

@@ -25,9 +25,9 @@ from PIL import Image
 
 from pangea_jax.curation import web
 from pangea_jax.curation.accounting import Unfit
-from pangea_jax.curation.workflow import JobError
 from pangea_jax.data import image
 from pangea_jax.work.atomic import write_bytes
+from pangea_jax.work.restart import WorkError
 
 INSTALL = (
     'install it with `pip install "playwright>=1.50,<2"` and either `apt-get install chromium` or '
@@ -49,7 +49,7 @@ _LOCAL_ADDRESS = "http://page.invalid/"
 _STOP_SECONDS = 10
 
 
-class BrowserError(JobError):
+class BrowserError(WorkError):
     """There is no browser, or it does not start; the message says what to install or set."""
 
 
@@ -89,7 +89,7 @@ class BrowserConfig:
       sandbox: whether Chromium uses its sandbox; root and most containers cannot.
       network: what pages given by URL may load. "none": such pages are refused. "static": the document,
         style sheets, pictures and fonts; no script runs, and `web.Fetch` fetches everything for Chromium.
-        "all": whatever they ask for, fetched by Chromium.
+        "all": everything; Chromium fetches it.
       private_addresses: whether pages may load from this machine and private networks. With "all",
         Chromium looks up a checked name again, and may get another address.
       robots: whether robots.txt is obeyed, for pages and for what they load. With "all", redirections of a
@@ -113,7 +113,9 @@ class BrowserConfig:
 
     def __post_init__(self):
         if self.network not in ("none", "static", "all"):
-            raise ValueError(f"browser.network is {self.network!r}, not none, static or all")
+            raise ValueError(
+                f"config.browser.network is {self.network!r}; expected none, static or all"
+            )
 
 
 def find_chromium(executable_path: str | None = None) -> str:
@@ -127,7 +129,7 @@ def find_chromium(executable_path: str | None = None) -> str:
     if executable_path is not None:
         if not os.access(executable_path, os.X_OK):
             raise BrowserError(
-                f"browser.executable_path {executable_path!r} is not a program that can be run"
+                f"config.browser.executable_path {executable_path!r} is not a program that can be run"
             )
         return executable_path
     found = next(filter(None, map(shutil.which, COMMANDS)), None)
@@ -149,7 +151,7 @@ def _playwrights_own() -> str:
 
 
 class OpenPage:
-    """A page on one device. `blocked` lists the addresses of what was not loaded."""
+    """A page on one device. `blocked` lists the addresses that were not loaded."""
 
     def __init__(self, page, session, world: int, blocked: list[str]):
         self._page, self._session, self._world = page, session, world
@@ -259,7 +261,7 @@ class Browser:
         except PlaywrightError as error:
             await self._stop()
             root = "running as root without --no-sandbox" in error.message
-            hint = "Chromium has no sandbox as root: set browser.sandbox=False, or be another user"
+            hint = "Chromium has no sandbox as root: set config.browser.sandbox=False, or run it as another user"
             lines = [line.strip() for line in error.message.splitlines() if line.strip()]
             said = hint if root or "sandbox" in error.message.lower() else " ".join(lines)[:300]
             raise BrowserError(f"{self._path} does not start: {said}") from None
@@ -399,7 +401,7 @@ def _write_font_list(fonts: Sequence[str]) -> str:
     specs = filter(None, map(import_util.find_spec, FONT_PACKAGES))
     folders = [str(Path(spec.origin).parent) for spec in specs] + list(fonts)
     lines = "".join(f"<dir>{escape(folder)}</dir>" for folder in folders)
-    # One folder for all browsers, since killed processes would leave folders of their own behind.
+    # One folder for all browsers, since a killed process could not remove its own folder.
     cache = (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pangea_jax" / "fonts"
     )

@@ -213,7 +213,9 @@ class Findings:
 def _can_be_listed(id: str) -> bool:
     fits = len(id.splitlines()) == 1 and not id.startswith("#")
     if not fits:
-        _log.warning("record %r overlaps with a benchmark, but no list of ids can hold its id", id)
+        _log.warning(
+            "record %r overlaps with a benchmark, but exclude_ids.txt cannot hold its id", id
+        )
     return fits
 
 

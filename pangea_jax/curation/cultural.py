@@ -49,6 +49,7 @@ from pangea_jax.data import image
 from pangea_jax.data.record import identify_language
 from pangea_jax.work import runners
 from pangea_jax.work.atomic import write_bytes
+from pangea_jax.work.restart import WorkError
 
 STAGES = (
     *("read", "filters", "language", "pictures", "CLIP score", "near-duplicates"),
@@ -97,8 +98,8 @@ class CulturalConfig:
       blocked_words: file of offensive words and phrases, one per line; "": none.
       clip_model: name or folder of a two-tower model of transformers, which scores the available pictures;
         "": the source's own `similarity` is used.
-      caption_share: share of pictures whose caption becomes a record as well.
-      picture_side: maximum pixels a side of what the model sees.
+      caption_share: share of the pictures whose caption also becomes a record.
+      picture_side: maximum side in pixels of the pictures that the model sees.
     """
 
     llm: llm.ClientConfig
@@ -142,7 +143,7 @@ def run(
     job, filters = Job(out, STAGES, config.shard_size), _filters(config)
     source = Path(config.source)
     if not source.exists():
-        raise workflow.JobError(f"config.source={source}: no such file or folder")
+        raise WorkError(f"config.source={source}: no such file or folder")
     if scorer is None and config.clip_model:
         scorer = functools.partial(_clip_scorer, config.clip_model)
     alike = config.near_duplicates

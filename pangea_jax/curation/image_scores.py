@@ -60,7 +60,7 @@ def read_score(answer: str) -> dict[str, Any]:
       Unusable: a value is missing, or not one of the choices.
     """
     if len(answer) > _MAX_SCORE_CHARS:
-        raise Unusable("score is no score", f"{len(answer):,} characters")
+        raise Unusable("answer is not a score", f"{len(answer):,} characters")
     found: dict[str, str] = {}
     for line in answer.splitlines():
         match = _SCORE_LINE.fullmatch(line) or _PLAIN_LINE.fullmatch(line)
@@ -71,7 +71,7 @@ def read_score(answer: str) -> dict[str, Any]:
                 found[key] = match[3].strip(" \t*_`\"'.[]")
     missing = {"quality", "subject", "country"} - found.keys()
     if missing:
-        raise Unusable("score is no score", f"no {', '.join(sorted(missing))}")
+        raise Unusable("answer is not a score", f"no {', '.join(sorted(missing))}")
     quality = re.fullmatch(r"([1-5])(?:\.0)?(?:\s*(?:/\s*5|\(.*\)))?", found["quality"])
     if quality is None:
         raise Unusable("quality is not 1 to 5", found["quality"][:60])
@@ -87,5 +87,5 @@ def _country(value: str) -> str | None:
         return None
     # The name goes into a prompt, so only a few words are allowed, without digits and most punctuation.
     if not 2 <= len(value) <= 60 or not re.fullmatch(r"[^\W\d_][^\d_\n:;<>{}|]*", value):
-        raise Unusable("country is no name", value[:60])
+        raise Unusable("country is not a name", value[:60])
     return value

@@ -54,7 +54,7 @@ class MakeInstructions:
       source: source of the records.
       scoring_model: name of the scoring model, for the provenance.
       caption_share: share of the pictures whose caption also becomes a record.
-      side: maximum pixels a side of what the model sees.
+      side: maximum side in pixels of the pictures that the model sees.
       seed: decides the variants of prompts and the places of markers.
     """
 
@@ -215,7 +215,7 @@ def _objects(answer: str) -> list[dict[str, Any]]:
 def _pair(found: Mapping[str, Any], code: str) -> dict[str, str]:
     pair = {key: found.get(key) for key in ("task type", "instruction", "response")}
     if not all(isinstance(value, str) for value in pair.values()):
-        raise Unusable("a key is missing or no text")
+        raise Unusable("a key is missing or not a text")
     pair = {key: value.strip() for key, value in pair.items()}
     pair["task type"] = choice(pair["task type"], TASK_TYPES, "task type is not among the 13")
     limits = {"instruction": _INSTRUCTION_CHARS, "response": _RESPONSE_CHARS}

@@ -188,7 +188,7 @@ class Client:
         class Transport(kind):
             def send(self, request, **settings):
                 claim = _CLAIM.get()
-                if claim.stop:  # some versions of the package retry whatever is raised
+                if claim.stop:  # some versions of the package retry after every exception
                     raise claim.stop
                 try:
                     return super().send(request, **settings)

@@ -34,6 +34,7 @@ from pangea_jax.curation.browser import Browser, BrowserConfig, Device, OpenPage
 from pangea_jax.curation.ocr_pages import Page, nearest_language, page_files, read_pages
 from pangea_jax.data.record import IMAGE_MARKER, Conversation, Turn, identify_language
 from pangea_jax.work import runners
+from pangea_jax.work.restart import WorkError
 
 RED = (255, 0, 0)
 SOURCE, CATEGORY = "ocr/webui", "ocr"
@@ -112,10 +113,10 @@ class OcrConfig:
             raise ValueError("config.languages is empty; name at least one language")
         if not 1 <= self.views_per_page <= len(self.devices):
             raise ValueError(
-                f"views_per_page is {self.views_per_page}, there are {len(self.devices)} devices"
+                f"config.views_per_page is {self.views_per_page}, but there are {len(self.devices)} devices"
             )
         if not self.instructions.get("en"):
-            raise ValueError("instructions needs at least one question in English (en)")
+            raise ValueError("config.instructions needs at least one question in English (en)")
 
     @functools.cached_property
     def codes(self) -> tuple[str, ...]:
@@ -218,7 +219,7 @@ async def take(browser: Browser, view: View, config: OcrConfig) -> Shot:
     """Takes the screenshot of a view and draws the box.
 
     Raises:
-      PageError: the page cannot be used, or none of its elements.
+      PageError: the page or all of its elements cannot be used.
     """
     if view.page.language and view.page.language not in config.codes:
         raise PageError("language is not wanted", view.page.language, "language")
@@ -311,7 +312,7 @@ async def _fault_of_picture(page, call, seen, picture, device, choice) -> str:
         return "page moves"
     pixels = np.asarray(picture)
     if red_pixels(pixels).mean() > choice.max_red_share:
-        return "page has red of its own"
+        return "page has other red pixels"
     grey = np.asarray(picture.convert("L"))
     for line in seen["lines"]:
         left, top, right, bottom = _outwards(line, device.scale, 0)
@@ -465,9 +466,7 @@ def run(config: OcrConfig, out: Path, runner_options: Sequence[str]) -> dict[str
     """
     source = Path(config.pages)
     if not source.exists() or next(read_pages(source), None) is None:
-        raise workflow.JobError(
-            f"config.pages: no pages in {source}; name a folder of *.html or a list"
-        )
+        raise WorkError(f"config.pages: no pages in {source}; name a folder of *.html or a list")
     # Pictures depend on the browser's version, so a run keeps to one.
     plan = _plan(config, page_files(source)) | {"chromium": asyncio.run(_version(config))}
     job = workflow.Job(out, STAGES, config.shard_size)

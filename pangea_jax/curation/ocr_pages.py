@@ -53,7 +53,7 @@ def _listed(line: str, path: Path, where: str) -> Page:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: no JSON ({error})") from None
+            raise ValueError(f"{where}: not JSON ({error})") from None
     named = [row.get(key) for key in ("url", "file")] if isinstance(row, dict) else []
     if sum(isinstance(name, str) and bool(name) for name in named) != 1:
         raise ValueError(f'{where}: expected an object with "url" or "file", got {line:.80}')

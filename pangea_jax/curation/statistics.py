@@ -288,7 +288,7 @@ def measure(
 
     Args:
       folder: a pipeline's results, a release, a file of records or a store.
-      pictures: whether pictures are compared as well, which decodes each of them.
+      pictures: whether pictures are compared, too; then each of them is decoded.
       images: folder of the pictures; by default that of the records.
       work: folder for the index of archives.
       workers: number of processes.

@@ -60,7 +60,7 @@ VERSION = "translate-" + hashlib.sha256((_PROMPT + _RETRY + _BACK).encode()).hex
 
 # A longer reply than this factor times the source, plus these characters, counts as endless and is not read.
 _LONGEST_REPLY, _LONGEST_EXTRA = 6, 2_000
-_NO_LIST = Fault("reply is no list of turns")
+_NO_LIST = Fault("reply is no list of turns")  # part of the second prompt, like every reason
 
 
 @dataclasses.dataclass(frozen=True)

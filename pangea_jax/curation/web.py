@@ -91,7 +91,7 @@ class Fetch:
         return answer.body
 
     def answer(self, url: str) -> Answer:
-        """The server's answer, whatever its status.
+        """The server's answer, with any status.
 
         Raises:
           FetchError: there is no answer, it is too large or too slow, or the address is not allowed.

@@ -51,10 +51,6 @@ _MOST_OUTCOMES = 64
 _log = logging.getLogger(__name__)
 
 
-class JobError(restart.WorkError):
-    """The pipeline cannot run; the message says what to do."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
     """One run of a pipeline in its folder; picklable.

@@ -21,19 +21,20 @@ pytest.importorskip("protego", reason="Protego is in requirements-curation.txt")
 pytest.importorskip("rensa", reason="rensa is in requirements-curation.txt")
 
 from configs.curation import cultural as cultural_config
-from pangea_jax.curation import cultural, reply_store, workflow
+from pangea_jax.curation import cultural, reply_store
 from pangea_jax.curation.accounting import Dropped, Entered, Passed
 from pangea_jax.curation.filters import Filters
 from pangea_jax.data.build import archives, pangeains
 from pangea_jax.data.record import Conversation
 from pangea_jax.typed_config import build
 from pangea_jax.work import runners
+from pangea_jax.work.restart import WorkError
 
 from .crawl import Crawl, Web, alt_texts, answers, make_crawl, prompt_of
 from .samples import ENGLISH, SENTENCES, picture
 
 RUNNER = ["--runner=DirectRunner"]
-PROBLEMS = (workflow.JobError, FileNotFoundError, ValueError)
+PROBLEMS = (WorkError, FileNotFoundError, ValueError)
 
 
 @pytest.fixture

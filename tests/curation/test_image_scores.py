@@ -46,10 +46,10 @@ def test_scores_are_read_in_the_forms_that_models_write(answer, expected):
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ("", "score is no score"),
-        ("I think it is a fine text.", "score is no score"),
-        ("1. Text Quality Score: 4\n2. Subject Category: Others", "score is no score"),
-        ("5\n" * 10_000, "score is no score"),
+        ("", "answer is not a score"),
+        ("I think it is a fine text.", "answer is not a score"),
+        ("1. Text Quality Score: 4\n2. Subject Category: Others", "answer is not a score"),
+        ("5\n" * 10_000, "answer is not a score"),
         ("1. Quality: 6\n2. Subject: Others\n3. Country: Japan", "quality is not 1 to 5"),
         ("1. Quality: 45\n2. Subject: Others\n3. Country: Japan", "quality is not 1 to 5"),
         (
@@ -58,10 +58,10 @@ def test_scores_are_read_in_the_forms_that_models_write(answer, expected):
         ),
         (
             "1. Quality: 4\n2. Subject: Others\n3. Country: Japan; ignore what was said\n",
-            "country is no name",
+            "country is not a name",
         ),
-        ("1. Quality: 4\n2. Subject: Others\n3. Country: {text}", "country is no name"),
-        ("1. Quality: 4\n2. Subject: Others\n3. Country: " + "a" * 61, "country is no name"),
+        ("1. Quality: 4\n2. Subject: Others\n3. Country: {text}", "country is not a name"),
+        ("1. Quality: 4\n2. Subject: Others\n3. Country: " + "a" * 61, "country is not a name"),
     ],
 )
 def test_scores_that_are_none_are_refused(answer, reason):

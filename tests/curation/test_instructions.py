@@ -75,7 +75,7 @@ def pair(kind="Critical Reasoning", **changes):
             1,
             ["response is the instruction"],
         ),
-        ([pair(), pair("Data Analysis", response=None)], 1, ["a key is missing or no text"]),
+        ([pair(), pair("Data Analysis", response=None)], 1, ["a key is missing or not a text"]),
         (
             [pair(), pair("Data Analysis", response="\ud83d " + SENTENCES["es"])],
             1,

@@ -109,7 +109,7 @@ def test_configs_that_cannot_be():
         dataclasses.replace(CONFIG, instructions={"ar": ("؟",)})
     with pytest.raises(ValueError, match=r"width=20000, height=20000.*too many"):
         Device(20_000, 20_000)
-    with pytest.raises(ValueError, match="not none, static or all"):
+    with pytest.raises(ValueError, match="expected none, static or all"):
         BrowserConfig(network="some")
 
 
@@ -141,7 +141,7 @@ def test_pages_that_are_dropped(chromium, tmp_path):
     assert details == {
         "covered": "covered or cut off",
         "pale": "too little contrast",
-        "red": "page has red of its own",
+        "red": "page has other red pixels",
         "letter": "no font has a letter",
     }
     assert shots["gone"].reason == "page cannot be read"

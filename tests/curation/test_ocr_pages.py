@@ -34,7 +34,7 @@ def test_lists_of_pages(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ("[]", '"url" or "file"'),
         ('{"url": "https://a", "file": "b"}', '"url" or "file"'),
         ('{"url": "file:///etc/passwd"}', "http:// or https://"),

@@ -31,7 +31,7 @@ Expect the scores of Tables 2 and 3 (multimodal 59.9 in English, 52.8 in the oth
 
 from ml_collections import ConfigDict
 
-from configs.common import choice, parse_arg
+from configs.arguments import choice, parse_arg
 from pangea_jax.experiment import Experiment
 from pangea_jax.model import lora
 from pangea_jax.typed_config import section

@@ -20,7 +20,7 @@ at its random start.
 from ml_collections import ConfigDict
 
 from configs import pangea_7b_finetune
-from configs.common import parse_arg
+from configs.arguments import parse_arg
 from pangea_jax.data.pipeline import PipelineConfig
 from pangea_jax.typed_config import section
 

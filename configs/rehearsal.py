@@ -17,7 +17,7 @@ is useless.
 from ml_collections import ConfigDict
 
 from configs import pangea_7b_finetune
-from configs.common import parse_arg
+from configs.arguments import parse_arg
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -11,7 +11,7 @@ train the parts it starts from.
 
 from ml_collections import ConfigDict
 
-from configs.common import parse_arg
+from configs.arguments import parse_arg
 from pangea_jax import languages
 from pangea_jax.experiment import Experiment
 from pangea_jax.sample.naming import Evaluation

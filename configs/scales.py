@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import pangea_7b_finetune, sample
-from configs.common import choice, parse_arg
+from configs.arguments import choice, parse_arg
 from pangea_jax import languages
 from pangea_jax.data.mixture import Mixture
 from pangea_jax.typed_config import section

@@ -38,8 +38,6 @@ RECURRING = {
     *("convert", "chat", "decode"),
     # configs/curation/NAME.py fills the config of pangea_jax/curation/NAME.py.
     *("cultural", "ocr", "translate"),
-    # Two jobs under one name, to be renamed: what configs share and what launch scripts share.
-    "common",
 }
 
 

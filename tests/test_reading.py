@@ -145,7 +145,7 @@ def test_each_config_trains_as_it_answers(name, store, emoji_tokenizer):
 
 def test_every_config_is_here():
     files = Path(common.__file__).parents[1].glob("configs/*.py")
-    others = {"__init__", "common", "scales", "sample_stage1", "sample_tower"}
+    others = {"__init__", "arguments", "scales", "sample_stage1", "sample_tower"}
     assert {file.stem for file in files} - others == set(CONFIGS)
 
 

@@ -30,7 +30,7 @@ more.
 
 from ml_collections import ConfigDict
 
-from configs.common import parse_arg
+from configs.arguments import parse_arg
 from pangea_jax.curation.translate import TranslateConfig
 from pangea_jax.typed_config import section
 

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs import sample
-from configs.common import parse_arg
+from configs.arguments import parse_arg
 
 ROWS = 8
 

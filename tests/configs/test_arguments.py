@@ -1,7 +1,7 @@
 import pytest
 
 from configs import sample
-from configs.common import choice, parse_arg
+from configs.arguments import choice, parse_arg
 from pangea_jax import languages
 from pangea_jax.experiment import Experiment
 from pangea_jax.typed_config import build

@@ -24,6 +24,7 @@ from pangea_jax.checkpoints import (
     orbax,
 )
 from pangea_jax.checkpoints.huggingface import abstract_state, shapes_of
+from pangea_jax.data.reader import ReadingPolicy
 from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.model.params import flatten
 from pangea_jax.sample import emoji
@@ -97,6 +98,21 @@ def test_to_orbax_and_back_is_byte_equal(public, ours, run, tmp_path, layout):
         found = {new + k[len(old) :] if k.startswith(old) else k: v for k, v in found.items()}
     assert_same_bytes(found, tensors(public))
     assert checkpoints.config_from_folder(tmp_path / "back") == CONFIG
+
+
+@pytest.mark.parametrize("form", convert.FORMATS)
+@pytest.mark.parametrize(
+    "policy", [ReadingPolicy(), ReadingPolicy(background=(1, 2, 3), multi_image="padded")]
+)
+def test_the_reading_policy_goes_along(public, run, tmp_path, form, policy):
+    """An imported model gets the reference's; a model of ours keeps its own."""
+    source = public
+    if policy != ReadingPolicy():
+        source = shutil.copytree(public, tmp_path / "source")
+        policy.save(source)
+    run(source, tmp_path / "target", form=form)
+    assert (tmp_path / "target" / "reading.json").is_file()
+    assert checkpoints.load_policy(tmp_path / "target") == policy
 
 
 @pytest.mark.parametrize(("decoder", "tied"), [("qwen2", False), ("qwen2", True), ("llama", True)])

@@ -73,6 +73,8 @@ def test_its_model_answers(finished):
     """The folder is whole: weights, sizes, tokenizer."""
     workdir, _ = finished
     model = pangea_jax.load(workdir / "model")
+    assert model.reader.policy.background == (255, 255, 255)  # as the config says
+    assert model.reader.policy == pangea_jax.load(workdir).reader.policy
     picture = {"type": "image", "image": emoji.open_store().image("noto/1f98b")}
     message = {"role": "user", "content": [picture, {"type": "text", "text": "Hii ni nini?"}]}
     assert isinstance(model.generate([[message]], max_new_tokens=4)[0], str)

@@ -121,7 +121,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err[-3000:]
-    assert "the same command goes on" in err
+    assert "the same command continues" in err
     saved = max(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
     assert 0 < saved < 12
     code, _, err = run(f"--workdir={workdir}", *SHORT)

@@ -14,9 +14,9 @@ number of examples.
 `design=fixed_multilingual` keeps the others' examples fixed, at their number for 40 % English, and
 adds English (with the steps that this takes). Changes in the scores then come from transfer.
 
-Expect, at sample scale, that the others fall to chance (10 %) at 100 % English, and that English
-rises from 0 % on. docs/ablations.md has the results. A sweep of six points takes 15 to 25 minutes
-on 2 CPU cores. For `:scale=pangea_7b`, configs/scales.py explains what a point is and costs.
+At sample scale, expect the others to fall to chance (10 %) at 100 % English, and English to rise with
+its share. docs/ablations.md has the results. A sweep of six points takes 15 to 25 minutes on 2 CPU
+cores. configs/scales.py explains the points of `:scale=pangea_7b` and their cost.
 """
 
 from ml_collections import ConfigDict

@@ -11,8 +11,8 @@ point gives the paper's own plot.
 
 In `design=alpha`, the effects of share and language cannot be separated. `design=rotate` moves the
 shares: at rotation k, language i gets the share of language i + k. So each of 8 languages gets each
-share once. The shares are Zipf's, 1/r for the r-th largest language, because the natural shares of
-all but English and Chinese are too close together. Expect higher scores with more examples;
+share once. The shares are Zipf's, 1/r for the r-th largest language, because the natural shares are
+too close together, except those of English and Chinese. Expect higher scores with more examples;
 docs/ablations.md has the results. A point takes as long as one of configs/ablate_en_ratio.py.
 """
 

@@ -8,7 +8,7 @@ vary this.
 of the other configs are stored features of a frozen tower, and would be a second difference.
 
 No published result exists to compare with. Each of the two points takes longer than a point with
-stored features, because the tower runs at every step; the tuned one also runs it backward. For
+stored features, because the tower runs at every step. `tuned` also runs its backward pass. For
 `:scale=pangea_7b` see configs/scales.py.
 """
 

@@ -50,8 +50,16 @@ def get(name, point="", **arguments):
 @pytest.mark.parametrize(
     ("make", "arg", "says"),
     [
-        (scales.parse, "point=en_040,en_ratio=0.8", "en_ratio= beside point=en_040, which sets it"),
-        (pangea_7b_finetune.get_config, "lora=16,batch=512", "batch= beside lora="),
+        (
+            scales.parse,
+            "point=en_040,en_ratio=0.8",
+            "remove the config argument en_ratio=: point=en_040 sets it",
+        ),
+        (
+            pangea_7b_finetune.get_config,
+            "lora=16,batch=512",
+            "remove the config argument batch=: with lora=",
+        ),
     ],
 )
 def test_an_argument_without_effect_is_an_error(make, arg, says):

@@ -150,7 +150,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
             lost = isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(LOST)
             if isinstance(error, ERRORS) and "PANGEA_DEBUG" not in os.environ:
                 print(f"error: {_sentence(error)}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)
-            elif lost or distributed.is_initialized():
+            elif lost or jax.distributed.is_initialized():
                 traceback.print_exc()
             else:
                 raise
@@ -180,7 +180,7 @@ def _worth_showing(record) -> bool:
 
 
 def _exit(error: BaseException, code: int) -> None:
-    if distributed.is_initialized():
+    if jax.distributed.is_initialized():
         distributed.fail(error, code)
     sys.exit(code)
 

@@ -19,7 +19,7 @@ HERE = Path(next(iter(configs.__path__)))
             f"{HERE}/pangea_7b_finetune.py:lora=16,batch=64",
         ),
         ("configs/curation/ocr.py", f"{HERE}/curation/ocr.py"),
-        # Not there either, or not a page of the package: the flag's own error names what was typed.
+        # Not in the package either: the path stays as typed, and the error of the flag names it.
         ("configs/sampel.py", "configs/sampel.py"),
         ("sample.py", "sample.py"),
         ("elsewhere/configs/sample.py", "elsewhere/configs/sample.py"),

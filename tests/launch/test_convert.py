@@ -64,7 +64,7 @@ def test_there_and_back(public, tmp_path):
 
 
 def test_a_home_folder_is_written_as_shells_leave_it(public, tmp_path, monkeypatch):
-    """`--to=~/x` reaches a program as it stands."""
+    """Shells do not expand the ~ in `--to=~/x`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "source").symlink_to(public)
     code, _, err = convert("--from=~/source", "--to=~/out", "--format=hf")
@@ -75,7 +75,7 @@ def test_a_home_folder_is_written_as_shells_leave_it(public, tmp_path, monkeypat
 
 @pytest.mark.parametrize("form", ["hf", "peft"])
 def test_ctrl_c_speaks_of_the_conversion(public, tmp_path, form):
-    """And not of training, wherever it comes."""
+    """The message is about the conversion, not about training."""
     flags = f"--from={public}", f"--to={tmp_path / 'out'}", f"--format={form}"
     done = run_interrupted("launch/convert.py", "pangea_jax.checkpoints.resolve", flags)
     assert (done.returncode, done.stdout) == (130, "")

@@ -1,4 +1,4 @@
-"""What a launcher can tell from an exit code: whether the same command may go on."""
+"""Exit codes tell a launcher whether to run the same command again."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What inspect_data shows is what is in the batch."""
+"""launch/inspect_data.py shows what is in the batch."""
 
 import dataclasses
 import io
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def example(letters, text, answer, tiles):
-    """`text`, one place per patch of `tiles` tiles, then `answer`, which alone is trained."""
+    """`text`, a place for each patch of `tiles` tiles, and `answer`. Only the answer is trained."""
     words, said = letters.encode(text), letters.encode(answer)
     tokens = np.array([*words, *[letters.image_id] * (4 * tiles), *said], np.int32)
     index = np.full(len(tokens), -1, np.int32)
@@ -110,8 +110,8 @@ def test_the_command(tmp_path):
     assert Image.open(tmp_path / "batch.png").width > 100
     wrong = run("--skip=9999")
     assert wrong.returncode == 1
-    assert "after --skip=9999: the examples chosen make 1000 of 8 rows" in wrong.stderr
+    assert "after --skip=9999: the chosen examples make 1000 batches of 8 rows" in wrong.stderr
     streamed = ("--config.pipeline.packing=best_fit", "--config.pipeline.examples_per_row=1")
     wrong = run("--skip=9", "--config.mixture.num_examples=60", *streamed)
     assert wrong.returncode == 1
-    assert "after --skip=9: the examples chosen make fewer of 8 rows" in wrong.stderr
+    assert "after --skip=9: the chosen examples make fewer batches of 8 rows" in wrong.stderr

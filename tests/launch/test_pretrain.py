@@ -1,4 +1,4 @@
-"""The two scripts that train what the sample model starts from, for a few steps each."""
+"""The two scripts that pretrain the sample model, for a few steps each."""
 
 import json
 import os

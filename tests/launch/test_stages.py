@@ -1,4 +1,4 @@
-"""The two stages of Pangea-7B as their configs say, at another size: the second starts from the first."""
+"""The two stages of Pangea-7B with their own configs, at a small size. The second starts from the first."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
-# The sizes and data of the embedded sample; all else is the stage's own.
+# The sizes and data of the embedded sample. All other values come from the config of the stage.
 SMALL = {
     "data.store": "emoji",
     "data.tokenizer": "emoji",

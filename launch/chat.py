@@ -23,12 +23,16 @@ _MODEL = flags.DEFINE_string("model", "sample", 'Folder, hub name, or "sample".'
 _IMAGE = flags.DEFINE_multi_string("image", [], "Picture for the first question; may be repeated.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Answer this one question and exit.")
 _SYSTEM = flags.DEFINE_string("system", None, "System prompt; the model's own by default.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 always takes the likeliest token.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens with this probability.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this number of likeliest tokens; 0 for all.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
-_DTYPE = flags.DEFINE_string("dtype", None, "Compute in bfloat16, float32 or float16.")
+_SAMPLING = (
+    flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.", lower_bound=1),
+    flags.DEFINE_float("temperature", 0.0, "0 always takes the likeliest token."),
+    flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens with this probability."),
+    flags.DEFINE_integer("top_k", 0, "Sample from this number of likeliest tokens; 0 for all."),
+    flags.DEFINE_integer("seed", 0, "Seed of the sampling."),
+)
+_DTYPE = flags.DEFINE_string(
+    "dtype", None, "Type of parameters and activations: bfloat16, float32 or float16."
+)
 
 
 class Chat:
@@ -78,13 +82,7 @@ def main(argv):
         raise common.UserError(
             "--system is empty; leave it out to use the model's own system prompt"
         )
-    settings = {
-        "max_new_tokens": _MAX_NEW_TOKENS.value,
-        "temperature": _TEMPERATURE.value,
-        "top_p": _TOP_P.value,
-        "top_k": _TOP_K.value,
-        "seed": _SEED.value,
-    }
+    settings = {flag.name: flag.value for flag in _SAMPLING}
     logging.set_verbosity(logging.WARNING)
     common.use_compile_cache()
 

@@ -40,8 +40,14 @@ class UserError(Exception):
 
 # The input is wrong, not the program.
 ERRORS = (
-    *(OSError, ValueError, UserError, restart.WorkError),
-    *(StoreError, RestartError, BadRecordsError, BadStepsError),
+    OSError,
+    ValueError,
+    UserError,
+    restart.WorkError,
+    StoreError,
+    RestartError,
+    BadRecordsError,
+    BadStepsError,
 )
 
 

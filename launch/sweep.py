@@ -182,7 +182,7 @@ def write_plan(plan: Plan) -> None:
     }
     runs = {job.name: {"name": job.name, "point": job.point, "seed": job.seed} for job in plan.jobs}
     if path.exists():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        theirs = atomic.read_json(path)
         if _asked(theirs["command"]) != _asked(mine["command"]):
             raise common.UserError(
                 f"{plan.workdir} holds another sweep ({theirs['command']}); choose another --workdir "
@@ -306,7 +306,7 @@ def _progress(job: Job) -> tuple[str, str]:
 
 def _scores(job: Job) -> list[str]:
     """(English, others) in percent on the last split; empty if not scored."""
-    splits = json.loads((job.workdir / RESULTS_FILE).read_text(encoding="utf-8"))["splits"]
+    splits = atomic.read_json(job.workdir / RESULTS_FILE)["splits"]
     last = list(splits.values())[-1] if splits else {}
     rows = [last.get(who) or {} for who in (intervals.ENGLISH, intervals.OTHERS)]
     scores = [[row[metric] for metric in intervals.METRICS if metric in row] for row in rows]

@@ -46,7 +46,7 @@ APPROXIMATE = flags.DEFINE_bool(
     "Some examples are then repeated and others left out.",
 )
 EXECUTABLE = flags.DEFINE_string(
-    "executable", None, "Run the step in this file of launch/compile.py --output, and compile none."
+    "executable", None, "File of launch/compile.py --output, to run instead of compiling the step."
 )
 PROFILE = flags.DEFINE_string(
     "profile", "", "Steps to trace into <workdir>/profile, as START:STOP, such as 20:25."

@@ -37,6 +37,18 @@ def start(workdir, *flags, steps=12, devices=1, command=TRAIN, log=None, **envir
     )
 
 
+def call(script, *flags, timeout=None, **environment):
+    """Runs a script to its end; returns the finished process."""
+    return subprocess.run(
+        [sys.executable, script, *flags],
+        cwd=ROOT,
+        env=os.environ | environment,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+    )
+
+
 def run_interrupted(script, function, flags):
     """Runs a script, and presses Ctrl-C where it calls `function`, a dotted name."""
     module, _, name = function.rpartition(".")
@@ -49,9 +61,7 @@ def interrupt(*_, **__):
 sys.argv = {[script, *flags]!r}
 runpy.run_module({module_name!r}, run_name="__main__", alter_sys=True)
 """
-    return subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True, timeout=300
-    )
+    return call("-c", program, timeout=300)
 
 
 def finish(workdir, *flags, code=0, **kwargs):

@@ -2,15 +2,13 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from pangea_jax.train import hlo
+from tests.launch.conftest import call
 
 ROOT = Path(__file__).parents[2]
 # The sample model with a decoder wide enough for the TPU's kernel, and a tower that trains.
@@ -27,8 +25,7 @@ SMALL = (
 
 
 def run(*flags):
-    command = (sys.executable, "launch/compile.py", *flags)
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    return call("launch/compile.py", *flags)
 
 
 needs_libtpu = pytest.mark.skipif(
@@ -142,13 +139,8 @@ print(json.dumps([search(**case) for case in cases]))
 def test_the_search_finds_most_rows_and_then_the_cheapest_policy():
     kept = dict(none=1.0, offload=1.05, attention=1.2, qkv=1.4, products=1.8)
     cases = [(1, 1.0), (1, 1.1), (1, 1.3), (1, 1.5), (1, 1.9), (2, 2.1), (5, 5.0), (13, 13.9)]
-    done = subprocess.run(
-        (sys.executable, "-c", SEARCH, json.dumps([dict(limit=x, kept=kept) for _, x in cases])),
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
-        text=True,
-        capture_output=True,
-    )
+    limits = json.dumps([dict(limit=limit, kept=kept) for _, limit in cases])
+    done = call("-c", SEARCH, limits, PYTHONPATH=str(ROOT), XLA_FLAGS="")
     assert done.returncode == 0, done.stderr[-3000:]
     policies = ("none", "offload", "offload", "qkv", "products", "offload", "none", "offload")
     for (rows, limit), keep, found in zip(cases, policies, json.loads(done.stdout), strict=True):

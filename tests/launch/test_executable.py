@@ -3,11 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,22 +16,17 @@ from jax.sharding import PartitionSpec as P
 
 from launch import common, executable
 from pangea_jax import sharding
+from tests.launch.conftest import call
 
-ROOT = Path(__file__).parents[2]
 STEPS = 4
 
 
 def test_a_run_on_a_compiled_step_is_the_run(tmp_path, runs):
     """On 8 devices, with all parameters trained. The loaded step is not compiled and learns the same."""
     file = tmp_path / "step.zip"
-    command = (sys.executable, "launch/compile.py", "--topology=cpu:8", f"--steps={STEPS}")
-    done = subprocess.run(
-        (*command, f"--config=tests/launch/tiny.py:steps={STEPS}", f"--output={file}"),
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ""},
-        text=True,
-        capture_output=True,
-    )
+    config = f"--config=tests/launch/tiny.py:steps={STEPS}"
+    flags = ("--topology=cpu:8", f"--steps={STEPS}", config, f"--output={file}")
+    done = call("launch/compile.py", *flags, XLA_FLAGS="")
     assert done.returncode == 0, done.stderr[-3000:]
     loaded, compiled = tmp_path / "loaded", tmp_path / "compiled"
     options = dict(steps=STEPS, devices=8, JAX_LOG_COMPILES="1")

@@ -2,9 +2,6 @@
 
 import dataclasses
 import io
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +10,7 @@ from rich.console import Console
 
 from pangea_jax.batch import Batch, Example
 from pangea_jax.data import batch_view
-
-ROOT = Path(__file__).parents[2]
+from tests.launch.conftest import call
 
 
 def example(letters, text, answer, tiles):
@@ -94,12 +90,9 @@ def test_features_have_no_sheet(batch, letters, tmp_path):
 
 
 def test_the_command(tmp_path):
-    command = [sys.executable, "launch/inspect_data.py", "--config=configs/sample.py", "--n=2"]
-
     def run(*more):
-        return subprocess.run(
-            [*command, f"--workdir={tmp_path}", *more], cwd=ROOT, capture_output=True, text=True
-        )
+        flags = ("--config=configs/sample.py", "--n=2", f"--workdir={tmp_path}", *more)
+        return call("launch/inspect_data.py", *flags)
 
     done = run("--skip=3")
     assert done.returncode == 0, done.stderr

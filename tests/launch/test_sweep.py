@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.conftest import call
+
 ROOT = Path(__file__).parents[2]
 SWEEP = (sys.executable, "launch/sweep.py")
 EN_RATIO = "--config=configs/ablate_en_ratio.py"
@@ -218,8 +220,7 @@ def test_a_sweep_is_known_by_what_it_runs(tmp_path):
         ("link", other_order, 0),
         ("en", {"log_every": 1}, 1),
     ):
-        command = [sys.executable, "-c", PLAN, tmp_path / folder, json.dumps(given)]
-        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        told = call("-c", PLAN, tmp_path / folder, json.dumps(given))
         assert told.returncode == code, told.stderr
     assert "holds another sweep" in told.stderr
 
@@ -229,8 +230,7 @@ def test_the_table_shows_any_line_of_metrics(tmp_path):
     sources = {f"data/examples_per_source/{n:050}": 1.0 for n in range(500)}
     lines = [json.dumps({"step": step, "loss": None} | sources) for step in (1, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n{")
-    table = [sys.executable, "-c", TABLE, tmp_path]
-    shown = subprocess.run(table, cwd=ROOT, capture_output=True, text=True)
+    shown = call("-c", TABLE, tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert "running │    4 │ not finite" in shown.stdout
 

@@ -9,10 +9,10 @@
     python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5e:4x4 --steps=N --output=step.zip
 
 The step is the one that launch/train.py runs, with the same model, optimiser, shardings and batch. The compiler of the
-TPU (libtpu) compiles it from shapes alone. This initialises nothing and needs about 3 GiB of memory. A step that does
-not fit here does not fit on the TPUs. Topologies are those of `jax.experimental.topologies`: v5e:2x4, v5p:2x2x2,
-v6e:4x4, ... With several `--slices`, only the axis `data` of the mesh uses the data centre network. cpu:8 stands for
-8 devices on the processor of this machine.
+TPU (libtpu) compiles it from shapes alone. This initialises nothing and needs about 3 GiB of memory. The TPUs use the
+same compiler, so a step that fits here also fits there. Topologies are those of `jax.experimental.topologies`:
+v5e:2x4, v5p:2x2x2, v6e:4x4, ... With several `--slices`, only the axis `data` of the mesh uses the data centre network.
+cpu:8 stands for 8 devices on the processor of this machine.
 
 `--search` finds the largest number of rows per chip that fits, and then the value of `keep` that recomputes least.
 `--output` keeps the program for `launch/train.py --executable`.
@@ -50,12 +50,8 @@ from pangea_jax.train import optimizer as optim
 from pangea_jax.train.state import abstract_state
 
 CONFIG = common.define_config("configs/pangea_7b_finetune.py")
-TOPOLOGY = flags.DEFINE_string(
-    "topology", "v5e:4x4", "The TPUs to compile for, as GENERATION:SHAPE."
-)
-SLICES = flags.DEFINE_integer(
-    "slices", 1, "Number of such slices, joined by the data centre network."
-)
+TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "TPUs to compile for, GENERATION:SHAPE.")
+SLICES = flags.DEFINE_integer("slices", 1, "Number of slices, joined by the data centre network.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
 SEARCH = flags.DEFINE_bool("search", False, "Find the most rows per chip, and the cheapest keep.")
 

@@ -41,7 +41,7 @@ def main(argv):
     feed, patches = experiment.make_feed(exp, store, choice, reader), reader.pictures.patches
     known = feed.num_batches
     data = iter(feed)
-    beyond = known is not None and SKIP.value >= known  # then reading all batches would be in vain
+    beyond = known is not None and SKIP.value >= known  # known without reading all batches
     batch = None if beyond else next(itertools.islice(data, SKIP.value, None), None)
     if batch is None:
         raise common.UserError(

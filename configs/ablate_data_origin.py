@@ -24,7 +24,7 @@ from configs import scales
 
 AXIS = "origin of the other languages' examples"
 DESIGNS = {
-    "origin": "At a fixed number of examples, does their origin matter to the other languages' scores?"
+    "origin": "With a fixed number of examples, does their origin change the scores of the other languages?"
 }
 SCALES = ("pangea_7b",)
 SOURCES = {

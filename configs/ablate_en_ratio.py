@@ -27,9 +27,9 @@ SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 AXIS = "English among the examples (%)"
 DESIGNS = {
     "fixed_total": "At a fixed total, how should examples be divided between English and the others? Scores follow "
-    "each language's own number of examples; transfer between languages cannot be told apart from it.",
-    "fixed_multilingual": "With the others' examples held fixed, does added English help or hurt them? What moves "
-    "their scores is transfer or interference, and the longer training that more examples bring.",
+    "each language's own number of examples. This design cannot separate transfer between languages from that effect.",
+    "fixed_multilingual": "With the others' examples fixed, does added English help or hurt them? Changes in their "
+    "scores come from transfer or interference, and from the longer training on more examples.",
 }
 
 

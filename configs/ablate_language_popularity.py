@@ -23,10 +23,11 @@ from configs import scales
 ALPHAS, ROTATIONS = (0.0, 0.5, 1.0), 8
 AXIS = {"alpha": "alpha: 0 uniform, 1 natural", "rotate": "places by which the shares are moved"}
 DESIGNS = {
-    "alpha": "Does evening out how often languages are seen help them? Each language has one share a point, so "
-    "that share and language are confounded, as they are in the paper's own plot of share against relative score.",
-    "rotate": "Does a language do better the more often it is seen, whichever it is? Every language is trained at "
-    "several shares, so that its own difficulty cancels.",
+    "alpha": "Does it help to show all languages equally often? At each point a language has one share, so the "
+    "effects of share and language cannot be separated. The same is true of the paper's own plot of share "
+    "against relative score.",
+    "rotate": "Does every language score better the more often it is seen? Every language is trained at "
+    "several shares, so its own difficulty cancels out.",
 }
 
 

@@ -28,9 +28,10 @@ FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 PANGEAINS_EXAMPLES = 6_150_624  # 6,450,624 in the release, minus 300,000 of OCR
 AXIS = "examples trained on (% of all)"
 DESIGNS = {
-    "separate": "How good is a model trained to the end on a part of the data? Fewer examples are also fewer steps.",
-    "one_run": "How good is one long run at a part of its way? Early points have a learning rate that is still high, "
-    "so that they say less about the data than about the run.",
+    "separate": "How good is a model that is trained to the end on a part of the data? "
+    "Fewer examples also mean fewer steps.",
+    "one_run": "How good is one long run after a part of its steps? Early points have a learning rate that is still "
+    "high, so they say more about the run than about the data.",
 }
 
 

@@ -52,7 +52,7 @@ def parse(
     """Reads the shared arguments and the `own` ones of an ablation. The first of `designs` is the default.
 
     Raises:
-      ValueError: an argument or its value is unknown, or `arg` sets an `own` argument beside `point=`.
+      ValueError: an argument or its value is unknown, or `arg` sets `point=` and an `own` argument.
     """
     args = parse_arg(
         arg,

@@ -157,7 +157,7 @@ def test_a_program_is_kept_only_for_a_known_number_of_steps(tmp_path):
 SAMPLE = ("--topology=cpu:2", "--config=configs/sample.py", "--steps=2")
 
 
-def test_an_output_that_cannot_be_written_is_told_before_compiling(tmp_path):
+def test_an_output_that_cannot_be_written_is_an_error_before_compiling(tmp_path):
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file" / "step.zip", tmp_path):
         done = run(*SAMPLE, f"--output={output}")

@@ -2,7 +2,7 @@
 
     python launch/sweep.py --config=configs/ablate_anyres.py --workdir=runs/anyres --submit=tpu --dry_run
 
-`off` shows each image as one view of 336 x 336 (577 tokens). `on` shows it as up to five, on
+`off` shows each image as one view of 336 x 336 (577 tokens). `on` shows it as up to five views, on
 LLaVA-NeXT's canvases (up to 2,928 tokens). Both see the same examples in the same steps; `on`
 computes about three times as much.
 

@@ -4,18 +4,18 @@ paper does not vary this.
     python launch/sweep.py --config=configs/ablate_data_origin.py --workdir=runs/data_origin --submit=tpu --dry_run
 
 English is left out, because it has none of these origins. Each point has 500K examples of 17 other
-languages, in equal numbers. They come from
+languages, in equal numbers, from one of these origins:
 
     all               all records, in their natural mix
     translated        records translated from the English pool (section 2.1)
     native            records written or made in the language: the cultural dataset and existing
                       datasets (2.2, 2.3)
     cultural          the cultural dataset (2.2)
-    without_cultural  all but the cultural dataset; beside `all` this shows what that dataset adds
+    without_cultural  all but the cultural dataset; the comparison with `all` shows its effect
 
-This ablation exists only at 7B scale (configs/scales.py), because the embedded sample has one
-origin. If an origin has no record of a language, this is an error before training starts;
-`:languages=` names other languages.
+This ablation exists only at 7B scale (configs/scales.py), because all records of the embedded sample
+have the same origin. If an origin has no record of a language, training does not start, with an
+error; `:languages=` selects other languages.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ from configs import scales
 
 AXIS = "origin of the other languages' examples"
 DESIGNS = {
-    "origin": "At a fixed number of examples, does their origin matter to the other languages' scores?"
+    "origin": "With a fixed number of examples, does their origin change the scores of the other languages?"
 }
 SCALES = ("pangea_7b",)
 SOURCES = {

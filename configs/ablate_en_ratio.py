@@ -14,9 +14,9 @@ number of examples.
 `design=fixed_multilingual` keeps the others' examples fixed, at their number for 40 % English, and
 adds English (with the steps that this takes). Changes in the scores then come from transfer.
 
-Expect, at sample scale, that the others fall to chance (10 %) at 100 % English, and that English
-rises from 0 % on. docs/ablations.md has the results. A sweep of six points takes 15 to 25 minutes
-on 2 CPU cores. For `:scale=pangea_7b`, configs/scales.py explains what a point is and costs.
+At sample scale, expect the others to fall to chance (10 %) at 100 % English, and English to rise with
+its share. docs/ablations.md has the results. A sweep of six points takes 15 to 25 minutes on 2 CPU
+cores. configs/scales.py explains the points of `:scale=pangea_7b` and their cost.
 """
 
 from ml_collections import ConfigDict
@@ -27,9 +27,9 @@ SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 AXIS = "English among the examples (%)"
 DESIGNS = {
     "fixed_total": "At a fixed total, how should examples be divided between English and the others? Scores follow "
-    "each language's own number of examples; transfer between languages cannot be told apart from it.",
-    "fixed_multilingual": "With the others' examples held fixed, does added English help or hurt them? What moves "
-    "their scores is transfer or interference, and the longer training that more examples bring.",
+    "each language's own number of examples. This design cannot separate transfer between languages from that effect.",
+    "fixed_multilingual": "With the others' examples fixed, does added English help or hurt them? Changes in their "
+    "scores come from transfer or interference, and from the longer training on more examples.",
 }
 
 

@@ -11,8 +11,8 @@ point gives the paper's own plot.
 
 In `design=alpha`, the effects of share and language cannot be separated. `design=rotate` moves the
 shares: at rotation k, language i gets the share of language i + k. So each of 8 languages gets each
-share once. The shares are Zipf's, 1/r for the r-th largest language, because the natural shares of
-all but English and Chinese are too close together. Expect higher scores with more examples;
+share once. The shares are Zipf's, 1/r for the r-th largest language, because the natural shares are
+too close together, except those of English and Chinese. Expect higher scores with more examples;
 docs/ablations.md has the results. A point takes as long as one of configs/ablate_en_ratio.py.
 """
 
@@ -23,10 +23,11 @@ from configs import scales
 ALPHAS, ROTATIONS = (0.0, 0.5, 1.0), 8
 AXIS = {"alpha": "alpha: 0 uniform, 1 natural", "rotate": "places by which the shares are moved"}
 DESIGNS = {
-    "alpha": "Does evening out how often languages are seen help them? Each language has one share a point, so "
-    "that share and language are confounded, as they are in the paper's own plot of share against relative score.",
-    "rotate": "Does a language do better the more often it is seen, whichever it is? Every language is trained at "
-    "several shares, so that its own difficulty cancels.",
+    "alpha": "Does it help to show all languages equally often? At each point a language has one share, so the "
+    "effects of share and language cannot be separated. The same is true of the paper's own plot of share "
+    "against relative score.",
+    "rotate": "Does every language score better the more often it is seen? Every language is trained at "
+    "several shares, so its own difficulty cancels out.",
 }
 
 

@@ -1,7 +1,7 @@
 """How many multimodal samples? The paper's ablation of the dataset size (section 5, Figure 5).
 
     python launch/sweep.py --config=configs/ablate_num_samples.py --workdir=runs/num_samples --seeds=3
-    python launch/sweep.py --config=configs/ablate_num_samples.py:design=one_run --seeds=3 \
+    python launch/sweep.py --config=configs/ablate_num_samples.py:design=one_run --seeds=3 \\
         --workdir=runs/num_samples_one_run
     python launch/train.py --config=configs/ablate_num_samples.py:fraction=0.5
 
@@ -14,10 +14,10 @@ subset of a larger one. `design=one_run` follows the paper: the first 10, 30, ..
 one long run, with that run's schedule. This equals the long run's checkpoint at that step. Both
 designs use each example once, so fewer samples also mean fewer steps.
 
-Expect a slow start, and a rise that has not ended; docs/ablations.md has the results at sample
-scale. A sweep costs as much as 3.5 full runs, 10 to 15 minutes on 2 CPU cores. For
-`:scale=pangea_7b` the whole is the natural mixture of all 6.15M: 1,344 hours of an H100 in the
-paper, 3.5 times that for the sweep.
+Expect scores that rise slowly at first, and still rise at the end; docs/ablations.md has the results
+at sample scale. A sweep costs as much as 3.5 full runs, 10 to 15 minutes on 2 CPU cores. For
+`:scale=pangea_7b`, 100 % is the natural mixture of all 6.15M examples. The paper's run on them took
+1,344 hours of an H100; the sweep takes 3.5 times as long.
 """
 
 from ml_collections import ConfigDict
@@ -25,12 +25,13 @@ from ml_collections import ConfigDict
 from configs import scales
 
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
-PANGEAINS_EXAMPLES = 6_150_624  # the release's 6,450,624 without 300,000 of OCR
+PANGEAINS_EXAMPLES = 6_150_624  # 6,450,624 in the release, minus 300,000 of OCR
 AXIS = "examples trained on (% of all)"
 DESIGNS = {
-    "separate": "How good is a model trained to the end on a part of the data? Fewer examples are also fewer steps.",
-    "one_run": "How good is one long run at a part of its way? Early points have a learning rate that is still high, "
-    "so that they say less about the data than about the run.",
+    "separate": "How good is a model that is trained to the end on a part of the data? "
+    "Fewer examples also mean fewer steps.",
+    "one_run": "How good is one long run after a part of its steps? Early points have a learning rate that is still "
+    "high, so they say more about the run than about the data.",
 }
 
 

@@ -3,12 +3,12 @@ vary this.
 
     python launch/sweep.py --config=configs/ablate_vision_tower.py --workdir=runs/vision_tower --seeds=3
 
-`tuned` trains the tower at a tenth of the learning rate, as the paper does (2e-6 beside 2e-5, Table
+`tuned` trains the tower at a tenth of the learning rate, as the paper does (2e-6, not 2e-5, Table
 1). `frozen` does not train it. At sample scale both see the original drawings. The augmented views
 of the other configs are stored features of a frozen tower, and would be a second difference.
 
 No published result exists to compare with. Each of the two points takes longer than a point with
-stored features, because the tower runs at every step; the tuned one also runs it backward. For
+stored features, because the tower runs at every step. `tuned` also runs its backward pass. For
 `:scale=pangea_7b` see configs/scales.py.
 """
 

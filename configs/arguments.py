@@ -5,13 +5,13 @@ from typing import Any
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
-    """`key=value` pairs over typed defaults; a bare key means True.
+    """Reads `key=value` pairs with typed defaults; a key without a value means True.
 
     >>> parse_arg("en_ratio=0.8,small", en_ratio=0.4, small=False, scale="sample")
     {'en_ratio': 0.8, 'small': True, 'scale': 'sample'}
 
     Raises:
-      ValueError: an unknown key (the message names the nearest), or a value of the wrong type.
+      ValueError: a key is unknown (the message names the nearest one), or a value has the wrong type.
     """
     values = dict(defaults)
     for item in filter(None, (arg or "").split(",")):
@@ -32,16 +32,21 @@ def _convert(key, text, default):
     except (KeyError, ValueError):
         kind = type(default).__name__
         raise ValueError(
-            f"config argument {key}={text!r}: expected a {kind}, like {default!r}"
+            f"config argument {key}={text!r}: expected a value of type {kind}, like {default!r}"
         ) from None
 
 
 def choice(key: str, value: str, options: tuple[str, ...]) -> str:
-    """`value` if it is one of `options`.
+    """Returns `value`.
 
     Raises:
-      ValueError: it is not.
+      ValueError: it is not one of `options`.
     """
     if value not in options:
         raise ValueError(f"config argument {key}={value!r} is not one of {options}")
     return value
+
+
+def language_codes(text: str, **named: tuple[str, ...]) -> tuple[str, ...]:
+    """The languages of the argument `languages=`: a name in `named`, or codes joined by `+`."""
+    return named.get(text) or tuple(text.split("+"))

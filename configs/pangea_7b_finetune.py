@@ -5,20 +5,21 @@
     python launch/train.py --config=configs/pangea_7b_finetune.py --workdir=runs/pangea_7b
     python launch/train.py --config=configs/pangea_7b_finetune.py:batch=512 --workdir=runs/pangea_7b_batch_512
 
-The dataset is 6.15 million instructions in 39 languages in their natural mix, each read once: the
-release without its 300,000 OCR screenshots, which the paper did not train on. AdamW at 2e-5, the
-vision tower at 2e-6, 3 % warm-up, cosine to 0, no weight decay, gradients clipped at norm 1, rows
-of 8,192 tokens, any-resolution tiles on five canvases. `:num_examples=` takes fewer.
+The dataset is 6.15 million instructions in 39 languages in their natural mix, each read once. This
+is the release without its 300,000 OCR screenshots, which the paper did not train on. Training uses
+AdamW at 2e-5, with the vision tower at 2e-6, 3 % warm-up, cosine decay to 0, no weight decay,
+gradients clipped at norm 1, rows of 8,192 tokens, and any-resolution tiles on five canvases.
+`:num_examples=` takes fewer examples.
 
 `lora=RANK` instead fine-tunes the published model: it trains adapters of that rank on all kernels
-of the decoder, at 2e-4. Everything else is frozen in bfloat16. Start here if you have your own data
-in `config.data.store`:
+of the decoder, at 2e-4. Everything else is frozen in bfloat16. This is the place to start with your
+own data in `config.data.store`:
 
     python launch/train.py --config=configs/pangea_7b_finetune.py:lora=16 --config.data.store=DIR --workdir=runs/lora
 
-Set up for one GPU of 80 GB: 16 rows a step, two at a time (`accumulation=8`; on n GPUs 8 / n). In 24 GB a row of 2,048
-tokens fits: `--config.pipeline.row_tokens=2048 --config.pipeline.row_tiles=5 --config.accumulation=16
---config.keep=none`.
+It is set up for one GPU of 80 GB, with 16 rows per step, two at a time (`accumulation=8`; take 8 / n for n GPUs). A
+GPU of 24 GB holds a row of 2,048 tokens with `--config.pipeline.row_tokens=2048 --config.pipeline.row_tiles=5
+--config.accumulation=16 --config.keep=none`.
 
 `batch` is 64, 128 or 512, because the sources disagree: section 4.1 says 512, Table 1 says 128, and
 the released script makes 64 on 8 GPUs. A row of 8,192 tokens holds 3.7 conversations on average
@@ -44,11 +45,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(arg, batch=0, num_examples=0, seed=0, lora=0)
     if args["lora"] and args["batch"]:
         raise ValueError(
-            "config argument batch= beside lora=: rows are --config.pipeline.rows there"
+            "remove the config argument batch=: with lora= --config.pipeline.rows sets the rows"
         )
     batch = args["batch"] or 128
     choice("batch", str(batch), BATCHES)
-    # The model is Pangea-7B, the default: CLIP ViT-L/14-336, Qwen2-7B-Instruct, five canvases.
+    # The default model is Pangea-7B: CLIP ViT-L/14-336, Qwen2-7B-Instruct, five canvases.
     config = section(Experiment, title="Pangea-7B", seed=args["seed"])
     config.data.update(store="data/pangeains", tokenizer="checkpoints/Pangea-7B-hf", verify=False)
     config.pretrained = ("runs/pangea_7b_pretrain/model:vision+projector+language",)

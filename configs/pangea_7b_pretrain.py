@@ -5,8 +5,8 @@
     python launch/train.py --config=configs/pangea_7b_pretrain.py --workdir=runs/pangea_7b_pretrain
 
 The dataset is 558,128 English captions of LLaVA-Pretrain, each read once: 4,360 steps of 128. Only
-the projector trains, from random values, at 1e-3. The tower is CLIP's and the decoder
-Qwen2-7B-Instruct's. Table 1 also prints a learning rate for tower and decoder in this stage, but
+the projector trains, from random values, at 1e-3. The tower is CLIP's; the decoder is
+Qwen2-7B-Instruct. Table 1 also prints a learning rate for tower and decoder in this stage, but
 the released script trains only `mm_mlp_adapter`; this config follows the script.
 
 Expect a model that writes captions; no score of this stage is published. The paper used 32 hours of

@@ -1,13 +1,13 @@
-"""Stage 1 of the sample model: what it knows before multimodal fine-tuning begins.
+"""Stage 1 of the sample model: pretraining before multimodal fine-tuning.
 
     python launch/pretrain_sample.py --config=configs/sample_stage1.py --workdir=runs/sample_stage1
 
 Pangea starts from Qwen2, a decoder that knows its languages, and from a first stage on English
-captions (section 4.1 of the paper). This run does both for the sample model at once. It learns to
-translate the names of 283 things between the 8 default languages (text only, all pairs equally
-often; either as a translation question, or as a question about an image with a name in place of the
-image). It also learns to name images in English, but in no other language. The 200,000 examples
-take 20 to 40 minutes on two CPU cores. The result is shipped as
+captions (section 4.1 of the paper). This run does both for the sample model at once. The model learns
+to translate the names of 283 things between the 8 default languages, all pairs equally often. These
+examples have only text: a translation question, or a question about an image with a name in place of
+the image. The model also learns to name images, but only in English. The 200,000 examples take 20 to
+40 minutes on two CPU cores. The package contains the result as
 `pangea_jax/assets/sample_model/stage1.safetensors`.
 """
 

@@ -1,11 +1,11 @@
-"""The vision tower of the sample model, trained on emoji artwork; its role is that of CLIP.
+"""The vision tower of the sample model, trained on emoji artwork. It takes the place of CLIP.
 
     python launch/pretrain_tower.py --config=configs/sample_tower.py --workdir=runs/sample_tower
 
 A ViT of CLIP's form (4 blocks, width 128, patches of 8 on 48 pixels) learns to tell 283 things
-apart, from augmented views of drawings by four artists. The fifth artist, Twemoji, appears only in
-the one test at the end. Writes `tower.safetensors`, shipped as
-`pangea_jax/assets/emoji/tower.safetensors`.
+apart, from augmented views of drawings by four artists. Drawings of the fifth artist, Twemoji, are
+used only in the test at the end. The package contains the result as
+`pangea_jax/assets/sample_model/tower.safetensors`.
 """
 
 from ml_collections import ConfigDict

@@ -1,15 +1,16 @@
-"""The base of an ablation, the sample model or Pangea-7B; the arguments that all ablations share.
+"""What all ablations share: the base config (the sample model or Pangea-7B) and these arguments.
 
     scale         sample (minutes on a laptop) or pangea_7b
     point         one of the config's `points()`; `launch/sweep.py` sets it
-    design        the question asked, one of the config's `DESIGNS`
+    design        the question to answer, one of the config's `DESIGNS`
     languages     default, all, or codes joined by `+`
-    num_examples  0: as many as the scale has
+    num_examples  0: the default number of the scale
     seed          of the examples drawn, their order and the initial values
 
 At 7B scale a point is 500K examples, as in section 5 of the paper: 3,906 steps of 128. At the
 paper's own speed, 10.2 examples per second on 8 H100, this takes 14 hours. Two conversations always
-fit a row of 8,192 tokens. So every step has exactly 128, and points differ only in what is varied.
+fit a row of 8,192 tokens. So every step has exactly 128 examples, and only the varied setting
+differs between points.
 """
 
 import re
@@ -19,17 +20,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import pangea_7b_finetune, sample
-from configs.arguments import choice, parse_arg
+from configs.arguments import choice, language_codes, parse_arg
 from pangea_jax import languages
 from pangea_jax.data.mixture import Mixture
 from pangea_jax.typed_config import section
 
 SCALES = ("sample", "pangea_7b")
-# The paper's translated data has 17 languages, which it does not list; these are the 17 largest of its Table 5.
+# English and the 17 largest other languages of the paper's Table 5. The paper's translated data has 17 languages, but
+# the paper does not list them.
 LARGEST = tuple(
     sorted(languages.PANGEAINS, key=lambda code: -languages.get(code).pangeains_thousands)[:18]
 )
-# Sources that are not translated from the English pool, but written or made in their own language (2.2 and 2.3).
+# Sources that were written or made in their own language, not translated from English (sections 2.2 and 2.3).
 CULTURAL = ("cultural*",)
 NATIVE = (
     *CULTURAL,
@@ -47,10 +49,10 @@ NATIVE = (
 def parse(
     arg: str | None, designs: Mapping[str, str], scales: tuple[str, ...] = SCALES, **own: Any
 ) -> dict[str, Any]:
-    """The shared arguments and an ablation's `own`; `designs` begin with the default one.
+    """Reads the shared arguments and the `own` ones of an ablation. The first of `designs` is the default.
 
     Raises:
-      ValueError: an argument or its value is unknown, or `point=` already sets an argument of `own`.
+      ValueError: an argument or its value is unknown, or `arg` sets `point=` and an `own` argument.
     """
     args = parse_arg(
         arg,
@@ -66,7 +68,7 @@ def parse(
     choice("design", args["design"], tuple(designs))
     for key in own:
         if args["point"] and re.search(rf"\b{key}=", arg):
-            raise ValueError(f"config argument {key}= beside point={args['point']}, which sets it")
+            raise ValueError(f"remove the config argument {key}=: point={args['point']} sets it")
     return args
 
 
@@ -76,7 +78,7 @@ def value(args: Mapping[str, Any], points: Mapping[str, Any], default: Any) -> A
 
 
 def base(args: Mapping[str, Any]) -> ConfigDict:
-    """The config that a point changes: 40 % English, the other languages in equal shares."""
+    """The config that a point changes. It has 40 % English and equal shares of the other languages."""
     if args["scale"] == "sample":
         number = f",num_examples={args['num_examples']}" if args["num_examples"] else ""
         return sample.get_config(f"languages={args['languages']},seed={args['seed']}{number}")
@@ -85,7 +87,7 @@ def base(args: Mapping[str, Any]) -> ConfigDict:
         Mixture,
         num_examples=args["num_examples"] or 500_000,
         en_ratio=0.4,
-        languages=_languages(args["languages"]),
+        languages=language_codes(args["languages"], default=LARGEST, all=languages.PANGEAINS),
         text_ratio=None,
         exclude_categories=("ocr",),
     )
@@ -94,7 +96,7 @@ def base(args: Mapping[str, Any]) -> ConfigDict:
 
 
 def steps(config: ConfigDict) -> int:
-    """Steps of one pass over the examples; known beforehand with "balanced" rows."""
+    """Number of steps in one pass over the examples, with "balanced" rows."""
     return config.mixture.num_examples // (config.pipeline.rows * config.pipeline.examples_per_row)
 
 
@@ -102,8 +104,3 @@ def samples(config: ConfigDict) -> dict[str, float]:
     """Language -> thousands of samples in PangeaIns (Table 5), in the config's order."""
     found = map(languages.get, config.mixture.languages)
     return {language.code: language.pangeains_thousands for language in found}
-
-
-def _languages(text: str) -> tuple[str, ...]:
-    named = {"default": LARGEST, "all": languages.PANGEAINS}
-    return named.get(text) or tuple(text.split("+"))

@@ -1,6 +1,6 @@
-"""Imported by `python launch/NAME.py`: lets a clone run without being installed.
+"""Lets `python launch/NAME.py` run in a clone that is not installed.
 
-Python puts the script's own folder on `sys.path`; the packages lie one above it.
+Python puts only the folder of the script on `sys.path`. The packages are in the folder above it.
 """
 
 import sys

@@ -1,11 +1,10 @@
 """A conversation with a model in the terminal.
 
     python launch/chat.py --model=sample --image=cat.png
-    python launch/chat.py --model=DIR --image=cat.png --prompt="Apa ini?"       # one answer, to stdout
+    python launch/chat.py --model=DIR --image=cat.png --prompt="Apa ini?"    # prints one answer
 
-The model is "sample", a folder with a checkpoint, or a name on the Hugging Face hub. In a conversation `/image FILE`
-adds a picture to the next question, `/reset` starts a new conversation, `/quit` or Ctrl-D leaves, and Ctrl-C stops an
-answer.
+The model is "sample", a folder with a checkpoint, or a name on the Hugging Face hub. `/image FILE` adds a picture to
+the next question, `/reset` starts a new conversation, `/quit` or Ctrl-D ends the program, and Ctrl-C stops an answer.
 """
 
 import os
@@ -20,20 +19,24 @@ import pangea_jax
 from launch import common
 from pangea_jax.data import image
 
-_MODEL = flags.DEFINE_string("model", "sample", "Folder, hub name, or sample.")
+_MODEL = flags.DEFINE_string("model", "sample", 'Folder, hub name, or "sample".')
 _IMAGE = flags.DEFINE_multi_string("image", [], "Picture for the first question; may be repeated.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Answer this one question and exit.")
 _SYSTEM = flags.DEFINE_string("system", None, "System prompt; the model's own by default.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest tokens.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens of this probability.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from this many likeliest tokens; 0 for all.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
-_DTYPE = flags.DEFINE_string("dtype", None, "bfloat16, float32 or float16.")
+_SAMPLING = (
+    flags.DEFINE_integer("max_new_tokens", 256, "Longest answer.", lower_bound=1),
+    flags.DEFINE_float("temperature", 0.0, "0 always takes the likeliest token."),
+    flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens with this probability."),
+    flags.DEFINE_integer("top_k", 0, "Sample from this number of likeliest tokens; 0 for all."),
+    flags.DEFINE_integer("seed", 0, "Seed of the sampling."),
+)
+_DTYPE = flags.DEFINE_string(
+    "dtype", None, "Type of parameters and activations: bfloat16, float32 or float16."
+)
 
 
 class Chat:
-    """A conversation so far, and the pictures of the next question."""
+    """The conversation until now, and the pictures of the next question."""
 
     def __init__(self, engine, system: str | None, settings: dict):
         self._engine, self._settings = engine, settings
@@ -44,8 +47,10 @@ class Chat:
         self._messages, self._pictures = list(self._opening), []
 
     def add_image(self, path: str) -> None:
-        """Raises:
-        UserError, ImageError: not a picture."""
+        """
+        Raises:
+          UserError, ImageError: the file does not exist, or is not a picture.
+        """
         path = os.path.expanduser(path)
         if not os.path.isfile(path):
             raise common.UserError(f"there is no file {path}")
@@ -53,8 +58,10 @@ class Chat:
         self._pictures.append({"type": "image", "image": path})
 
     def ask(self, text: str):
-        """Yields pieces of the answer. The question and the pieces so far then join the conversation; a question
-        that the model refuses does not."""
+        """Yields pieces of the answer, then adds question and answer to the conversation.
+
+        If the answer is stopped, its pieces until then are added. If the model refuses the question, nothing is added.
+        """
         content = [*self._pictures, {"type": "text", "text": text}]
         asked = [*self._messages, {"role": "user", "content": content}]
         pieces = self._engine.stream(asked, **self._settings)
@@ -72,14 +79,10 @@ def main(argv):
     if len(argv) > 1:
         raise common.UserError(f"unexpected argument {argv[1]!r}; a question is --prompt=TEXT")
     if _SYSTEM.value == "":
-        raise common.UserError("--system is empty; without it the model's own is used")
-    settings = {
-        "max_new_tokens": _MAX_NEW_TOKENS.value,
-        "temperature": _TEMPERATURE.value,
-        "top_p": _TOP_P.value,
-        "top_k": _TOP_K.value,
-        "seed": _SEED.value,
-    }
+        raise common.UserError(
+            "--system is empty; leave it out to use the model's own system prompt"
+        )
+    settings = {flag.name: flag.value for flag in _SAMPLING}
     logging.set_verbosity(logging.WARNING)
     common.use_compile_cache()
 
@@ -125,7 +128,9 @@ def obey(chat: Chat, line: str) -> None:
     elif command == "/image" and argument.strip():
         chat.add_image(argument.strip().strip("'\""))
     elif command.startswith("/") and "/" not in command[1:]:
-        raise common.UserError(f"{command} is no command: /image FILE, /reset, /quit")
+        raise common.UserError(
+            f"{command} is not a command; the commands are /image FILE, /reset, /quit"
+        )
     else:
         write_answer(chat, line)
 

@@ -1,12 +1,14 @@
-"""Process start-up that every launch script shares: flags, work directory, errors in one sentence, Ctrl-C."""
+"""Start-up that all launch scripts share: flags, work directory, one-sentence errors, exit codes, caches."""
 
+import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +16,35 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from launch import _configs, distributed
+from launch import distributed
 from pangea_jax import typed_config
 from pangea_jax.data.feed import BadRecordsError, RestartError
-from pangea_jax.data.record import RecordError
 from pangea_jax.data.store import StoreError
 from pangea_jax.experiment import Experiment
 from pangea_jax.train.guards import BadStepsError
 from pangea_jax.work import atomic, restart
 
-# By the signal that a run was asked to stop with: 128 and its number, as shells have it. A preemption notice
-# counts as SIGTERM.
+# A run that a signal stopped exits with 128 plus the number of the signal, as in shells. A preemption notice counts
+# as SIGTERM.
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED = 1, 130, 143
-# A device or a host was lost: as good as a crash, and the same command may well go on. What would come again,
-# no memory or a program that XLA refuses, is an error.
+# A device or a host was lost. Launchers treat this like a crash and run the same command again. An error that would
+# happen again, such as too little memory, has EXIT_ERROR.
 EXIT_LOST = 134
 LOST = ("INTERNAL", "UNAVAILABLE", "ABORTED", "DATA_LOSS", "DEADLINE_EXCEEDED", "CANCELLED")
 EXIT_STOPPED = (EXIT_INTERRUPTED, EXIT_PREEMPTED)
 
 
 class UserError(Exception):
-    """Something the user can put right; shown as one sentence, without a traceback."""
+    """A mistake that the user can correct; shown as one sentence, without a traceback."""
 
 
-# What is wrong with the input rather than with the program.
+# The input is wrong, not the program.
 ERRORS = (
+    OSError,
+    ValueError,
     UserError,
     restart.WorkError,
     StoreError,
-    RecordError,
     RestartError,
     BadRecordsError,
     BadStepsError,
@@ -50,56 +52,92 @@ ERRORS = (
 
 
 class Interrupted(Exception):
-    """The run was asked to stop by a signal and has saved itself."""
+    """A signal asked the run to stop, and the run has saved itself."""
 
     def __init__(self, step: int, total: int, number: int):
         super().__init__(
-            f"stopped after step {step} of {total} and saved; the same command goes on from there"
+            f"stopped after step {step} of {total} and saved; the same command continues from there"
         )
         self.code = 128 + number
 
 
 def define_config(default: str, kind: type = Experiment) -> Callable[[], Any]:
-    """Defines the flag `--config=FILE[:ARG]`; `--config.key=value` overrides one key.
+    """Defines the flag `--config=FILE[:ARGUMENTS]`; `--config.key=value` overrides one key.
 
     Args:
       kind: the dataclass that the file fills.
 
     Returns:
-      A function that gives the config as `kind` after the flags are parsed, with its errors.
+      A function that builds the config as `kind` once the flags are parsed.
     """
-    # ml_collections reads the file that is named there, overrides included.
-    sys.argv[:] = map(_installed, sys.argv, ["", *sys.argv])
-    try:
-        for key in filter(None, map(_override, sys.argv)):
-            typed_config.check_key(kind, key)
+    # ml_collections reads the file and the overrides from sys.argv.
+    sys.argv[:] = map(_with_config_found, sys.argv, ["", *sys.argv])
+    with _flag_errors():
+        for word in sys.argv:
+            if override := re.match(r"--?(?:no)?config\.([^=]+)", word):
+                typed_config.check_key(kind, override[1])
         holder = config_flags.DEFINE_config_file(
             "config",
-            _configs.find(default),
+            find_config(default),
             "Config file, with :key=value,... arguments; --config.key=value overrides a key.",
             lock_config=True,
         )
-    except _FLAG_ERRORS as error:
-        _refuse_flags(error)
     return lambda: typed_config.build(kind, holder.value)
 
 
-def _installed(word: str, before: str) -> str:
-    """A word of the command line; configs/NAME.py becomes the installed package's where there is no clone."""
+def find_config(path: str) -> str:
+    """Finds the file of `--config=PATH[:ARGUMENTS]`, and keeps the arguments.
+
+    A path that does not exist and begins with "configs/" is looked up in the installed package `configs`. If it is not
+    there either, `path` is returned unchanged, and the reader of the flag reports it.
+    """
+    name, colon, arguments = path.partition(":")
+    package = importlib.util.find_spec("configs")
+    if Path(name).exists() or not name.startswith("configs/") or package is None:
+        return path
+    for folder in package.submodule_search_locations or ():
+        installed = Path(folder, name.removeprefix("configs/"))
+        if installed.is_file():
+            return f"{installed}{colon}{arguments}"
+    return path
+
+
+def _with_config_found(word: str, before: str) -> str:
+    """Applies `find_config` to one word of the command line, if it is the value of --config."""
     flag, equals, path = word.partition("=")
     if equals and flag.lstrip("-") == "config":
-        return f"{flag}={_configs.find(path)}"
-    return _configs.find(word) if before in ("-config", "--config") else word
+        return f"{flag}={find_config(path)}"
+    return find_config(word) if before in ("-config", "--config") else word
 
 
-def _override(word: str) -> str | None:
-    """The key that `--config.KEY=VALUE` or `--noconfig.KEY` sets."""
-    found = re.match(r"--?(?:no)?config\.([^=]+)", word)
-    return found and found[1]
+@contextlib.contextmanager
+def _flag_errors() -> Iterator[None]:
+    """Prints an error about the command line as one sentence, and exits."""
+    try:
+        yield
+    # What flags, configs and ml_collections raise.
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        ValueError,
+        TypeError,
+        OSError,
+        ImportError,
+    ) as error:
+        # ml_collections puts the repr of one error into the next.
+        message = _sentence(error).replace("\\n", " ").replace("\\'", "'")
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+
+
+def _parse_flags(argv):
+    with _flag_errors():
+        return flags.FLAGS(argv)
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
-    """`app.run`, with user errors as one sentence and distinct exit codes."""
+    """`app.run`, with one-sentence errors and distinct exit codes."""
     logging.get_absl_handler().addFilter(_worth_showing)
 
     def guarded(argv):
@@ -110,23 +148,19 @@ def run(main: Callable[[list[str]], Any]) -> None:
             sys.exit(stop.code)
         except KeyboardInterrupt as error:
             print(
-                "stopped; the same command goes on from what was saved, or starts anew",
+                "stopped; the same command continues from the last checkpoint, if there is one",
                 file=sys.stderr,
             )
             _exit(error, EXIT_INTERRUPTED)
         except Exception as error:
-            if isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(LOST):
-                traceback.print_exc()
-                _exit(error, EXIT_LOST)
-            if "PANGEA_DEBUG" in os.environ or not isinstance(
-                error, (*ERRORS, OSError, ValueError)
-            ):
-                if not distributed.is_initialized():
-                    raise
+            lost = isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(LOST)
+            if isinstance(error, ERRORS) and "PANGEA_DEBUG" not in os.environ:
+                print(f"error: {_sentence(error)}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)
+            elif lost or jax.distributed.is_initialized():
                 traceback.print_exc()
             else:
-                print(f"error: {_sentence(error)}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)
-            _exit(error, EXIT_ERROR)
+                raise
+            _exit(error, EXIT_LOST if lost else EXIT_ERROR)
 
     app.run(guarded, flags_parser=_parse_flags)
 
@@ -134,7 +168,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
 def no_arguments(argv: Sequence[str]) -> None:
     """
     Raises:
-      UserError: there is something beside the flags.
+      UserError: the command line has arguments that are not flags.
     """
     if len(argv) > 1:
         raise UserError(
@@ -143,8 +177,8 @@ def no_arguments(argv: Sequence[str]) -> None:
 
 
 def _worth_showing(record) -> bool:
-    # Orbax tells of every file it writes, tensorboardX of every name with a sign in it, and JAX looks for a TPU
-    # wherever libtpu is not installed.
+    # Orbax logs every file that it writes, tensorboardX every name with a special character, and JAX its search for
+    # a TPU on machines without libtpu.
     chatty = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in ("orbax", "tensorboardX"))
     if chatty and record.levelno < logging.converter.STANDARD_ERROR:
         return False
@@ -152,48 +186,21 @@ def _worth_showing(record) -> bool:
 
 
 def _exit(error: BaseException, code: int) -> None:
-    if distributed.is_initialized():
+    if jax.distributed.is_initialized():
         distributed.fail(error, code)
     sys.exit(code)
 
 
 def _sentence(error: Exception) -> str:
-    """An error's message on one line; of a traceback that a library put into it, what was raised."""
+    """The message of an error on one line. If it holds a library's traceback, only the last line of that counts."""
     lines = [line.strip() for line in str(error).strip("'\" \n").splitlines() if line.strip()]
     if any(line.startswith("Traceback") for line in lines):
         return lines[-1].partition(": ")[2]
     return " ".join(lines)
 
 
-# What flags and configs raise about a command line.
-_FLAG_ERRORS = (
-    flags.Error,
-    AttributeError,
-    KeyError,
-    ValueError,
-    TypeError,
-    OSError,
-    ImportError,
-)
-
-
-def _parse_flags(argv):
-    """Parses flags; what is wrong with them becomes one sentence."""
-    try:
-        return flags.FLAGS(argv)
-    except _FLAG_ERRORS as error:
-        _refuse_flags(error)
-
-
-def _refuse_flags(error: Exception):
-    # ml_collections puts one error's repr into the next.
-    message = _sentence(error).replace("\\n", " ").replace("\\'", "'")
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(EXIT_ERROR)
-
-
 def default_workdir() -> str:
-    """runs/<config file>[_<argument>], and the keys that flags override."""
+    """runs/<config file>[_<argument>][_<overridden key>=<value>...]."""
     flag = flags.FLAGS["config"]
     path, _, arg = config_flags.get_config_filename(flag).partition(":")
     name = Path(path).stem + (f"_{arg}" if arg else "")
@@ -202,7 +209,7 @@ def default_workdir() -> str:
     return str(Path("runs") / re.sub(r"[^\w=.\-]+", "_", name)[:120])
 
 
-# Keys that may change when a run goes on: they change no step, except by rounding.
+# Keys that may change when a run continues. They change the result of a step only by rounding.
 _FREE = re.compile(
     r"(mesh|checkpoint|guards|attention|pipeline\.(threads|workers|max_bad_fraction))\b.*"
     r"|keep|accumulation|log_every|wandb|data\.verify"
@@ -210,25 +217,22 @@ _FREE = re.compile(
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A config's dataclass as JSON gives it back."""
+    """A config's dataclass, in the types of JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def claim_workdir(workdir: Path, config: Any) -> None:
-    """Makes the work directory this config's own.
-
-    Args:
-      config: a dataclass, written as config.json.
+    """Makes the work directory and writes the config, a dataclass, there as config.json.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the directory cannot be written.
       WorkError: a run of another config has begun there.
     """
     path = workdir / "config.json"
     mine = to_json(config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        # A config that was refused has left nothing else; log.txt is of launch/sweep.py.
+        # A run whose config was refused leaves only config.json; launch/sweep.py writes log.txt.
         begun = {file.name for file in workdir.iterdir()} - {path.name, "log.txt"}
         if path.exists() and begun:
             holds = "a run of another config"
@@ -237,7 +241,7 @@ def claim_workdir(workdir: Path, config: Any) -> None:
             )
             if found:
                 changed = "; ".join(restart.clauses(found))
-                logging.info("the run goes on with another config: %s", changed)
+                logging.info("the run continues with another config: %s", changed)
         atomic.write_json(path, mine, ensure_ascii=False)
     except OSError as error:
         raise UserError(
@@ -245,17 +249,17 @@ def claim_workdir(workdir: Path, config: Any) -> None:
         ) from None
     except json.JSONDecodeError:
         raise UserError(
-            f"{path} is not JSON, so {workdir} is no work directory of ours; give another --workdir"
+            f"{path} is not JSON, so this project did not write {workdir}; give another --workdir"
         ) from None
 
 
 def cache_directory(name: str) -> Path | None:
-    """A folder of the user's cache for what the next run need not do again; None if unwritable."""
+    """A folder below the user's cache folder; None, with a warning, if it cannot be written."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pangea_jax" / name
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        logging.warning("nothing is cached: cannot write %s (%s)", cache, error.strerror)
+        logging.warning("no results are cached: cannot write %s (%s)", cache, error.strerror)
         return None
     return cache
 

@@ -1,4 +1,4 @@
-"""Compiles a config's training step for TPUs on a machine that has none: does it fit, what does it move.
+"""Compiles a config's training step for TPUs on a machine without TPUs: does it fit, and what does it communicate?
 
     pip install -r requirements-tpu-aot.txt
     python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5p:4x4x4
@@ -8,12 +8,13 @@
     python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5e:4x4 --slices=2 --config.mesh.data=2
     python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5e:4x4 --steps=N --output=step.zip
 
-It is the step that launch/train.py runs, of the same model, optimiser, shardings and batch, compiled by the compiler
-of the TPU (libtpu) from shapes alone: nothing is initialised, about 3 GiB of memory suffice. What does not fit there
-does not fit here. Topologies are those of `jax.experimental.topologies`: v5e:2x4, v5p:2x2x2, v6e:4x4, ...; of
-`--slices` such only `data` goes over the data centre network. cpu:8 is 8 devices made of this machine's processor.
+The step is the one that launch/train.py runs, with the same model, optimiser, shardings and batch. The compiler of the
+TPU (libtpu) compiles it from shapes alone. This initialises nothing and needs about 3 GiB of memory. The TPUs use the
+same compiler, so a step that fits here also fits there. Topologies are those of `jax.experimental.topologies`:
+v5e:2x4, v5p:2x2x2, v6e:4x4, ... With several `--slices`, only the axis `data` of the mesh uses the data centre network.
+cpu:8 stands for 8 devices on the processor of this machine.
 
-`--search` finds the most rows a chip that fit, and for these the value of `keep` that recomputes least.
+`--search` finds the largest number of rows per chip that fits, and then the value of `keep` that recomputes least.
 `--output` keeps the program for `launch/train.py --executable`.
 """
 
@@ -29,8 +30,8 @@ from pathlib import Path
 if not __package__:  # run as a file of a clone
     import _clone  # noqa: F401
 
-# Read when JAX and libtpu are first loaded. This is no TPU host: nobody to ask what kind of one it is, no
-# device to lock.
+# JAX and libtpu read these variables when they are loaded. They make libtpu work on a machine that is no TPU host: it
+# asks no metadata server and locks no device.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -49,30 +50,30 @@ from pangea_jax.train import optimizer as optim
 from pangea_jax.train.state import abstract_state
 
 CONFIG = common.define_config("configs/pangea_7b_finetune.py")
-TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "What to compile for, GENERATION:SHAPE.")
-SLICES = flags.DEFINE_integer("slices", 1, "How many of them, joined by the data centre network.")
+TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "TPUs to compile for, GENERATION:SHAPE.")
+SLICES = flags.DEFINE_integer("slices", 1, "Number of slices, joined by the data centre network.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
-SEARCH = flags.DEFINE_bool("search", False, "Find the most rows a chip, and the cheapest keep.")
+SEARCH = flags.DEFINE_bool("search", False, "Find the most rows per chip, and the cheapest keep.")
 
-OUTPUT = flags.DEFINE_string("output", None, "Write the program here, for launch/train.py.")
+OUTPUT = flags.DEFINE_string("output", None, "File to write the program to, for launch/train.py.")
 STEPS = flags.DEFINE_integer(
-    "steps", None, "Of the run, with --output: the schedule is part of the program."
+    "steps", None, "Steps of the run, for --output: the schedule is part of the program."
 )
 
 GIB = 2**30
-# What the compiler lets a program use, of the 16, 95 and 32 GB of a chip.
+# The memory that the compiler lets a program use, out of the 16, 95 and 32 GB of a chip.
 HBM_GIB = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
-# Each keeps more and computes less again. "offload" is beside them: it computes what "qkv" does, copies to the
-# host run beside the computation.
+# Each value keeps more and recomputes less than the one before. "offload" is not in this order: it recomputes as much
+# as "qkv", and copies to the host during the computation.
 KEEPING_MORE = ("attention", "qkv", "products")
-SCHEDULE_STEPS = 1000  # a number in the program; nothing that is measured depends on it
+SCHEDULE_STEPS = 1000  # part of the program, but no measurement depends on it
 
 
 def topology_mesh(name: str, slices: int, sizes) -> tuple[jax.sharding.Mesh, float]:
-    """The mesh `config.mesh` over the chips of a topology, and the GiB that a chip has.
+    """The mesh `config.mesh` on the chips of a topology, and the memory of a chip in GiB.
 
     Raises:
-      UserError: libtpu is not installed, or knows no such topology.
+      UserError: libtpu is not installed, or does not know the topology.
     """
     generation, _, shape = name.partition(":")
     if generation == "cpu" and shape.isdecimal() and slices == 1:
@@ -81,7 +82,7 @@ def topology_mesh(name: str, slices: int, sizes) -> tuple[jax.sharding.Mesh, flo
         return sharding.make_mesh(**dataclasses.asdict(sizes)), round(memory / int(shape), 2)
     if generation not in HBM_GIB:
         raise common.UserError(
-            f"--topology={name}: the generation is one of {', '.join(HBM_GIB)}, as in v5e:4x4; or cpu:8"
+            f"--topology={name}: expected one of {', '.join(HBM_GIB)} with a shape, as in v5e:4x4; or cpu:8"
         )
     try:
         import libtpu  # noqa: F401
@@ -95,13 +96,12 @@ def topology_mesh(name: str, slices: int, sizes) -> tuple[jax.sharding.Mesh, flo
         )
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         raise common.UserError(f"--topology={name}: libtpu says {error}") from None
-    return sharding.make_mesh(**dataclasses.asdict(sizes), devices=topology.devices), HBM_GIB[
-        generation
-    ]
+    mesh = sharding.make_mesh(**dataclasses.asdict(sizes), devices=topology.devices)
+    return mesh, HBM_GIB[generation]
 
 
 def lower(exp: Experiment, mesh, steps):
-    """The lowered step, and its model FLOPs."""
+    """The lowered step and its model FLOPs."""
     optimizer = optim.make_optimizer(exp.optimizer, steps)
     graphdef, state, shardings = abstract_state(exp.model, optimizer, mesh, frozen=exp.frozen)
     step = experiment.make_step(exp, graphdef, optimizer, shardings, mesh)
@@ -111,10 +111,10 @@ def lower(exp: Experiment, mesh, steps):
 
 
 def _prepare(output: Path) -> None:
-    """What lies there is of an earlier program; and it shows before an hour of compiling if nothing can.
+    """Removes the program of an earlier call, and checks before a long compilation that the file can be written.
 
     Raises:
-      UserError: no file can be written there.
+      UserError: it cannot be written.
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -128,11 +128,13 @@ def _prepare(output: Path) -> None:
 def measure(
     exp: Experiment, topology: str, slices: int = 1, output: str | None = None, steps=None
 ) -> dict:
-    """Compiles and reads off the program; JSON-able. A program that does not fit has no collectives.
+    """Compiles the step and measures the program. The result can be written as JSON.
+
+    The communication of a program that does not fit is None.
 
     Args:
-      output: where to write the program.
-      steps: of the run, which it then needs to know.
+      output: file to write the program to.
+      steps: number of steps of the run; `output` needs it.
     """
     mesh, hbm = topology_mesh(topology, slices, exp.mesh)
     shards = sharding.row_shards(mesh)
@@ -182,18 +184,20 @@ def _read(compiled, hbm) -> dict:
 
 
 def _needed_gib(message: str) -> float | None:
-    """GiB that a program would use, from the compiler's message that it ran out of memory: at least
-    that of its temporary arrays. None: the message is another one."""
+    """The GiB that a program needs, at least for its temporary arrays, from the compiler's out-of-memory message.
+
+    Another message gives None.
+    """
     used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
     used = used or re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", message)
     return used and round(float(used[1]) * 1024 ** ("KMGT".index(used[2]) - 2), 2)
 
 
 def search(exp: Experiment, topology: str, slices: int = 1) -> dict:
-    """The measurement of the most rows a chip that fit, under the policy of these that computes least again.
+    """The measurement with the most rows per shard that fit, and with the value of `keep` that recomputes least.
 
     Raises:
-      UserError: not even one row a shard fits.
+      UserError: one row per shard does not fit.
     """
     mesh, _ = topology_mesh(topology, slices, exp.mesh)
     shards = sharding.row_shards(mesh)
@@ -208,7 +212,7 @@ def search(exp: Experiment, topology: str, slices: int = 1) -> dict:
     best = attempt(1, "none")
     if not best["fits"]:
         raise common.UserError(
-            f"not even one row of {exp.pipeline.row_tokens} tokens a shard fits {topology}: "
+            f"one row of {exp.pipeline.row_tokens} tokens per shard does not fit {topology}: "
             f'{best["peak_hbm_gib"]:.1f} of {best["hbm_gib"]:.2f} GiB with keep "none"; '
             "choose more chips"
         )
@@ -219,43 +223,38 @@ def search(exp: Experiment, topology: str, slices: int = 1) -> dict:
             best = found
         else:
             too_many = found["rows_per_shard"]
-    return _cheapest(best, lambda keep: attempt(best["rows_per_shard"], keep))
-
-
-def _cheapest(best, attempt) -> dict:
-    """Of the policies that fit the one that computes least again; `best` is of "none"."""
     for keep in KEEPING_MORE:
-        found = attempt(keep)
+        found = attempt(fit, keep)
         if not found["fits"]:
             break
         best = found
     if best["keep"] in ("none", "attention"):
-        found = attempt("offload")
+        found = attempt(fit, "offload")
         best = found if found["fits"] else best
     return best
 
 
 def one_line(found: dict) -> str:
     return (
-        f"{found['topology']}, {found['rows_per_shard']} rows of {found['row_tokens']} tokens a shard, "
+        f"{found['topology']}, {found['rows_per_shard']} rows of {found['row_tokens']} tokens per shard, "
         f"keep {found['keep']}: {found['peak_hbm_gib']:.2f} of {found['hbm_gib']:.2f} GiB, "
         f"{'fits' if found['fits'] else 'DOES NOT FIT'} ({found['compile_s']:.0f} s)"
     )
 
 
 def describe(found: dict) -> str:
-    """The measurement for people."""
+    """The measurement as text."""
     lines = [one_line(found), f"chips        {found['chips']}, mesh {found['mesh']}"]
     if found["host_gib"]:
-        lines.append(f"host memory  {found['host_gib']:.2f} GiB a chip")
+        lines.append(f"host memory  {found['host_gib']:.2f} GiB per chip")
     parts = ", ".join(
         f"{name} {flops / found['model_flops_per_step']:.1%}"
         for name, flops in found["model_flops"].items()
         if name != "total"
     )
-    lines.append(f"model FLOPs  {found['model_flops_per_step']:.3e} a step ({parts})")
+    lines.append(f"model FLOPs  {found['model_flops_per_step']:.3e} per step ({parts})")
     if found["collective_bytes"] is not None:
-        lines.append("collectives  GiB a chip and step")
+        lines.append("collectives  GiB per chip and step")
         for kind, size in found["collective_bytes"].items():
             lines.append(f"  {kind:20} {size / GIB:8.2f}")
         for kind, size in found["dcn_bytes"].items():
@@ -265,14 +264,14 @@ def describe(found: dict) -> str:
 
 def main(argv):
     common.no_arguments(argv)
-    # What comes out of the compile cache took no time to compile, and XLA cannot write it out again.
+    # A program from the compile cache has no compile time, and XLA cannot serialise it again.
     jax.config.update("jax_enable_compilation_cache", False)
     exp = CONFIG()
     steps = STEPS.value or exp.steps
     if OUTPUT.value and (SEARCH.value or not steps):
         raise common.UserError(
-            "--output takes --steps=N, the steps of the run, and not --search: the schedule of the learning "
-            "rate is part of the program"
+            "--output needs --steps=N, the steps of the run, and excludes --search: the schedule of the "
+            "learning rate is part of the program"
         )
     if OUTPUT.value:
         _prepare(Path(OUTPUT.value))

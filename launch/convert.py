@@ -1,16 +1,15 @@
-"""Converts a checkpoint: public layouts (safetensors) to our own form (Orbax), and back.
+"""Converts a checkpoint from a public layout (safetensors) to this project's form (Orbax), or back.
 
     python launch/convert.py --from=neulab/Pangea-7B-hf --to=checkpoints/pangea-7b
     python launch/convert.py --from=checkpoints/pangea-7b --to=Pangea-7B-hf --format=hf --dtype=bfloat16
     python launch/convert.py --from=runs/finetune --to=My-Pangea-hf --format=hf
     python launch/convert.py --from=runs/lora --to=My-adapters --format=peft --base=neulab/Pangea-7B-hf
 
-`--from` is a folder in any layout, the work directory of a training run (its newest step), or a name on the
-Hugging Face hub. The result holds weights, config, tokenizer, processor and how the
-model reads a conversation (`reading.json`); `pangea_jax.load` takes either form,
-transformers and vLLM take `--format=hf`. The whole model is never in memory. A conversion that is cut off leaves only
-`<to>.partial`; repeat the command. `--format=peft` writes only a run's adapters, for the peft library; `--base` names
-the model that the run started from.
+`--from` is a folder in any layout, the work directory of a training run (its newest step), or a name on the Hugging
+Face hub. The result holds weights, config, tokenizer, processor and `reading.json`, which says how the model reads a
+conversation. `pangea_jax.load` reads both forms; transformers and vLLM read `--format=hf`. The conversion never holds
+the whole model in memory. If it is stopped, only `<to>.partial` is left; repeat the command. `--format=peft` writes
+only the adapters of a run, for the peft library; `--base` names the model that the run started from.
 """
 
 import sys
@@ -32,45 +31,47 @@ from pangea_jax.checkpoints import adapter, convert
 DTYPES = ("float32", "bfloat16", "float16")
 
 FROM = flags.DEFINE_string(
-    "from", None, "A folder, a run's work directory, or owner/name on the hub."
+    "from", None, "A folder, the work directory of a run, or owner/name on the hub."
 )
 TO = flags.DEFINE_string("to", None, "The folder to write, new or empty.")
 FORMAT = flags.DEFINE_enum("format", "orbax", (*convert.FORMATS, "peft"), "What to write.")
 DTYPE = flags.DEFINE_enum(
-    "dtype", None, DTYPES, "Type of the parameters; by default that of the source."
+    "dtype", None, DTYPES, "Type of the parameters; the default is the type in the source."
 )
 LAYOUT = flags.DEFINE_enum(
     "layout",
     "transformers-4",
     convert.LAYOUTS,
-    "Names of tensors for --format=hf: those of neulab/Pangea-7B-hf, which transformers 4 and 5 and vLLM "
-    "read, or those that transformers 5 writes and vLLM does not read.",
+    "Names of tensors for --format=hf. transformers-4 is the layout of neulab/Pangea-7B-hf, which transformers 4 and 5 "
+    "and vLLM read. transformers-5 is the layout that transformers 5 writes; vLLM does not read it.",
 )
 TOKENIZER = flags.DEFINE_string(
     "tokenizer",
     None,
-    "A folder or file with the tokenizer, if neither --from nor the run's config has it.",
+    "A folder or file with the tokenizer, if neither --from nor the config of the run has one.",
 )
 BASE = flags.DEFINE_string(
     "base",
     "",
-    "For --format=peft: folder or hub name of the model that the run started from, written as given; by default none.",
+    "For --format=peft: folder or hub name of the model that the run started from, to write into the config.",
 )
 
 
 def main(argv):
     if len(argv) > 1 or not FROM.value or not TO.value:
-        raise common.UserError("expected --from=DIR|owner/name and --to=DIR, and nothing but flags")
-    # Conversion runs on the host: it must not take an accelerator from another job.
+        raise common.UserError(
+            "expected --from=DIR|owner/name and --to=DIR, and no arguments that are not flags"
+        )
+    # The conversion runs on the host, so that it takes no accelerator from another job.
     jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)
     if FROM.value == "sample" and not Path("sample").exists():
         raise common.UserError(
             "the sample model is part of the package, not a folder; launch/train.py writes a model like it to "
-            "model/ in its work directory, as --format=hf does"
+            "model/ in its work directory, in the form of --format=hf"
         )
     if LAYOUT.present and FORMAT.value != "hf":
-        raise common.UserError(f"--layout is only for --format=hf, not for {FORMAT.value}")
+        raise common.UserError(f"--layout is only for --format=hf, not for --format={FORMAT.value}")
     if BASE.value and FORMAT.value != "peft":
         raise common.UserError(
             "--base is only for --format=peft: it names the model under the adapters"
@@ -86,7 +87,7 @@ def main(argv):
             convert_model(source, target)
     except KeyboardInterrupt:
         print(
-            f"stopped; to convert, repeat the command ({target}.partial is incomplete)",
+            f"stopped; {target}.partial is incomplete, so repeat the command",
             file=sys.stderr,
         )
         sys.exit(common.EXIT_INTERRUPTED)
@@ -96,7 +97,7 @@ def main(argv):
 
 
 def convert_model(source: Path, target: Path) -> None:
-    """Writes the whole model, with a progress bar."""
+    """Converts the whole model and shows a progress bar."""
     files = Path(TOKENIZER.value or checkpoints.tokenizer_files(source)).expanduser()
     tokenizer = checkpoints.load_tokenizer(source, files)
     columns = (

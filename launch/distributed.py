@@ -1,10 +1,10 @@
-"""The processes of one job: how they find one another, stop together, and end together.
+"""The processes of one job: they find one another, stop together, and end together.
 
-A job of several processes is recognised in this order:
+`initialize` recognises a job of several processes by these signs, in this order:
   1. COORDINATOR_ADDRESS=HOST:PORT, NUM_PROCESSES and PROCESS_ID are set. Set them if you start the processes yourself.
   2. The process is in a Slurm step of several tasks (`srun`).
   3. The process is on a host of a TPU pod.
-Otherwise the process is alone.
+Without these signs the process is alone.
 """
 
 import contextlib
@@ -61,27 +61,19 @@ def _explicit(given: dict[str, str]) -> tuple[str, int, int]:
 
 def _on_tpu_pod() -> bool:
     # JAX sets TPU_ML_PLATFORM where it finds TPU chips. Kubernetes and Cloud TPU set the others.
-    if os.environ.get("TPU_ML_PLATFORM") != "JAX" or _platforms() == "cpu":
+    if os.environ.get("TPU_ML_PLATFORM") != "JAX" or jax.config.jax_platforms == "cpu":
         return False
     if os.environ.get("MEGASCALE_COORDINATOR_ADDRESS"):
         return True
     hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
-    # Without host names it is a TPU VM, which asks its metadata server for the number of hosts.
+    # Without host names this is a TPU VM. JAX then asks its metadata server for the number of hosts.
     return "," in hosts if hosts else "TPU_SKIP_MDS_QUERY" not in os.environ
 
 
-def _platforms() -> str | None:
-    return jax.config.jax_platforms
-
-
-def is_initialized() -> bool:
-    return jax.distributed.is_initialized()
-
-
 def fail(error: BaseException, code: int) -> None:
-    """Ends this process of a job and, through `_watch`, all others, which would wait for it forever.
+    """Ends this process of a job and, through `_watch`, all others, which would otherwise wait for it forever.
 
-    It skips all clean-up, because clean-up waits for the other processes.
+    It skips the clean-up of the process, which would wait for the others.
     """
     job = _job()
     name = f"process {job.process_id} of {job.num_processes}"
@@ -94,7 +86,7 @@ def fail(error: BaseException, code: int) -> None:
 
 
 def _watch() -> None:
-    """Ends this process once another one has failed, with its exit code."""
+    """Waits until another process fails, and then ends this process with the same exit code."""
     while (job := _job()).client is not None:
         try:
             said = job.client.key_value_try_get(_FAILED)
@@ -116,17 +108,17 @@ def _end(code):
 
 
 def _job():
-    # JAX has no public name for its key-value store, and `jax.process_index()` would start the devices.
+    # JAX has no public name for its key-value store. `jax.process_index()` would start the devices.
     from jax._src import distributed
 
     return distributed.global_state
 
 
 class StopSignal:
-    """Inside its `with`, SIGINT and SIGTERM ask for a stop at the end of a step; a second signal stops at once.
+    """In its `with` block, SIGINT or SIGTERM asks for a stop at the end of a step. A second signal stops at once.
 
-    The processes of a job agree on the step through JAX's preemption service, which hears a SIGTERM in any of
-    them. A SIGINT is passed on to the service as a SIGTERM.
+    The processes of a job agree on the step through JAX's preemption service, which notices a SIGTERM in any of them.
+    `StopSignal` passes a SIGINT on to the service as a SIGTERM.
 
     Attributes:
       number: the first signal, or None.
@@ -134,7 +126,8 @@ class StopSignal:
 
     def __init__(self):
         self.number: int | None = None
-        self._signals = [signal.SIGINT] if is_initialized() else [signal.SIGINT, signal.SIGTERM]
+        job = jax.distributed.is_initialized()
+        self._signals = [signal.SIGINT] if job else [signal.SIGINT, signal.SIGTERM]
         self._before = {}
 
     def __enter__(self) -> "StopSignal":
@@ -153,7 +146,7 @@ class StopSignal:
 
     def reached(self, step: int) -> bool:
         """Whether to stop after `step`. Every process must call it after every step."""
-        if not is_initialized():
+        if not jax.distributed.is_initialized():
             return self.requested
         reached = multihost_utils.reached_preemption_sync_point(step)
         if reached:
@@ -165,8 +158,8 @@ class StopSignal:
             raise KeyboardInterrupt
         self.number = number
         print(
-            "\nstopping after this step, then saving (send the signal again to stop at once)",
+            "\nstopping and saving after this step; send the signal again to stop at once",
             file=sys.stderr,
         )
-        if is_initialized():
+        if jax.distributed.is_initialized():
             os.kill(os.getpid(), signal.SIGTERM)

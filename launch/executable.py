@@ -1,8 +1,8 @@
-"""A compiled training step as a file: launch/compile.py writes it, launch/train.py runs it and need not compile.
+"""A compiled training step in a file. launch/compile.py writes it; launch/train.py runs it instead of compiling.
 
-The file is a ZIP of `facts.json`, what the program was made of and for, and `program`, the executable as XLA
-serialises it. Nothing is unpickled, and a program that differs from the one to be run is refused. It is a
-program all the same: load what you compiled yourself, as with JAX's compile cache.
+The file is a ZIP of `facts.json`, which describes the devices, versions, config and program, and of `program`, the
+executable as XLA serialises it. Loading unpickles nothing, and refuses a program that differs from the step of the run.
+But the file still holds a program: load only files that you compiled yourself, as with JAX's compile cache.
 """
 
 import base64
@@ -32,11 +32,11 @@ def save(
     config: Experiment,
     steps: int,
 ) -> None:
-    """Writes whole or not at all.
+    """Writes the whole file or nothing.
 
     Args:
-      compiled: not from the compile cache: XLA cannot write out again what it has read.
-      steps: of the run; the schedule of the learning rate is part of the program.
+      compiled: not from the compile cache, because XLA cannot serialise a program that it has read.
+      steps: number of steps of the run. The schedule of the learning rate is part of the program.
     """
     partial = atomic.partial_path(path)
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as file:
@@ -53,14 +53,17 @@ def load(
     config: Experiment,
     steps: int,
 ) -> Callable:
-    """What `step` of `make_train_step` does, by the program in the file. `step` is traced, to know that it is
-    the same program, and not compiled.
+    """Loads the program in the file, as a function that replaces `step`.
+
+    It traces `step` to compare the programs, but does not compile it.
 
     Args:
-      arguments: state and batch, shapes with shardings.
+      step: made by `make_train_step`.
+      arguments: shapes of state and batch, with shardings.
 
     Raises:
-      UserError: it is no such file, or of another program, other devices or versions; says what differs.
+      UserError: the file has another format, or holds another program or one for other devices or versions; the
+        message says what differs.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -68,7 +71,7 @@ def load(
             program = file.read("program")
     except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
         raise common.UserError(
-            f"{path} is no file of launch/compile.py --output: {error}"
+            f"launch/compile.py --output did not write {path}: {error}"
         ) from None
     lowered = step.lower(*arguments)
     differing = _differing(facts, _facts(lowered, mesh, config, steps))
@@ -83,7 +86,7 @@ def load(
 
 
 def _call(executable, arguments, results) -> Callable:
-    """A function of the arguments' structure and shardings; what `step` donates is donated."""
+    """A function that runs the executable on arguments of this structure; it donates the same arguments as `step`."""
     expected, in_tree = jax.tree.flatten(arguments)
     returned, out_tree = jax.tree.flatten(results)
 
@@ -92,7 +95,7 @@ def _call(executable, arguments, results) -> Callable:
         if tree != in_tree:
             raise ValueError(f"the compiled step takes {in_tree}, not {tree}")
         for value, want in zip(values, expected, strict=True):
-            # The runtime takes any buffers, and would misread them.
+            # The runtime accepts any buffers, and would misread wrong ones.
             if (value.shape, value.dtype) != (want.shape, want.dtype) or not (
                 value.sharding.is_equivalent_to(want.sharding, value.ndim)
             ):
@@ -127,21 +130,24 @@ def _facts(lowered, mesh, config, steps) -> dict[str, Any]:
 
 
 def _place(device) -> list[int]:
-    """Slice and coordinates of a chip, and its core; the number of another device."""
+    """Slice, coordinates and core of a TPU device; the id of another device."""
     if device.platform != "tpu":
         return [device.id]
     return [getattr(device, "slice_index", 0), *device.coords, device.core_on_chip]
 
 
-# A Pallas kernel within the text of a program: MLIR bytecode in base64, in the JSON of a custom call.
+# A Pallas kernel in the text of a program: MLIR bytecode in base64, in the JSON of a custom call.
 _KERNEL = re.compile(r"(\\22body\\22: \\22)([A-Za-z0-9+/=]+)(?=\\22)")
-# JAX 0.12 keeps the locations beside it.
+# JAX 0.12 keeps the source locations in a field of their own.
 _LOCATIONS = re.compile(r"(\\22debug_locations\\22: \\22)[A-Za-z0-9+/=]*(?=\\22)")
 
 
 def without_locations(program: str) -> str:
-    """The text of a lowered program with its kernels in plain: their bytecode holds the paths and lines
-    they were traced from, which differ between machines, and between launch/compile.py and train.py."""
+    """The text of a lowered program, with its kernels as MLIR text without source locations.
+
+    The bytecode of a kernel holds the paths and lines where it was traced. They differ between machines, and between
+    launch/compile.py and train.py.
+    """
 
     def assembly(match):
         with ir.Context() as context:
@@ -158,7 +164,7 @@ def _digest(text: str) -> str:
 
 
 def _differing(theirs, mine) -> list[str]:
-    """What makes it another program, the first cause first; of the config only if the program differs."""
+    """Why two programs differ, first cause first. Keys of the config count only if the programs differ."""
     for part in ("devices", "versions"):
         found = atomic.differences(theirs.get(part), mine[part], part)
         if found:

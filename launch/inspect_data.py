@@ -1,10 +1,10 @@
-"""Shows what training will see: decoded rows with the trained tokens in colour, and their tiles.
+"""Shows the data of a training run: decoded rows with the trained tokens in colour, and their tiles.
 
     python launch/inspect_data.py --config=configs/sample.py --n=8
     python launch/inspect_data.py --config=configs/sample.py --skip=100 --workdir=runs/look
 
-Prints the mixture and the first `n` rows; writes batch.html with the same and batch.png with the tiles into the
-work directory. Pictures are shown as tiles also where training takes cached features of augmented views.
+It prints the mixture and the first `n` rows of a batch. The work directory gets the rows as batch.html and the tiles
+as batch.png. If training uses cached features of augmented views, the pictures are shown as tiles, too.
 """
 
 import dataclasses
@@ -24,10 +24,10 @@ from pangea_jax.data import batch_view
 
 CONFIG = common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where batch.html and batch.png go; default runs/<config and argument>."
+    "workdir", None, "Folder for batch.html and batch.png; default runs/<config and argument>."
 )
 ROWS = flags.DEFINE_integer("n", 8, "Rows to show.", lower_bound=1)
-SKIP = flags.DEFINE_integer("skip", 0, "Batches to go past first.", lower_bound=0)
+SKIP = flags.DEFINE_integer("skip", 0, "Batches to leave out first.", lower_bound=0)
 
 
 def main(argv):
@@ -39,21 +39,21 @@ def main(argv):
     logging.info("mixture: %s", json.dumps(choice.summary()))
     reader = experiment.make_reader(exp, store, tokenizer)
     feed, patches = experiment.make_feed(exp, store, choice, reader), reader.pictures.patches
-    there = feed.num_batches
+    known = feed.num_batches
     data = iter(feed)
-    is_there = there is None or SKIP.value < there  # else all of them would be read first
-    batch = next(itertools.islice(data, SKIP.value, None), None) if is_there else None
+    beyond = known is not None and SKIP.value >= known  # known without reading all batches
+    batch = None if beyond else next(itertools.islice(data, SKIP.value, None), None)
     if batch is None:
         raise common.UserError(
-            f"there is no batch after --skip={SKIP.value}: the examples chosen make "
-            f"{'fewer' if there is None else there} of {exp.pipeline.rows} rows; lower --skip or "
+            f"there is no batch after --skip={SKIP.value}: the chosen examples make "
+            f"{'fewer' if known is None else known} batches of {exp.pipeline.rows} rows; lower --skip or "
             "config.pipeline.rows, or raise config.mixture.num_examples"
         )
     workdir = Path(WORKDIR.value or common.default_workdir())
     console = Console()
     batch_view.print_batch(batch, tokenizer, patches, console, rows=ROWS.value)
     batch_view.save_batch(batch, tokenizer, patches, workdir, rows=ROWS.value, name="batch")
-    steps = "an unknown number of" if feed.num_batches is None else feed.num_batches
+    steps = "an unknown number of" if known is None else known
     print(f"{steps} steps; the tiles are in {workdir / 'batch.png'}")
     data.close()
 

@@ -1,6 +1,6 @@
-"""Trains what the sample model starts from: translation of names, and pictures named in English.
+"""Trains stage 1 of the sample model, on translations of names and on pictures named in English.
 
-Config: configs/sample_stage1.py.
+python launch/pretrain_sample.py --config=configs/sample_stage1.py --workdir=runs/sample_stage1
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ from pangea_jax.train.step import make_train_step
 from pangea_jax.train.telemetry import Speed, StepTimer, Telemetry, Window
 
 CONFIG = common.define_config("configs/sample_stage1.py", Stage1Config)
-WORKDIR = flags.DEFINE_string("workdir", "runs/sample_stage1", "Where results are written.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/sample_stage1", "Folder for the results.")
 
 
 class Lessons:
-    """Translations and pictures named in English, each so many times over; a source for Grain."""
+    """A data source for Grain: translations, then pictures named in English, each as often as the config says."""
 
     def __init__(self, store, config):
         translations = emoji.Translations(config.languages)
@@ -59,6 +59,22 @@ class Lessons:
 
     def __repr__(self) -> str:
         return f"Lessons(len={len(self)})"
+
+
+def train(config, workdir, mesh, state, step_fn, dataset, steps):
+    """Runs and logs a step for every batch; returns the last state."""
+    timer, window = StepTimer(), Window()
+    speed = Speed(timer)
+    with Telemetry(workdir, steps, is_main=jax.process_index() == 0) as telemetry:
+        for step, batch in enumerate(dataset, start=1):
+            with timer.step():
+                state, metrics = step_fn(state, batch.place(mesh))
+                metrics = jax.device_get(metrics)
+            window.add(metrics)
+            speed.add(metrics)
+            if step % config.log_every == 0 or step == steps:
+                telemetry.log(step - 1, window.flush() | speed.flush())
+    return state
 
 
 def main(_):
@@ -93,17 +109,7 @@ def main(_):
     reader = Reader(tokenizer, CachedFeatures(features, config.reading, newline=model.newline))
     dataset = pipeline.train_dataset(lessons, reader, feed, seed=config.seed)
     step_fn = make_train_step(graphdef, optimizer, shardings, mesh, max_targets=feed.max_targets)
-    timer, window = StepTimer(), Window()
-    speed = Speed(timer)
-    with Telemetry(workdir, steps, is_main=jax.process_index() == 0) as telemetry:
-        for step, batch in enumerate(dataset, start=1):
-            with timer.step():
-                state, metrics = step_fn(state, batch.place(mesh))
-                metrics = jax.device_get(metrics)
-            window.add(metrics)
-            speed.add(metrics)
-            if step % config.log_every == 0 or step == steps:
-                telemetry.log(step - 1, window.flush() | speed.flush())
+    state = train(config, workdir, mesh, state, step_fn, dataset, steps)
     tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
     huggingface.save(
         model_params.unflatten(state.params),

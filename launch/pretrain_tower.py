@@ -1,6 +1,6 @@
-"""Trains the sample model's vision tower to recognise drawings (config: configs/sample_tower.py).
+"""Trains the vision tower of the sample model to recognise drawings. It takes the place of CLIP.
 
-Pangea starts from CLIP. The sample model starts from this tower.
+python launch/pretrain_tower.py --config=configs/sample_tower.py --workdir=runs/sample_tower
 """
 
 import io
@@ -33,10 +33,9 @@ WORKDIR = flags.DEFINE_string("workdir", "runs/sample_tower", "Folder for the re
 
 
 class Recogniser(nnx.Module):
-    """The tower and a linear classifier of its mean patch feature.
+    """The tower, and a linear classifier of the mean of its patch features.
 
-    The language model reads the patch features; LLaVA does not use the class token. So the patch
-    features are trained to hold what the picture shows.
+    The classifier reads no class token, because the language model reads only patch features, as in LLaVA.
     """
 
     def __init__(self, config: VisionConfig, classes: int, *, rngs: nnx.Rngs):
@@ -59,7 +58,7 @@ def load_drawings(store, artists):
 
 
 def make_step(graphdef, optimizer, drawings, labels, config):
-    """The step on new augmented views of a random batch. It runs entirely on the device."""
+    """The training step. It draws a random batch and augments it on the device."""
 
     @jax.jit
     def step(params, opt_state, key):
@@ -84,7 +83,7 @@ def make_step(graphdef, optimizer, drawings, labels, config):
 
 
 def test(graphdef, params, store, artist, size):
-    """Top-1 and top-5 accuracy on the drawings of one artist, on white and not augmented."""
+    """Top-1 and top-5 accuracy on the drawings of one artist, on white and without augmentation."""
     drawings, labels = load_drawings(store, [artist])
     tiles = []
     for drawing in drawings:
@@ -130,9 +129,13 @@ def main(_):
     (workdir / "results.json").write_text(json.dumps(results, indent=2))
     print(json.dumps(results, indent=2))
     tower = {name: value for name, value in params.items() if name.startswith("vision.")}
-    save_as = {"only": ("vision",), "dtype": np.dtype("float16")}
-    whole = PangeaConfig(vision=vision, pinpoints=())
-    huggingface.save(model_params.unflatten(tower), whole, workdir / "tower", **save_as)
+    huggingface.save(
+        model_params.unflatten(tower),
+        PangeaConfig(vision=vision, pinpoints=()),
+        workdir / "tower",
+        only=("vision",),
+        dtype=np.dtype("float16"),
+    )
 
 
 if __name__ == "__main__":

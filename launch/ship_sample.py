@@ -1,4 +1,4 @@
-"""Copies the weights of the sample model from finished runs into the package.
+"""Copies the weights of the sample model from finished runs into the package, as float16.
 
     python launch/pretrain_tower.py --workdir=runs/sample_tower
     python launch/ship_sample.py tower runs/sample_tower
@@ -7,7 +7,7 @@
     python launch/train.py --config=configs/ablate_en_ratio.py --workdir=runs/en_ratio
     python launch/ship_sample.py model runs/en_ratio
 
-The files are float16, which costs no accuracy at this size (tests score the shipped model).
+Float16 costs no accuracy at this size; the tests score the shipped model.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Runs all points of an ablation, one launch/train.py each, and draws the results.
+"""Runs all points of an ablation, each with launch/train.py, and draws the results.
 
     python launch/sweep.py --config=configs/ablate_en_ratio.py --workdir=runs/en_ratio
     python launch/sweep.py --config=configs/ablate_en_ratio.py --workdir=runs/en_ratio --seeds=3 --jobs=2
@@ -7,12 +7,12 @@
     python launch/sweep.py --config=configs/ablate_en_ratio.py:scale=pangea_7b --workdir=/shared/en_ratio \\
         --submit=tpu --submit_args="--cluster=NAME --tpu-type=v5p-64" --dry_run
 
-The work directory gets a folder for each run (that of launch/train.py, and log.txt), sweep.json, the figures and
-summary.md. The same command, also with more seeds, continues a sweep: finished runs are not repeated, and stopped
-runs resume from their checkpoints. Overrides `--config.key=value` apply to every run.
+The work directory gets a folder for each run (the work directory of launch/train.py, and log.txt), sweep.json, the
+figures and summary.md. The same command, also with more seeds, continues a sweep: it does not repeat finished runs, and
+stopped runs continue from their checkpoints. Overrides `--config.key=value` apply to every run.
 
-`--submit` hands each run to a cluster as one job, with xpk for TPUs or sbatch for Slurm. Start it in a clone on a
-file system that the jobs share. `report` draws the runs that have finished.
+`--submit` submits each run to a cluster as one job, with xpk for TPUs or sbatch for Slurm. Start it in a clone on a
+file system that the jobs share. `report` draws the finished runs.
 """
 
 import contextlib
@@ -48,12 +48,14 @@ from pangea_jax.work import atomic, restart
 
 common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all results; default runs/<config>.")
-SEEDS = flags.DEFINE_integer("seeds", 1, "Runs of each point, with seeds 0, 1, ...", lower_bound=1)
-JOBS = flags.DEFINE_integer(
-    "jobs", 1, "Runs at the same time; each needs up to 2 GiB.", lower_bound=1
+SEEDS = flags.DEFINE_integer(
+    "seeds", 1, "Number of runs of each point, with seeds 0, 1, ...", lower_bound=1
 )
-POINTS = flags.DEFINE_list("points", [], "Names of the points to run; default all.")
-SUBMIT = flags.DEFINE_enum("submit", None, ("tpu", "slurm"), "Hand the runs to a cluster.")
+JOBS = flags.DEFINE_integer(
+    "jobs", 1, "Number of runs at the same time; each needs up to 2 GiB.", lower_bound=1
+)
+POINTS = flags.DEFINE_list("points", [], "Names of the points to run; by default all.")
+SUBMIT = flags.DEFINE_enum("submit", None, ("tpu", "slurm"), "Submit the runs to a cluster.")
 SUBMIT_ARGS = flags.DEFINE_string("submit_args", "", "Arguments for xpk or sbatch.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands; run nothing.")
 PAGE = flags.DEFINE_string(
@@ -113,7 +115,7 @@ class Plan:
 
 
 def make_plan() -> Plan:
-    """The runs that the flags name, ordered by seed.
+    """Plans the runs that the flags name, in the order of the seeds.
 
     Raises:
       UserError: the config is not an ablation, sets point or seed, or lacks a point of --points.
@@ -126,7 +128,7 @@ def make_plan() -> Plan:
     fixed = {"point", "seed"} & _pairs(arg).keys()
     if fixed:
         raise common.UserError(
-            f"remove {min(fixed)}= from --config: {min(fixed)}= is set by the sweep for each run"
+            f"remove {min(fixed)}= from --config: the sweep sets {min(fixed)}= for each run"
         )
     overrides = config_flags.get_override_values(holder)
     known = module.points(arg)
@@ -163,7 +165,7 @@ def _override_flags(overrides) -> list[str]:
 
 
 def write_plan(plan: Plan) -> None:
-    """Writes sweep.json for the report. It keeps the runs of earlier calls.
+    """Writes sweep.json for the report, and keeps the runs of earlier calls in it.
 
     Raises:
       UserError: the directory holds another sweep.
@@ -180,7 +182,7 @@ def write_plan(plan: Plan) -> None:
     }
     runs = {job.name: {"name": job.name, "point": job.point, "seed": job.seed} for job in plan.jobs}
     if path.exists():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        theirs = atomic.read_json(path)
         if _asked(theirs["command"]) != _asked(mine["command"]):
             raise common.UserError(
                 f"{plan.workdir} holds another sweep ({theirs['command']}); choose another --workdir "
@@ -203,17 +205,17 @@ def run_jobs(jobs: Sequence[Job], at_once: int, lock: IO, console: Console) -> b
     for job in jobs:
         common.claim_workdir(job.workdir, job.config)
         job.state = "finished" if job.is_finished else "waiting"
-    stop, told = distributed.StopSignal(), False
+    stop, interrupted = distributed.StopSignal(), False
     view = Live(console=console, auto_refresh=False) if console.is_terminal else None
     with view or contextlib.nullcontext(), stop:
         try:
             while True:
                 _collect(jobs, console)
-                if stop.requested and not told:
-                    told = True
+                if stop.requested and not interrupted:
+                    interrupted = True
                     _interrupt(jobs)
                 running = sum(job.state == "running" for job in jobs)
-                waiting = [] if told else [job for job in jobs if job.state == "waiting"]
+                waiting = [] if interrupted else [job for job in jobs if job.state == "waiting"]
                 for job in waiting[: at_once - running]:
                     _start(job, lock)
                 if view:
@@ -225,7 +227,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, lock: IO, console: Console) -> b
             _end(jobs)
     if not view:
         console.print(status_table(jobs))
-    return told
+    return interrupted
 
 
 def _start(job: Job, lock: IO) -> None:
@@ -273,7 +275,7 @@ def _end(jobs: Sequence[Job]) -> None:
 
 
 def status_table(jobs: Sequence[Job]) -> Table:
-    """One row a run: state, progress, time and scores."""
+    """One row per run: state, progress, time and scores."""
     finished = sum(job.state == "finished" for job in jobs)
     numbers = (Column(n, justify="right") for n in ("step", "loss", "minutes", "English", "others"))
     table = Table("run", "state", *numbers, title=f"{finished} of {len(jobs)} runs finished")
@@ -292,7 +294,7 @@ def _progress(job: Job) -> tuple[str, str]:
     lines = []
     if path.exists():
         with path.open("rb") as file:
-            # Lines are long: they count every language and source.
+            # Lines can be long, because they count every language and source.
             file.seek(max(0, path.stat().st_size - 2**18))
             lines = file.read().split(b"\n")[:-1]
     if not lines:
@@ -304,7 +306,7 @@ def _progress(job: Job) -> tuple[str, str]:
 
 def _scores(job: Job) -> list[str]:
     """(English, others) in percent on the last split; empty if not scored."""
-    splits = json.loads((job.workdir / RESULTS_FILE).read_text(encoding="utf-8"))["splits"]
+    splits = atomic.read_json(job.workdir / RESULTS_FILE)["splits"]
     last = list(splits.values())[-1] if splits else {}
     rows = [last.get(who) or {} for who in (intervals.ENGLISH, intervals.OTHERS)]
     scores = [[row[metric] for metric in intervals.METRICS if metric in row] for row in rows]
@@ -312,7 +314,7 @@ def _scores(job: Job) -> list[str]:
 
 
 def job_command(job: Job, kind: str | None, extra: str) -> list[str]:
-    """The command that trains a run here, or hands it to xpk or Slurm, which restart a stopped run."""
+    """The command that trains a run here, or submits it to xpk or Slurm. Both restart a stopped run."""
     train = ["python", TRAIN, *job.flags, f"--workdir={job.workdir}"]
     if kind is None:
         return train
@@ -322,7 +324,7 @@ def job_command(job: Job, kind: str | None, extra: str) -> list[str]:
         # If a run is submitted twice, the second job waits for the first.
         words = ["sbatch", f"--job-name={name}", "--dependency=singleton"]
         return [*words, *shlex.split(extra), SBATCH, *train[2:]]
-    # xpk restarts a workload that ends with code 42 or above 126. A stopped run ends so.
+    # xpk restarts a workload that exits with code 42 or a code above 126, as a stopped run does.
     words = ["xpk", "workload", "create", f"--workload={name}", f"--max-restarts={RESTARTS}"]
     return [*words, *shlex.split(extra), f"--command={shlex.join(train)}"]
 
@@ -365,7 +367,7 @@ def report(directories: Sequence[str], page: str | None, console: Console) -> No
 
 def run_sweep(plan: Plan, console: Console) -> None:
     waiting = f"{plan.workdir} is in use by another sweep or its runs; waiting until they end"
-    # The runs inherit the lock: they may outlive a killed sweep, and then the next sweep waits for them, too.
+    # The runs inherit the lock. If they outlive a killed sweep, the next sweep waits for them, too.
     with restart.claim(
         plan.workdir / ".lock", on_wait=lambda: console.print(waiting, soft_wrap=True)
     ) as lock:

@@ -1,12 +1,11 @@
-"""Trains one point of an experiment, evaluates it per language, draws what came out.
+"""Trains one point of an experiment, evaluates the model in each language, and draws the results.
 
     python launch/train.py --config=configs/ablate_en_ratio.py
     python launch/train.py --config=configs/ablate_en_ratio.py:en_ratio=0.8 --workdir=runs/en_080
     python launch/train.py --config=configs/sample.py --config.optimizer.learning_rate=1e-3
 
-Into the work directory: config.json, checkpoints/, metrics.jsonl, tensorboard/, results.json, model/, and as PNG and
-SVG the loss, and languages and sheet if it is evaluated. Started again with the same work directory it goes on where
-it was.
+The work directory gets config.json, checkpoints/, metrics.jsonl, tensorboard/, results.json, model/, and figures as
+PNG and SVG: loss, and with an evaluation also languages and sheet. The same command continues a run that was stopped.
 """
 
 import dataclasses
@@ -17,7 +16,6 @@ if not __package__:  # run as a file of a clone
     import _clone  # noqa: F401
 
 import jax
-import numpy as np
 from absl import flags, logging
 from rich.console import Console
 
@@ -39,25 +37,25 @@ from pangea_jax.work import atomic
 
 CONFIG = common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where everything is written; default runs/<config and argument>."
+    "workdir", None, "Folder for all results; default runs/<config and argument>."
 )
 APPROXIMATE = flags.DEFINE_bool(
     "approximate_restart",
     False,
-    "Go on although the order of the examples is another one, as with another number of processes: some "
-    "are then repeated and others left out.",
+    "Continue although the order of the examples has changed, for example with another number of processes. "
+    "Some examples are then repeated and others left out.",
 )
 EXECUTABLE = flags.DEFINE_string(
-    "executable", None, "The step as launch/compile.py --output wrote it, run instead of compiled."
+    "executable", None, "File of launch/compile.py --output, to run instead of compiling the step."
 )
 PROFILE = flags.DEFINE_string(
-    "profile", "", "START:STOP, steps to trace into <workdir>/profile, such as 20:25."
+    "profile", "", "Steps to trace into <workdir>/profile, as START:STOP, such as 20:25."
 )
 
 
 @dataclasses.dataclass
 class Run:
-    """What the phases of a run share."""
+    """The values that all phases of a run share."""
 
     exp: Experiment
     workdir: Path
@@ -72,12 +70,14 @@ class Run:
 
 
 def make_speed(run, state, started) -> Speed:
-    """MFU is left out on a device whose peak is not known."""
+    """Measures the speed of training; without MFU on a device whose peak FLOP/s is unknown."""
     device = run.mesh.devices.flat[0]
     rows = len(experiment.batch_shapes(run.exp, run.mesh))
     peak = PEAK_FLOPS.get(device.device_kind)
     if peak is None:
-        logging.info("no MFU: the peak of a device of kind %r is not known", device.device_kind)
+        logging.info(
+            "no MFU: the peak FLOP/s of a device of kind %r is unknown", device.device_kind
+        )
     return Speed(
         run.timer,
         flops_per_step=experiment.step_flops(run.exp, state.params, rows)["total"],
@@ -86,44 +86,55 @@ def make_speed(run, state, started) -> Speed:
     )
 
 
-def restore(run, checkpoints, abstract, state, data):
-    """State and progress of the newest checkpoint; `state` as it is and None if there is none."""
+def make_step(run, graphdef, optimizer, abstract, shardings, total_steps):
+    """The training step; with --executable the program in that file."""
+    step = experiment.make_step(run.exp, graphdef, optimizer, shardings, run.mesh)
+    if EXECUTABLE.value:
+        shapes = abstract, experiment.batch_shapes(run.exp, run.mesh)
+        step = executable.load(EXECUTABLE.value, step, shapes, run.mesh, run.exp, total_steps)
+    return step
+
+
+def make_telemetry(run, total_steps, first):
+    wandb = dict(project=run.exp.wandb, name=run.workdir.name, config=common.to_json(run.exp))
+    return Telemetry(
+        run.workdir,
+        total_steps,
+        start_step=first,
+        is_main=run.is_main,
+        console=run.console,
+        wandb=wandb if run.exp.wandb else None,
+    )
+
+
+def restore(run, checkpoints, abstract, state, data, total_steps):
+    """State and progress of the newest checkpoint; without one, the given `state` and None."""
     if checkpoints.latest_step is not None:
-        jax.tree.map(lambda x: x.delete(), state)  # there may be no room for two
+        jax.tree.map(lambda x: x.delete(), state)  # memory may not hold two states
     restored = checkpoints.restore(abstract, data)
     if not restored:
         return state, None
     state, progress = restored
     run.timer = StepTimer(progress["clock"])
+    logging.info("resumed from step %d of %d", int(state.step), total_steps)
     return state, progress
 
 
-def train(run, optimizer, graphdef, state, shardings, batches, total_steps, reader):
-    """From the newest checkpoint, or the beginning, to the last step; returns the final state.
+def train(run, step, state, abstract, batches, total_steps, reader):
+    """Trains from the newest checkpoint, or from the beginning; returns the state after the last step.
 
     Raises:
-      Interrupted: it was asked to stop before, and has saved itself.
+      Interrupted: a signal stopped the run, and the run has saved itself.
     """
-    exp = run.exp
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
-    )
-    step = experiment.make_step(exp, graphdef, optimizer, shardings, run.mesh)
-    if EXECUTABLE.value:
-        shapes = abstract, experiment.batch_shapes(exp, run.mesh)
-        step = executable.load(EXECUTABLE.value, step, shapes, run.mesh, exp, total_steps)
+    exp, data = run.exp, iter(batches)
     checkpoints = Checkpoints(
-        run.workdir / "checkpoints",
-        keep=exp.checkpoint.keep,
-        keep_every=exp.checkpoint.keep_every,
+        run.workdir / "checkpoints", keep=exp.checkpoint.keep, keep_every=exp.checkpoint.keep_every
     )
-    data = iter(batches)
-    state, progress = restore(run, checkpoints, abstract, state, data)
+    state, progress = restore(run, checkpoints, abstract, state, data, total_steps)
     first = int(state.step)
-    if progress is not None:
-        logging.info("resumed from step %d of %d", first, total_steps)
     started = record_start(run.workdir, first) if run.is_main else None
     schedule = optim.make_schedule(exp.optimizer, total_steps)
+    shown = reader.tokenizer, reader.pictures.patches, run.workdir
 
     def extra(step, digest):
         own = feed.metrics(data.counters.flush()) | {"data/digest": digest}
@@ -131,24 +142,9 @@ def train(run, optimizer, graphdef, state, shardings, batches, total_steps, read
 
     def show(rows):
         if run.is_main:
-            seen = batch_view.save_batch(
-                rows, reader.tokenizer, reader.pictures.patches, run.workdir
-            )
-            logging.info("first batch: %s", seen)
+            logging.info("first batch: %s", batch_view.save_batch(rows, *shown))
 
-    def dump(step, rows):
-        return dump_batch(rows, step, reader.tokenizer, reader.pictures.patches, run.workdir)
-
-    wandb = dict(project=exp.wandb, name=run.workdir.name, config=common.to_json(exp))
-    telemetry = Telemetry(
-        run.workdir,
-        total_steps,
-        start_step=first,
-        is_main=run.is_main,
-        console=run.console,
-        wandb=wandb if exp.wandb else None,
-    )
-    with telemetry, distributed.StopSignal() as stop:
+    with make_telemetry(run, total_steps, first) as telemetry, distributed.StopSignal() as stop:
         loop = Loop(
             step,
             run.mesh,
@@ -159,7 +155,7 @@ def train(run, optimizer, graphdef, state, shardings, batches, total_steps, read
             telemetry=telemetry,
             timer=run.timer,
             speed=make_speed(run, state, started),
-            guard=Guard(exp.guards, dump),
+            guard=Guard(exp.guards, lambda step, rows: dump_batch(rows, step, *shown)),
             extra=extra,
             on_first_batch=show,
             stop=stop.reached,
@@ -175,7 +171,7 @@ def train(run, optimizer, graphdef, state, shardings, batches, total_steps, read
 
 
 def evaluate(run, graphdef, params, store, tokenizer):
-    """Scores per split and language, and every answer; nothing without `config.eval`."""
+    """The scores of each split and language, and all answers; both are empty without `config.eval`."""
     exp = run.exp
     if exp.eval is None:
         return {}, {}
@@ -194,18 +190,26 @@ def evaluate(run, graphdef, params, store, tokenizer):
     )
 
 
-def write_processor(workdir, model, tokenizer):
-    """Writes tokenizer and processor beside the weights. If no public layout can hold the tokenizer, it warns."""
-    folder = workdir / "model"
+def save_model(run, params, tokenizer):
+    """Writes model/: weights, config, tokenizer, processor, and how the model reads a conversation.
+
+    If no public layout can hold the tokenizer, it warns and leaves out tokenizer and processor.
+    """
+    folder = run.workdir / "model"
+    tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
+    huggingface.save(model_params.unflatten(params), run.exp.model, folder, tokens=tokens)
+    if not run.is_main:
+        return
+    run.exp.reading.save(folder)
     try:
-        for note in processor.write(folder, model, tokenizer, tokenizer_files(workdir)):
+        for note in processor.write(folder, run.exp.model, tokenizer, tokenizer_files(run.workdir)):
             logging.info("%s: %s", folder, note)
     except ValueError as error:
         logging.warning("%s has no tokenizer: %s", folder, error)
 
 
 def write_report(run, results, answers, store):
-    """The figures, and the tables on the console."""
+    """Draws the figures and prints the tables."""
     from pangea_jax.sample import figures  # takes a second to import
 
     figures.plot_loss(run.workdir / "metrics.jsonl", run.workdir)
@@ -220,7 +224,7 @@ def write_report(run, results, answers, store):
         run.console.print(figures.results_table(results))
     run.console.print(figures.timing_table(results["timing"]))
     names = sorted(path.name for path in run.workdir.iterdir() if path.suffix != ".svg")
-    run.console.print(f"Everything is in {run.workdir}/: {', '.join(names)}")
+    run.console.print(f"All results are in {run.workdir}/: {', '.join(names)}")
 
 
 def execute(run):
@@ -243,27 +247,20 @@ def execute(run):
     steps = experiment.number_of_steps(exp, batches)
     optimizer = optim.make_optimizer(exp.optimizer, steps)
     with run.timer.phase("compile"):
-        graphdef, state, shardings = init_state(
-            exp.model,
-            optimizer,
-            run.mesh,
-            seed=exp.seed,
-            frozen=exp.frozen,
-            pretrained=pretrained,
-        )
-    shapes = jax.eval_shape(lambda: state.params)
-    table = sharding.table(shapes, sharding.param_shardings(shapes, run.mesh))
+        options = dict(seed=exp.seed, frozen=exp.frozen, pretrained=pretrained)
+        graphdef, state, shardings = init_state(exp.model, optimizer, run.mesh, **options)
+    del pretrained, options  # as large as the model
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+    )
+    table = sharding.table(dict(sorted(abstract.params.items())), shardings.params)
     logging.info("parameters on mesh %s\n%s", dict(run.mesh.shape), table)
-    del pretrained  # as large as the model
-    state = train(run, optimizer, graphdef, state, shardings, batches, steps, reader)
+    step = make_step(run, graphdef, optimizer, abstract, shardings, steps)
+    state = train(run, step, state, abstract, batches, steps, reader)
     with run.timer.phase("evaluate"):
         splits, answers = evaluate(run, graphdef, state.params, store, tokenizer)
-    tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
-    params = model_params.unflatten(state.params)
-    huggingface.save(params, exp.model, run.workdir / "model", tokens=tokens)
+    save_model(run, state.params, tokenizer)
     if run.is_main:
-        exp.reading.save(run.workdir / "model")
-        write_processor(run.workdir, exp.model, tokenizer)
         results = {
             "splits": splits,
             "mixture": choice.summary(),
@@ -276,7 +273,7 @@ def execute(run):
 
 
 def _count(params) -> int:
-    return sum(int(np.prod(value.shape)) for value in params.values())
+    return sum(value.size for value in params.values())
 
 
 def main(argv):

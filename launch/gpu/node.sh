@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on one machine with GPUs, in a single process for all of them. It starts the process again after a crash (a
-# GPU that fell off the bus, a lost file system), but not after an error of training itself.
+# Trains on one machine with GPUs, in one process for all GPUs. It starts the process again after a crash, such as a
+# lost GPU or file system, but not after an error in training itself.
 #
 #   launch/gpu/node.sh [--restarts=5] [--dry_run] FLAGS OF launch/train.py
 #
-# CUDA_VISIBLE_DEVICES selects GPUs, VENV another environment than .venv. The exit code is that of launch/train.py.
+# CUDA_VISIBLE_DEVICES selects the GPUs. VENV replaces .venv. The exit code is the one of launch/train.py.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -29,8 +29,8 @@ echo
 [[ -x $python ]] || { echo "node.sh: no Python in ${VENV:-.venv}; see docs/training.md" >&2 && exit 2; }
 
 # Passes SIGTERM and Ctrl-C on to training, which saves and stops.
-set -m # its own process group, in which Ctrl-C is not ignored
-tell() { # signal, exit code if no process is there
+set -m # training gets its own process group, in which it does not ignore Ctrl-C
+tell() { # signal, exit code if training is not running
   signalled=true
   kill "-$1" "$child" 2>/dev/null || exit "$2"
 }
@@ -40,14 +40,14 @@ for ((attempt = 0; ; attempt++)); do
   child=$!
   trap 'tell TERM 143' TERM
   trap 'tell INT 130' INT
-  trap 'tell TERM 143' HUP # the terminal has gone
+  trap 'tell TERM 143' HUP # the terminal was closed
   while true; do # a signal ends `wait` before training has ended
     signalled=false code=0
     wait "$child" || code=$?
     $signalled || break
   done
   case $code in
-    # Done; an error that would come again (1, 2); stopped by Ctrl-C or by SIGTERM.
+    # Done; an error that would happen again (1, 2); stopped by Ctrl-C or by SIGTERM.
     0 | 1 | 2 | 130 | 143) exit "$code" ;;
   esac
   ((attempt < restarts)) || exit "$code"

@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU pod: from the request for the pod to the end of training. Needs gcloud and bash 4.4 or later.
+# Trains on a Cloud TPU pod, from the request for the pod to the end of training. It needs gcloud and bash 4.4 or later.
 #
 #   launch/tpu/pod.sh VERB --name=NAME --zone=ZONE [OPTIONS] [-- FLAGS OF launch/train.py]
 #
-#   create    ask for the pod                       wait      until the pod is there
+#   create    request the pod                       wait      wait until the pod is there
 #   install   copy this clone to all workers        run       start training on all workers
-#   watch     all of these, whichever is missing, again after every preemption, until training ends
-#   status    the state of the request and the job  logs      fetch the log of every worker
+#   watch     do every step above that is missing, also after a preemption, until training ends
+#   status    print the state of request and job    logs      fetch the log of every worker
 #   stop      save and stop training                delete    give the pod back
 #
 #   --type=v5litepod-16    accelerator type: v5litepod-16, v5p-128, v6e-64, ... (create, watch)
-#   --runtime=VERSION      of the TPU VM; the default is the one for the type
+#   --runtime=VERSION      software version of the TPU VM; the default depends on the type
 #   --slices=1             number of pods, joined over the data centre network
-#   --spot | --reserved    cheaper and preemptible, or from a reservation; the default is on demand
-#   --project=PROJECT      the default is the one of `gcloud config`
+#   --spot | --reserved    a cheaper pod that can be preempted, or one from a reservation; the default is on demand
+#   --project=PROJECT      the default is the project of `gcloud config`
 #   --share=HOST:/EXPORT   an NFS export (Filestore) that holds data/, checkpoints/ and runs/ for all workers
 #   --logs=runs/NAME-logs  folder that `logs` writes to
 #   --poll=60              seconds between two checks
 #   --restarts=50          `watch` gives up after this many restarts
 #   --dry_run              print every command and execute none
 #
-# docs/training.md explains every step. Exit codes of `watch`: 0 training is done, 1 training failed, or a command
-# failed three times in a row, or there were too many restarts, 2 wrong command line, 143 stopped by `pod.sh stop`.
+# docs/training.md explains every step. Exit codes of `watch`: 0 if training is done; 1 if training failed, a command
+# failed three times in a row, or there were too many restarts; 2 for a wrong command line; 143 after `pod.sh stop`.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-# Below the home of the user on every worker.
+# Folders in the user's home on every worker.
 readonly CLONE=pangea_jax STATE=pangea_state
 readonly WORKER=$CLONE/launch/tpu/worker.sh
 readonly EXIT_ERROR=1 EXIT_PREEMPTED=143 # of launch/common.py
@@ -74,7 +74,7 @@ parse() {
   if ((slices > 1)); then mapfile -t nodes < <(seq -f "$name-%.0f" 0 $((slices - 1))); fi
 }
 
-# Prints a command as it could be typed, and executes it except in a dry run.
+# Prints a command, ready to copy, and executes it except in a dry run.
 execute() {
   local line
   printf -v line '%q ' "$@"
@@ -82,7 +82,7 @@ execute() {
   $dry_run || "$@"
 }
 
-# Of the request: ACTIVE, MISSING, UNKNOWN (gcloud failed), or another state of Cloud TPU.
+# Prints the state of the request: ACTIVE, MISSING, UNKNOWN (gcloud failed), or another state of Cloud TPU.
 state() {
   local said
   if said=$(execute gcloud compute tpus queued-resources describe "$name" "${place[@]}" \
@@ -96,13 +96,13 @@ state() {
   fi
 }
 
-# What `worker.sh status` says on one worker. One is enough: when one process of a job fails, all of them end.
+# Prints the `worker.sh status` of one worker. One is enough, because all processes of a job end when one fails.
 job() {
   execute gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${place[@]}" --worker=0 \
     --command="if [ -f $WORKER ]; then bash $WORKER status ${flags[*]@Q}; else echo not installed; fi" || echo unreachable
 }
 
-# A command for each slice, all at the same time: training waits until every slice has begun.
+# Runs a command for all slices at the same time, because training waits until every slice has started.
 on_slices() {
   local node pid pids=() code=0
   for node in "${nodes[@]}"; do
@@ -154,7 +154,7 @@ do_wait() {
 
 do_install() {
   local archive=${TMPDIR:-/tmp}/$name.tar.gz
-  # The clone as it is, uncommitted changes included.
+  # This includes uncommitted changes.
   execute tar -czf "$archive" --exclude=__pycache__ configs eval launch pangea_jax requirements.txt || return
   on_slices copy_all "$archive" || return
   execute rm -f "$archive"
@@ -163,7 +163,7 @@ do_install() {
 
 do_run() { on_slices ssh_all "bash $WORKER start ${flags[*]@Q}"; }
 
-# Ends what is left of the job on any worker, then starts it everywhere.
+# Ends the rest of the job on all workers, then starts it on all workers.
 restart() { on_slices ssh_all "bash $WORKER end" && do_run; }
 
 do_status() {
@@ -171,8 +171,8 @@ do_status() {
   echo "job: $(job)"
 }
 
-# A step of `watch`. It fails while a pod is taken away or the network is down, and `watch` then looks again and
-# repeats it. Three failures in a row are an error that would come again.
+# Does one step of `watch`. A step fails during a preemption or while the network is down; then `watch` looks again and
+# repeats it. After three failures in a row, another try would fail, too.
 failures=0
 try() {
   if "$@"; then
@@ -189,7 +189,7 @@ try() {
 }
 
 do_watch() {
-  if $dry_run; then # the commands of a run in which nothing fails
+  if $dry_run; then # print the commands of a run without failures
     do_create && do_wait && do_install && do_run && do_status
     return
   fi
@@ -199,9 +199,9 @@ do_watch() {
     case $now in
       ACTIVE) seen=true && watch_job ;;
       MISSING)
-        # Somebody deleted a request that was there.
+        # Somebody deleted the request.
         ! $seen || { say "the request $name is gone" && return 1; }
-        ((requests <= restarts)) || give_up # the first request is no restart
+        ((requests <= restarts)) || give_up # the first request does not count as a restart
         requests=$((requests + 1))
         try do_create || true
         ;;
@@ -219,7 +219,7 @@ give_up() {
   exit "$EXIT_ERROR"
 }
 
-# One look at the job on a pod that is there. Exits when nothing is left to do.
+# Looks once at the job on an existing pod. Exits when nothing is left to do.
 watch_job() {
   local now
   now=$(job)
@@ -245,7 +245,7 @@ watch_job() {
       say "training has $now; 'pod.sh logs' fetches the reason"
       exit 1
       ;;
-    *) # not started, lost, stopped for maintenance, or crashed because another machine is gone
+    *) # not started, lost, stopped for maintenance, or crashed because another machine was lost
       ((starts <= restarts)) || give_up
       starts=$((starts + 1))
       try restart || true

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Runs on each worker of a pod; launch/tpu/pod.sh calls it.
 #
-#   worker.sh install [HOST:/EXPORT]    make the environment and mount the share of all workers
+#   worker.sh install [HOST:/EXPORT]    create the Python environment and mount the NFS share of all workers
 #   worker.sh start FLAGS               train in the background, with flags of launch/train.py
-#   worker.sh status [FLAGS]            prints: not installed, not started, running, exited CODE, stopped (by `stop`),
+#   worker.sh status [FLAGS]            print: not installed, not started, running, exited CODE, stopped (by `stop`),
 #                                       lost (the machine restarted), or busy (it trains with other flags)
 #   worker.sh stop                      save and stop
-#   worker.sh end                       give a job that lost another worker time to end, then kill it
+#   worker.sh end                       wait until a job that lost another worker ends; kill it after 120 seconds
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -19,7 +19,7 @@ install() {
     exit 1
   fi
   mkdir -p "$STATE"
-  # TPU VMs come with a Python that is too old.
+  # The Python of TPU VMs is too old.
   python3 -m pip install --quiet --user uv
   "$HOME/.local/bin/uv" venv --quiet --allow-existing --python 3.12 "$ENVIRONMENT"
   "$HOME/.local/bin/uv" pip install --quiet --python "$ENVIRONMENT" -r requirements.txt 'jax[tpu]'
@@ -40,14 +40,14 @@ mount_share() {
   for folder in data checkpoints runs; do
     mkdir -p "$SHARE/$folder"
     if [[ -d $folder && ! -L $folder ]]; then # `ln` would put the link into the folder
-      echo "worker.sh: ~/${PWD##*/}/$folder is a folder of this machine; move it away, so that the share can take its place" >&2
+      echo "worker.sh: ~/${PWD##*/}/$folder is a folder of this machine; move it away to use the share" >&2
       exit 1
     fi
     ln -sfn "$SHARE/$folder" "$folder"
   done
 }
 
-# Checks the command line too: after a restart of the machine the id may belong to another process.
+# It also checks the command line, because after a restart of the machine the id may belong to another process.
 is_running() { [[ -f $STATE/pid ]] && grep -qs launch/ "/proc/$(<"$STATE/pid")/cmdline"; }
 
 start() {

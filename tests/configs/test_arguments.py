@@ -32,9 +32,9 @@ def test_values_have_the_type_of_their_default(arg, changed):
     [
         ("en_ration=0.8", r"'en_ration' is not one of \[.*\]; did you mean 'en_ratio'"),
         ("qqq=1", r"'qqq' is not one of \['en_ratio', 'num_examples', 'scale', 'small'\]$"),
-        ("en_ratio=half", r"en_ratio='half': expected a float, like 0.4"),
-        ("num_examples=1.5", r"num_examples='1.5': expected a int, like 40000"),
-        ("small=maybe", r"small='maybe': expected a bool, like False"),
+        ("en_ratio=half", r"en_ratio='half': expected a value of type float, like 0.4"),
+        ("num_examples=1.5", r"num_examples='1.5': expected a value of type int, like 40000"),
+        ("small=maybe", r"small='maybe': expected a value of type bool, like False"),
     ],
 )
 def test_errors_say_what_was_expected(arg, message):

@@ -1,4 +1,4 @@
-"""Runs of launch/train.py on tests/launch/tiny.py, as processes of their own; and what they left."""
+"""Runs launch/train.py on tests/launch/tiny.py in a process of its own, and reads the results."""
 
 import json
 import os
@@ -20,7 +20,7 @@ TRAIN = (sys.executable, "launch/train.py")
 
 
 def start(workdir, *flags, steps=12, devices=1, command=TRAIN, log=None, **environment):
-    """The process; with `log` it writes into that file."""
+    """Starts the process. Its standard error goes to the file `log`, by default <workdir>.log."""
     environment = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -37,8 +37,20 @@ def start(workdir, *flags, steps=12, devices=1, command=TRAIN, log=None, **envir
     )
 
 
+def call(script, *flags, timeout=None, **environment):
+    """Runs a script to its end; returns the finished process."""
+    return subprocess.run(
+        [sys.executable, script, *flags],
+        cwd=ROOT,
+        env=os.environ | environment,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+    )
+
+
 def run_interrupted(script, function, flags):
-    """A script with Ctrl-C pressed where it calls a function; both as it is called, a dotted name."""
+    """Runs a script, and presses Ctrl-C where it calls `function`, a dotted name."""
     module, _, name = function.rpartition(".")
     module_name = script.removesuffix(".py").replace("/", ".")
     program = f"""
@@ -49,29 +61,27 @@ def interrupt(*_, **__):
 sys.argv = {[script, *flags]!r}
 runpy.run_module({module_name!r}, run_name="__main__", alter_sys=True)
 """
-    return subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True, timeout=300
-    )
+    return call("-c", program, timeout=300)
 
 
 def finish(workdir, *flags, code=0, **kwargs):
-    """Runs to the end; returns what it said."""
+    """Runs to the end; returns the standard error."""
     process = start(workdir, *flags, **kwargs)
     assert process.wait(timeout=300) == code, Path(f"{workdir}.log").read_text()[-3000:]
     return Path(f"{workdir}.log").read_text()
 
 
 def wait_for_line(file, process, count=1):
-    """Until a file that `process` writes has so many lines."""
+    """Waits until a file that `process` writes has `count` lines."""
     deadline = time.monotonic() + 300
     while not (file.exists() and len(file.read_text().splitlines()) >= count):
-        assert process.poll() is None, "it ended before"
+        assert process.poll() is None, "the process ended too early"
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def metrics(workdir):
-    """Lines of metrics.jsonl without what depends on the clock."""
+    """Lines of metrics.jsonl without the values that depend on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: line[name] for name in line if name not in CLOCKED} for line in lines]
 

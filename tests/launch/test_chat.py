@@ -60,7 +60,7 @@ def test_a_conversation(butterfly):
     assert blind != "butterfly"
     assert done.stderr.splitlines() == [
         "error: there is no file nowhere.png",
-        "error: /picture is no command: /image FILE, /reset, /quit",
+        "error: /picture is not a command; the commands are /image FILE, /reset, /quit",
         "error: messages: a text is not Unicode ('utf-8' codec can't encode character '\\udce9' in "
         "position 3: surrogates not allowed)",
     ]

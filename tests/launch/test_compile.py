@@ -1,16 +1,14 @@
-"""launch/compile.py as a user runs it: a small model for four TPU chips, on a machine that has none."""
+"""launch/compile.py as a user runs it: a small model for four TPU chips, on a machine without TPUs."""
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from pangea_jax.train import hlo
+from tests.launch.conftest import call
 
 ROOT = Path(__file__).parents[2]
 # The sample model with a decoder wide enough for the TPU's kernel, and a tower that trains.
@@ -27,8 +25,7 @@ SMALL = (
 
 
 def run(*flags):
-    command = (sys.executable, "launch/compile.py", *flags)
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    return call("launch/compile.py", *flags)
 
 
 needs_libtpu = pytest.mark.skipif(
@@ -66,7 +63,7 @@ def test_two_slices_send_gradients_over_the_data_centre_network():
     found = json.loads(done.stdout)
     assert (found["slices"], found["chips"], found["mesh"]["data"]) == (2, 8, 2)
     assert found["fits"] and found["rows_per_shard"] == 1
-    # Gradients alone, of which a chip sends its quarter: less than the parameters it gathers within a slice.
+    # Only gradients, and each chip sends its quarter. That is less than the parameters that it gathers within a slice.
     alone = json.loads(run("--json", *SMALL, "--config.pipeline.rows=4").stdout)
     assert alone["dcn_bytes"] == {} and found["dcn_bytes"].keys() == {"all-reduce"}
     assert 0 < found["dcn_bytes"]["all-reduce"] < alone["collective_bytes"]["all-gather"]
@@ -79,7 +76,7 @@ def test_parameters_do_not_lie_over_slices():
     assert "error: mesh {'data': 1, 'fsdp': 8, 'tensor': 1}: the devices are 2 TPU" in done.stderr
 
 
-# What docs/tpu_memory.md says of two of its lines: GiB that a chip sends and receives in a step.
+# From two lines of docs/tpu_memory.md: the GiB that a chip sends and receives in a step.
 COLLECTIVES_GIB = {
     ("pangea_7b_finetune", "v5e:4x4", 16): 65.4,
     ("pangea_7b_pretrain", "v5p:4x4x4", 64): 27.5,
@@ -112,7 +109,7 @@ def test_what_cannot_be_compiled_is_one_sentence():
 def test_an_unknown_generation_is_named():
     done = run("--topology=v2:2x2")
     assert done.returncode == 1
-    assert "error: --topology=v2:2x2: the generation is one of v5e, v5p, v6e" in done.stderr
+    assert "error: --topology=v2:2x2: expected one of v5e, v5p, v6e" in done.stderr
 
 
 SEARCH = """
@@ -142,13 +139,8 @@ print(json.dumps([search(**case) for case in cases]))
 def test_the_search_finds_most_rows_and_then_the_cheapest_policy():
     kept = dict(none=1.0, offload=1.05, attention=1.2, qkv=1.4, products=1.8)
     cases = [(1, 1.0), (1, 1.1), (1, 1.3), (1, 1.5), (1, 1.9), (2, 2.1), (5, 5.0), (13, 13.9)]
-    done = subprocess.run(
-        (sys.executable, "-c", SEARCH, json.dumps([dict(limit=x, kept=kept) for _, x in cases])),
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
-        text=True,
-        capture_output=True,
-    )
+    limits = json.dumps([dict(limit=limit, kept=kept) for _, limit in cases])
+    done = call("-c", SEARCH, limits, PYTHONPATH=str(ROOT), XLA_FLAGS="")
     assert done.returncode == 0, done.stderr[-3000:]
     policies = ("none", "offload", "offload", "qkv", "products", "offload", "none", "offload")
     for (rows, limit), keep, found in zip(cases, policies, json.loads(done.stdout), strict=True):
@@ -159,13 +151,13 @@ def test_the_search_finds_most_rows_and_then_the_cheapest_policy():
 
 def test_a_program_is_kept_only_for_a_known_number_of_steps(tmp_path):
     done = run("--topology=cpu:2", f"--output={tmp_path / 'step'}", "--config=configs/sample.py")
-    assert done.returncode == 1 and "error: --output takes --steps=N" in done.stderr
+    assert done.returncode == 1 and "error: --output needs --steps=N" in done.stderr
 
 
 SAMPLE = ("--topology=cpu:2", "--config=configs/sample.py", "--steps=2")
 
 
-def test_an_output_that_cannot_be_written_is_told_before_compiling(tmp_path):
+def test_an_output_that_cannot_be_written_is_an_error_before_compiling(tmp_path):
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file" / "step.zip", tmp_path):
         done = run(*SAMPLE, f"--output={output}")
@@ -174,7 +166,7 @@ def test_an_output_that_cannot_be_written_is_told_before_compiling(tmp_path):
 
 
 def test_a_program_that_does_not_fit_is_not_written(tmp_path):
-    """Nor is what an earlier one has left; the folder is made."""
+    """The file of an earlier program is removed, too."""
     file = tmp_path / "new" / "step.zip"
     file.parent.mkdir()
     file.write_bytes(b"of an earlier program")
@@ -228,7 +220,7 @@ ENTRY %main (p: f32[4,8], q: bf16[64]) -> f32[4,8] {
 
 
 def test_collectives_by_hand():
-    """In a loop of 28 turns: 16 x 8 floats gathered and 4 x 8 passed on; 64 halves to be scattered."""
+    """A loop of 28 turns gathers 16 x 8 floats and passes 4 x 8 on. Then 64 values of 2 bytes are scattered."""
     assert hlo.collective_bytes(PROGRAM) == {
         "all-gather": 28 * 16 * 8 * 4,
         "collective-permute": 28 * 4 * 8 * 4,
@@ -252,7 +244,7 @@ def test_a_collective_spread_over_two_instructions_counts_once():
 
 
 def test_every_second_number_counts_once():
-    """Loops that XLA makes of a product take two steps a turn."""
+    """Loops that XLA makes from a product count by two."""
     text = PROGRAM.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")
     assert hlo.collective_bytes(text)["all-gather"] == 14 * 16 * 8 * 4
 
@@ -266,7 +258,7 @@ _xla_megascale_transfer_type="ALL_REDUCE"}
 
 
 def test_what_leaves_a_slice_by_hand():
-    """The loop's 28 turns send 4 x 8 floats each; collectives within the slice are counted apart."""
+    """Each of 28 turns sends 4 x 8 floats. Collectives within the slice are counted separately."""
     assert hlo.dcn_bytes(PROGRAM) == {}
     text = PROGRAM.replace("  ROOT %out", SENT + "  ROOT %out")
     assert hlo.dcn_bytes(text) == {"all-reduce": 28 * 4 * 8 * 4}

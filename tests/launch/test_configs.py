@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import configs
-from launch import _configs
+from launch import common
 
 HERE = Path(next(iter(configs.__path__)))
 
@@ -19,7 +19,7 @@ HERE = Path(next(iter(configs.__path__)))
             f"{HERE}/pangea_7b_finetune.py:lora=16,batch=64",
         ),
         ("configs/curation/ocr.py", f"{HERE}/curation/ocr.py"),
-        # Not there either, or not a page of the package: the flag's own error names what was typed.
+        # Not in the package either: the path stays as typed, and the error of the flag names it.
         ("configs/sampel.py", "configs/sampel.py"),
         ("sample.py", "sample.py"),
         ("elsewhere/configs/sample.py", "elsewhere/configs/sample.py"),
@@ -27,11 +27,11 @@ HERE = Path(next(iter(configs.__path__)))
 )
 def test_a_config_is_found_in_the_installed_package(given, found, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert _configs.find(given) == found
+    assert common.find_config(given) == found
 
 
 def test_a_file_that_exists_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "sample.py").touch()
-    assert _configs.find("configs/sample.py:x=1") == "configs/sample.py:x=1"
+    assert common.find_config("configs/sample.py:x=1") == "configs/sample.py:x=1"

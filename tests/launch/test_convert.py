@@ -1,9 +1,6 @@
 """`launch/convert.py` as a user runs it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,7 +15,7 @@ from pangea_jax.model import LoraConfig
 from pangea_jax.model.params import flatten
 from pangea_jax.sample import emoji
 from tests.checkpoints.tiny import random_state, with_language, write_run
-from tests.launch.conftest import run_interrupted
+from tests.launch.conftest import call, run_interrupted
 
 ROOT = Path(__file__).parents[2]
 CONFIG = with_language(vocab_size=4500)
@@ -26,14 +23,7 @@ CONFIG = with_language(vocab_size=4500)
 
 def convert(*flags):
     """(exit code, standard output, standard error)."""
-    done = subprocess.run(
-        [sys.executable, "launch/convert.py", *flags],
-        cwd=ROOT,
-        env=dict(os.environ, HF_HUB_OFFLINE="1"),
-        text=True,
-        capture_output=True,
-        timeout=300,
-    )
+    done = call("launch/convert.py", *flags, timeout=300, HF_HUB_OFFLINE="1")
     return done.returncode, done.stdout, done.stderr
 
 
@@ -64,7 +54,7 @@ def test_there_and_back(public, tmp_path):
 
 
 def test_a_home_folder_is_written_as_shells_leave_it(public, tmp_path, monkeypatch):
-    """`--to=~/x` reaches a program as it stands."""
+    """Shells do not expand the ~ in `--to=~/x`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "source").symlink_to(public)
     code, _, err = convert("--from=~/source", "--to=~/out", "--format=hf")
@@ -75,7 +65,7 @@ def test_a_home_folder_is_written_as_shells_leave_it(public, tmp_path, monkeypat
 
 @pytest.mark.parametrize("form", ["hf", "peft"])
 def test_ctrl_c_speaks_of_the_conversion(public, tmp_path, form):
-    """And not of training, wherever it comes."""
+    """The message is about the conversion, not about training."""
     flags = f"--from={public}", f"--to={tmp_path / 'out'}", f"--format={form}"
     done = run_interrupted("launch/convert.py", "pangea_jax.checkpoints.resolve", flags)
     assert (done.returncode, done.stdout) == (130, "")

@@ -3,6 +3,7 @@
 import signal
 import socket
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def assert_close(runs, workdir, other):
     for line, wanted in zip(ours, theirs, strict=True):
         assert line.keys() == wanted.keys()
         for name, value in wanted.items():
-            # The rows are the same; what is computed from them is the same up to rounding.
+            # The rows are the same. Values computed from them differ by rounding.
             exact = name.startswith("data/examples") or name in ("step", "examples", "data/digest")
             assert line[name] == value if exact else line[name] == pytest.approx(value, rel=1e-4)
     ours, theirs = runs.state(workdir, STEPS), runs.state(other, STEPS)
@@ -90,7 +91,7 @@ def test_two_processes_train_as_one_does(runs, alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_both_stop_where_one_is_told_to_and_one_process_goes_on(runs, alone, tmp_path):
+def test_both_stop_at_the_same_step_and_one_process_continues(runs, alone, tmp_path):
     workdir = tmp_path / "run"
     processes = start_two(runs, workdir, steps=STEPS)
     runs.wait_for_line(workdir / "metrics.jsonl", processes[0])
@@ -157,8 +158,8 @@ def test_how_a_job_is_found(monkeypatch, environment, arguments):
     called = []
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a: called.append(a))
     monkeypatch.setattr(distributed, "_watch", lambda: None)
-    # On a TPU VM JAX has "tpu,cpu" there.
-    monkeypatch.setattr(distributed, "_platforms", lambda: None)
+    on_a_tpu_vm = types.SimpleNamespace(jax_platforms="tpu,cpu")
+    monkeypatch.setattr(distributed.jax, "config", on_a_tpu_vm)
     for name in ("TPU_SKIP_MDS_QUERY", *distributed.VARIABLES):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

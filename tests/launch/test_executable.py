@@ -1,13 +1,9 @@
-"""A step that launch/compile.py keeps and launch/train.py runs; and every way in which it may be another one."""
+"""launch/compile.py writes a step and launch/train.py runs it. A file with another step is refused."""
 
 import dataclasses
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,22 +16,17 @@ from jax.sharding import PartitionSpec as P
 
 from launch import common, executable
 from pangea_jax import sharding
+from tests.launch.conftest import call
 
-ROOT = Path(__file__).parents[2]
 STEPS = 4
 
 
 def test_a_run_on_a_compiled_step_is_the_run(tmp_path, runs):
-    """8 devices, everything trains. The step is not compiled, and learns the same."""
+    """On 8 devices, with all parameters trained. The loaded step is not compiled and learns the same."""
     file = tmp_path / "step.zip"
-    command = (sys.executable, "launch/compile.py", "--topology=cpu:8", f"--steps={STEPS}")
-    done = subprocess.run(
-        (*command, f"--config=tests/launch/tiny.py:steps={STEPS}", f"--output={file}"),
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ""},
-        text=True,
-        capture_output=True,
-    )
+    config = f"--config=tests/launch/tiny.py:steps={STEPS}"
+    flags = ("--topology=cpu:8", f"--steps={STEPS}", config, f"--output={file}")
+    done = call("launch/compile.py", *flags, XLA_FLAGS="")
     assert done.returncode == 0, done.stderr[-3000:]
     loaded, compiled = tmp_path / "loaded", tmp_path / "compiled"
     options = dict(steps=STEPS, devices=8, JAX_LOG_COMPILES="1")
@@ -62,7 +53,7 @@ def make_step(factor=1.0):
 
 
 def plan(mesh, factor=1.0, width=16):
-    """A step, and the shapes and places of what it takes."""
+    """A step, and the shapes and shardings of its arguments."""
     placed = {"w": NamedSharding(mesh, P("fsdp"))}
     rows = NamedSharding(mesh, sharding.BATCH_SPEC)
     step = jax.jit(
@@ -147,7 +138,7 @@ def test_another_program_is_refused_by_what_made_it_so(file, mesh):
 
 
 def lowered_kernel(factor, lines=0):
-    """The text of a TPU program of one Pallas kernel, whose code is so many lines further down its file."""
+    """The text of a TPU program with one Pallas kernel, whose code starts after `lines` empty lines in its file."""
     code = ("\n" * lines) + "def kernel(x, out):\n    out[...] = x[...] * factor\n"
     names = {"factor": factor}
     exec(compile(code, f"machine{lines}/site-packages/kernel.py", "exec"), names)
@@ -190,7 +181,7 @@ def test_what_is_no_such_file_is_refused(tmp_path, file, mesh):
     with zipfile.ZipFile(other, "w") as archive:
         archive.writestr("facts.json", json.dumps({}))
     for path in (torn, other):
-        with pytest.raises(common.UserError, match="is no file of launch"):
+        with pytest.raises(common.UserError, match=r"launch/compile.py --output did not write"):
             executable.load(path, *plan(mesh), mesh, CONFIG, STEPS)
 
 

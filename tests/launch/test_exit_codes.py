@@ -1,12 +1,8 @@
-"""What a launcher can tell from an exit code: whether the same command may go on."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""Exit codes tell a launcher whether to run the same command again."""
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.launch.conftest import call
 
 
 @pytest.mark.parametrize(
@@ -24,6 +20,6 @@ def test_a_lost_device_is_not_an_error_that_would_come_again(message, code):
         f"def main(argv):\n    raise jax.errors.JaxRuntimeError({message!r})\n"
         "common.run(main)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True)
+    done = call("-c", program)
     assert done.returncode == code, done.stderr
     assert message in done.stderr

@@ -1,10 +1,7 @@
-"""What inspect_data shows is what is in the batch."""
+"""launch/inspect_data.py shows what is in the batch."""
 
 import dataclasses
 import io
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +10,11 @@ from rich.console import Console
 
 from pangea_jax.batch import Batch, Example
 from pangea_jax.data import batch_view
-
-ROOT = Path(__file__).parents[2]
+from tests.launch.conftest import call
 
 
 def example(letters, text, answer, tiles):
-    """`text`, one place per patch of `tiles` tiles, then `answer`, which alone is trained."""
+    """`text`, a place for each patch of `tiles` tiles, and `answer`. Only the answer is trained."""
     words, said = letters.encode(text), letters.encode(answer)
     tokens = np.array([*words, *[letters.image_id] * (4 * tiles), *said], np.int32)
     index = np.full(len(tokens), -1, np.int32)
@@ -94,12 +90,9 @@ def test_features_have_no_sheet(batch, letters, tmp_path):
 
 
 def test_the_command(tmp_path):
-    command = [sys.executable, "launch/inspect_data.py", "--config=configs/sample.py", "--n=2"]
-
     def run(*more):
-        return subprocess.run(
-            [*command, f"--workdir={tmp_path}", *more], cwd=ROOT, capture_output=True, text=True
-        )
+        flags = ("--config=configs/sample.py", "--n=2", f"--workdir={tmp_path}", *more)
+        return call("launch/inspect_data.py", *flags)
 
     done = run("--skip=3")
     assert done.returncode == 0, done.stderr
@@ -110,8 +103,8 @@ def test_the_command(tmp_path):
     assert Image.open(tmp_path / "batch.png").width > 100
     wrong = run("--skip=9999")
     assert wrong.returncode == 1
-    assert "after --skip=9999: the examples chosen make 1000 of 8 rows" in wrong.stderr
+    assert "after --skip=9999: the chosen examples make 1000 batches of 8 rows" in wrong.stderr
     streamed = ("--config.pipeline.packing=best_fit", "--config.pipeline.examples_per_row=1")
     wrong = run("--skip=9", "--config.mixture.num_examples=60", *streamed)
     assert wrong.returncode == 1
-    assert "after --skip=9: the examples chosen make fewer of 8 rows" in wrong.stderr
+    assert "after --skip=9: the chosen examples make fewer batches of 8 rows" in wrong.stderr

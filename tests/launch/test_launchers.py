@@ -1,4 +1,4 @@
-"""The scripts for pods, Slurm and a GPU node, with programs on PATH that imitate gcloud and Slurm."""
+"""The scripts for pods, Slurm and a GPU node. Programs on PATH imitate gcloud and Slurm."""
 
 import os
 import re
@@ -23,7 +23,7 @@ SCRIPTS = (POD, WORKER, SBATCH, NODE)
 PLACE = ("--name=pod", "--zone=us-east5-a", "--poll=0")
 FLAGS = ("--config=configs/sample.py", "--workdir=runs/it's a test")
 
-# What `gcloud compute tpus` documents of the commands that are used, in its general (not alpha, not beta) form.
+# The documented flags of the `gcloud compute tpus` commands in use (the general release, neither alpha nor beta).
 GCLOUD = {
     "queued-resources create": {
         *("--zone", "--project", "--accelerator-type", "--runtime-version", "--node-id"),
@@ -35,8 +35,8 @@ GCLOUD = {
     "tpu-vm scp": {"--zone", "--project", "--worker"},
 }
 
-# Notes every call and answers with the next line of a file: `states` for describe, `jobs` for worker.sh status,
-# `others` for the rest. "fail TEXT" is an error of gcloud.
+# Records every call and answers with the next line of a file: `states` for describe, `jobs` for worker.sh status, and
+# `others` for all other calls. "fail TEXT" is an error of gcloud.
 FAKE_GCLOUD = """#!/bin/bash
 printf '%q ' "$@" >>"$CLOUD/calls"
 echo >>"$CLOUD/calls"
@@ -50,7 +50,7 @@ sed -i 1d "$answers"
 [[ $line != fail* ]] || { echo "ERROR: ${line#fail }" >&2 && exit 1; }
 echo "$line"
 """
-# Ends with the next code in `exits`, or waits for a signal where that is "wait", and then takes a moment to save.
+# Exits with the next code in `exits`. If that is "wait", it waits for a signal, and then takes a moment to save.
 FAKE_TRAIN = f"""#!/bin/bash
 save() {{ kill $!; sleep 0.2; touch "$HOME/saved"; exit "$1"; }}
 trap 'save {common.EXIT_PREEMPTED}' TERM
@@ -70,7 +70,7 @@ def write_program(path, text):
 
 
 class Cloud:
-    """A folder with the answers of an imitated gcloud, and the calls that it noted."""
+    """A folder with the answers of an imitated gcloud and the calls that it recorded."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -95,7 +95,7 @@ class Cloud:
         return [shlex.split(x) for x in path.read_text().splitlines()] if path.exists() else []
 
     def did(self):
-        """What was asked of the cloud, except for looks at the state."""
+        """The commands that the cloud received, except those that only read the state."""
         inner = [re.search(r"worker\.sh (\w+)", " ".join(call)) for call in self.calls]
         done = [
             found[1] if found else call[3] for found, call in zip(inner, self.calls, strict=True)
@@ -124,14 +124,14 @@ def test_scripts_know_the_exit_codes(script):
     told = dict(re.findall(r"\b(EXIT_\w+)=(\d+)", script.read_text()))
     for name, code in told.items():
         assert int(code) == getattr(common, name)
-    if script in (POD, SBATCH):  # the others do not treat it in a way of its own
+    if script in (POD, SBATCH):  # the other scripts do not use it
         assert "EXIT_PREEMPTED" in told
 
 
 MISSING = "fail NOT_FOUND: no such thing"
 SET_UP, START = ["create", "scp", "install", "end", "start"], ["end", "start"]
-# What `watch` finds: states of the request, states of the job, answers of other commands; and what it does then: the
-# commands it gives, its exit code, and its last message.
+# The input of `watch`: states of the request, states of the job, answers of other commands. Then its expected output:
+# the commands that it gives, its exit code, and its last message.
 WATCH = {
     "taken away while it trains, then told to stop, then crashed": (
         [
@@ -237,7 +237,7 @@ def test_a_worker_tells_how_its_job_stands(worker, tmp_path):
         run = worker(verb)
         assert run.returncode == 1 and "stop it first" in run.stderr
     deadline = time.monotonic() + 30
-    while not (tmp_path / "home" / "starts").exists():  # before that SIGTERM would kill it
+    while not (tmp_path / "home" / "starts").exists():  # before this, SIGTERM would kill it
         assert time.monotonic() < deadline
     assert worker("stop").returncode == 0
     becomes("stopped")
@@ -373,7 +373,7 @@ def test_a_node_starts_again_only_after_a_crash(codes, ends, starts, node_enviro
 def test_a_node_passes_signals_on_and_waits(sent, code, node_environment, tmp_path):
     (tmp_path / "exits").write_text("wait\n")
 
-    def as_in_a_terminal():  # a shell's background jobs ignore SIGINT, and so would the script
+    def as_in_a_terminal():  # otherwise the script ignores SIGINT, like a background job of a shell
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     command = [NODE, *FLAGS]
@@ -401,7 +401,7 @@ def test_the_job_set_is_whole():
     assert rows * columns == chips * job["parallelism"]
     assert job["completions"] == job["parallelism"]
     assert container["resources"]["requests"] == container["resources"]["limits"]
-    # Whatever is not in the list starts again: an error must be, a run that has saved itself must not.
+    # Exit codes outside the list restart the job. So errors must be in it, and the codes of saved runs must not.
     (rule,) = job["podFailurePolicy"]["rules"]
     never = rule["onExitCodes"]["values"]
     assert common.EXIT_ERROR in never

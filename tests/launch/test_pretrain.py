@@ -1,10 +1,6 @@
-"""The two scripts that train what the sample model starts from, for a few steps each."""
+"""The two scripts that pretrain the sample model, for a few steps each."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,19 +12,12 @@ from pangea_jax.model import PangeaConfig
 from pangea_jax.model.params import flatten
 from pangea_jax.sample.pretraining import Stage1Config, TowerConfig
 from pangea_jax.typed_config import build
-
-ROOT = Path(__file__).parents[2]
+from tests.launch.conftest import call
 
 
 def run(script, *flags):
     """(exit code, standard output, standard error) on one device."""
-    done = subprocess.run(
-        (sys.executable, f"launch/{script}.py", *flags),
-        cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ""},
-        text=True,
-        capture_output=True,
-    )
+    done = call(f"launch/{script}.py", *flags, XLA_FLAGS="")
     return done.returncode, done.stdout, done.stderr
 
 

@@ -1,4 +1,4 @@
-"""A run that is killed or asked to stop, and started again, equals a run that was left alone."""
+"""A run that is killed or stopped and then continued equals an undisturbed run."""
 
 import json
 import random
@@ -25,8 +25,8 @@ def assert_equal(runs, workdir, other, steps):
     assert runs.data_state(workdir, steps) == runs.data_state(other, steps)
 
 
-def kill_and_go_on(runs, workdir, *, kills, steps, seed):
-    """Kills the run at random moments, every fourth time while the process may still be starting.
+def kill_and_continue(runs, workdir, *, kills, steps, seed):
+    """Kills the run at random moments. Every fourth kill may come while the process still starts.
 
     Returns:
       The steps at which it was started.
@@ -44,14 +44,14 @@ def kill_and_go_on(runs, workdir, *, kills, steps, seed):
             runs.wait_for_line(lines, process, begun // 2 + moments.randint(1, 12))
             time.sleep(moments.uniform(0, 0.2))
         process.kill()
-        assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+        assert process.wait() == -signal.SIGKILL, "the run ended before the kill"
     runs.finish(workdir, steps=steps)
     return [json.loads(line)["step"] for line in starts.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def alone(runs, tmp_path_factory):
-    """The work directory of a run of 100 steps that nobody disturbed."""
+    """The work directory of an undisturbed run of 100 steps."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     runs.finish(workdir, steps=100)
     return workdir
@@ -60,7 +60,7 @@ def alone(runs, tmp_path_factory):
 @pytest.mark.slow
 def test_ten_kills(runs, tmp_path):
     runs.finish(tmp_path / "alone", steps=200)
-    started_at = kill_and_go_on(runs, tmp_path / "run", kills=10, steps=200, seed=1)
+    started_at = kill_and_continue(runs, tmp_path / "run", kills=10, steps=200, seed=1)
     assert len(set(started_at)) > 3
     assert all(step % 5 == 0 for step in started_at)
     assert_equal(runs, tmp_path / "run", tmp_path / "alone", 200)
@@ -78,7 +78,7 @@ def test_asked_to_stop_it_saves_and_says_so(runs, alone, tmp_path):
     assert f"resumed from step {saved} of 100" in runs.finish(workdir, steps=100)
     assert_equal(runs, workdir, alone, 100)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    # Goodput: the time of the steps over the time since the first start, with the second start-up.
+    # Goodput is the time in steps divided by the time since the first start, which includes the second start-up.
     assert 0 < lines[-1]["goodput"] < 0.9
     first, second = map(json.loads, (workdir / "starts.jsonl").read_text().splitlines())
     assert second["time"] - first["time"] > 1
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(runs, tmp_pat
 
 
 def test_not_finite(runs, tmp_path):
-    """A learning rate that no model survives: bad steps are skipped, then the run ends with a dump."""
+    """With a far too high learning rate, bad steps are skipped, and then the run ends and writes the batch."""
     flags = ("--config.optimizer.learning_rate=1e38", "--config.guards.max_bad_steps=3")
     said = runs.finish(tmp_path / "run", *flags, code=1)
     assert "no update" in said

@@ -1,4 +1,4 @@
-"""The shipped model works: `load("sample")` is far above chance and above its image-blind floor."""
+"""The shipped model works: `load("sample")` is far above chance, and needs the pictures."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def questions(language, count):
 
 
 def test_names_unseen_drawings_and_only_by_looking(sample):
-    """Exact names in English, of drawings never trained on; nearly none with the pictures exchanged."""
+    """Exact English names of drawings that were never trained on. With exchanged pictures nearly all are wrong."""
     asked = questions("en", 60)
     answers = sample.generate([message(key, q) for key, q, _ in asked], max_new_tokens=16)
     right = np.mean([a == name for a, (*_, name) in zip(answers, asked, strict=True)])
@@ -56,7 +56,7 @@ def test_names_unseen_drawings_and_only_by_looking(sample):
 
 
 def test_the_true_name_outranks_another_in_the_other_languages(sample):
-    """Of two names the true one is the likelier far more often than by chance."""
+    """The true name is more likely than another name far more often than by chance."""
     wins = []
     for language in LANGUAGES[1:]:
         asked = questions(language, 40)
@@ -64,12 +64,12 @@ def test_the_true_name_outranks_another_in_the_other_languages(sample):
             other = asked[i - 11][2]
             scores = [log_likelihood(sample, key, question, text) for text in (name, other)]
             wins.append(scores[0] > scores[1])
-    # 280 fair coins give 168 heads or more once in 2,000 trials.
+    # Of 280 fair coins, 168 or more show heads only once in 2,000 trials.
     assert sum(wins) >= 168, f"{sum(wins)} of {len(wins)}"
 
 
 def log_likelihood(sample, key, question, name):
-    """Of an answer and its end token, from `Engine.logits` of the whole conversation."""
+    """The log likelihood of an answer and its end token, from `Engine.logits` of the whole conversation."""
     messages = [*message(key, question), {"role": "assistant", "content": name}]
     logits = sample.logits(messages)
     vision = sample.config.vision

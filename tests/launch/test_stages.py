@@ -1,8 +1,6 @@
-"""The two stages of Pangea-7B as their configs say, at another size: the second starts from the first."""
+"""The two stages of Pangea-7B with their own configs, at a small size. The second starts from the first."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401 - NumPy then knows bfloat16
@@ -10,8 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.launch.conftest import call
+
 ROOT = Path(__file__).parents[2]
-# The sizes and data of the embedded sample; all else is the stage's own.
+# The sizes and data of the embedded sample. All other values come from the config of the stage.
 SMALL = {
     "data.store": "emoji",
     "data.tokenizer": "emoji",
@@ -37,8 +37,9 @@ SMALL = {
 
 def train(config, workdir, **overrides):
     flags = [f"--config.{key}={value}" for key, value in (SMALL | overrides).items()]
-    command = [sys.executable, "launch/train.py", f"--config={config}", f"--workdir={workdir}"]
-    done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = call(
+        "launch/train.py", f"--config={config}", f"--workdir={workdir}", *flags, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(workdir / "model" / "model.safetensors")
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.conftest import call
+
 ROOT = Path(__file__).parents[2]
 SWEEP = (sys.executable, "launch/sweep.py")
 EN_RATIO = "--config=configs/ablate_en_ratio.py"
-# 6 steps of 8 examples, 2 questions a language.
+# 6 steps of 8 examples, 2 questions per language.
 SHORT = (
     "--config.mixture.num_examples=48",
     "--config.augmented_views=1",
@@ -28,7 +30,7 @@ SHORT = (
 TWO = "--points=en_000,en_040"
 
 
-# The table of a sweep while its run in sys.argv[1] is at work.
+# Prints the table of a sweep while its run in the folder sys.argv[1] trains.
 TABLE = """
 import sys
 sys.path.insert(0, ".")
@@ -89,7 +91,7 @@ def swept(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_goes_on_without_repeating(swept):
+def test_continues_without_repeating(swept):
     workdir, _, interrupted, err, between, code, out, after = swept
     assert interrupted == 130, err[-3000:]
     assert "the same command continues the sweep" in err
@@ -108,7 +110,7 @@ def test_goes_on_without_repeating(swept):
 
 
 @pytest.mark.slow
-def test_killed_sweep_goes_on_with_the_same_numbers(swept, tmp_path):
+def test_killed_sweep_continues_with_the_same_numbers(swept, tmp_path):
     """The run of a killed sweep lives on and is not started twice. Results equal an undisturbed run."""
     workdir = tmp_path / "en"
     flags = (EN_RATIO, f"--workdir={workdir}", "--points=en_040", *SHORT)
@@ -117,7 +119,7 @@ def test_killed_sweep_goes_on_with_the_same_numbers(swept, tmp_path):
     deadline = time.time() + 300
     while time.time() < deadline and not log.exists():
         time.sleep(0.05)
-    time.sleep(0.5)  # until the run has been started: its first words come seconds later
+    time.sleep(0.5)  # until the sweep has started the run, which prints nothing for some seconds
     process.kill()
     process.wait()
     code, _, err = run(*flags)
@@ -194,7 +196,7 @@ def test_a_run_that_fails_is_named(tmp_path):
     ("flags", "says"),
     [
         (["--config=configs/sample.py"], "has no points()"),
-        ([f"{EN_RATIO}:seed=3"], "seed= is set by the sweep"),
+        ([f"{EN_RATIO}:seed=3"], "the sweep sets seed="),
         ([EN_RATIO, "--points=en_000,en_05"], "'en_05' is not one of en_000, en_020"),
         (["report"], "needs the --workdir"),
         (["report", "no/such"], "expected the --workdir of launch/sweep.py"),
@@ -218,8 +220,7 @@ def test_a_sweep_is_known_by_what_it_runs(tmp_path):
         ("link", other_order, 0),
         ("en", {"log_every": 1}, 1),
     ):
-        command = [sys.executable, "-c", PLAN, tmp_path / folder, json.dumps(given)]
-        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        told = call("-c", PLAN, tmp_path / folder, json.dumps(given))
         assert told.returncode == code, told.stderr
     assert "holds another sweep" in told.stderr
 
@@ -229,8 +230,7 @@ def test_the_table_shows_any_line_of_metrics(tmp_path):
     sources = {f"data/examples_per_source/{n:050}": 1.0 for n in range(500)}
     lines = [json.dumps({"step": step, "loss": None} | sources) for step in (1, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n{")
-    table = [sys.executable, "-c", TABLE, tmp_path]
-    shown = subprocess.run(table, cwd=ROOT, capture_output=True, text=True)
+    shown = call("-c", TABLE, tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert "running │    4 │ not finite" in shown.stdout
 

@@ -1,4 +1,4 @@
-"""The main command, run as a user runs it: in a process of its own, for a few steps."""
+"""The main command as a user runs it, in a process of its own, for a few steps."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def finished(tmp_path_factory):
 
 
 def test_its_model_answers(finished):
-    """The folder is whole: weights, sizes, tokenizer."""
+    """The folder holds weights, sizes and tokenizer."""
     workdir, _ = finished
     model = pangea_jax.load(workdir / "model")
     assert model.reader.policy.background == (255, 255, 255)  # as the config says
@@ -113,7 +113,7 @@ def test_the_loss_falls(finished):
 
 @pytest.mark.slow
 def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path):
-    """Ctrl-C in mid-run: saved, told how to go on; then the same losses and weights, bit for bit."""
+    """After Ctrl-C the run says how to continue. Then losses and weights are the same, bit for bit."""
     workdir = tmp_path / "run"
     process = start(f"--workdir={workdir}", *SHORT)
     path = workdir / "metrics.jsonl"
@@ -123,7 +123,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err[-3000:]
-    assert "the same command goes on" in err
+    assert "the same command continues" in err
     saved = max(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
     assert 0 < saved < 12
     code, _, err = run(f"--workdir={workdir}", *SHORT)
@@ -134,7 +134,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, tmp_path):
 
 def assert_same_run(one, other):
     ours, theirs = metrics(one), metrics(other)
-    # A log line averages since the last one, so those right after a resume may cover fewer steps.
+    # A log line is an average since the last one. The first line after a resume may cover fewer steps.
     common = [step for step in ours if ours[step] == theirs.get(step)]
     assert 11 in common
     for name, value in load_file(one / "model" / "model.safetensors").items():
@@ -220,7 +220,7 @@ def test_a_config_that_was_refused_leaves_the_work_directory_free(tmp_path):
         common.claim_workdir(workdir, build(Experiment, config))
 
 
-def test_a_run_may_go_on_with_what_changes_no_step(tmp_path):
+def test_a_run_may_continue_with_settings_that_change_no_step(tmp_path):
     config = sample.get_config()
     common.claim_workdir(tmp_path, build(Experiment, config))
     (tmp_path / "starts.jsonl").touch()

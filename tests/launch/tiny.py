@@ -1,4 +1,4 @@
-"""A run that takes seconds, for the tests that start many: everything trains, on pictures, from random values."""
+"""A run that takes seconds, for tests that start many. All parameters train, from random values, with pictures."""
 
 from ml_collections import ConfigDict
 

@@ -304,15 +304,15 @@ def test_what_is_no_conversation_is_refused(engine):
     """A message for a conversation, a conversation for several, and the reverse."""
     message = user("What is this?")
     for conversations in ([message], [None], [3]):
-        with pytest.raises(ValueError, match=r"conversations\[0\] is no list of messages but"):
+        with pytest.raises(ValueError, match=r"conversations\[0\] is not a list of messages: "):
             engine.generate(conversations)
     for conversations in (message, "What is this?"):
         with pytest.raises(ValueError, match=r"conversations is one (dict|str); give a list"):
             engine.generate(conversations)
     for conversation in (message, [[message]]):
-        with pytest.raises(ValueError, match="messages is no list of messages but"):
+        with pytest.raises(ValueError, match="messages is not a list of messages: "):
             engine.logits(conversation)
-        with pytest.raises(ValueError, match="messages is no list of messages but"):
+        with pytest.raises(ValueError, match="messages is not a list of messages: "):
             engine.stream(conversation)
 
 

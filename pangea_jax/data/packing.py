@@ -1,7 +1,7 @@
-"""Which conversations share a row.
+"""Decides which conversations share a row.
 
-Packing looks only at the size of an example, (tokens, tiles, targets), and a row has a capacity for each.
-`pangea_jax.batch.Batch.fill` lays the examples into their rows.
+Packing sees only the size of an example, (tokens, tiles, targets). A row has a capacity for each.
+`pangea_jax.batch.Batch.fill` then writes the examples into their rows.
 """
 
 import bisect
@@ -14,7 +14,7 @@ Size = tuple[int, int, int]
 
 
 def balance(sizes: Sequence[Size], num_rows: int, capacity: Size) -> list[list[int]] | None:
-    """Spreads examples over `num_rows` rows: the longest first, each to the row with most room.
+    """Spreads examples over `num_rows` rows: the longest first, each to the row with the most room.
 
     Returns:
       The examples of each row, or None if they do not fit.
@@ -63,7 +63,7 @@ def plan_rows(sizes: Int[np.ndarray, "n 3"], capacity: Size, *, seed: int, windo
 
     Args:
       sizes: (tokens, tiles, targets) of every example; examples with 0 tokens are left out.
-      capacity: of a row.
+      capacity: the largest (tokens, tiles, targets) of a row.
       seed: decides both shuffles.
       window: number of examples that are sorted together.
 

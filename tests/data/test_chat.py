@@ -157,7 +157,7 @@ def test_messages_of_other_libraries():
     assert [turn.role for turn in turns] == ["user", "assistant"]
     lines = turns[0].text.split("\n")
     assert [line == "<image>" for line in lines] == [False, True, False, True]
-    # Spelled out by a person the marker asks for no picture.
+    # A marker in the user's text is not an image.
     assert turns[0].text.count("<image>") == len(pictures)
     assert from_messages([{"role": "user", "content": "Hi"}]) == (
         SYSTEM_PROMPT,

@@ -1,4 +1,4 @@
-"""The end of the pipeline: batches with their statistics, and the position for a restart."""
+"""The end of the pipeline: gives out batches, counts what is in them, and saves the position."""
 
 import asyncio
 import collections
@@ -16,7 +16,7 @@ from pangea_jax.batch import Batch
 _STATE_FORMAT = 2
 # The limit is a share of at least this many records, so that one early bad record does not exceed it.
 _BUDGET_FROM = 1_000
-# Number of bad records that the log names, for each run and process.
+# Largest number of bad records that the log names, per run and process.
 _NAMED = 20
 
 
@@ -330,12 +330,12 @@ def _process() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-# The metrics below that are shares, not numbers.
+# These metrics are shares; the others are counts.
 SHARES = ("data/padding", "data/tile_fill")
 
 
 def metrics(counts: Mapping[str, Any]) -> dict[str, float]:
-    """The data pipeline's counters as metrics: one number a language and source."""
+    """The result of `Counters.flush` as metrics, with one number per language and source."""
     found = {"examples": counts["total_examples"]}
     for name in ("padding", "tile_fill", "cut", "dropped"):
         found[f"data/{name}"] = counts[name]

@@ -44,7 +44,7 @@ def convert(
     """Writes the model in `source` to `target`: weights, config, tokenizer, processor, reading policy.
 
     The files are written to `<target>.partial`, which is renamed when it is complete. If an earlier
-    call left such a folder, it is removed first.
+    call left such a folder, it is removed first. The parameters are the flags of launch/convert.py.
 
     Args:
       source: a folder in any form that `pangea_jax.checkpoints.load` reads.

@@ -365,8 +365,8 @@ def train_dataset(
     """One epoch of `source` in batches; each process gets its own rows. The seed decides the order.
 
     Except with "best_fit", batch n has the same examples for every number of processes and workers.
-    So a run can continue with other numbers. The process is given by two parameters more, not read
-    from JAX, so that one machine can test several.
+    So a run can continue with other numbers. The process is a parameter, not read from JAX, so that
+    one machine can test several processes.
 
     Args:
       sizes: the result of `measure` on `source`, for packing "planned" and "balanced". None: from the

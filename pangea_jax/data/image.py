@@ -79,21 +79,17 @@ def check(
 
 
 def preview(
-    source: bytes | str | os.PathLike,
-    *,
-    least: int = 128,
-    name: str = "",
-    max_pixels: int = MAX_PIXELS,
+    source: bytes | str | os.PathLike, *, name: str = "", max_pixels: int = MAX_PIXELS
 ) -> tuple[Image.Image, Size]:
     """A reduced image as RGB, and the (width, height) of the full image.
 
     It reads every byte. It decodes a JPEG at a half, a quarter or an eighth of its size, as long as
-    both sides have at least `least` pixels.
+    both sides have at least 128 pixels.
 
     Raises:
       ImageError: see `decode`.
     """
-    image, size = _load(source, name, max_pixels, least=least)
+    image, size = _load(source, name, max_pixels, least=128)
     return _to_rgb(image, None), size
 
 

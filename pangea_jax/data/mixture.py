@@ -98,9 +98,9 @@ class Mixture:
             if self.language_alpha is not None:
                 raise ValueError("mixture.language_alpha and mixture.weights exclude each other")
         if self.en_ratio is not None and not 0 <= self.en_ratio <= 1:
-            raise ValueError(f"mixture.en_ratio must lie in [0, 1], not {self.en_ratio}")
+            raise ValueError(f"mixture.en_ratio must be in [0, 1], not {self.en_ratio}")
         if self.text_ratio is not None and not 0 <= self.text_ratio <= 1:
-            raise ValueError(f"mixture.text_ratio must lie in [0, 1], not {self.text_ratio}")
+            raise ValueError(f"mixture.text_ratio must be in [0, 1], not {self.text_ratio}")
         if self.num_examples is not None and self.num_examples < 1:
             raise ValueError(f"mixture.num_examples must be positive, not {self.num_examples}")
         if self.design not in DESIGNS:
@@ -108,7 +108,7 @@ class Mixture:
         if self.design == "fixed_multilingual" and (self.en_ratio is None or self.en_ratio == 1):
             raise ValueError(
                 'mixture.design="fixed_multilingual" adds English to the examples of the others: '
-                f"en_ratio must lie in [0, 1), not be {self.en_ratio}"
+                f"en_ratio must be in [0, 1), not {self.en_ratio}"
             )
 
     def _check_english(self, codes):

@@ -101,7 +101,7 @@ class PipelineConfig:
             raise ValueError('pipeline.examples_per_row needs pipeline.packing="balanced"')
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(
-                f"pipeline.max_bad_fraction must lie in [0, 1], not {self.max_bad_fraction}"
+                f"pipeline.max_bad_fraction must be in [0, 1], not {self.max_bad_fraction}"
             )
 
     @property

@@ -147,13 +147,13 @@ class RecordStore:
     """Reads a prepared data set.
 
     Attributes:
-      directory: where it lies.
+      directory: the folder of the store.
       index: one row per conversation (`split, position, id, source, language, category, kind,
-        num_images, num_turns` and the columns a data set adds of its own; those of PangeaIns:
+        num_images, num_turns`, and columns of the data set, such as those in
         `pangea_jax.data.build.pangeains`).
 
     Raises:
-      StoreError: on construction if the directory holds no store of this version.
+      StoreError: the folder has no store of this version.
     """
 
     def __init__(self, directory: str | Path):

@@ -95,6 +95,7 @@ def _save(file: Path, values: np.ndarray) -> None:
 def _compute(
     tower, store, keys, mesh, policy, augmented, seed, batch_size
 ) -> Float[np.ndarray, "pictures views P E"]:
+    """`frozen_features` without the cache, as one array; hence the same parameters."""
     size = tower.config.image_size
     encode = _encoder(tower, mesh)
     batch_size += -batch_size % mesh.size

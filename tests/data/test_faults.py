@@ -188,7 +188,7 @@ def test_bad_records_are_skipped_and_counted_up_to_a_limit(damaged, tiny_config,
     ("changes", "message"),
     [
         ({"overlong": "wrap"}, r"overlong 'wrap' is not one of \('error', 'drop', 'truncate'\)"),
-        ({"max_bad_fraction": 2.0}, r"max_bad_fraction must lie in \[0, 1\], not 2.0"),
+        ({"max_bad_fraction": 2.0}, r"max_bad_fraction must be in \[0, 1\], not 2.0"),
         ({"rows": 0}, "pipeline.rows must be positive, not 0"),
         ({"max_targets": 0}, "pipeline.max_targets must be positive, not 0"),
     ],

@@ -158,8 +158,8 @@ def test_too_many_repeats_and_missing_records_are_errors(index):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"en_ratio": 1.1}, r"en_ratio must lie in \[0, 1\], not 1.1"),
-        ({"text_ratio": -0.1}, r"text_ratio must lie in \[0, 1\]"),
+        ({"en_ratio": 1.1}, r"en_ratio must be in \[0, 1\], not 1.1"),
+        ({"text_ratio": -0.1}, r"text_ratio must be in \[0, 1\]"),
         ({"num_examples": 0}, "num_examples must be positive"),
         ({"languages": ("es", "sw")}, "English is not in"),
         ({"languages": ("en",)}, "English is the only language"),
@@ -340,7 +340,7 @@ def test_labels_as_numbers():
         ({"weights": {"es": 1}, "language_alpha": 1.0}, "exclude each other"),
         ({"weights": {"es": -1.0}, "language_alpha": None}, "must be positive"),
         ({"design": "fixed"}, "design 'fixed' is not one of"),
-        ({"design": "fixed_multilingual"}, r"en_ratio must lie in \[0, 1\), not be None"),
+        ({"design": "fixed_multilingual"}, r"en_ratio must be in \[0, 1\), not None"),
     ],
 )
 def test_a_popularity_that_makes_no_sense(changes, message):

@@ -1,15 +1,15 @@
-"""Evaluating in batches beside a loop over documents with transformers: same CPU, same weights, same prompts.
+"""Evaluation in batches, compared with a loop over documents in transformers: same CPU, weights and prompts.
 
     python -m benchmarks.evaluate [--documents=72] [--questions=8] [--new_tokens=64] [--batch_size=auto]
 
-A 47M-parameter model in float32 with random weights (`benchmarks/peer.py`, the sample's vocabulary) answers a third of
-its documents with a photograph-sized picture (640x480) and two thirds without one, of 60 to 650 tokens. Eight
-questions are about one picture; in PangeaBench xGQA has 258 of them, XM100 36, CVQA 4 and others 1. Ours is
-`eval/bench/checkpoint_model.py`, as `eval/run.py` runs it; the other side is `generate` of transformers'
-LLaVA-NeXT, one document at a time with a KV cache, on token ids and pixels that our reader made: its time is that of
-reading and generating, too. Nothing ends an answer early. Each side does all documents once: ours first with the time
-it takes to compile, then again without; prints documents a second, whether the answers are the same, and how long the
-arithmetic alone would take at the rate of a large matrix product. Five minutes on two cores.
+The model has 47M random float32 parameters (`benchmarks/peer.py`, the sample's vocabulary). A third of the documents
+have a picture of 640x480, the others have none; their prompts have 60 to 650 tokens. Eight questions are about one
+picture. (In PangeaBench, xGQA has 258 questions per picture, XM100 36, CVQA 4 and the others 1.) Our side is
+`eval/bench/checkpoint_model.py`, as `eval/run.py` runs it. The other side is `generate` of transformers' LLaVA-NeXT
+with a KV cache, one document after the other, on token ids and pixels from our reader. Both times include reading and
+generating. No answer ends early. Our side runs twice, first with the time for compiling, then without. The program
+prints documents per second, whether the answers are the same, and the time that the arithmetic alone would take at the
+speed of a large matrix product. It takes five minutes on two cores.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ WORDS = ("paka", "mbwa", "nyumba", "what", "river", "the", "over", "kalamu", "mo
 
 
 def make_pair():
-    """Our engine, and transformers' model with the weights that ours saved."""
+    """Our engine, and transformers' model with the same weights."""
     tokenizer = load_tokenizer(emoji.DIRECTORY)
     language = dataclasses.replace(peer.CONFIG.language, vocab_size=tokenizer.vocab_size)
     config = dataclasses.replace(peer.CONFIG, language=language)
@@ -47,7 +47,7 @@ def make_pair():
 
 
 class Endless:
-    """An engine in which no token ends an answer, so that both sides do the same work."""
+    """An engine whose answers never end early, so that both sides do the same work."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
@@ -80,7 +80,7 @@ def make_requests(documents: int, questions: int, new_tokens: int, folder: Path)
 
 
 def one_by_one(engine: Engine, theirs, requests: list[Request], new_tokens: int) -> dict[str, str]:
-    """Answers by document id, of transformers' `generate`, one document after the other."""
+    """The answers of transformers' `generate` by document id, one document after the other."""
     import torch
 
     answers = {}
@@ -104,23 +104,23 @@ def one_by_one(engine: Engine, theirs, requests: list[Request], new_tokens: int)
 
 
 def least_seconds(engine: Engine, requests: list[Request], new_tokens: int) -> tuple[float, float]:
-    """Seconds to read every prompt whole and to choose the new tokens, at the rate of a large product.
+    """(seconds to read all prompts, seconds to generate) at the speed of a large matrix product.
 
-    Nothing is padded, and no token waits until weights or caches are read.
+    It assumes no padding, and no time to load weights and caches from memory.
     """
     language = engine.config.language
-    reading = choosing = 0.0
+    reading = generating = 0.0
     for request in requests:
         prompt = _read(engine, request, new_tokens)
         T, N = len(prompt.tokens), len(prompt.tiles)
         reading += peer.forward_flops(engine.config, 1, T, N, 1)
-        # One more token: the decoder on that token, whose queries see all tokens before it.
+        # A new token runs the decoder once; its queries see all tokens before it.
         one = peer.forward_flops(engine.config, 1, 1, 0, 1)
         seen = T + new_tokens / 2
         attention = 4 * language.layers * language.heads * language.head_width * seen
-        choosing += (new_tokens - 1) * (one + attention)
+        generating += (new_tokens - 1) * (one + attention)
     rate = peer.matmul_flops()
-    return reading / rate, choosing / rate
+    return reading / rate, generating / rate
 
 
 def _read(engine: Engine, request: Request, new_tokens: int):
@@ -149,22 +149,22 @@ def main():
             "transformers": lambda: one_by_one(engine, theirs, requests, args.new_tokens),
         }
         sides["ours"] = sides["ours, with compiling"]
-        one_by_one(engine, theirs, requests[:1], 2)  # what it does at its first call only
+        one_by_one(engine, theirs, requests[:1], 2)  # warm-up
         seconds, answers = {}, {}
         for name, side in sides.items():
             start = time.perf_counter()
             answers[name] = side()
             seconds[name] = time.perf_counter() - start
             print(f"{name:22} {args.documents / seconds[name]:7.2f} documents/s", flush=True)
-        reading, choosing = least_seconds(engine, requests, args.new_tokens)
+        reading, generating = least_seconds(engine, requests, args.new_tokens)
     same = sum(answers["ours"][i] == text for i, text in answers["transformers"].items())
     print(f"{same} of {args.documents} answers are the same")
     for name in ("ours", "ours, with compiling"):
         print(f"{name}: {seconds['transformers'] / seconds[name]:.2f} times as fast")
-    share = (reading + choosing) / seconds["ours"]
+    share = (reading + generating) / seconds["ours"]
     print(
-        f"the arithmetic alone: {reading:.1f} s of prompts and {choosing:.1f} s of new tokens, {share:.0%} of "
-        f"the {seconds['ours']:.1f} s of ours and {(reading + choosing) / seconds['transformers']:.0%} of "
+        f"the arithmetic alone: {reading:.1f} s for prompts and {generating:.1f} s for new tokens, {share:.0%} of "
+        f"the {seconds['ours']:.1f} s of ours and {(reading + generating) / seconds['transformers']:.0%} of "
         f"the {seconds['transformers']:.1f} s of transformers"
     )
 

@@ -1,20 +1,20 @@
-"""How fast records become batches, how full the rows are, and how much memory that takes.
+"""Speed, packing and memory of the input pipeline.
 
     python -m benchmarks.input_pipeline --store=DIR --tokenizer=DIR [--workers=1] [--seconds=60]
 
-Three parts, or one of them with --only=speed|packing|memory:
+It has three parts; --only=speed|packing|memory runs one of them:
 
-    speed     examples/s of `pangea_jax.data.pipeline` against torch's DataLoader with transformers'
-              LlavaNextProcessor: the same records, order and worker processes, one run. The peer makes float32
-              pixel values of a padded batch of 4; ours makes packed rows of uint8 tiles, which are normalised on
-              the device.
-    packing   share of the token slots in use at T = 8192 and 4096 on the length distribution of the records, against
+    speed     examples/s of `pangea_jax.data.pipeline`, compared with torch's DataLoader and transformers'
+              LlavaNextProcessor: the same records, order and number of workers, in one run. The peer makes float32
+              pixel values in padded batches of 4. Ours makes packed rows of uint8 tiles, and the device normalises
+              them.
+    packing   share of the token slots in use with T = 8192 and 4096 for the lengths of the records, compared with
               length-grouped padding (the sampler of LLaVA-NeXT, which groups by number of words).
     memory    resident memory of this process and its workers over 10,000 examples.
 
---store is a store that `launch/build_data.py pangeains` made. Its records are repeated as often as the time allows.
-Without it pictures and texts are generated: JPEG photographs of smooth noise between 300 and 1,200 pixels a side.
-The peer needs --tokenizer.
+--store is a store made by `launch/build_data.py pangeains`. Its records are repeated until the time is over. Without
+--store, pictures and texts are generated: JPEG pictures of smooth noise with sides of 300 to 1,200 pixels. The peer
+needs --tokenizer.
 """
 
 import contextlib
@@ -51,12 +51,12 @@ from pangea_jax.typed_config import build
 TILE, GRID = 336, 24
 PEER_BATCH, TURNS, MANY = 4, 4, 500_000
 EXPERIMENT = build(Experiment, pangea_7b_finetune.get_config())
-# As Pangea is fine-tuned, in batches that a laptop holds.
+# The settings of Pangea's fine-tuning, with smaller batches for a laptop.
 FEED = dataclasses.replace(EXPERIMENT.pipeline, rows=2, row_tiles=20, threads=1)
 
 
 class Data:
-    """The records that every part reads, and the reader. Only this class calls the data pipeline."""
+    """The records and their reader. Only this class calls the data pipeline."""
 
     def __init__(self, store: RecordStore, tokenizer: Tokenizer):
         self.store = store
@@ -69,7 +69,7 @@ class Data:
         return pipeline.measure(records, self.reader, config)
 
     def repeated(self, length: int) -> pipeline.RowSource:
-        """The records again and again, up to `length`."""
+        """The records, repeated up to `length`."""
         return pipeline.RowSource(self.store, np.arange(length) % len(self.store.index))
 
     def feed(self, length: int, workers: int):
@@ -88,7 +88,7 @@ def examples_in(batch) -> int:
 
 
 def generated_store(directory: Path) -> RecordStore:
-    """64 photographs of smooth noise with an answer of 40 to 400 words each."""
+    """64 pictures of smooth noise, each with an answer of 40 to 400 words."""
     random = np.random.default_rng(0)
     words = ["picture", "shows", "a", "street", "with", "people", "und", "viele", "Bäume", "光"]
     sizes = [(int(w), int(h)) for w, h in random.integers(300, 1200, (64, 2))]
@@ -113,7 +113,7 @@ def generated_store(directory: Path) -> RecordStore:
 
 
 class Meter:
-    """Examples/s and CPU time of an iterator, over several turns."""
+    """Measures examples/s and CPU time of an iterator in several turns."""
 
     def __init__(self, data, count):
         self._data, self._count = data, count
@@ -138,7 +138,7 @@ class Meter:
 
 
 class PeerData:
-    """Records as torch's DataLoader takes them: the worker reads them, in the order of our pipeline."""
+    """A dataset for torch's DataLoader: the worker reads the same records in the same order."""
 
     def __init__(self, data: Data):
         self._source, self._store = data.repeated(MANY), data.store
@@ -156,14 +156,14 @@ class PeerData:
 
 
 class Collate:
-    """Texts and pictures to the inputs of LlavaNextForConditionalGeneration."""
+    """Makes the inputs of LlavaNextForConditionalGeneration from texts and pictures."""
 
     def __init__(self, tokenizer_folder: str):
         self._folder = tokenizer_folder
 
     @functools.cached_property
     def _processor(self):
-        """Made in the worker. As saved with Pangea-7B-hf: canvases as (height, width), crops of 336."""
+        """The processor of Pangea-7B-hf: canvases as (height, width), crops of 336. Each worker makes it."""
         import torch
         import transformers
 
@@ -203,7 +203,7 @@ def peer_feed(data: Data, tokenizer_folder: str, workers: int):
 
 
 def speed(data: Data, args, console) -> None:
-    """Both in turns, so that a busy machine slows both alike."""
+    """Measures both sides in turns, so that other load on the machine slows both equally."""
     with contextlib.closing(iter(data.feed(MANY, args.workers))) as batches:
         meters = {"pangea_jax": Meter(batches, examples_in)}
         if args.tokenizer:
@@ -220,7 +220,7 @@ def speed(data: Data, args, console) -> None:
 
 
 def stages(data: Data) -> dict[str, float]:
-    """Milliseconds an example takes in each stage of reading, one after the other."""
+    """Milliseconds per example in each stage of reading."""
     count = min(len(data.source), 135)
     spent = dict.fromkeys(("read record", "read picture", "decode", "tiles", "words"), 0.0)
 
@@ -242,10 +242,10 @@ def stages(data: Data) -> dict[str, float]:
 
 
 def grouped_padding(sizes, words, has_picture, per_device: int = 2, world: int = 64) -> float:
-    """Share of slots in use when batches of similar length are padded to their longest.
+    """Share of slots in use when batches of similar length are padded to their longest example.
 
-    The batches are those of LLaVA-NeXT's sampler: examples with and without pictures are separate, shuffled, and cut
-    into megabatches of per_device * world, each sorted by number of words.
+    LLaVA-NeXT's sampler makes the batches: it separates examples with and without pictures, shuffles them, cuts them
+    into megabatches of per_device * world, and sorts each by number of words.
     """
     rng = np.random.default_rng(0)
     used = slots = 0
@@ -261,7 +261,7 @@ def grouped_padding(sizes, words, has_picture, per_device: int = 2, world: int =
 
 
 def streamed_fill(sizes, capacity, bins: int) -> float:
-    """Share of slots in use by Grain's best-fit packer, on lengths alone."""
+    """Share of slots in use with Grain's best-fit packer."""
     import grain
 
     names = ("tokens", "tiles")
@@ -278,7 +278,7 @@ def streamed_fill(sizes, capacity, bins: int) -> float:
 
 
 def best_possible(tokens, row_tokens: int) -> float:
-    """Upper bound on the share of slots any packing can use (Martello and Toth's bound L2 on rows)."""
+    """The largest share of slots that any packing can use (Martello and Toth's bound L2)."""
     rows = tokens.sum() / row_tokens
     for small in range(0, row_tokens // 2, 16):
         alone = np.count_nonzero(tokens > row_tokens - small)
@@ -290,13 +290,13 @@ def best_possible(tokens, row_tokens: int) -> float:
 
 
 def packing(data: Data, console) -> None:
-    """A table of the share of token slots in use, by row length and way to fill rows."""
+    """Prints the share of token slots in use for each row length and packing."""
     count = len(data.source)
     words = np.array(
         [sum(len(turn.text.split()) for turn in record.turns) for record in data.source]
     )
     has_picture = np.array([bool(record.images) for record in data.source])
-    ways = ("planned", "best_fit, 64 bins", "length-grouped padding", "no packing can beat")
+    ways = ("planned", "best_fit, 64 bins", "length-grouped padding", "upper bound")
     table = Table("T", *ways, title="share of token slots in use")
     for row_tokens in (8192, 4096):
         config = dataclasses.replace(FEED, row_tokens=row_tokens, row_tiles=row_tokens // 400)
@@ -315,7 +315,7 @@ def packing(data: Data, console) -> None:
 
 
 def memory(data: Data, args, console) -> None:
-    """A table of resident memory while `args.examples` go by."""
+    """Prints resident memory while `args.examples` are read."""
     title = f"resident memory, MiB, {args.workers} workers"
     table = Table("examples", "this process", "each worker", title=title)
     me, done, shown = psutil.Process(), 0, 0
@@ -334,7 +334,7 @@ def main():
     parser = peer.parser(__doc__)
     parser.add_argument("--store", type=Path, help="folder of a prepared store")
     parser.add_argument("--tokenizer", help="folder with a tokenizer.json of the Qwen family")
-    parser.add_argument("--image_id", type=int, help="id of <image> where the file has none")
+    parser.add_argument("--image_id", type=int, help="id of <image>, if the file has none")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--examples", type=int, default=10_000, help="for the memory part")

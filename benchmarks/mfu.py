@@ -6,9 +6,10 @@
         --config.pipeline.rows=2 --config.keep=products
     python -m benchmarks.mfu --config=configs/ablate_en_ratio.py --steps=5        # a smoke test on a CPU
 
-It is the step that launch/train.py runs, of the same model, optimiser, shardings and batch; weights are random and the
-one batch is made up: full rows of conversations as long as those of PangeaIns, each with its share of the tiles. Data
-loading, checkpoints and logging are not in it. FLOPs are counted as pangea_jax/train/flops.py says.
+It runs the same step as launch/train.py, with the same model, optimiser, shardings and batch shapes. The weights are
+random. There is one batch with random tokens: full rows of conversations as long as those of PangeaIns, each with an
+equal share of the tiles. The time does not include data loading, checkpoints and logging. See
+pangea_jax/train/flops.py for how FLOPs are counted.
 """
 
 import collections
@@ -40,13 +41,13 @@ PROFILE = flags.DEFINE_string(
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
 
 GIB = 2**30
-# Of the 135 records of the released sample of PangeaIns.
-CONVERSATION_TOKENS, PANGEAINS_CONVERSATIONS = 2222, 6_150_624
-TRAINED_SHARE = 0.15
+# Mean tokens and share of trained tokens of the 135 records in the released sample of PangeaIns.
+CONVERSATION_TOKENS, TRAINED_SHARE = 2222, 0.15
+PANGEAINS_CONVERSATIONS = 6_150_624
 
 
 def make_batch(exp: Experiment, mesh: jax.sharding.Mesh) -> Batch:
-    """Full rows of equal conversations: a picture first, in an equal share of the tiles, then words."""
+    """Full rows of equally long conversations: first a picture, with an equal share of the tiles, then words."""
     shapes, model = experiment.batch_shapes(exp, mesh), exp.model
     rng = np.random.default_rng(0)
     rows, T = shapes.tokens.shape
@@ -79,7 +80,7 @@ def make_batch(exp: Experiment, mesh: jax.sharding.Mesh) -> Batch:
 
 
 def longest_kernels(folder: str, count: int = 25) -> list[tuple[str, float, int]]:
-    """(name, share of the device's busy time, calls) of a trace, the longest first."""
+    """(name, share of the device's busy time, calls) of the slowest kernels in a trace."""
     file = max(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     spent, calls = collections.Counter(), collections.Counter()
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
@@ -92,19 +93,8 @@ def longest_kernels(folder: str, count: int = 25) -> list[tuple[str, float, int]
     return [(name, ns / busy, calls[name]) for name, ns in spent.most_common(count)]
 
 
-def measure(exp: Experiment, steps: int, profile: str | None = None) -> dict:
-    """Compiles, warms up, and times steps one by one; JSON-able."""
-    mesh = sharding.make_mesh(**dataclasses.asdict(exp.mesh))
-    optimizer = optim.make_optimizer(exp.optimizer, 1000)
-    graphdef, state, shardings = init_state(exp.model, optimizer, mesh, seed=0, frozen=exp.frozen)
-    step = experiment.make_step(exp, graphdef, optimizer, shardings, mesh)
-    batch = make_batch(exp, mesh).place(mesh)
-    rows, T = batch.tokens.shape
-    flops = experiment.step_flops(exp, state.params, rows)
-    counts = {
-        name: sum(value.size for value in part.values())
-        for name, part in (("trained", state.trainable), ("frozen", state.frozen))
-    }
+def time_steps(step, state, batch, steps: int, profile: str | None) -> dict:
+    """Compiles the step, warms it up with two steps, and times the next ones one by one."""
     start = time.perf_counter()
     step = step.lower(state, batch).compile()
     compile_s = time.perf_counter() - start
@@ -121,12 +111,35 @@ def measure(exp: Experiment, steps: int, profile: str | None = None) -> dict:
                 state, metrics = step(state, batch)
             jax.block_until_ready(metrics)
         kernels = longest_kernels(profile)
-    step_s = statistics.median(seconds[2:])
+    return {
+        "compile_s": round(compile_s, 1),
+        "step_s": statistics.median(seconds[2:]),
+        "fastest_step_s": min(seconds[2:]),
+        "losses": [losses[0], losses[-1]],
+        "kernels": kernels,
+    }
+
+
+def measure(exp: Experiment, steps: int, profile: str | None = None) -> dict:
+    """The measurements of a config, as a dict that JSON can hold."""
+    mesh = sharding.make_mesh(**dataclasses.asdict(exp.mesh))
+    optimizer = optim.make_optimizer(exp.optimizer, 1000)
+    graphdef, state, shardings = init_state(exp.model, optimizer, mesh, seed=0, frozen=exp.frozen)
+    step = experiment.make_step(exp, graphdef, optimizer, shardings, mesh)
+    batch = make_batch(exp, mesh).place(mesh)
+    rows, T = batch.tokens.shape
+    flops = experiment.step_flops(exp, state.params, rows)
+    counts = {
+        name: sum(value.size for value in part.values())
+        for name, part in (("trained", state.trainable), ("frozen", state.frozen))
+    }
+    timing = time_steps(step, state, batch, steps, profile)
     device = mesh.devices.flat[0]
     peak, memory = PEAK_FLOPS.get(device.device_kind), device.memory_stats() or {}
-    rate = flops["total"] / step_s / mesh.size
-    tokens_per_s = rows * T / step_s
-    return {
+    rate = flops["total"] / timing["step_s"] / mesh.size
+    tokens_per_s = rows * T / timing["step_s"]
+    epoch_s = PANGEAINS_CONVERSATIONS * CONVERSATION_TOKENS / tokens_per_s
+    return timing | {
         "device": device.device_kind,
         "devices": mesh.size,
         "jax": jax.__version__,
@@ -136,26 +149,17 @@ def measure(exp: Experiment, steps: int, profile: str | None = None) -> dict:
         "tiles": 0 if batch.tiles is None else rows * exp.pipeline.row_tiles,
         "optimizer": exp.optimizer.name,
         "keep": exp.keep,
-        "compile_s": round(compile_s, 1),
-        "step_s": step_s,
-        "fastest_step_s": min(seconds[2:]),
         "tokens_per_s": tokens_per_s,
         "model_flops": flops,
         "tflops_per_device": rate / 1e12,
         "mfu": peak and rate / peak,
         "peak_memory_gib": memory.get("peak_bytes_in_use", 0) / GIB or None,
-        "pangeains_device_hours": PANGEAINS_CONVERSATIONS
-        * CONVERSATION_TOKENS
-        / tokens_per_s
-        * mesh.size
-        / 3600,
-        "losses": [losses[0], losses[-1]],
-        "kernels": kernels,
+        "pangeains_device_hours": epoch_s * mesh.size / 3600,
     }
 
 
 def describe(found: dict) -> str:
-    """The measurement for people."""
+    """The measurements as text."""
     millions = {name: f"{count / 1e6:,.1f}M {name}" for name, count in found["parameters"].items()}
     parts = ", ".join(
         f"{name} {flops / found['model_flops']['total']:.1%}"
@@ -174,7 +178,7 @@ def describe(found: dict) -> str:
             f"rate      {found['tokens_per_s']:,.0f} tokens/s, {found['tflops_per_device']:,.1f} TFLOP/s a device",
             f"FLOPs     {found['model_flops']['total']:.3e} a step ({parts})",
             f"MFU       {mfu}",
-            f"memory    {f'{memory:.1f} GiB at most' if memory else 'not told by this device'}",
+            f"memory    {f'{memory:.1f} GiB at most' if memory else 'unknown on this device'}",
             f"PangeaIns {found['pangeains_device_hours']:,.0f} device hours for one epoch at this rate",
             f"loss      {found['losses'][0]:.3f} at first, {found['losses'][1]:.3f} at last",
             *(f"  {share:6.1%} in {n:5} calls  {name}" for name, share, n in found["kernels"]),

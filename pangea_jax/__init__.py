@@ -1,4 +1,4 @@
-"""Pangea in JAX: a multilingual multimodal LLM for 39 languages.
+"""Pangea in JAX: a multilingual vision-language model for 39 languages.
 
 import pangea_jax
 model = pangea_jax.load("sample")                      # or a folder in one of the public layouts
@@ -23,16 +23,16 @@ def load(name: str | os.PathLike, *, dtype=None, mesh: "MeshChoice" = None, **kw
         `pangea_jax.checkpoints` and its tokenizer (tokenizer.json or tokenizer.model); or the name
         of a model on the Hugging Face hub.
       dtype: of parameters and activations; by default bfloat16, for the sample float32.
-      mesh: devices to lay the model over: a mesh, `{"tensor": 4}`, or "auto" for all of this process,
-        see `pangea_jax.generate.engine.choose_mesh`; by default one.
-      kwargs: fields of `pangea_jax.data.reader.ReadingPolicy` that replace those saved with the model, such as
-        `orientation="upright"`.
+      mesh: devices that hold the model: a mesh, `{"tensor": 4}`, or "auto" for all devices of this
+        process, see `pangea_jax.generate.engine.choose_mesh`. None: one device.
+      kwargs: fields of `pangea_jax.data.reader.ReadingPolicy` that replace those saved with the
+        model, such as `orientation="upright"`.
 
     Raises:
-      CheckpointError, ValueError: the folder lacks something, or holds what the model has not.
-      FileNotFoundError: there is nothing of that name.
+      CheckpointError, ValueError: the folder is incomplete, or does not fit the model.
+      FileNotFoundError: there is no such model.
     """
-    # Imported here, so that `import pangea_jax.languages` needs neither JAX nor a device.
+    # Imported here, because `import pangea_jax.languages` must not load JAX.
     from pangea_jax.checkpoints import resolve
     from pangea_jax.generate.engine import load_folder, load_sample
 

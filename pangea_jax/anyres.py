@@ -1,8 +1,8 @@
-"""Any-resolution geometry of LLaVA-NeXT: which canvas, which tiles, where each feature goes.
+"""Any-resolution geometry of LLaVA-NeXT: the canvas, the tiles, and the place of each feature.
 
-All of this depends only on the size of the image. So the host computes it here in NumPy, and the
-device gets one int32 index per token. Reference: `llava/mm_utils.py` and
-`llava/model/llava_arch.py` of LLaVA-NeXT.
+All of this depends only on the size of the image. So the host computes it in NumPy, and the device
+gets one int32 index per token. Reference: `llava/mm_utils.py` and `llava/model/llava_arch.py` of
+LLaVA-NeXT.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ ROUNDINGS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the features of one image go.
+    """The places of the features of one image.
 
     Attributes:
       canvas: (width, height) in pixels into which the image is fitted; None for a single view.
@@ -51,7 +51,7 @@ def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
 
     Args:
       size: (width, height) of the image.
-      pinpoints: canvases as (width, height); of equally good ones the first is taken.
+      pinpoints: canvases as (width, height). If several are equally good, the first is taken.
     """
     width, height = size
 
@@ -86,7 +86,7 @@ def layout(
       newline: False for models without the newline vector (LLaVA-1.5); needs empty `pinpoints`.
 
     Raises:
-      ValueError: an argument is not one of the above.
+      ValueError: an argument is not allowed.
     """
     pinpoints = tuple((int(width), int(height)) for width, height in pinpoints)
     return _layout(tuple(map(int, size)), pinpoints, tile_size, patches_per_side, rounding, newline)
@@ -122,7 +122,10 @@ def _layout(size, pinpoints, tile_size, side, rounding, newline):
 
 
 def _without_padding(places, size, rounded):
-    """The rows or columns of `places` that the image covers; one more if it is not centred."""
+    """Cuts off the same number of padding rows (or columns) on both sides, as the reference.
+
+    If the number of padding rows is odd, one of them stays.
+    """
     width, height = size
     rows, columns = places.shape
     if width / height > columns / rows:
@@ -133,7 +136,7 @@ def _without_padding(places, size, rounded):
 
 
 def _frozen(image_index):
-    """As int32 and read-only, because the cache gives the same array to every caller."""
+    """int32 and read-only, because the cache gives the same array to every caller."""
     image_index = image_index.astype(np.int32)
     image_index.setflags(write=False)
     return image_index

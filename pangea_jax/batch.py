@@ -1,4 +1,4 @@
-"""A batch: rows of tokens with their pictures. Training, answering and evaluation give the model nothing else."""
+"""A batch: rows of tokens and their pictures. It is the only input of the model."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Array = jax.Array | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A conversation as the model reads it, before it is laid into a row.
+    """A conversation as the model reads it, before it is put into a row.
 
     Attributes:
       tokens, image_index, tiles, features, targets, weights: see `Batch`, without the dimension B.
@@ -30,7 +30,7 @@ class Example:
 
     @property
     def pictures(self) -> np.ndarray:
-        """Tiles or features, whichever it has."""
+        """The tiles or the features."""
         return self.tiles if self.features is None else self.features
 
     @property
@@ -43,18 +43,18 @@ class Example:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of tokens. A row holds one conversation or more, one after the other, and then padding.
+    """Rows of tokens. A row holds one or more conversations, one after the other, and then padding.
 
     Attributes:
       tokens: token ids.
-      image_index: of each token, -1 for a word, or the feature that takes its place among the features of its row, see
-        `pangea_jax.anyres.layout`.
-      positions: of a token in its conversation.
-      segment_ids: the number of a token's conversation in its row, from 1; 0 for padding.
-      tiles: the pictures of each row; None if their features are given.
-      features: of a frozen tower that ran before; None if tiles are given.
-      targets: the next token; None where nothing is trained.
-      weights: 1 where the target is trained, else 0; None where nothing is trained.
+      image_index: -1 for a word, else the index of the feature at this position among the features
+        of the row, see `pangea_jax.anyres.layout`.
+      positions: the position of each token in its conversation.
+      segment_ids: the number of each token's conversation in its row, from 1; 0 for padding.
+      tiles: the pictures of each row; None if `features` is given.
+      features: output of a frozen tower that ran before; None if `tiles` is given.
+      targets: the next token; None outside training.
+      weights: 1 where the target is trained, else 0; None outside training.
     """
 
     tokens: Int32[Array, "B T"]
@@ -79,8 +79,8 @@ class Batch:
 
         Args:
           row_tokens, row_tiles: capacity of a row (T and N).
-          patches: patches of a tile; shifts each `image_index` to the tiles of its example in the row.
-          template: an example that gives types and shapes, needed if `rows` may be empty.
+          patches: patches per tile, to shift each `image_index` to the tiles of its example.
+          template: an example that gives dtypes and shapes; required if all rows are empty.
         """
         template = template or next(example for row in rows for example in row)
         shape = (len(rows), row_tokens)
@@ -114,7 +114,7 @@ class Batch:
 
     @property
     def pictures(self) -> Array:
-        """Tiles or features, whichever it has."""
+        """The tiles or the features."""
         return self.tiles if self.features is None else self.features
 
     def __len__(self) -> int:
@@ -126,10 +126,9 @@ class Batch:
         return jax.tree.map(lambda x: x[rows], self)
 
     def place(self, mesh: Mesh) -> "Batch":
-        """This process's rows as part of one global batch, rows over the data axes.
+        """Puts this process's rows on its devices, as part of one global batch.
 
-        Rows of padding are added until the rows divide over the devices. The loss is a sum over a count, so they do
-        not change it.
+        Adds rows of padding until the devices share the rows evenly. They have no weight in the loss.
         """
         sharding = NamedSharding(mesh, BATCH_SPEC)
         missing = -len(self) % max(1, row_shards(mesh) // jax.process_count())
@@ -141,7 +140,7 @@ class Batch:
         return jax.tree.map(place, self)
 
     def split(self, count: int, mesh: Mesh) -> "Batch":
-        """`count` parts [count, B / count, ...]; no row moves to another device.
+        """Splits the rows into parts [count, B / count, ...]. No row moves to another device.
 
         Raises:
           ValueError: `count` does not divide the rows of a device.
@@ -155,7 +154,7 @@ class Batch:
         sharding = NamedSharding(mesh, jax.sharding.PartitionSpec(None, *BATCH_SPEC))
 
         def split(x):
-            # A device holds neighbouring rows, so the part must be the fast index.
+            # A device holds neighbouring rows; each part takes some rows of every device.
             x = x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1)
             return jax.lax.with_sharding_constraint(x, sharding)
 

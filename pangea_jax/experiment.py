@@ -1,7 +1,7 @@
-"""An experiment: what a config of launch/train.py declares, and what is built from it.
+"""An experiment: everything that a config of launch/train.py declares, and the functions that build it.
 
-Training, compiling ahead of time, inspection and benchmarks all build from here. Config files fill `Experiment` by
-`pangea_jax.typed_config.section`.
+Training, compiling ahead of time, inspection and benchmarks all use this module. Config files fill
+`Experiment` with `pangea_jax.typed_config.section`.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from pangea_jax.train.guards import GuardConfig
 from pangea_jax.train.optimizer import OptimizerConfig
 from pangea_jax.train.step import make_train_step
 
-# Names that `Experiment.pretrained` may hold: weights that the package ships, and the parts in each file.
+# Weights in the package: their name in `Experiment.pretrained` -> (file, parts of the model in it).
 PRETRAINED = {
     "tower": ("tower.safetensors", ("vision",)),
     "stage1": ("stage1.safetensors", ("projector", "newline", "language")),
@@ -49,10 +49,10 @@ class DataConfig:
     """Where the records are.
 
     Attributes:
-      store: folder that launch/build_data.py has made; "emoji" is the embedded sample.
+      store: a folder made by launch/build_data.py; "emoji" is the embedded sample.
       tokenizer: folder or file of the tokenizer; "emoji" is the sample's.
       image_id: token id of `<image>`, if the tokenizer does not define it.
-      verify: compare the store with its checksums before training.
+      verify: check the store's checksums before training.
     """
 
     store: str
@@ -68,7 +68,7 @@ class CheckpointConfig:
     Attributes:
       every: steps between two checkpoints.
       keep: number of newest checkpoints to keep.
-      keep_every: also keep every checkpoint at a multiple of this step; 0: none.
+      keep_every: also keep every checkpoint at a multiple of this number of steps; 0: none.
     """
 
     every: int = 250
@@ -78,25 +78,25 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """All that a config of launch/train.py declares.
+    """Everything that a config of launch/train.py declares.
 
     Attributes:
-      title: what figures call the run.
-      seed: of the choice of records, their order and the initial values.
-      augmented_views: random views of each picture whose features are stored before training, for a frozen tower
-        and few pictures; 0: the tower runs at every step.
-      pretrained: what training starts from, in this order: names of `PRETRAINED`, folders, or names on the Hugging
-        Face hub; "NAME:vision+language" takes parts.
+      title: the name of the run in figures.
+      seed: for the choice and order of the records, and the initial values.
+      augmented_views: number of random views of each picture whose features are computed before
+        training, for a frozen tower and few pictures; 0: the tower runs at every step.
+      pretrained: weights to start from, loaded in this order: names of `PRETRAINED`, folders, or
+        names on the Hugging Face hub. "NAME:vision+language" loads only these parts.
       frozen: patterns of parameters that do not train.
       keep: what blocks keep for the backward pass, see `pangea_jax.model.layers.KEEP`.
-      accumulation: number of parts that a batch is computed in, one after the other.
-      steps: None: as many as the examples make.
+      accumulation: number of parts of a batch, computed one after the other.
+      steps: number of steps; None: one epoch.
       log_every: steps between two log lines.
       wandb: project name of Weights & Biases; "": it is not used.
-      eval: how the sample's naming task is scored at the end; None: no evaluation.
+      eval: settings of the sample's naming task at the end; None: no evaluation.
 
     Raises:
-      ValueError: values that exclude each other, or a count below 1.
+      ValueError: values contradict each other, or a count is below 1.
     """
 
     title: str
@@ -131,7 +131,7 @@ class Experiment:
                 raise ValueError(f"config.{name} is {count}; expected a number of 1 or more")
         if self.augmented_views and (self.model.pinpoints or self.reading.multi_image == "padded"):
             raise ValueError(
-                "config.augmented_views stores features of one view of each picture; set "
+                "config.augmented_views works only with one tile per picture; set "
                 'config.model.pinpoints=() and config.reading.multi_image="anyres", or augmented_views=0'
             )
 
@@ -168,7 +168,7 @@ def make_reader(
     tokenizer: Tokenizer,
     features: Mapping[str, Float[np.ndarray, "views P E"]] | None = None,
 ) -> Reader:
-    """What reads the records: pictures as tiles, or as features of `cached_features`."""
+    """The reader of the records. Pictures are tiles, or `features` of `cached_features`."""
     if features is None:
         return Reader(tokenizer, Tiles(Geometry.of(exp.model), exp.reading, store))
     return Reader(tokenizer, CachedFeatures(features, exp.reading, newline=exp.model.newline))
@@ -182,7 +182,7 @@ def make_feed(
     *,
     approximate_restart: bool = False,
 ) -> Feed:
-    """This process's rows of all batches."""
+    """The batches of training; each process gets its own rows."""
     return pipeline.train_dataset(
         pipeline.RowSource(store, choice.rows),
         reader,
@@ -202,10 +202,10 @@ def artists(exp: Experiment) -> tuple[str, ...]:
 def load_pretrained(
     model: PangeaConfig, names: Sequence[str], mesh: jax.sharding.Mesh
 ) -> dict[str, jax.Array]:
-    """Parameters that training starts from, by name, each where it will train.
+    """Pretrained parameters by name, each on the devices where it will train.
 
     Args:
-      names: as `Experiment.pretrained`.
+      names: see `Experiment.pretrained`.
     """
     shapes = model_params.abstract(lambda: Pangea(model, rngs=nnx.Rngs(0)))[1]
     shardings = model_params.unflatten(sharding.param_shardings(shapes, mesh))
@@ -223,10 +223,10 @@ def load_pretrained(
 
 
 def frozen_tower(exp: Experiment, pretrained: Mapping[str, jax.Array]) -> VisionTower:
-    """The tower whose features can be stored.
+    """The pretrained, frozen tower of `augmented_views`.
 
     Raises:
-      ValueError: it is not pretrained, or not frozen.
+      ValueError: the tower is not pretrained, or not frozen.
     """
     graphdef, shapes = model_params.abstract(
         lambda: VisionTower(exp.model.vision, rngs=nnx.Rngs(0))
@@ -235,7 +235,7 @@ def frozen_tower(exp: Experiment, pretrained: Mapping[str, jax.Array]) -> Vision
     missing = set(names.values()) - set(pretrained)
     if missing or set(names.values()) - model_params.select(names.values(), exp.frozen):
         raise ValueError(
-            "config.augmented_views stores features of a frozen, pretrained tower: add the tower to "
+            "config.augmented_views needs a frozen, pretrained tower: add the tower to "
             'config.pretrained and "vision\\..*" to config.frozen, or set augmented_views=0'
         )
     params = {name: pretrained[full].astype(jnp.float32) for name, full in names.items()}
@@ -287,7 +287,7 @@ def make_step(
 
 
 def number_of_steps(exp: Experiment, feed: Feed) -> int:
-    """Steps of the run: `config.steps`, or the whole epoch.
+    """Number of steps: `config.steps`, or the whole epoch.
 
     Raises:
       ValueError: the length of the epoch is unknown, too short, or zero.
@@ -295,12 +295,12 @@ def number_of_steps(exp: Experiment, feed: Feed) -> int:
     wanted, there = exp.steps, feed.num_batches
     if there is None and not wanted:
         raise ValueError(
-            f'packing "{exp.pipeline.packing}" does not know its number of steps; set config.steps, '
+            f'the number of steps of packing "{exp.pipeline.packing}" is unknown; set config.steps, '
             'or pipeline.packing to "planned", "balanced" or "none"'
         )
     if there is not None and (wanted or 1) > there:
         raise ValueError(
-            f"the examples chosen make {there} steps of {exp.pipeline.rows} rows, "
+            f"the chosen examples make {there} steps of {exp.pipeline.rows} rows, "
             f"not {wanted or 1}; lower config.steps or pipeline.rows, or raise mixture.num_examples"
         )
     return wanted or there
@@ -312,7 +312,7 @@ def step_flops(
     """Model FLOPs of a step on `rows` rows, padding included, see `train_flops`.
 
     Args:
-      shapes: of all parameters by name.
+      shapes: shapes of all parameters by name.
     """
     batch = exp.pipeline
     return train_flops(
@@ -327,7 +327,7 @@ def step_flops(
 
 
 def batch_shapes(exp: Experiment, mesh: jax.sharding.Mesh) -> Batch:
-    """What a step is given: a batch of the data pipeline, with rows added until the devices share them evenly."""
+    """Shapes of a step's batch, with rows added until the devices share them evenly."""
     config, shards, vision = exp.pipeline, sharding.row_shards(mesh), exp.model.vision
     rows = -(-config.rows // shards) * shards
     placed = jax.sharding.NamedSharding(mesh, sharding.BATCH_SPEC)

@@ -1,10 +1,10 @@
 """The languages of PangeaIns and PangeaBench: one table, and one function to look up a tag.
 
 PangeaIns has 39 languages (paper, Table 5; counts in thousands of samples). The paper says that
-PangeaBench covers 47 but prints no list. The table has every language that one of the 14 datasets
-of PangeaBench names, 55 in all. The 39 of PangeaIns and the 36 of XM100 together are exactly 47,
-the only way we found to get that number (`PANGEABENCH`). The other eight occur only in CVQA,
-xChatBench, M3Exam, MMMLU or XStoryCloze and are needed to score those.
+PangeaBench covers 47 languages, but it has no list. The 14 datasets of PangeaBench name 55
+languages, and the table below has them all. The 39 of PangeaIns and the 36 of XM100 together are
+exactly 47, and we found no other way to get that number (`PANGEABENCH`). The other eight occur only
+in CVQA, xChatBench, M3Exam, MMMLU or XStoryCloze.
 """
 
 import difflib
@@ -16,12 +16,11 @@ class Language:
     """One language.
 
     Attributes:
-      code: canonical tag, as PangeaIns uses it on the Hub; only Hebrew differs, `he` here, `iw`
-        there.
+      code: canonical tag, as in PangeaIns, except for Hebrew: `he` here, `iw` in PangeaIns.
       english_name: name in English.
       native_name: name in the language itself.
-      script: ISO 15924 code of the script it is written in here.
-      aliases: other tags that the released datasets and harnesses use.
+      script: ISO 15924 code of the script.
+      aliases: other tags in the released datasets and evaluation harnesses.
       pangeains_thousands: thousands of PangeaIns samples (paper, Table 5), None outside PangeaIns.
     """
 

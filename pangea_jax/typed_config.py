@@ -1,7 +1,7 @@
-"""Configs from dataclasses: a dataclass declares names, types and defaults; a config file and flags fill them.
+"""Configs from dataclasses: a dataclass declares names, types and defaults; files and flags fill them.
 
-`section` makes the `ml_collections.ConfigDict` that a config file fills and flags override. `build` turns it into the
-dataclass, and checks names and types by the dataclass's own declaration.
+`section` makes the `ml_collections.ConfigDict` that a config file fills and flags override. `build`
+makes the dataclass from it, and checks names and types against the declaration.
 """
 
 import collections.abc
@@ -18,19 +18,19 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A config has an unknown key, lacks one, or has a value of the wrong type; names the key."""
+    """A key of a config is unknown or missing, or its value has the wrong type; names the key."""
 
 
 def section(kind: type, **values: Any) -> ConfigDict:
-    """A config with every key of a dataclass and its defaults, those within it included.
+    """A config with all keys and defaults of a dataclass, and of the dataclasses in it.
 
-    Keys without a default are empty until they are set.
+    A key without a default has no value until it is set.
 
     Args:
-      values: keys to set at once; of a part, a mapping of some of its keys.
+      values: keys to set. For a dataclass in it, the value is a mapping of some of its keys.
 
     Raises:
-      ConfigError: a key is unknown; names the nearest.
+      ConfigError: a key is unknown; the message names the nearest known key.
     """
     config, hints = ConfigDict(), typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -50,7 +50,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _empty(hint: Any, default: Any) -> Any:
-    """What a key holds before it is set. A reference keeps the type of a key that is None."""
+    """The value of a key before it is set. A FieldReference keeps the type of a key that is None."""
     if dataclasses.is_dataclass(hint):
         given = default if dataclasses.is_dataclass(default) else None
         return section(hint, **({} if given is None else dataclasses.asdict(given)))
@@ -68,7 +68,7 @@ def _empty(hint: Any, default: Any) -> Any:
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:
-    """The type of a key that is set, and whether None is allowed."""
+    """The type without None, and whether None is allowed."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return hint, False
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
@@ -76,14 +76,14 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
 
 
 def build(kind: type[T], config: Mapping[str, Any] | ConfigDict, where: str = "config") -> T:
-    """The dataclass that a config describes.
+    """Makes the dataclass from a config.
 
     Args:
-      where: what errors call the config.
+      where: the name of the config in errors.
 
     Raises:
-      ConfigError: a key that the dataclass does not have, a key without a value, or a value of another type.
-      ValueError: a value that the dataclass refuses.
+      ConfigError: a key is unknown or has no value, or a value has the wrong type.
+      ValueError: the dataclass refuses a value.
     """
     hints = typing.get_type_hints(kind)
     values = {}
@@ -104,13 +104,13 @@ def check_key(kind: type, key: str) -> None:
     """Checks a key such as `pipeline.rows` against the declaration.
 
     Raises:
-      ConfigError: it is unknown; names the nearest.
+      ConfigError: the key is unknown; the message names the nearest known key.
     """
     where, hint = "config", kind
     for name in key.split("."):
         hint = _without_none(hint)[0]
         if not dataclasses.is_dataclass(hint):
-            return  # within a mapping, such as mixture.weights.en
+            return  # a key of a mapping, such as mixture.weights.en
         hints = typing.get_type_hints(hint)
         _known(name, hints, where)
         where, hint = f"{where}.{name}", hints[name]
@@ -124,7 +124,7 @@ def _known(name: str, names: Iterable[str], where: str) -> None:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type that is declared."""
+    """Converts `value` to the declared type."""
     kind, optional = _without_none(hint)
     if value is None and optional:
         return None

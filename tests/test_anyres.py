@@ -1,4 +1,4 @@
-"""Geometry of any-resolution pictures against published counts and the reference packing."""
+"""Compares the any-resolution geometry with published counts and the reference packing."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from pangea_jax.anyres import best_resolution, layout
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
-# size, canvas, tiles, features left of the canvas, picture tokens: LLaVA-NeXT's own functions.
+# size, canvas, tiles, features without padding, picture tokens; from LLaVA-NeXT's own functions.
 GOLDEN = [
     ((336, 336), (336, 672), 3, (24, 24), 1176),
     ((224, 224), (336, 672), 3, (24, 24), 1176),
@@ -44,7 +44,7 @@ def test_first_of_equally_good_canvases_wins():
 
 
 def test_order_of_tokens_in_a_picture_small_enough_to_read():
-    # One row of two tiles of 2 x 2 patches; the height of 2 patches keeps both rows.
+    # One row of two tiles of 2 x 2 patches. The image covers both rows of patches.
     found = layout((4, 2), ((4, 2),), 2, 2)
     base = [1, 2, 3, 4]
     first_line, second_line = [5, 6, 9, 10, 0], [7, 8, 11, 12, 0]
@@ -85,7 +85,7 @@ def test_bad_arguments(arguments, message):
 
 
 def reference_index(model, size, tiles, patches, newline_value):
-    """The reference's packing of features that hold their own index."""
+    """The reference's packing. Each feature has its own index as its value."""
     torch = pytest.importorskip("torch")
     features = torch.arange(1, 1 + tiles * patches, dtype=torch.float64).reshape(tiles, patches, 1)
     packed, _ = model.model.pack_image_features(

@@ -1,4 +1,4 @@
-"""A batch: rows in their places on the mesh, and parts of them. How rows are filled: tests/data/test_pipeline.py."""
+"""Rows of a batch on the mesh, and parts of a batch. tests/data/test_pipeline.py tests how rows are filled."""
 
 import jax
 import numpy as np

@@ -29,7 +29,7 @@ FLOORS = (
 )
 # Pairs of the same floor that never import each other.
 STRANGERS = {frozenset({"model", "data"})}
-# (importing module, imported module) that climb today, each to be removed.
+# Exceptions that should be removed: (importing module, imported module from a higher floor).
 CLIMBING: set[tuple[str, str]] = set()
 # File names that several modules may have.
 RECURRING = {
@@ -54,7 +54,7 @@ MODULES = find_modules()
 
 
 def without_type_checking(tree: ast.AST):
-    """All nodes but those under `if TYPE_CHECKING:`, which never run."""
+    """All nodes except those under `if TYPE_CHECKING:`, which never run."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
@@ -63,7 +63,7 @@ def without_type_checking(tree: ast.AST):
 
 
 def imports_of(module: str) -> set[str]:
-    """The project's modules that one imports, those in its functions included."""
+    """The project's modules that `module` imports, also within functions."""
     found = set()
     for node in without_type_checking(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -126,7 +126,7 @@ def test_one_name_means_one_job():
         # Each of them alone takes longer than the 0.3 s allowed for `import pangea_jax`.
         ("pangea_jax", {"jax", "numpy"}),
         ("pangea_jax.languages", {"jax", "numpy"}),
-        # Without them `launch/train.py --help` takes half of the 3 s allowed, with them more than 4.
+        # `launch/train.py --help` may take 3 s. It takes half of that without these, and more than 4 s with them.
         ("launch.train", {"torch", "matplotlib", "scipy.stats"}),
     ],
 )
@@ -138,7 +138,7 @@ def test_an_import_loads_nothing_heavy(module, heavy):
 
 
 def test_the_map_of_the_house_names_files_that_are_there():
-    """docs/architecture.md, "Where is it?": every file exists, and has what the row names."""
+    """docs/architecture.md, "Where is it?": every file exists and contains the names in its row."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     table = text.split("## Where is it?")[1].split("##")[0]
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]

@@ -1,4 +1,4 @@
-"""What `pip install .` brings, as pyproject.toml declares it. Building the package is not needed for this."""
+"""Checks what pyproject.toml declares for `pip install .`, without building the package."""
 
 import ast
 import importlib.util

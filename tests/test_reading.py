@@ -1,4 +1,4 @@
-"""Training and answering read a conversation alike: the same tokens, places and tiles, for every config and policy."""
+"""Training and answering read a conversation equally: same tokens, places and tiles for all configs and policies."""
 
 import dataclasses
 import importlib
@@ -99,7 +99,7 @@ def store(tmp_path_factory):
 
 
 def answering(exp, tokenizer, **changes):
-    """An engine of the experiment's reading and picture geometry; its layers are small and random."""
+    """An engine with the experiment's policy and picture geometry, and with small random layers."""
     vision = dataclasses.replace(exp.model.vision, width=16, layers=2, heads=2, mlp=16)
     language = dataclasses.replace(
         exp.model.language,
@@ -116,7 +116,7 @@ def answering(exp, tokenizer, **changes):
 
 
 def as_messages(record):
-    """What a user of the engine writes to ask the same."""
+    """The record as messages for the engine."""
     left, messages = list(record.images), []
     for turn in record.turns:
         message = {"role": turn.role, "content": turn.text}
@@ -190,7 +190,7 @@ def read(exp, record, tokenizer):
 
 
 def test_what_a_policy_means(emoji_tokenizer, pangea):
-    """The cases that training and answering once read differently."""
+    """Cases that training and answering read differently in the past."""
     colours = {}
     for name in ("reference", "background"):
         exp = dataclasses.replace(pangea, reading=POLICIES[name])

@@ -18,7 +18,7 @@ from pangea_jax.train.state import init_state
 
 @pytest.fixture(scope="module")
 def full_size():
-    """Names and shapes of Pangea-7B; no memory is taken."""
+    """Names and shapes of Pangea-7B, without allocating it."""
     return model_params.abstract(lambda: Pangea(PangeaConfig(), rngs=nnx.Rngs(0)))[1]
 
 
@@ -44,7 +44,7 @@ def test_every_parameter_of_the_full_model_has_a_place(full_size, sizes):
         for name, leaf in full_size.items()
     )
     total = sum(map(size, full_size.values()))
-    # Everything but norms, biases and single vectors is cut into `split` pieces.
+    # Everything except norms, biases and single vectors is split into `split` pieces.
     assert total / split <= local <= total / split + 0.02 * total
     if split > 1:
         whole = [name for name, s in shardings.items() if s.is_fully_replicated]
@@ -88,7 +88,7 @@ def test_too_many_replicated_bytes_are_an_error():
     shapes["language.final_norm.scale"] = jax.ShapeDtypeStruct((64,), jnp.float32)
     with pytest.raises(ValueError, match=r"3\.0% of the parameter bytes are replicated"):
         sharding.param_shardings(shapes, AbstractMesh((1, 8, 1), sharding.AXES))
-    # Data parallelism alone is meant to replicate.
+    # With data parallelism alone, parameters must be replicated.
     assert sharding.param_shardings(shapes, AbstractMesh((8, 1, 1), sharding.AXES))
 
 
@@ -117,7 +117,7 @@ def test_only_one_axis_can_be_left_open():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What JAX knows of a TPU device."""
+    """The attributes of a TPU device in JAX."""
 
     id: int
     slice_index: int
@@ -162,7 +162,7 @@ def test_only_the_data_axis_leaves_a_slice(asked, made):
 def test_neighbours_on_the_mesh_are_neighbours_in_their_slice():
     for ring in sharding.make_mesh(2, 4, 4, devices=fake_slices(2)).devices.reshape(-1, 4):
         places = np.array([device.coords for device in ring])
-        # One hop from each to the next, and, as far as a line of chips goes, back to the first.
+        # One hop from each device to the next, and back to the first if the chips form a ring.
         assert (np.abs(np.diff(places, axis=0)).sum(1) == 1).all()
 
 
@@ -191,7 +191,7 @@ def fake_hosts(kind, slices=1):
     ("data", "tensor", "slices"), [(1, 1, 1), (1, 2, 1), (2, 2, 2), (1, 4, 1), (4, 4, 2)]
 )
 def test_a_row_lies_within_one_process(kind, data, tensor, slices):
-    """Each process reads rows of its own: of another one's row its chips would compute with the wrong tokens."""
+    """Each process reads its own rows. If a row were split over processes, its tokens would be wrong."""
     devices = fake_hosts(kind, slices)
     grid = sharding.make_mesh(data, -1, tensor, devices=devices).devices
     assert set(grid.flat) == set(devices)
@@ -200,7 +200,7 @@ def test_a_row_lies_within_one_process(kind, data, tensor, slices):
 
 
 def test_a_row_over_several_processes_is_an_error():
-    """One GPU a process, as launch/gpu/train.sbatch starts them."""
+    """One GPU per process, as launch/gpu/train.sbatch starts them."""
     devices = [Chip(i, 0, (0, 0, 0), "gpu", "NVIDIA H200", process_index=i) for i in range(8)]
     assert sharding.make_mesh(2, 4, 1, devices=devices).shape["fsdp"] == 4
     with pytest.raises(ValueError, match=r"the 1 devices of a process; set --config\.mesh\.tensor"):
@@ -208,7 +208,7 @@ def test_a_row_over_several_processes_is_an_error():
 
 
 def test_nodes_of_gpus_are_no_slices():
-    """XLA numbers them in `slice_index` too, and fsdp may go over several."""
+    """XLA numbers nodes in `slice_index` too, but fsdp may use several nodes."""
     devices = fake_slices(2, platform="gpu")
     assert sharding.num_slices(devices) == 1 and sharding.num_slices(jax.devices()) == 1
 

@@ -1,4 +1,4 @@
-"""Configs from dataclasses: the declaration decides names, types and defaults."""
+"""A dataclass decides names, types and defaults of a config."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ def test_a_part_that_may_be_none_is_made_from_a_section():
 
 
 def test_a_value_of_another_type_cannot_be_set():
-    """ml_collections keeps the type that the declaration gave, also of a key that is None."""
+    """ml_collections keeps the declared type, even if the value is None."""
     config = section(Part, rate=1.0)
     with pytest.raises(TypeError):
         config.limit = "four"

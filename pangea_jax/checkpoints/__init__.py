@@ -1,4 +1,4 @@
-"""Checkpoints of whole models: the public Hugging Face layouts and our own form, read and written."""
+"""Reads and writes checkpoints of models: the public Hugging Face layouts and our own form."""
 
 from pangea_jax.checkpoints.config import SpecialTokens, config_from_folder
 from pangea_jax.checkpoints.files import CheckpointError

@@ -1,5 +1,6 @@
-"""Converts a checkpoint from one form to another, part by part; the whole model is never in memory."""
+"""Converts a checkpoint from one form to another in small parts, never with the whole model in memory."""
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from pangea_jax.model import PangeaConfig
 from pangea_jax.work.atomic import write_json
 
 FORMATS = ("orbax", "hf")
-# transformers reads these, vLLM the first. The other layouts in `names.LAYOUTS` can only be read.
+# transformers reads both, vLLM reads the first. The other layouts in `names.LAYOUTS` can only be read.
 LAYOUTS = ("transformers-4", "transformers-5")
 PART_BYTES = 2**26
 
@@ -40,28 +41,28 @@ def convert(
     layout: str = "transformers-4",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Writes the model in `source` to `target`: weights, config, tokenizer, processor and how
-    the model reads a conversation.
+    """Writes the model in `source` to `target`: weights, config, tokenizer, processor, reading policy.
 
-    The files go to `<target>.partial`, which is renamed when it is complete. One left by an earlier call is removed.
+    The files are written to `<target>.partial`, which is renamed when it is complete. If an earlier
+    call left such a folder, it is removed first. The parameters are the flags of launch/convert.py.
 
     Args:
       source: a folder in any form that `pangea_jax.checkpoints.load` reads.
       target: a new or empty folder.
-      tokenizer: of the model; its special tokens go into config.json.
+      tokenizer: the model's; its special tokens go into config.json.
       tokenizer_files: the folder or file of the tokenizer.
       form: one of `FORMATS`.
       dtype: float32, bfloat16 or float16; by default as in the source.
-      layout: one of `LAYOUTS`: the names of tensors if `form` is "hf".
-      progress: called with the bytes written so far and in all.
+      layout: one of `LAYOUTS`, the names of the tensors if `form` is "hf".
+      progress: called with (bytes written so far, all bytes).
 
     Returns:
       Sentences that say what the result cannot do; none if it is complete.
 
     Raises:
-      CheckpointError, FileNotFoundError: `source` is damaged or incomplete; `target` is untouched.
-      FileExistsError: `target` is there already.
-      ValueError: an unknown form or layout, or values that do not fit `dtype`.
+      CheckpointError, FileNotFoundError: `source` is damaged or incomplete; `target` is unchanged.
+      FileExistsError: `target` exists already.
+      ValueError: the form or layout is unknown, or values do not fit `dtype`.
     """
     for value, allowed in ((form, FORMATS), (layout, LAYOUTS)):
         if value not in allowed:
@@ -79,20 +80,7 @@ def convert(
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    total = sum(int(np.prod(e.shape)) * dtypes[e.path].itemsize for e in entries)
-    done = 0
-
-    def count(nbytes):
-        nonlocal done
-        done += nbytes
-        progress(done, total)
-
-    count(0)
-    if form == "orbax":
-        _write_orbax(partial, entries, dtypes, weights, count)
-    else:
-        plan = _plan(entries, dtypes, weights)
-        write(partial, plan, huggingface.MAX_SHARD_BYTES, threads=weights.threads, progress=count)
+    _write_weights(partial, form, entries, dtypes, weights, progress)
     notes = processor.write(partial, config, tokenizer, tokenizer_files)
     write_json(partial / "generation_config.json", config_file.generation_config(tokens))
     write_json(partial / "config.json", content)
@@ -110,9 +98,9 @@ def _open(source: Path):
     config = config_from_folder(source)
     if config.language.lora.rank:
         raise CheckpointError(
-            f"{source} trains adapters, which no public layout has. When the run ends, its folder model/ has them "
-            "merged; before that, use checkpoints.save(checkpoints.load_model(DIR), config, OUT) in Python, or "
-            "--format=peft for the adapters alone"
+            f"{source} trains adapters, which no public layout has. When the run ends, its folder model/ has the "
+            "merged weights. Before that, use checkpoints.save(checkpoints.load_model(DIR), config, OUT) in "
+            "Python, or --format=peft for the adapters alone"
         )
     weights = open_weights(source, config)
     if isinstance(weights, orbax.OrbaxArrays):
@@ -126,38 +114,52 @@ def _check_vocabulary(source: Path, config: PangeaConfig, tokenizer: Tokenizer):
     if named not in (None, tokenizer.image_id):
         raise CheckpointError(
             f"{source}: config.json has <image> at {named}, the tokenizer at "
-            f"{tokenizer.image_id}; give the model's own with --tokenizer"
+            f"{tokenizer.image_id}; pass the model's own with --tokenizer"
         )
     if tokenizer.vocab_size > config.language.vocab_size:
         raise CheckpointError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only "
-            f"{config.language.vocab_size}; give the model's own with --tokenizer"
+            f"{config.language.vocab_size}; pass the model's own with --tokenizer"
         )
 
 
-def _write_orbax(folder, entries, dtypes, weights, count):
-    def chunk(entry):
-        shape = list(entry.shape)
-        shape[0] = 1 if entry.stacked else shape[0]
-        itemsize = dtypes[entry.path].itemsize
-        shape[entry.major_axis] = entry.block_rows(itemsize, PART_BYTES)
-        return tuple(shape)
+def _write_weights(folder, form, entries, dtypes, weights, progress) -> None:
+    total = sum(int(np.prod(e.shape)) * dtypes[e.path].itemsize for e in entries)
+    done = 0
 
-    def parts() -> Iterator[orbax.Part]:
-        for entry in entries:
-            for _, index in entry.blocks(dtypes[entry.path].itemsize, PART_BYTES):
+    def count(nbytes):
+        nonlocal done
+        done += nbytes
+        progress(done, total)
 
-                def make(entry=entry, index=index):
-                    return weights.read(entry.path, index, dtypes[entry.path])
-
-                yield orbax.Part(entry.path, index, make)
-
-    arrays = {e.path: (e.shape, chunk(e), dtypes[e.path]) for e in entries}
-    for nbytes in in_order(orbax.write(folder, arrays, parts()), weights.threads):
+    count(0)
+    if form == "hf":
+        plan = _plan_public(entries, dtypes, weights)
+        write(folder, plan, huggingface.MAX_SHARD_BYTES, threads=weights.threads, progress=count)
+        return
+    arrays = {e.path: (e.shape, _chunk(e, dtypes[e.path]), dtypes[e.path]) for e in entries}
+    parts = _plan_orbax(entries, dtypes, weights)
+    for nbytes in in_order(orbax.write(folder, arrays, parts), weights.threads):
         count(nbytes)
 
 
-def _plan(entries, dtypes, weights) -> Iterator[Planned]:
+def _chunk(entry, dtype) -> tuple[int, ...]:
+    """The shape of the parts of an array in Orbax's files."""
+    shape = list(entry.shape)
+    shape[0] = 1 if entry.stacked else shape[0]
+    shape[entry.major_axis] = entry.block_rows(dtype.itemsize, PART_BYTES)
+    return tuple(shape)
+
+
+def _plan_orbax(entries, dtypes, weights) -> Iterator[orbax.Part]:
+    for entry in entries:
+        dtype = dtypes[entry.path]
+        for _, index in entry.blocks(dtype.itemsize, PART_BYTES):
+            read = functools.partial(weights.read, entry.path, index, dtype)
+            yield orbax.Part(entry.path, index, read)
+
+
+def _plan_public(entries, dtypes, weights) -> Iterator[Planned]:
     for entry in entries:
         dtype = dtypes[entry.path]
         parts = {name: [] for name in entry.names}

@@ -1,4 +1,4 @@
-"""Loads a model by folder or hub name, in any form."""
+"""Finds the folder of a model, and loads parameters, tokenizer and reading policy from it."""
 
 import json
 import os
@@ -30,31 +30,31 @@ _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
 
 
 def resolve(name_or_path: str | os.PathLike) -> Path:
-    """The folder of a model; a model of the Hugging Face hub is fetched first.
+    """The folder of a model; downloads a model of the Hugging Face hub.
 
     Args:
       name_or_path: a folder (or .safetensors file), or `owner/name` on the hub.
 
     Raises:
-      FileNotFoundError: neither a folder nor of the form of a hub name.
-      CheckpointError: the hub cannot be reached, does not have it, or asks for a login.
+      FileNotFoundError: there is no such folder, and the name is not a hub name.
+      CheckpointError: the hub cannot be reached, does not have the model, or asks for a login.
     """
-    # A shell leaves the ~ of --model=~/DIR as it is.
+    # A shell does not expand the ~ in --model=~/DIR.
     path = Path(name_or_path).expanduser()
     if path.exists():
         return path
     name = str(name_or_path)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise FileNotFoundError(f"there is no folder {name}, and that is no hub name (owner/name)")
+        raise FileNotFoundError(f"there is no folder {name}, and it is not a hub name (owner/name)")
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_PATTERNS))
-    except Exception as error:  # of whatever HTTP library its version uses; none is hidden
+    except Exception as error:  # the type depends on the version's HTTP library
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise CheckpointError(
-            f"there is no folder {name}, and it could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}: {reason}); without a network, fetch it elsewhere "
+            f"there is no folder {name}, and it could not be downloaded from the Hugging Face hub "
+            f"({type(error).__name__}: {reason}); without a network, download it elsewhere "
             f"(`hf download {name} --local-dir=DIR`) and pass the folder"
         ) from None
 
@@ -69,14 +69,14 @@ def load(
 ) -> nnx.State:
     """Reads parameters from a public layout, from our own form, or from the newest step of a run.
 
-    Each parameter goes straight to its devices. The host holds one at a time, and of a sharded one the part of one
-    device.
+    Each parameter goes straight to its devices. The host holds one parameter at a time; if it is
+    sharded, only the part of one device.
 
     Args:
       path: a folder, or a .safetensors file.
-      config: sizes; by default from the folder's config.json.
-      only: some of "vision", "projector", "newline", "language", to start from a tower or a decoder alone; the
-        checkpoint may hold other parts.
+      config: the sizes; by default from the folder's config.json.
+      only: some of "vision", "projector", "newline", "language", for example to load a tower alone.
+        The checkpoint may have other parts.
       dtype: of the parameters; by default as in the checkpoint.
       shardings: a state shaped like the result with a `jax.sharding.Sharding` for every parameter.
 
@@ -84,8 +84,9 @@ def load(
       The parameters (of `only`), for `nnx.update(model, state)` or `nnx.merge`.
 
     Raises:
-      FileNotFoundError: nothing there.
-      CheckpointError: names the missing, unexpected or misshapen tensors, or the broken file.
+      FileNotFoundError: there is no checkpoint.
+      CheckpointError: tensors are missing, unexpected or have a wrong shape, or a file is damaged;
+        the message names them.
     """
     weights = open_weights(path, config, only)
     targets = flatten(shardings) if shardings is not None else {}
@@ -100,7 +101,7 @@ def load(
 def open_weights(
     path: str | os.PathLike, config: PangeaConfig | None, only: Sequence[str] | None = None
 ) -> huggingface.PublicWeights | orbax.OrbaxArrays:
-    """The parameters of a model, of which any part can be read; arguments and errors as for `load`."""
+    """Opens a model's parameters to read any part of them; arguments and errors as for `load`."""
     location, config = orbax.find(path), config or config_from_folder(path)
     if location is None:
         return huggingface.PublicWeights(path, config, only)
@@ -108,7 +109,7 @@ def open_weights(
 
 
 def _place(weights, name, dtype, sharding) -> jax.Array:
-    """One parameter on its devices, each part read by itself."""
+    """One parameter on its devices. The part of each device is read alone."""
     dtype, shape = np.dtype(dtype or weights.dtype(name)), weights.shapes[name]
     if sharding is None:
         # Nothing else holds the array, so a CPU may use it without a copy.
@@ -120,7 +121,7 @@ def _place(weights, name, dtype, sharding) -> jax.Array:
 
 
 def load_model(path: str | os.PathLike, config: PangeaConfig | None = None, **kwargs) -> Pangea:
-    """The whole model from a folder; arguments as of `load`."""
+    """The whole model from a folder; arguments as for `load`, without `only`."""
     if kwargs.get("only") is not None:
         raise ValueError("load_model() makes whole models; use load(only=...) and nnx.update")
     config = config or config_from_folder(path)
@@ -128,7 +129,10 @@ def load_model(path: str | os.PathLike, config: PangeaConfig | None = None, **kw
 
 
 def tokenizer_files(path: str | os.PathLike) -> Path:
-    """The folder or file of a model's tokenizer: its own folder, or what the config of its training run names."""
+    """The folder or file of a model's tokenizer.
+
+    The config of a training run names it; for other models it is the model's own folder.
+    """
     data = read_config(path)[1].get("data")
     named = data.get("tokenizer") if isinstance(data, dict) else None
     if named is None:
@@ -137,13 +141,13 @@ def tokenizer_files(path: str | os.PathLike) -> Path:
 
 
 def load_policy(path: str | os.PathLike) -> ReadingPolicy:
-    """How the model in a folder reads conversations: as it was trained to, where that was saved.
+    """How the model in a folder reads conversations.
 
-    It lies in `reading.json` beside the weights, or in the config of a training run. A model without either was
-    imported, and reads as the reference does.
+    The policy is in `reading.json` beside the weights, or in the config of a training run. A model
+    without either was imported and reads like the reference.
 
     Raises:
-      ValueError: what was saved is damaged; names the file.
+      ValueError: the saved policy is damaged; the message names the file.
     """
     path = Path(path)
     file = (path if path.is_dir() else path.parent) / POLICY_FILE
@@ -166,13 +170,13 @@ def load_tokenizer(
     """The tokenizer of the model in a folder.
 
     Args:
-      path: the model's folder. If the tokenizer's files do not give the id of `<image>`, its config.json does;
-        if neither does, as in LLaVA's own layout, it is Pangea's.
+      path: the model's folder. The id of `<image>` comes from the tokenizer's files, else from
+        config.json. If neither has it, as in LLaVA's own layout, it is Pangea's id.
       files: the folder or file of the tokenizer; by default `tokenizer_files(path)`.
 
     Raises:
-      FileNotFoundError: no tokenizer there.
-      ValueError: a tokenizer that cannot be used, or that disagrees with config.json.
+      FileNotFoundError: there is no tokenizer.
+      ValueError: the tokenizer cannot be used, or disagrees with config.json.
     """
     files = Path(files or tokenizer_files(path))
     try:

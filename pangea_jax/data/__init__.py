@@ -1,1 +1,1 @@
-"""From bytes on disk to a sharded batch: records, store, tokenizer, pictures, pipeline."""
+"""The data pipeline: records, store, tokenizer, images, and batches made from them."""

@@ -28,7 +28,7 @@ def trained_tokens(row: Batch) -> np.ndarray:
 
 
 def render_row(row: Batch, tokenizer: Tokenizer, patches: int) -> Iterator:
-    """Yields rich renderables: a rule and the words of every segment; an image is one phrase."""
+    """Yields rich renderables: a rule and the words of every segment, with one phrase per image."""
     trained, pictured = trained_tokens(row), row.image_index >= 0
     segments = row.segment_ids
     for segment in range(1, int(segments.max(initial=0)) + 1):
@@ -68,12 +68,7 @@ def describe(batch: Batch, patches: int) -> str:
 
 
 def print_batch(
-    batch: Batch,
-    tokenizer: Tokenizer,
-    patches: int,
-    console: Console,
-    *,
-    rows: int,
+    batch: Batch, tokenizer: Tokenizer, patches: int, console: Console, *, rows: int
 ) -> None:
     """Prints the first `rows` rows, with the trained tokens in colour."""
     console.print(describe(batch, patches), highlight=False)
@@ -86,7 +81,7 @@ def print_batch(
 
 
 def contact_sheet(batch: Batch, patches: int, *, rows: int) -> Image.Image:
-    """The tiles of the first `rows` rows, one or more lines per row; unused tiles are crossed out."""
+    """A picture of the tiles of the first `rows` rows. Unused tiles are crossed out."""
     tiles, index = batch.tiles[:rows], batch.image_index[:rows]
     count, per_row, side = tiles.shape[0], tiles.shape[1], tiles.shape[2]
     columns = min(per_row, max(1, _SHEET_WIDTH // (min(side, 160) + _GAP)))

@@ -1,4 +1,4 @@
-"""ChatML: turns a conversation into tokens, loss mask and image positions; used everywhere.
+"""ChatML: turns a conversation into tokens, loss mask and image positions.
 
     <|im_start|>system
     You are a helpful assistant.<|im_end|>
@@ -30,7 +30,7 @@ from pangea_jax.data.tokenizer import Tokenizer
 SYSTEM_PROMPT = "You are a helpful assistant."
 LOSS_MASKS = ("answer", "pangea")
 
-# Short messages (questions, names of a small vocabulary) come again; long ones do not.
+# Short messages often repeat, such as questions and names; long messages do not.
 _CACHED_CHARACTERS, _CACHED_MESSAGES = 256, 16_384
 
 
@@ -41,8 +41,8 @@ class Rendered:
     Attributes:
       tokens: ids; positions of image features hold the `<image>` id.
       trained: true for each token that the model is trained to predict.
-      image_index: -1 for words, else the index of the feature at this position, counted over all
-        tiles of this conversation (see `pangea_jax.model.Pangea`).
+      image_index: -1 for words, else the index of the feature at this position among the features
+        of all tiles of this conversation (see `pangea_jax.model.Pangea`).
     """
 
     tokens: Int[np.ndarray, " T"]
@@ -64,11 +64,13 @@ def render(
 ) -> Rendered:
     """Renders turns and replaces each `<image>` marker by the layout of its image.
 
+    The parameters are many because images, loss mask and template vary independently.
+
     Args:
       turns: user and assistant in alternation; `<image>` markers in the order of `layouts`.
       layouts: for each image, `image_index` counted from its own first tile.
-      tiles_per_image, patches: number of tiles of each image, and of patches per tile. They shift
-        the index of each image behind the images before it.
+      tiles_per_image, patches: number of tiles of each image, and of patches per tile. Only needed
+        for several images, because the index of each image starts after the images before it.
       loss_mask: "answer" trains the assistant's words and the end token. "pangea" trains what
         LLaVA-NeXT's `preprocess_qwen` trains: the whole assistant message with its header, and
         every newline, <|im_start|> and <|im_end|> anywhere.
@@ -76,7 +78,7 @@ def render(
       move_marker_first: put the only marker of a message before its words, see `marker_first`.
 
     Raises:
-      ValueError: the numbers of markers and layouts differ, or the mask is unknown.
+      ValueError: the numbers of markers and layouts differ, or the loss mask is unknown.
     """
     if loss_mask not in LOSS_MASKS:
         raise ValueError(f"loss_mask {loss_mask!r} is not one of {LOSS_MASKS}")
@@ -94,7 +96,7 @@ def render(
         message = _cached_message if len(text) <= _CACHED_CHARACTERS else _message
         spans.append(message(tokenizer, role, text, loss_mask))
     if answer_next:
-        spans.append(_header(tokenizer, "assistant", loss_mask))
+        spans.append(_answer_header(tokenizer, loss_mask))
     return _assemble(spans, _shifted(layouts, tiles_per_image, patches), tokenizer.image_id)
 
 
@@ -150,7 +152,7 @@ def _parts(message: Mapping[str, Any], name: str) -> tuple[str, list[Any]]:
     lines, pictures = [], []
     for j, part in enumerate(parts):
         if part.get("type") == "text" and isinstance(part.get("text"), str):
-            # A marker that somebody wrote in a text is not an image.
+            # The user wrote this marker as text. It is not an image.
             lines.append(part["text"].replace(IMAGE_MARKER, "<image\u200b>"))
         else:
             pictures.append(_picture(part, f"{name}.content[{j}]"))
@@ -230,12 +232,11 @@ class _Span(NamedTuple):
 
 
 def _message(tokenizer, role, text, loss_mask) -> tuple[_Span, ...]:
-    """One message as spans; there is one image between two neighbouring spans."""
+    """One message as spans. Between two neighbouring spans there is one image."""
     # Header and text are tokenised as one string, as in the reference: if the text starts with a
     # newline, it shares a token with the newline of the header.
-    pieces = [
-        tokenizer.encode(piece) if piece else [] for piece in f"{role}\n{text}".split(IMAGE_MARKER)
-    ]
+    texts = f"{role}\n{text}".split(IMAGE_MARKER)
+    pieces = [tokenizer.encode(piece) if piece else [] for piece in texts]
     pieces[0] = [tokenizer.im_start_id, *pieces[0]]
     newline = list(tokenizer.newline_ids)
     pieces[-1] = [*pieces[-1], tokenizer.im_end_id, *newline]
@@ -245,17 +246,15 @@ def _message(tokenizer, role, text, loss_mask) -> tuple[_Span, ...]:
         start = sum(1 for _ in itertools.takewhile(bool, map(int.__eq__, header, pieces[0])))
         trained[0][:start] = False
         trained[-1][len(pieces[-1]) - len(newline) :] = False
-    return tuple(
-        map(_span, itertools.repeat(tokenizer), itertools.repeat(loss_mask), pieces, trained)
-    )
+    return tuple(_span(tokenizer, loss_mask, *piece) for piece in zip(pieces, trained, strict=True))
 
 
 _cached_message = functools.lru_cache(maxsize=_CACHED_MESSAGES)(_message)
 
 
 @functools.lru_cache(maxsize=64)
-def _header(tokenizer, role, loss_mask) -> tuple[_Span, ...]:
-    tokens = [tokenizer.im_start_id, *tokenizer.encode(f"{role}\n")]
+def _answer_header(tokenizer, loss_mask) -> tuple[_Span, ...]:
+    tokens = [tokenizer.im_start_id, *tokenizer.encode("assistant\n")]
     return (_span(tokenizer, loss_mask, tokens, np.zeros(len(tokens), bool)),)
 
 
@@ -272,28 +271,26 @@ def _span(tokenizer, loss_mask, tokens, trained) -> _Span:
 def _assemble(messages, layouts, image_id) -> Rendered:
     """Joins the spans of all messages, with the images between them, into new arrays."""
     layouts = iter(layouts)
-    parts = []  # (tokens or a constant, trained or a constant, image_index or a constant, length)
+    tokens, trained, image_index = [], [], []
     for spans in messages:
         for i, span in enumerate(spans):
             if i:
                 layout = next(layouts)
-                parts.append((image_id, False, layout, len(layout)))
-            parts.append((span.tokens, span.trained, -1, len(span.tokens)))
-    length = sum(part[3] for part in parts)
-    rendered = Rendered(
-        np.empty(length, np.int32), np.empty(length, bool), np.empty(length, np.int32)
+                tokens.append(np.full(len(layout), image_id, np.int32))
+                trained.append(np.zeros(len(layout), bool))
+                image_index.append(layout)
+            tokens.append(span.tokens)
+            trained.append(span.trained)
+            image_index.append(np.full(len(span.tokens), -1, np.int32))
+    return Rendered(
+        np.concatenate(tokens),
+        np.concatenate(trained),
+        np.concatenate(image_index, dtype=np.int32, casting="same_kind"),
     )
-    end = 0
-    for tokens, trained, image_index, size in parts:
-        start, end = end, end + size
-        rendered.tokens[start:end] = tokens
-        rendered.trained[start:end] = trained
-        rendered.image_index[start:end] = image_index
-    return rendered
 
 
 def _shifted(layouts, tiles_per_image, patches):
-    """Shifts each image's index behind the tiles of earlier images; newlines (0) stay 0."""
+    """Adds the patches of earlier images to each image's index; newlines (0) stay 0."""
     if len(layouts) < 2:
         return layouts
     first_tiles = np.cumsum([0, *tiles_per_image[:-1]])

@@ -1,4 +1,4 @@
-"""The end of the pipeline: batches with their statistics, and the position for a restart."""
+"""The end of the pipeline: gives out batches, counts what is in them, and saves the position."""
 
 import asyncio
 import collections
@@ -16,7 +16,7 @@ from pangea_jax.batch import Batch
 _STATE_FORMAT = 2
 # The limit is a share of at least this many records, so that one early bad record does not exceed it.
 _BUDGET_FROM = 1_000
-# Number of bad records that the log names, for each run and process.
+# Largest number of bad records that the log names, per run and process.
 _NAMED = 20
 
 
@@ -71,27 +71,22 @@ def _fault(error: Exception) -> str:
     return type(error).__name__
 
 
+_NUMBERS = ("batches", "examples", "tokens", "slots", "tiles", "tile_slots", "cut", "dropped")
+_GROUPS = ("languages", "language_tokens", "sources", "bad")
+
+
+def _sums(state: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A copy of the sums in a state; without a state, zeros."""
+    state = state or {}
+    numbers = {name: state.get(name, 0) for name in _NUMBERS}
+    return numbers | {name: collections.Counter(state.get(name, {})) for name in _GROUPS}
+
+
 class Counters:
     """Sums of this process's `Notes`, since the start of training and since the last `flush`."""
 
     def __init__(self):
-        self._total = self._zero()
-        self._shown = self._zero()
-
-    @staticmethod
-    def _zero() -> dict[str, Any]:
-        numbers = (
-            "batches",
-            "examples",
-            "tokens",
-            "slots",
-            "tiles",
-            "tile_slots",
-            "cut",
-            "dropped",
-        )
-        groups = ("languages", "language_tokens", "sources", "bad")
-        return dict.fromkeys(numbers, 0) | {name: collections.Counter() for name in groups}
+        self._total, self._shown = _sums(), _sums()
 
     def add(self, batch: Batch, notes: Notes) -> None:
         total, segments = self._total, batch.segment_ids
@@ -119,7 +114,7 @@ class Counters:
         """
         total, shown = self._total, self._shown
         new = {name: total[name] - shown[name] for name in total}
-        self._shown = _copies(total)
+        self._shown = _sums(total)
         return {
             "padding": 1 - new["tokens"] / max(new["slots"], 1),
             "tile_fill": new["tiles"] / max(new["tile_slots"], 1),
@@ -146,13 +141,14 @@ class Counters:
             )
 
     def get_state(self) -> dict[str, Any]:
-        """The sums, and `shown`: the totals at the last log line. With `shown`, the next log line
-        after a restart covers the same batches as without one."""
-        return _copies(self._total) | {"shown": _copies(self._shown)}
+        """The sums, and `shown`: the totals at the last log line.
+
+        With `shown`, the first log line after a restart covers the same batches as without one.
+        """
+        return _sums(self._total) | {"shown": _sums(self._shown)}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        self._total = {name: _copy(state[name]) for name in self._zero()}
-        self._shown = {name: _copy(state["shown"][name]) for name in self._zero()}
+        self._total, self._shown = _sums(state), _sums(state["shown"])
 
     @classmethod
     def of_all(cls, states: Sequence[Mapping[str, Any]]) -> "Counters":
@@ -160,21 +156,13 @@ class Counters:
         counters = cls()
         for state in states:
             for sums, part in ((counters._total, state), (counters._shown, state["shown"])):
-                for name in sums:
-                    sums[name] = sums[name] + _copy(part[name])
+                for name, value in _sums(part).items():
+                    sums[name] += value
         return counters
 
 
-def _copies(counts):
-    return {name: _copy(value) for name, value in counts.items()}
-
-
-def _copy(value):
-    return collections.Counter(value) if isinstance(value, Mapping) else value
-
-
 class Feed(grain.IterDataset):
-    """Batches of one process, from a stream of (batch, Notes).
+    """The batches of one process, from a stream of (batch, Notes).
 
     Args:
       open_stream: makes the stream that starts at batch n if `seekable`, else at example n.
@@ -330,20 +318,16 @@ def _process() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-# The metrics below that are shares, not numbers.
+# These metrics are shares; the others are counts.
 SHARES = ("data/padding", "data/tile_fill")
 
 
 def metrics(counts: Mapping[str, Any]) -> dict[str, float]:
-    """The data pipeline's counters as metrics: one number a language and source."""
+    """The result of `Counters.flush` as metrics, with one number per language and source."""
     found = {"examples": counts["total_examples"]}
     for name in ("padding", "tile_fill", "cut", "dropped"):
         found[f"data/{name}"] = counts[name]
-    for group in (
-        "examples_per_language",
-        "tokens_per_language",
-        "examples_per_source",
-        "bad_records",
-    ):
+    groups = ("examples_per_language", "tokens_per_language", "examples_per_source", "bad_records")
+    for group in groups:
         found |= {f"data/{group}/{label}": n for label, n in counts[group].items()}
     return found

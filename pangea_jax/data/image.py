@@ -1,4 +1,4 @@
-"""Images: decodes bytes to RGB within limits, and cuts RGB into tiles for the vision tower."""
+"""Decodes images to RGB within limits, and cuts them into tiles for the vision tower."""
 
 import io
 import math
@@ -11,9 +11,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pangea_jax.anyres import Size, best_resolution
 
-MAX_PIXELS = 89_478_485  # above this Pillow warns of decompression bombs
+MAX_PIXELS = 89_478_485  # above it, Pillow warns of decompression bombs
 ORIENTATIONS = ("stored", "upright")
-# Only image formats: Pillow also opens containers that run other programs (EPS, Ghostscript).
+# Pillow also opens formats that run other programs, such as EPS with Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
@@ -44,20 +44,20 @@ def decode(
 ) -> Image.Image:
     """Decodes an image to 8-bit RGB as the reference does, `Image.open(...).convert("RGB")`.
 
-    An animation gives its first frame. 16-bit grey is scaled,
-    because `convert` would clip it to white.
+    Of an animation, it takes the first frame. It scales 16-bit grey, because `convert` would clip it
+    to white.
 
     Args:
       source: encoded bytes, a path, or an opened image.
       name: the image's name in errors; the path by default.
       max_pixels: larger images are refused after reading the header, before decoding.
       background: the colour behind transparent parts. None drops the alpha channel, as the
-        reference does, and so shows the hidden colour.
+        reference does, and so shows the colour of transparent pixels.
       orientation: "stored" keeps the pixels as they are in the file, as the reference does. "upright"
-        turns them as the EXIF tag says.
+        rotates them as the EXIF tag says.
 
     Raises:
-      ImageError: unreadable, truncated, too large or of an unsupported kind.
+      ImageError: the image is unreadable, truncated, too large or of an unsupported kind.
     """
     image, _ = _load(source, name, max_pixels)
     return _to_rgb(
@@ -68,32 +68,28 @@ def decode(
 def check(
     source: bytes | str | os.PathLike, *, name: str = "", max_pixels: int = MAX_PIXELS
 ) -> Size:
-    """The (width, height) of an image that `decode` can decode.
+    """Checks that `decode` can decode an image, and returns its (width, height).
 
-    It reads every byte, but decodes a JPEG at an eighth of its size: 2 to 4 times as fast.
+    It reads every byte, but decodes a JPEG at an eighth of its size. This is 2 to 4 times as fast.
 
     Raises:
-      ImageError: as `decode`.
+      ImageError: see `decode`.
     """
     return _load(source, name, max_pixels, least=1)[1]
 
 
 def preview(
-    source: bytes | str | os.PathLike,
-    *,
-    least: int = 128,
-    name: str = "",
-    max_pixels: int = MAX_PIXELS,
+    source: bytes | str | os.PathLike, *, name: str = "", max_pixels: int = MAX_PIXELS
 ) -> tuple[Image.Image, Size]:
     """A reduced image as RGB, and the (width, height) of the full image.
 
-    It reads every byte. It decodes a JPEG at a half, a quarter or an eighth of its size, if both
-    sides then still have `least` pixels.
+    It reads every byte. It decodes a JPEG at a half, a quarter or an eighth of its size, as long as
+    both sides have at least 128 pixels.
 
     Raises:
-      ImageError: as `decode`.
+      ImageError: see `decode`.
     """
-    image, size = _load(source, name, max_pixels, least=least)
+    image, size = _load(source, name, max_pixels, least=128)
     return _to_rgb(image, None), size
 
 
@@ -103,7 +99,7 @@ def header_size(
     """The (width, height) in an image's header, without decoding.
 
     Args:
-      orientation: as of `decode`.
+      orientation: see `decode`.
 
     Raises:
       ImageError: the header has no known format.
@@ -139,7 +135,7 @@ def _load(source, name, max_pixels, least=0, header=False) -> tuple[Image.Image,
         raise ImageError(name, reason, "picture of no known format") from None
     except Image.DecompressionBombError as error:
         raise _too_large(name, f"over the limit of Pillow: {error}") from None
-    # On broken data, decoders raise many types: struct.error, IndexError, SyntaxError.
+    # Decoders raise many types on broken data: struct.error, IndexError, SyntaxError.
     except Exception as error:
         raise ImageError(name, f"cannot be decoded: {error}") from error
     if image.mode in ("I", "F"):
@@ -159,8 +155,8 @@ def _open(source) -> Image.Image:
 
 def _to_rgb(image: Image.Image, background) -> Image.Image:
     if image.mode.startswith("I;16"):
-        # Transparency of 16-bit grey marks one grey level. It cannot be kept, because without the
-        # low byte several levels become equal.
+        # In 16-bit grey, one grey level can be marked as transparent. The mark is dropped, because
+        # without the low byte several levels become equal.
         high_bytes = np.asarray(image).astype(np.uint16) >> 8
         return Image.fromarray(high_bytes.astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
@@ -173,7 +169,7 @@ def _to_rgb(image: Image.Image, background) -> Image.Image:
 
 
 def resize_and_pad(image: Image.Image, canvas: Size) -> Image.Image:
-    """Fits the whole image, with its aspect ratio, into the middle of a black canvas."""
+    """Fits the whole image into the middle of a black canvas, and keeps its aspect ratio."""
     (width, height), (canvas_width, canvas_height) = image.size, canvas
     scale_width, scale_height = canvas_width / width, canvas_height / height
     if scale_width < scale_height:

@@ -34,26 +34,26 @@ _NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """What to draw. The natural mixture is `Mixture(None, language_alpha=1.0, text_ratio=None)`.
+    """The examples to draw. The natural mixture is `Mixture(None, language_alpha=1.0, text_ratio=None)`.
 
     Attributes:
-      num_examples: the total, see `design`; None means the number of available records.
+      num_examples: the total, see `design`; None: as many as there are records.
       en_ratio: share of English in [0, 1]; None treats English like any other language.
       languages: canonical codes to draw from; None means all in the index.
       sources: record sources to draw from, with `*` and `?` as in file names; None means all. If
         `text_ratio` is a number, this applies only to records with images.
       text_ratio: share of text-only records within every language; None keeps the natural share.
       max_repeat: how often one record may be drawn; more is an error.
-      language_alpha: gives a language with n records a share in proportion to n ** alpha: 1 is
+      language_alpha: the share of a language with n records is proportional to n ** alpha: 1 is
         natural, 0 is uniform (the default).
       weights: shares of the languages by code, in any unit; replaces `language_alpha`.
       rotate: language i gets the share of language i + rotate, so that the effects of share and
-        language can be separated. English is left out if `en_ratio` is set.
-      design: "fixed_total": English takes examples from the others, so their scores mostly follow
-        their own numbers. "fixed_multilingual": `num_examples` counts only the others, which stay
-        fixed while English is added; changes then come from transfer or interference.
+        language can be separated. If `en_ratio` is set, English keeps its share.
+      design: "fixed_total": more English means fewer examples of the others, so their scores mostly
+        depend on their own numbers. "fixed_multilingual": `num_examples` counts only the others,
+        which do not change when English is added; then scores change by transfer or interference.
       categories: record categories to draw from, with `*` and `?`; None means all.
-      exclude_sources, exclude_categories: what not to draw from, with `*` and `?`.
+      exclude_sources, exclude_categories: not drawn from, with `*` and `?`.
       exclude_ids: ids to leave out, such as those of an evaluation dataset, see `read_ids`.
     """
 
@@ -75,9 +75,9 @@ class Mixture:
     def __post_init__(self):
         for name in _NAMES:
             names = getattr(self, name)
-            if isinstance(names, str):  # its letters would be taken as names
+            if isinstance(names, str):  # would become a tuple of letters
                 raise ValueError(f"mixture.{name} must be a tuple of names, not {names!r}")
-            # `ocr,cultural` on a command line becomes one name, which no record has.
+            # On a command line, `ocr,cultural` becomes one name, and no record has it.
             joined = [n for n in names or () if "," in n] if name != "exclude_ids" else []
             if joined:
                 raise ValueError(
@@ -98,9 +98,9 @@ class Mixture:
             if self.language_alpha is not None:
                 raise ValueError("mixture.language_alpha and mixture.weights exclude each other")
         if self.en_ratio is not None and not 0 <= self.en_ratio <= 1:
-            raise ValueError(f"mixture.en_ratio must lie in [0, 1], not {self.en_ratio}")
+            raise ValueError(f"mixture.en_ratio must be in [0, 1], not {self.en_ratio}")
         if self.text_ratio is not None and not 0 <= self.text_ratio <= 1:
-            raise ValueError(f"mixture.text_ratio must lie in [0, 1], not {self.text_ratio}")
+            raise ValueError(f"mixture.text_ratio must be in [0, 1], not {self.text_ratio}")
         if self.num_examples is not None and self.num_examples < 1:
             raise ValueError(f"mixture.num_examples must be positive, not {self.num_examples}")
         if self.design not in DESIGNS:
@@ -108,7 +108,7 @@ class Mixture:
         if self.design == "fixed_multilingual" and (self.en_ratio is None or self.en_ratio == 1):
             raise ValueError(
                 'mixture.design="fixed_multilingual" adds English to the examples of the others: '
-                f"en_ratio must lie in [0, 1), not be {self.en_ratio}"
+                f"en_ratio must be in [0, 1), not {self.en_ratio}"
             )
 
     def _check_english(self, codes):
@@ -152,16 +152,16 @@ class Choice:
 
 
 def read_ids(path: str | Path) -> tuple[str, ...]:
-    """Reads ids for `Mixture.exclude_ids`, one per line; skips blank lines and `#` lines."""
+    """Reads ids for `Mixture.exclude_ids`, one per line; skips blank lines and `#` comments."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     ids = (line.strip() for line in lines)
     return tuple(id for id in ids if id and not id.startswith("#"))
 
 
 def column_codes(index: pa.Table, name: str) -> tuple[Int32[np.ndarray, " n"], list[str]]:
-    """A column of labels as (codes, labels); -1 means no label.
+    """A column of labels as (codes, labels); the code -1 means no label.
 
-    This takes a few bytes per row; Python strings of millions of rows would take gigabytes.
+    It takes a few bytes per row. Python strings of millions of rows would take gigabytes.
     """
     column = index[name]
     if not pa.types.is_dictionary(column.type):
@@ -204,8 +204,8 @@ def shares(mixture: Mixture, available: Mapping[str, int] | None = None) -> dict
 def apportion(total: int, shares: Sequence[float]) -> list[int]:
     """Integers in proportion to `shares` with the sum `total`; none shrinks when `total` grows.
 
-    This is Webster's method: round to the nearest integer, with a common divisor that makes the sum
-    right. Among equal shares, the first gets the extra one.
+    This is Webster's method: it rounds to the nearest integer, with a common divisor that gives the
+    right sum. Among equal shares, the first gets the extra example.
 
     >>> apportion(10, [0.4, 0.2, 0.2, 0.2])
     [4, 2, 2, 2]
@@ -215,7 +215,7 @@ def apportion(total: int, shares: Sequence[float]) -> list[int]:
     shares = np.asarray(shares, np.float64) / np.sum(shares)
     counts = np.floor(shares * total + 0.5).astype(np.int64)
     with np.errstate(divide="ignore"):
-        # Rounding makes equal claims equal, in whatever way they were computed.
+        # Rounding removes float errors, so that equal claims are equal.
         while counts.sum() < total:
             counts[np.argmax(np.round(shares * total / (counts + 0.5), 9))] += 1
         while counts.sum() > total:
@@ -229,7 +229,7 @@ def counts(mixture: Mixture, total: int, available: Mapping[str, int]) -> dict[s
     """Examples per language. The share of English is kept to the nearest whole example.
 
     Args:
-      total: the number that `mixture.num_examples` means.
+      total: `mixture.num_examples`, or the number of available records.
       available: number of records per language.
     """
     table = shares(mixture, available)
@@ -248,10 +248,10 @@ def counts(mixture: Mixture, total: int, available: Mapping[str, int]) -> dict[s
 
 
 def choose(index: pa.Table, mixture: Mixture, seed: int = 0) -> Choice:
-    """Draws rows of the index, exactly as many as the mixture asks for.
+    """Draws exactly the numbers of rows that the mixture asks for.
 
     The order of the records of a language depends only on the seed. So a smaller total draws a
-    subset. When the records run out, the same ones are drawn again in a new order.
+    subset. When all records of a language have been drawn, they are drawn again in a new order.
 
     Args:
       index: the store's index, with the columns `language`, `kind` and `source`, and with
@@ -302,7 +302,7 @@ def _by_kind(examples: int, text_ratio: float | None) -> dict[str, int]:
 
 
 def _pools(index: pa.Table, mixture: Mixture) -> dict[str, Bool[np.ndarray, " n"]]:
-    """Kind -> which rows may be drawn."""
+    """For each kind, a mask of the rows that may be drawn."""
     kind, kinds = column_codes(index, "kind")
     is_text = kind == (kinds.index("text") if "text" in kinds else -2)
     everywhere = _matching(index, "category", mixture.categories, mixture.exclude_categories)
@@ -318,7 +318,7 @@ def _pools(index: pa.Table, mixture: Mixture) -> dict[str, Bool[np.ndarray, " n"
 
 
 def _matching(index, name, wanted, unwanted) -> Bool[np.ndarray, " n"]:
-    """Rows whose label matches one of `wanted` (None: any) and none of `unwanted`."""
+    """A mask of rows whose label matches one of `wanted` (None: any) and none of `unwanted`."""
     if wanted is None and not unwanted:
         return np.ones(len(index), bool)
     codes, labels = column_codes(index, name)
@@ -330,7 +330,7 @@ def _matching(index, name, wanted, unwanted) -> Bool[np.ndarray, " n"]:
         (wanted is None or matches(label, wanted)) and not matches(label, unwanted)
         for label in (label or "" for label in labels)
     ]
-    # A row without a label has code -1, which reads the last entry.
+    # A row without a label has code -1, so it gets the last entry.
     return np.array([*good, wanted is None], bool)[codes]
 
 
@@ -362,7 +362,7 @@ def _described(mixture) -> str:
 
 
 def _draw(pool, count, seed):
-    """`count` rows of `pool`: seeded permutations of the whole pool, one after the other."""
+    """`count` rows from seeded permutations of the whole pool, one after the other."""
     rng = np.random.default_rng(seed)
     passes = -(-count // len(pool))
     return np.concatenate([rng.permutation(pool) for _ in range(passes)])[:count]

@@ -1,7 +1,7 @@
-"""Which conversations share a row.
+"""Decides which conversations share a row.
 
-Packing looks only at the size of an example, (tokens, tiles, targets), and a row has a capacity for each.
-`pangea_jax.batch.Batch.fill` lays the examples into their rows.
+Packing sees only the size of an example, (tokens, tiles, targets). A row has a capacity for each.
+`pangea_jax.batch.Batch.fill` then writes the examples into their rows.
 """
 
 import bisect
@@ -14,7 +14,7 @@ Size = tuple[int, int, int]
 
 
 def balance(sizes: Sequence[Size], num_rows: int, capacity: Size) -> list[list[int]] | None:
-    """Spreads examples over `num_rows` rows: the longest first, each to the row with most room.
+    """Spreads examples over `num_rows` rows: the longest first, each to the row with the most room.
 
     Returns:
       The examples of each row, or None if they do not fit.
@@ -44,8 +44,9 @@ class Plan:
       starts: row r holds `members[starts[r] : starts[r + 1]]`.
     """
 
-    def __init__(self, members: Int[np.ndarray, " n"], starts: Int[np.ndarray, " rows_1"]):
-        self.members, self.starts = members, starts
+    def __init__(self, rows: Sequence[Sequence[int]]):
+        self.members = np.array([i for row in rows for i in row], np.int64)
+        self.starts = np.cumsum([0, *map(len, rows)])
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -63,7 +64,7 @@ def plan_rows(sizes: Int[np.ndarray, "n 3"], capacity: Size, *, seed: int, windo
 
     Args:
       sizes: (tokens, tiles, targets) of every example; examples with 0 tokens are left out.
-      capacity: of a row.
+      capacity: the largest (tokens, tiles, targets) of a row.
       seed: decides both shuffles.
       window: number of examples that are sorted together.
 
@@ -84,8 +85,7 @@ def plan_rows(sizes: Int[np.ndarray, "n 3"], capacity: Size, *, seed: int, windo
         chosen = chosen[np.argsort(-sizes[chosen, 0], kind="stable")]
         packed = _best_fit(chosen.tolist(), sizes[chosen].tolist(), capacity)
         rows += [packed[i] for i in rng.permutation(len(packed))]
-    starts = np.cumsum([0, *map(len, rows)])
-    return Plan(np.array([i for row in rows for i in row], np.int64), starts)
+    return Plan(rows)
 
 
 def plan_batches(
@@ -132,13 +132,8 @@ def plan_batches(
     for number in range(len(batches)):
         if packed[number] is None:
             exchange(number)
-    members = [
-        [batch[i] for i in row]
-        for batch, found in zip(batches, packed, strict=True)
-        for row in found
-    ]
-    starts = np.cumsum([0, *map(len, members)])
-    return Plan(np.array([i for row in members for i in row], np.int64), starts)
+    pairs = zip(batches, packed, strict=True)
+    return Plan([[batch[i] for i in row] for batch, found in pairs for row in found])
 
 
 def _best_fit(numbers, sizes, capacity) -> list[list[int]]:

@@ -1,8 +1,8 @@
-"""From chosen rows to batches: read, shuffle, shard, render, pack or pad, batch. One direction, restartable.
+"""From chosen records to batches: read, shuffle, shard, render, pack or pad, batch. It can be restarted.
 
-What the order of the examples depends on: the source, the seed and the `PipelineConfig` without
-`threads`, `workers` and `max_bad_fraction`, and, for packing "best_fit" alone, the numbers of processes and of workers.
-It is part of the saved state, see `pangea_jax.data.feed`.
+The order of the examples depends on the source, the seed, and the `PipelineConfig` without
+`threads`, `workers` and `max_bad_fraction`. Only with packing "best_fit" it also depends on the
+numbers of processes and workers. All of these are in the saved state, see `pangea_jax.data.feed`.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from pangea_jax.data.store import RecordStore, StoreError
 
 PACKINGS = ("none", "balanced", "best_fit", "planned")
 OVERLONG = ("error", "drop", "truncate")
-# Fields that are counts of something there must be.
+# Fields that must be at least 1.
 _POSITIVE = (
     "rows",
     "row_tokens",
@@ -38,9 +38,9 @@ _POSITIVE = (
     "packing_window",
 )
 DOES_NOT_FIT = "does not fit a row"
-# Tokens by which moving its picture to the front may lengthen a message.
+# Moving the image marker of a message to its front adds at most this number of tokens.
 _SLACK = 2
-# Examples whose indexed sizes are compared with their own.
+# Number of examples that are measured to check the sizes in the index.
 _CHECKED = 64
 _BAD_RECORD = (RecordError, image.ImageError, StoreError)
 
@@ -52,22 +52,27 @@ class PipelineConfig:
     Attributes:
       rows: rows of the global batch.
       row_tokens, row_tiles: capacity of a row (T and N).
-      max_targets: most trained tokens in a row; bounds the work of the output head. None: row_tokens.
-      packing: "none": a row holds one conversation. "balanced": a batch holds exactly `rows` *
-        `examples_per_row` of them, spread evenly over its rows, so that steps and examples are in a
-        fixed ratio. "planned": rows are filled as tightly as they can be. For both, lengths are
-        measured first, see `measure`, and the number of steps is known. "best_fit": rows take as many as fit while
-        records stream by, for lengths nobody has measured; the number of steps is not known.
+      max_targets: largest number of trained tokens in a row, which limits the work of the output
+        head. None: row_tokens.
+      packing: how rows are filled.
+        "none": one conversation per row.
+        "balanced": exactly `rows` * `examples_per_row` conversations per batch, spread evenly over
+        its rows. So the ratio of examples to steps is fixed.
+        "planned": rows are filled as tightly as possible. For "balanced" and "planned" all lengths
+        are measured first, see `measure`, and the number of steps is known.
+        "best_fit": rows are filled while records are read, without measuring first. The number of
+        steps is not known.
       examples_per_row: for "balanced".
-      packing_bins: for "best_fit", rows packed at a time; more waste less and mix the order more.
-      packing_window: for "planned", examples sorted by length at a time.
+      packing_bins: for "best_fit", number of rows that are open at the same time. More rows mean
+        less padding, but move examples further from their place in the order.
+      packing_window: for "planned", number of examples that are sorted by length together.
       loss_mask: see `pangea_jax.data.chat.render`.
-      overlong: what becomes of a conversation larger than a row. "error": it is a bad record.
-        "drop": it is left out. "truncate": it is cut, before a picture rather than within it.
-      max_bad_fraction: records that cannot be read are skipped and counted, up to this fraction. At
-        0 the first is an error.
-      threads: reading threads of a process or worker. More than one only pays for pictures.
-      workers: reading processes beside this one; 0 reads in this process.
+      overlong: what happens to a conversation larger than a row. "error": it is a bad record.
+        "drop": it is left out. "truncate": it is cut, but never within a picture.
+      max_bad_fraction: bad records are skipped and counted, up to this fraction. With 0, the first
+        bad record is an error.
+      threads: reading threads per process or worker. More than one helps only with pictures.
+      workers: number of extra reading processes; 0: this process reads.
     """
 
     rows: int
@@ -96,23 +101,23 @@ class PipelineConfig:
             raise ValueError('pipeline.examples_per_row needs pipeline.packing="balanced"')
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(
-                f"pipeline.max_bad_fraction must lie in [0, 1], not {self.max_bad_fraction}"
+                f"pipeline.max_bad_fraction must be in [0, 1], not {self.max_bad_fraction}"
             )
 
     @property
     def examples(self) -> int | None:
-        """Conversations in a batch, where that is fixed."""
+        """Number of conversations in a batch, None if it varies."""
         fixed = self.packing in ("none", "balanced")
         return self.rows * self.examples_per_row if fixed else None
 
     @property
     def capacity(self) -> tuple[int, int, int]:
-        """(tokens, tiles, targets) of a row."""
+        """The largest (tokens, tiles, targets) of a row."""
         return self.row_tokens, self.row_tiles, self.max_targets or self.row_tokens
 
 
 class RowSource(Sequence[Conversation]):
-    """The conversations at some rows of a store's index; a Grain source."""
+    """The conversations at some rows of a store's index; a source for Grain."""
 
     def __init__(self, store: RecordStore, rows: Int[np.ndarray, " n"]):
         self._sources = {split: store.records(split) for split in store.splits}
@@ -129,7 +134,7 @@ class RowSource(Sequence[Conversation]):
 
     @functools.cached_property
     def digest(self) -> str:
-        """Names the rows and their order."""
+        """A hash of the rows and their order."""
         digest = hashlib.sha256(self._positions.tobytes())
         digest.update(self._codes.tobytes())
         return digest.hexdigest()[:16]
@@ -137,14 +142,14 @@ class RowSource(Sequence[Conversation]):
     def indexed_sizes(
         self, reader: Reader, config: PipelineConfig
     ) -> Int[np.ndarray, "n 3"] | None:
-        """(tokens, tiles, 0) of every example from the index alone, None where it does not tell.
+        """(tokens, tiles, 0) of every example from the index alone; None if the index lacks them.
 
-        It counts the words before a picture's marker is moved, which may change them by a token; so
-        pictured examples are taken to be `_SLACK` tokens longer.
+        The index counts tokens before image markers are moved. The move may add tokens, so examples
+        with pictures count as `_SLACK` tokens longer.
         """
         index = self._store.index
         known = {"num_tokens", "image_sizes"} <= set(index.column_names)
-        # The index has the sizes of pictures as they are stored.
+        # The index has picture sizes without EXIF rotation.
         if not known or reader.policy.orientation != "stored":
             return None
         chosen = index.select(["num_tokens", "image_sizes"]).take(self._rows)
@@ -165,7 +170,7 @@ class RowSource(Sequence[Conversation]):
         return np.stack([tokens, tiles, np.zeros_like(tokens)], axis=1)
 
     def __getstate__(self):
-        # A worker reads records; the index, which may have millions of rows, stays here.
+        # Workers only read records. They do not need the index, which may have millions of rows.
         return self.__dict__ | {"_store": None, "_rows": None}
 
     def __repr__(self) -> str:
@@ -181,8 +186,8 @@ def render_example(
     """One conversation as an example to train on.
 
     Raises:
-      RecordError: it does not fit a row and `config.overlong` is not "truncate", or what is left of
-        it has no trained token.
+      RecordError: it does not fit a row and `config.overlong` is not "truncate", or no trained
+        token is left after the cut.
     """
     return _render(conversation, rng, reader, config)[0]
 
@@ -200,11 +205,11 @@ def measure(
     reader: Reader,
     config: PipelineConfig,
 ) -> Int[np.ndarray, "n 3"]:
-    """(tokens, tiles, targets) of every example without decoding a picture: what rows are planned by.
+    """(tokens, tiles, targets) of every example, for planning rows. Decodes no picture.
 
-    Examples that do not fit a row and are dropped have no tokens. Bad records that are skipped count
-    as one token: they are met again, and counted, when they are read. Takes 20 us for a short
-    conversation and half a millisecond for one of PangeaIns.
+    A dropped example has 0 tokens. A bad record that may be skipped has 1 token, so that the
+    pipeline reads and counts it later. It takes 20 us for a short conversation and half a
+    millisecond for one of PangeaIns.
 
     Raises:
       RecordError, ImageError, StoreError: at the first record that may not be skipped.
@@ -223,7 +228,7 @@ def measure(
 
 
 def _words(conversation, places, reader, config):
-    """All of an example but its pictures, how many tiles it keeps, and whether it was cut."""
+    """An example without pictures, the number of tiles that it keeps, and whether it was cut."""
     rendered = reader.words(conversation.turns, places, loss_mask=config.loss_mask)
     length = len(rendered.tokens)
     targets = np.empty_like(rendered.tokens)
@@ -237,7 +242,7 @@ def _words(conversation, places, reader, config):
         if config.overlong != "truncate":
             raise _does_not_fit(conversation, needed, config)
         length, num_tiles = _cut(rendered, weights, places, config.capacity)
-        # The token after the cut is not there to be predicted.
+        # The token after the cut is gone, so nothing predicts it.
         weights[length - 1 : length] = 0
         if not weights[:length].any():
             raise _does_not_fit(conversation, needed, config)
@@ -251,9 +256,9 @@ def _words(conversation, places, reader, config):
 
 
 def _cut(rendered, weights, places, capacity):
-    """(tokens, tiles) that fit `capacity`, no picture in part."""
+    """The (tokens, tiles) that fit `capacity`, without cutting a picture."""
     max_tokens, max_tiles, max_targets = capacity
-    # The last token of a cut example predicts nothing, so one target more may stand there.
+    # The last token of a cut example has no target, so it may come after the last target.
     over = np.flatnonzero(np.cumsum(weights) > max_targets)
     end = min(len(weights), max_tokens, over[0] + 1 if len(over) else len(weights))
     pictured = np.flatnonzero(rendered.image_index >= 0)
@@ -278,14 +283,14 @@ def _does_not_fit(conversation, needed, config) -> RecordError:
 
 
 def _is_dropped(error, config) -> bool:
-    """Whether the example is left out because of its length, which is no fault of the record."""
+    """Whether the example is left out for its length, which does not make it a bad record."""
     too_long = isinstance(error, RecordError) and error.reason == DOES_NOT_FIT
     return too_long and config.overlong != "error"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """An example on its way, or why there is none. No pytree, so Grain hands it on as it is."""
+    """An example, or the reason why there is none. Not a pytree, so that Grain does not take it apart."""
 
     example: Example | None
     language: str = ""
@@ -296,7 +301,7 @@ class _Read:
 
 
 class _Batcher:
-    """Reads, renders and batches; every worker process holds a copy."""
+    """Reads, renders and batches. Every worker process has a copy."""
 
     def __init__(self, source, reader, config):
         self.source, self.reader, self.config = source, reader, config
@@ -313,7 +318,7 @@ class _Batcher:
         return _Read(example, conversation.language, conversation.source, cut)
 
     def planned_row(self, positions: Sequence[int], seed: int) -> list[_Read]:
-        """Reads the examples of a row; those beyond its end, as inexact sizes may bring, are dropped."""
+        """Reads the examples of a row. If the planned sizes were wrong, drops those that do not fit."""
         row, room = [], np.asarray(self.config.capacity)
         for position in positions:
             read = self.read(position, np.random.default_rng((seed, position)))
@@ -357,19 +362,20 @@ def train_dataset(
     sizes: Int[np.ndarray, "n 3"] | None = None,
     approximate_restart: bool = False,
 ) -> Feed:
-    """Batches of this process's rows: one epoch of `source` in an order that the seed decides.
+    """One epoch of `source` in batches; each process gets its own rows. The seed decides the order.
 
-    For every packing but "best_fit" batch n holds the same examples whatever the number of processes
-    and workers, so that a run goes on exactly with another number of either.
+    Except with "best_fit", batch n has the same examples for every number of processes and workers.
+    So a run can continue with other numbers. The process is a parameter, not read from JAX, so that
+    one machine can test several processes.
 
     Args:
-      sizes: for packing "planned" and "balanced", of `source` as `measure` gives them; absent, they come from the
-        store's index if it has them, and are measured here if not.
-      approximate_restart: accept a saved position of another order, see `Feed`.
+      sizes: the result of `measure` on `source`, for packing "planned" and "balanced". None: from the
+        store's index if it has them, else measured here.
+      approximate_restart: accept a saved position in another order, see `Feed`.
 
     Returns:
-      A Grain dataset; `num_batches` is how many steps the epoch has (None for "best_fit"),
-      `dropped` how many examples a plan leaves out because they do not fit a row.
+      A Grain dataset. `num_batches` is the number of steps in the epoch (None for "best_fit");
+      `dropped` is the number of examples that a plan leaves out because they do not fit a row.
     """
     if config.rows % process_count:
         raise ValueError(
@@ -382,13 +388,14 @@ def train_dataset(
         sizes = _sizes(source, reader, config)
     dropped = 0 if sizes is None else int(np.count_nonzero(sizes[:, 0] == 0))
     if dropped:
-        logging.warning("%d of %d examples do not fit a row: left out", dropped, len(sizes))
+        logging.warning("%d of %d examples do not fit a row and are left out", dropped, len(sizes))
     identity = _identity(source, reader, sizes, config, seed, process_count)
     if config.packing == "best_fit":
         num_batches, open_stream = None, _streamed(batcher, part, seed)
     else:
-        make = _planned if planned else _one_a_row
-        batches = make(batcher, part, seed, sizes)
+        batches = (
+            _planned(batcher, part, seed, sizes) if planned else _one_per_row(batcher, part, seed)
+        )
         num_batches = len(batches)
 
         def open_stream(start: int) -> grain.IterDataset:
@@ -424,7 +431,7 @@ def _sizes(source, reader, config) -> Int[np.ndarray, "n 3"]:
 
 
 def _check_index(source, sizes, reader, config) -> None:
-    """Raises ValueError if examples are longer than their index says."""
+    """Raises ValueError if examples are longer than the index says."""
     few = np.unique(np.linspace(0, len(source) - 1, _CHECKED).astype(int)).tolist()
     anything = dataclasses.replace(
         config, row_tokens=1 << 30, row_tiles=1 << 30, max_bad_fraction=1.0
@@ -433,13 +440,13 @@ def _check_index(source, sizes, reader, config) -> None:
     worst = int((measured[:, 0] - sizes[few, 0]).max(initial=0))
     if worst > 0:
         raise ValueError(
-            f"examples have up to {worst} tokens more than num_tokens of the store's index says: it was "
-            "built with another tokenizer. Build the store with this one, or pass sizes=measure(...)"
+            f"examples have up to {worst} tokens more than num_tokens in the store's index: the store was "
+            "built with another tokenizer. Build it with this one, or pass sizes=measure(...)"
         )
 
 
 def _within_capacity(sizes, config):
-    """Sizes with what does not fit a row dealt with as `config.overlong` says."""
+    """The sizes after `config.overlong`: as `measure` gives them."""
     capacity = np.asarray(config.capacity)
     if config.overlong == "truncate":
         return np.minimum(sizes, capacity)
@@ -450,7 +457,7 @@ def _within_capacity(sizes, config):
 
 
 def _identity(source, reader, sizes, config, seed, process_count):
-    """What the order of the examples depends on."""
+    """Everything on which the order of the examples depends."""
     free = ("threads", "workers", "max_bad_fraction")
     identity = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     identity |= {"reading": dataclasses.asdict(reader.policy)}
@@ -462,16 +469,16 @@ def _identity(source, reader, sizes, config, seed, process_count):
     return identity
 
 
-def _one_a_row(batcher, part, seed, sizes) -> grain.MapDataset:
+def _one_per_row(batcher, part, seed) -> grain.MapDataset:
     """Batches of rows with one example each."""
     batches = _shuffled(batcher, part, seed).batch(part.rows, drop_remainder=True, batch_fn=list)
-    # The first processes may have one batch more than the last, which nobody could join.
+    # The first processes may have one batch more than the last; a step needs all of them.
     batches = batches.map(lambda reads: batcher.batch([[read] for read in reads]))
     return batches[: len(batcher.source) // batcher.config.rows]
 
 
 def _planned(batcher, part, seed, sizes) -> grain.MapDataset:
-    """Batches of planned rows. Process p of P has the p-th of P equal parts of every batch."""
+    """Batches of planned rows. Process p of P gets the p-th of P equal parts of every batch."""
     config = batcher.config
     if config.packing == "balanced":
         plan = plan_batches(
@@ -489,13 +496,13 @@ def _planned(batcher, part, seed, sizes) -> grain.MapDataset:
 
 
 def _streamed(batcher, part, seed):
-    """Rows packed by Grain while examples stream by."""
+    """Rows that Grain packs while examples are read."""
     config = batcher.config
     examples = _shuffled(batcher, part, seed)
     capacity = dict(zip(("tokens", "tiles", "targets"), config.capacity, strict=True))
 
     def measured(read):
-        # Grain packs arrays: these have the lengths, the example itself rides along.
+        # Grain packs arrays: these have the right lengths, and the example is attached to them.
         lengths = (0, 0, 0) if read.example is None else read.example.size
         lengths = zip(capacity, lengths, strict=True)
         return {name: np.zeros(n, np.int8) for name, n in lengths} | {"read": read}
@@ -509,7 +516,7 @@ def _streamed(batcher, part, seed):
             seed=seed,
             meta_features=["read"],
         )
-        # A smaller last batch would have another shape: one more compilation for part of a step.
+        # A smaller last batch would have another shape, and need another compilation.
         batches = rows.batch(part.rows, drop_remainder=True, batch_fn=list)
         return batches.map(lambda rows: batcher.batch([row["read"] for row in rows]))
 
@@ -522,25 +529,25 @@ def _shuffled(batcher, part, seed) -> grain.MapDataset:
 
 
 def _in_workers(dataset: grain.MapDataset, config, buffer: int) -> grain.IterDataset:
-    """Reads ahead in threads, and in other processes if there are to be any. Keeps the order."""
+    """Reads ahead in threads, and in other processes if `config.workers` says so. Keeps the order."""
     _import_parser()
     threads = grain.ReadOptions(config.threads, buffer if config.threads else 0)
     stream = dataset.to_iter_dataset(threads)
     if not config.workers:
         return stream
     if not flags.FLAGS.is_parsed():
-        # Grain asks absl's flags when it starts workers, also where no absl app runs.
+        # Grain reads absl's flags when it starts workers, even if the program does not use absl.
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=1)
     return stream.mp_prefetch(options, worker_init_fn=_start_worker)
 
 
 def _start_worker(index: int, count: int) -> None:
-    # Whatever imports JAX in a worker must leave the accelerator to the trainer.
+    # If a worker imports JAX, it must not take the accelerator from the trainer.
     os.environ["JAX_PLATFORMS"] = "cpu"
     _import_parser()
 
 
 def _import_parser() -> None:
-    # Two reading threads that are the first to import TFDS can wait for each other for ever.
+    # If two reading threads import TFDS first, they can wait for each other without end.
     from tensorflow_datasets.proto import tf_example_pb2  # noqa: F401

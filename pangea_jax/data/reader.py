@@ -1,7 +1,7 @@
-"""The one reader: a conversation and its pictures become what the model is given.
+"""Turns a conversation and its pictures into the input of the model.
 
-Training, answering, evaluation and inspection all read here, so that a model meets at answering what it met in
-training. How it reads is its `ReadingPolicy`, which is saved with it.
+Training, answering, evaluation and inspection all use this reader, so the input is the same
+everywhere. The settings are a `ReadingPolicy`, which is saved with the model.
 """
 
 import dataclasses
@@ -27,27 +27,28 @@ TEMPLATES = ("qwen_1_5",)
 # LLaVA-NeXT pads with CLIP's mean colour, `int(255 * mean)`.
 PADDING_COLOUR = (122, 116, 104)
 
-# How many tiles a picture has, and its `image_index` counted from its own first tile.
+# Number of tiles of a picture, and its `image_index` counted from its own first tile.
 Place = tuple[int, Int[np.ndarray, " T"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadingPolicy:
-    """How a model reads a conversation. The defaults are the reference's at inference.
+    """How a model reads a conversation. The defaults are those of the reference at inference.
 
     Attributes:
-      background: colour (R, G, B) behind transparent parts of a picture. None drops the alpha channel, as
-        the reference does, and so shows the colour that is hidden under it.
+      background: colour (R, G, B) behind transparent parts of a picture. None drops the alpha
+        channel, as the reference does, and so shows the colour of transparent pixels.
       rounding: how the picture geometry rounds, see `pangea_jax.anyres.layout`.
-      multi_image: how each picture is seen where a conversation has several. "padded": one view, padded to a
-        square, as Pangea was trained. "anyres": tiles, as a single picture has them and as Pangea was evaluated.
-      marker_first: put the only `<image>` of a message before its words, as Pangea was trained.
-      orientation: "stored" takes the pixels as they are in the file, as the reference does. "upright" turns them as
-        the EXIF tag says.
-      template: of the chat, one of `TEMPLATES`.
+      multi_image: how a conversation with several pictures shows each of them. "padded": one view,
+        padded to a square, as in Pangea's training. "anyres": tiles, as for a single picture and as
+        in Pangea's evaluation.
+      marker_first: put the only `<image>` of a message before its words, as in Pangea's training.
+      orientation: "stored" keeps the pixels as they are in the file, as the reference does.
+        "upright" rotates them as the EXIF tag says.
+      template: the chat template, one of `TEMPLATES`.
 
     Raises:
-      ValueError: a value that is not one of those above.
+      ValueError: a value is not allowed.
     """
 
     background: tuple[int, int, int] | None = None
@@ -81,13 +82,13 @@ class ReadingPolicy:
 
     @classmethod
     def from_json(cls, content: Any, where: str) -> "ReadingPolicy":
-        """The policy in a JSON object.
+        """Reads the policy from a JSON object.
 
         Args:
-          where: what errors call it.
+          where: the name of the object in errors.
 
         Raises:
-          ValueError: it is not an object, or has a field or a value that is not known.
+          ValueError: it is not an object, or has an unknown field or value.
         """
         if not isinstance(content, Mapping):
             raise ValueError(f"{where}: expected an object, found {content!r:.60}")
@@ -105,12 +106,12 @@ REFERENCE = ReadingPolicy()
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """What the model's architecture fixes of a picture.
+    """The part of the picture geometry that the model's architecture fixes.
 
     Attributes:
-      pinpoints: canvases as (width, height), see `pangea_jax.anyres.layout`; none for a single view.
+      pinpoints: canvases as (width, height), see `pangea_jax.anyres.layout`; empty: a single view.
       tile_size: side of a tile in pixels.
-      grid: patches on a side of a tile.
+      grid: number of patches on a side of a tile.
       newline: whether the model has the newline vector.
     """
 
@@ -127,23 +128,23 @@ class Geometry:
 
     @property
     def patches(self) -> int:
-        """Patches in a tile."""
+        """Number of patches in a tile."""
         return self.grid**2
 
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """A picture that is open: its place among the tokens, and its tiles or features when asked for."""
+    """A decoded picture: its place among the tokens; `cut()` makes its tiles or features."""
 
     place: Place
     cut: Callable[[], Shaped[np.ndarray, "N ..."]]
 
 
 class Tiles:
-    """Pictures as uint8 tiles, for a tower that runs at every step and for answering.
+    """Gives pictures as uint8 tiles, for answering and for training with a tower at every step.
 
     Args:
-      store: where pictures lie that are named by key.
+      store: has the pictures that `stored` and `stored_place` name by key.
     """
 
     field = "tiles"
@@ -154,22 +155,22 @@ class Tiles:
         self.shape, self.dtype = (geometry.tile_size, geometry.tile_size, 3), np.uint8
 
     def stored(self, key: str, several: bool, rng: np.random.Generator | None = None) -> Look:
-        """A picture of the store. `rng` is for pictures that are seen at random.
+        """A picture of the store. `rng` is not used; only `CachedFeatures` needs it.
 
         Raises:
-          ImageError: the picture is not there or cannot be decoded.
+          ImageError: the picture is missing or cannot be decoded.
         """
         return self.given(self._encoded(key), key, several)
 
     def given(self, picture: Any, name: str, several: bool) -> Look:
-        """A picture as `pangea_jax.data.image.decode` takes it.
+        """A picture in any form that `pangea_jax.data.image.decode` accepts.
 
         Args:
-          name: what errors call it.
+          name: the name of the picture in errors.
           several: whether its conversation has more than one picture.
 
         Raises:
-          ImageError: it cannot be decoded, or has no pixels.
+          ImageError: the picture cannot be decoded, or has no pixels.
         """
         policy = self.policy
         decoded = image.decode(
@@ -182,12 +183,12 @@ class Tiles:
         return Look(place, functools.partial(self._cut, decoded, padded))
 
     def stored_place(self, key: str, several: bool) -> Place:
-        """The place of a picture of the store. Nothing is decoded.
+        """The place of a picture of the store, without decoding it.
 
         Raises:
-          ImageError: the picture is not there.
+          ImageError: the picture is missing.
         """
-        if self.policy.orientation == "upright":  # the index has sizes as stored
+        if self.policy.orientation == "upright":  # the index has sizes before rotation
             size = image.header_size(self._encoded(key), name=key, orientation="upright")
         elif key in self._sizes:
             size = self._sizes[key]
@@ -196,7 +197,7 @@ class Tiles:
         return self.place(size, several)
 
     def place(self, size: anyres.Size, several: bool) -> Place:
-        """The place of a picture of (width, height)."""
+        """The place of a picture of `size` (width, height)."""
         padded = several and self.policy.multi_image == "padded"
         layout = anyres.layout(
             size,
@@ -237,10 +238,11 @@ def _squared(picture):
 
 
 class CachedFeatures:
-    """Pictures as features of a frozen tower, computed before training (`pangea_jax.sample.features`).
+    """Gives pictures as features of a frozen tower (`pangea_jax.sample.features`), one tile each.
 
-    One of the `features[key]` views [views, P, E] is drawn at random; view 0 is the picture as it is. A picture is one
-    view whatever its size.
+    Args:
+      features: for each key its views [views, P, E]; view 0 is the original, the others are random
+        changes of it. Training draws one view at random.
     """
 
     field = "features"
@@ -260,22 +262,22 @@ class CachedFeatures:
         self._place = layout.num_tiles, layout.image_index
 
     def stored(self, key: str, several: bool, rng: np.random.Generator | None = None) -> Look:
-        """A view of a picture, drawn with `rng`; view 0 without one."""
+        """A view of a picture, drawn with `rng`; without `rng`, view 0."""
         views = self._features[key]
         view = 0 if rng is None else rng.integers(len(views))
         return Look(self._place, lambda: views[view : view + 1])
 
     def stored_place(self, key: str, several: bool) -> Place:
-        """The place of any picture."""
+        """The same place for every picture."""
         return self._place
 
     def place(self, size: anyres.Size, several: bool) -> Place:
-        """The place of a picture of any size."""
+        """The same place for every size."""
         return self._place
 
 
 class Reader:
-    """Reads conversations: words with the tokenizer and the chat template, pictures as `pictures` sees them."""
+    """Reads conversations: words with the tokenizer and the chat template, pictures with `pictures`."""
 
     def __init__(self, tokenizer: Tokenizer, pictures: Tiles | CachedFeatures):
         self.tokenizer, self.pictures, self.policy = tokenizer, pictures, pictures.policy
@@ -283,19 +285,19 @@ class Reader:
     def look(
         self, conversation: Conversation, rng: np.random.Generator | None = None
     ) -> list[Look]:
-        """The pictures of a record.
+        """Opens the pictures of a record.
 
         Raises:
-          ImageError: a picture is not there or cannot be decoded.
+          ImageError: a picture is missing or cannot be decoded.
         """
         several = len(conversation.images) > 1
         return [self.pictures.stored(key, several, rng) for key in conversation.images]
 
     def places(self, conversation: Conversation) -> list[Place]:
-        """The places of a record's pictures. Nothing is decoded.
+        """The places of a record's pictures, without decoding them.
 
         Raises:
-          ImageError: a picture is not there.
+          ImageError: a picture is missing.
         """
         several = len(conversation.images) > 1
         return [self.pictures.stored_place(key, several) for key in conversation.images]
@@ -303,14 +305,14 @@ class Reader:
     def words(
         self, turns: Sequence[Turn], places: Sequence[Place], **options: Any
     ) -> chat.Rendered:
-        """Tokens, which of them are trained, and where the features of pictures go.
+        """The tokens, the loss mask, and the positions of the pictures' features.
 
         Args:
-          places: of the pictures, in the order of the `<image>` markers.
-          options: of `pangea_jax.data.chat.render`: `loss_mask`, `system`, `answer_next`.
+          places: the places of the pictures, in the order of the `<image>` markers.
+          options: `loss_mask`, `system` and `answer_next` of `pangea_jax.data.chat.render`.
 
         Raises:
-          ValueError: markers and pictures differ in number.
+          ValueError: the numbers of markers and pictures differ.
         """
         return chat.render(
             turns,
@@ -331,5 +333,5 @@ class Reader:
 
     @functools.cached_property
     def no_tiles(self) -> Shaped[np.ndarray, "0 ..."]:
-        """What a conversation without pictures has in their place."""
+        """The tiles or features of a conversation without pictures."""
         return np.zeros((0, *self.pictures.shape), self.pictures.dtype)

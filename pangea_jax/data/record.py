@@ -1,11 +1,11 @@
-"""One conversation record: parse it, validate it, and report exactly what is wrong.
+"""A conversation record: parses and validates it, and reports exactly what is wrong.
 
 The format is that of PangeaIns (LLaVA's JSON): turns of "human" and "gpt", and one `<image>` marker
-in the text for every image. The embedded sample and PangeaIns share this type.
+in the text for every image. The embedded sample and PangeaIns use the same type.
 
-Known values in PangeaIns.json, and how each field is read:
+Values in PangeaIns.json, and how each field is read:
 
-    id            a text, or a number; kept as released, `2433684022797.0` with its `.0`
+    id            a text or a number; not changed, so `2433684022797.0` keeps its `.0`
     image         absent, null or "" (text-only record), a path, or a list of paths; the builder
                   resolves absolute paths
     language      `iw`, `zh_simplified`, `urdu`, `kr` are aliases; if absent or null, see
@@ -31,7 +31,7 @@ IMAGE_MARKER = "<image>"
 _ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant"}
 _SPEAKER_OF_ROLE = {role: speaker for speaker, role in _ROLE_OF_SPEAKER.items()}
 _TEXT_ONLY = "text-only"
-# Below this confidence the identifier only guesses ("42" is English with 0.12).
+# With less confidence, the identifier only guesses (it says that "42" is English with 0.12).
 _MIN_CONFIDENCE = 0.4
 
 
@@ -67,9 +67,9 @@ class Conversation:
 
     Attributes:
       id: as in the dataset. In PangeaIns several records may share an id.
-      source: where it comes from, e.g. `emoji/noto` or a PangeaIns source folder.
+      source: such as `emoji/noto` or a PangeaIns source folder.
       language: canonical code (`pangea_jax.languages`).
-      category: free label used for reports, may be empty.
+      category: any label for reports; may be empty.
       images: keys of the image store, in the order of the `<image>` markers.
       turns: user and assistant in alternation, user first, assistant last.
     """
@@ -86,11 +86,11 @@ class Conversation:
         return "image" if self.images else "text"
 
     def validate(self) -> "Conversation":
-        """Returns the record itself.
+        """Returns the record itself if it is valid.
 
         Raises:
-          RecordError: an unknown language, a wrong order of turns, an empty text or a wrong number
-            of markers.
+          RecordError: the language is unknown, the turns are in the wrong order, a text is empty,
+            or the number of markers is wrong.
         """
         if self.language not in languages.LANGUAGES:
             raise RecordError("unknown language", "language", repr(self.language), self.id)
@@ -134,7 +134,7 @@ class Conversation:
         Args:
           record: `{"id", "image", "conversations": [{"from", "value"}, ...], "language"}`, see the
             top of this file.
-          source: replaces the record's own `source`. If both are missing, `data_set` gives it.
+          source: replaces the record's own `source`. If both are missing, it is `data_set`.
           category: replaces the record's own `category`. If both are missing, it is the first
             folder of the source (in PangeaIns `general`, `cultural`, `doc+chart`, `text-only`,
             ...).
@@ -142,7 +142,7 @@ class Conversation:
             the record to a tag, such as `identify_language`. With None such records are an error.
 
         Raises:
-          RecordError: a field is missing, of the wrong type, or fails `validate`.
+          RecordError: a field is missing or has the wrong type, or `validate` fails.
         """
         if not isinstance(record, Mapping):
             said = f": {record:.80}" if isinstance(record, str) else ""
@@ -163,7 +163,7 @@ class Conversation:
         ).validate()
 
     def to_pangeains(self) -> dict[str, Any]:
-        """The record as PangeaIns writes it; `from_pangeains` restores it exactly."""
+        """The record in the format of PangeaIns. `from_pangeains` restores it exactly."""
         record: dict[str, Any] = {"id": self.id}
         if self.images:
             record["image"] = self.images[0] if len(self.images) == 1 else list(self.images)
@@ -185,12 +185,12 @@ def _id(value: Any) -> str:
     number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if not number or (not isinstance(value, int) and not math.isfinite(value)):
         raise RecordError("wrong type", "id", f"expected a text or a number, got {value!r:.80}")
-    # repr() of 1e16 and more uses an exponent; the release writes all digits.
+    # Python writes 1e16 and more with an exponent; the release has all digits.
     return f"{value:.1f}" if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def image_paths(value: Any, record_id: str = "") -> tuple[str, ...]:
-    """The paths of an `image` field, normalised: plain folder names with `/` between them.
+    """The normalised paths of an `image` field: folder names with `/` between them.
 
     >>> image_paths("./general//cambrian/1.jpg"), image_paths(None)
     (('general/cambrian/1.jpg',), ())
@@ -213,10 +213,10 @@ def image_paths(value: Any, record_id: str = "") -> tuple[str, ...]:
 
 
 def data_set(images: tuple[str, ...], record_id: str) -> str:
-    """The dataset to which a record of PangeaIns belongs.
+    """The dataset of a record of PangeaIns.
 
-    With an image, the image's folders name the dataset. Otherwise the part of the id before its
-    number does.
+    If the record has an image, it is the first two folders of the image. Otherwise it is the part of
+    the id before the number.
 
     >>> data_set(("images/general/cambrian/a/1.jpg",), "x"), data_set((), "NuminaMath-CoT_54842")
     ('general/cambrian', 'text-only/NuminaMath-CoT')
@@ -228,7 +228,7 @@ def data_set(images: tuple[str, ...], record_id: str) -> str:
 
 
 def identify_language(text: str) -> str | None:
-    """The language of a text by `pangea_jax.language_id`, None if the identifier is not sure."""
+    """The language of a text by `pangea_jax.language_id`; None if the identifier is not sure."""
     (best,) = language_id.identify(text.replace(IMAGE_MARKER, " ").strip())
     return best.label if best.score >= _MIN_CONFIDENCE else None
 

@@ -1,19 +1,19 @@
-"""The prepared on-disk form of a data set: conversations, pictures, and an index over both.
+"""A data set on disk, ready for training: conversations, pictures, and an index of both.
 
 A store is a directory written by `pangea_jax.data.build.write_store`:
 
-    manifest.json            what belongs to it, with size and SHA-256 of every file
-    index.parquet            one row per conversation: select from it without reading any record
+    manifest.json            the list of its files, each with size and SHA-256
+    index.parquet            one row per conversation, to select records without reading them
     images.parquet           one row per picture: key, position, width, height, bytes
     records/<version>/       TFDS ArrayRecord, one TFDS split per split
     images_<collection>/<version>/   TFDS ArrayRecord, one folder per collection of pictures
                              (`images/<version>/` in PangeaIns, whose pictures are one collection)
 
-A picture is stored once and referred to by its key `<collection>/<name>`, because translations of
-one record share its picture. Collections have folders of their own, so that the licence of each
-can lie beside its files. The record folders are ordinary TFDS data sets
-(`tfds.builder_from_directory(...).as_data_source()`); the reader here parses the same bytes into
-`Conversation` directly.
+A picture is stored once, and records refer to it by its key `<collection>/<name>`, because
+translations of a record share its picture. Each collection has its own folder, with the licence
+beside the files. The record folders are ordinary TFDS data sets
+(`tfds.builder_from_directory(...).as_data_source()`). The reader here parses the same bytes
+directly into `Conversation`.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ FORMAT_VERSION = 1
 
 
 class StoreError(RuntimeError):
-    """A store cannot be read: names the file, what is wrong and the command that repairs it."""
+    """A store cannot be read. The message names the file, the problem and the command to repair it."""
 
     def __init__(self, path: Path | str, problem: str, remedy: str = ""):
         self.path, self.problem, self.remedy = str(path), problem, remedy
@@ -77,10 +77,10 @@ def parse_picture(raw: bytes) -> tuple[str, bytes]:
 
 
 class ShardReader:
-    """Random access to the raw records of some ArrayRecord shards; picklable, opens on first use.
+    """Random access to the raw records of some ArrayRecord shards. Picklable; opens files on first use.
 
-    The reader below is used instead of `ArrayRecordDataSource` because the latter asks for groups
-    of one record, which makes files of short records several times larger.
+    `ArrayRecordDataSource` needs files with one record per group. Such files of short records are
+    several times larger, so this class replaces it.
     """
 
     def __init__(self, paths: Sequence[Path], lengths: Sequence[int], remedy: str):
@@ -95,7 +95,7 @@ class ShardReader:
         return self.__dict__ | {"_readers": {}}
 
     def read(self, position: int) -> bytes:
-        """Returns the raw bytes of the record at `position` of 0 <= position < len(self)."""
+        """The raw bytes of a record; 0 <= position < len(self)."""
         shard = int(np.searchsorted(self._ends, position, side="right"))
         local = position - (int(self._ends[shard - 1]) if shard else 0)
         reader = self._readers.get(shard) or self._open(shard)
@@ -125,7 +125,7 @@ class ShardReader:
 
 
 class RecordSource(Sequence[Conversation]):
-    """The conversations of one split by position; a `grain.MapDataset.source`."""
+    """The conversations of one split by position; a source for `grain.MapDataset`."""
 
     def __init__(self, shards: ShardReader, split: str):
         self._shards, self.split = shards, split
@@ -147,13 +147,13 @@ class RecordStore:
     """Reads a prepared data set.
 
     Attributes:
-      directory: where it lies.
+      directory: the folder of the store.
       index: one row per conversation (`split, position, id, source, language, category, kind,
-        num_images, num_turns` and the columns a data set adds of its own; those of PangeaIns:
+        num_images, num_turns`, and columns of the data set, such as those in
         `pangea_jax.data.build.pangeains`).
 
     Raises:
-      StoreError: on construction if the directory holds no store of this version.
+      StoreError: the folder has no store of this version.
     """
 
     def __init__(self, directory: str | Path):
@@ -185,7 +185,7 @@ class RecordStore:
 
     @cached_property
     def index(self) -> pa.Table:
-        # Written in parts, each with dictionaries of its own, which Arrow would not group by.
+        # Each part of the file has its own dictionaries, and Arrow groups only by one.
         return self._table(INDEX).unify_dictionaries()
 
     @cached_property
@@ -235,8 +235,11 @@ class RecordStore:
 
     @cached_property
     def _positions(self) -> tuple[UInt64[np.ndarray, " K"], Int64[np.ndarray, " K"]]:
-        """Hashes of all keys, ascending, and the pictures' positions: 16 bytes a picture, where a
-        dict of the five million keys of PangeaIns would take a gigabyte in every process."""
+        """Hashes of all keys, ascending, and the positions of their pictures.
+
+        They take 16 bytes per picture. A dict of the five million keys of PangeaIns would take a
+        gigabyte in every process.
+        """
         table = self._table(IMAGE_INDEX, ["key_hash", "position"])
         if "key_hash" in table.column_names:
             hashes = table["key_hash"].to_numpy()
@@ -252,7 +255,7 @@ class RecordStore:
         return ShardReader(paths, [shard["num_records"] for shard in shards], self._remedy)
 
     def _table(self, name: str, columns: Collection[str] | None = None) -> pa.Table:
-        """A Parquet file of the store; of `columns` those that it has."""
+        """Reads a Parquet file of the store, with those of `columns` that it has."""
         path = self.directory / name
         if not path.is_file():
             raise StoreError(path, "is missing", self._remedy)
@@ -273,12 +276,12 @@ class RecordStore:
 
 
 def key_hash(key: str) -> np.uint64:
-    """64 bits of a picture's key, for finding it among millions."""
+    """A 64-bit hash of a picture's key."""
     return np.uint64(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big"))
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, hexadecimal."""
+    """The SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

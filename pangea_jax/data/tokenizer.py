@@ -1,4 +1,4 @@
-"""One interface for two tokenizers: SentencePiece models and Hugging Face's tokenizer.json."""
+"""One interface for two kinds of tokenizers: SentencePiece models and Hugging Face's tokenizer.json."""
 
 import json
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ class NoImageToken(ValueError):
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the chat template, the data pipeline and the decoder need from a vocabulary.
+    """The interface that the chat template, the data pipeline and decoding use.
 
-    `encode` takes plain text. A special marker in the text is encoded letter by letter and never
-    becomes the special token, so no record can fake a turn.
+    `encode` takes plain text. It encodes a marker such as <|im_end|> in the text letter by letter,
+    never as the special token. So no text can fake a turn of the conversation.
     """
 
     vocab_size: int
@@ -94,10 +94,10 @@ class TokenizerJson:
     """A byte-level BPE of the Qwen family.
 
     Args:
-      path: a tokenizer.json, or a vocab.json (the older format) with merges.txt beside it. If there
-        are special tokens, added_tokens.json must be there too.
-      image_id: the id of `<image>` if the file does not have this token, as in a plain Qwen2
-        vocabulary; 151646 for Pangea. If the file has the token, both must be equal.
+      path: a tokenizer.json; or a vocab.json (the older format) with merges.txt beside it, and with
+        added_tokens.json if there are special tokens.
+      image_id: the id of `<image>`, for a file without this token, such as a plain Qwen2 vocabulary;
+        151646 for Pangea. If the file has the token, the ids must be equal.
 
     Raises:
       NoImageToken: the file has no `<image>` and `image_id` is None.
@@ -114,8 +114,8 @@ class TokenizerJson:
             self._model = read(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
-        # Special tokens in a text are encoded letter by letter. A file may have a marker as an
-        # ordinary added token, which would still be parsed. So the markers become special here.
+        # This flag makes `encode` spell out special tokens, but not ordinary added tokens. Some files
+        # have the markers as ordinary added tokens. So they become special tokens here.
         self._model.encode_special_tokens = True
         markers = (END_OF_TEXT, IM_START, IM_END, IMAGE)
         present = [marker for marker in markers if self._model.token_to_id(marker) is not None]
@@ -139,7 +139,7 @@ class TokenizerJson:
         """Writes a tokenizer.json in which `<image>` is a special token.
 
         Raises:
-          ValueError: a file numbers its tokens without gaps, so `<image>` would get another id.
+          ValueError: `<image>` would get another id, because a file has no gaps between its ids.
         """
         import tokenizers
 

@@ -1,4 +1,4 @@
-"""A model, its tokenizer and its picture geometry: `generate`, `stream`, `logits`, `loglikelihood`."""
+"""Answers conversations with a model: `generate`, `serve`, `stream`, `logits`, `loglikelihood`."""
 
 import collections
 import dataclasses
@@ -34,14 +34,18 @@ Conversation = Sequence[Mapping[str, Any]]
 
 
 class Engine:
-    """Answers conversations. A conversation is a list of messages in the form of transformers and
-    OpenAI, see `pangea_jax.data.chat.from_messages`; or a text, which the model goes on with as it
-    stands, without the template of a chat; or either as `read` has prepared it.
+    """A model with its tokenizer and its way of reading pictures.
+
+    A conversation is one of:
+      - a list of messages in the format of transformers and OpenAI, see
+        `pangea_jax.data.chat.from_messages`;
+      - a text, which the model continues without the chat template;
+      - a `Prompt` that `read` has made of one of these.
 
     Args:
-      policy: how the model reads conversations; it should be the one that it was trained with.
-      mesh: devices that the model lies on (`pangea_jax.sharding`); rows go over its data axes. With
-        several processes each must make the same calls.
+      policy: how the model reads conversations. Use the one that it was trained with.
+      mesh: the devices that hold the model (`pangea_jax.sharding`); rows are split over its data
+        axes. With several processes, each must make the same calls.
     """
 
     def __init__(
@@ -58,16 +62,15 @@ class Engine:
         self._programs = Programs(model, mesh)
 
     def read(self, conversation: Conversation | str, max_new_tokens: int = 0) -> Prompt:
-        """A conversation as the other calls take it too: its pictures are decoded and cut to tiles.
+        """Prepares a conversation for the other methods: decodes its images and cuts their tiles.
 
         Raises:
-          ImageError, FileNotFoundError, ValueError: as of `generate`.
+          ImageError, FileNotFoundError, ValueError: see `generate`.
         """
         return self._prompt(conversation, max_new_tokens, "conversation")
 
     def shape(self, prompt: Prompt) -> tuple[int, int]:
-        """Tokens and tiles that a prompt is padded to where it is alone. A batch of prompts with one
-        shape is padded no further, and such batches run one compiled program."""
+        """(tokens, tiles) to which a prompt is padded. Prompts of one shape share a program."""
         return self._width(len(prompt.tokens)), self._tile_bucket(len(prompt.tiles))
 
     def generate(
@@ -83,19 +86,21 @@ class Engine:
         stop_strings: Collection[str] = (),
         batch_size: int = 16,
     ) -> list[str]:
-        """The model's next message in each conversation.
+        """The model's next message in each conversation. Decoding is greedy by default.
+
+        The parameters are many because each setting is one keyword, as in transformers.
 
         Args:
-          temperature, top_p, top_k, seed: see `Sampling`; one for all, or one a conversation. As they
-            stand, the likeliest tokens are taken.
+          temperature, top_p, top_k, seed: see `Sampling`; one for all, or one per conversation.
           stop: ids that end an answer; by default those of <|im_end|> and <|endoftext|>.
-          stop_strings: texts that end an answer, which is what comes before the first of them.
-          batch_size: conversations answered at a time.
+          stop_strings: texts that end an answer. The answer does not contain them.
+          batch_size: number of conversations that are answered together.
 
         Raises:
-          ImageError: a picture that cannot be used, by name.
-          ValueError: a message that cannot be read, a setting out of range, or a prompt that together
-            with its answer exceeds the model's context.
+          ImageError: an image cannot be used; the message names it.
+          FileNotFoundError: the file of an image does not exist.
+          ValueError: a message cannot be read, a setting is out of range, or a prompt and its answer
+            exceed the model's context.
         """
         _check_batch_size(batch_size)
         if isinstance(conversations, str | Mapping):
@@ -131,19 +136,20 @@ class Engine:
         stop: Sequence[int] | None = None,
         stop_strings: Collection[str] = (),
     ) -> Iterator[tuple[int, str]]:
-        """(number, answer) of prompts as they are done; a row whose answer has ended takes the next one.
+        """Answers prompts and yields (number of the prompt, answer) when an answer is complete.
 
-        A prompt that begins as that of a row does, pictures and all, is read from where they part.
+        When an answer ends, its row takes the next prompt. If a prompt begins like the prompt in a
+        row, with the same images, only the rest of it is computed.
 
         Args:
-          prompts: from `read`, each with its sampling of one row; asked for while the device works.
-            Neighbours of one shape are read together.
-          rows: answers under way at once.
-          width: tokens of the longest prompt, as `shape` has it.
-          stop, stop_strings: as of `generate`.
+          prompts: from `read`, each with `Sampling` for one row. They are fetched while the device
+            works. Neighbours with the same shape are read together.
+          rows: number of answers that are generated at the same time.
+          width: tokens of the longest prompt, as `shape` gives them.
+          stop, stop_strings: see `generate`.
 
         Raises:
-          ValueError: `rows` is less than 1, or a prompt wider than `width`.
+          ValueError: `rows` is less than 1, or a prompt is longer than `width`.
         """
         batch = batching.Batch(
             self._programs,
@@ -181,9 +187,9 @@ class Engine:
         seed: int = 0,
         stop: Sequence[int] | None = None,
     ) -> Iterator[str]:
-        """`generate` of one conversation, piece by piece; together the pieces are its answer.
+        """The answer to one conversation in pieces, as `generate` would give it whole.
 
-        A character of several tokens comes whole. Errors are raised by the call, not by the iterator.
+        A piece never ends within a character. The call raises all errors, not the iterator.
         """
         room = bucket(max_new_tokens)
         prompt = self._prompt(messages, max_new_tokens, "messages")
@@ -193,8 +199,10 @@ class Engine:
         return _pieces(tokens, self.tokenizer, stop_ids)
 
     def logits(self, messages: Conversation) -> Float[np.ndarray, "T V"]:
-        """float32 logits at every token of one conversation; the header of the next answer is
-        added if the last message is the user's."""
+        """float32 logits at every token of one conversation.
+
+        If the last message is the user's, the header of the next answer follows it.
+        """
         prompt = self._prompt(messages, 0, "messages")
         logits = self._programs.forward(self._batch([prompt]))
         return np.asarray(logits[0, : len(prompt.tokens)])
@@ -202,11 +210,11 @@ class Engine:
     def candidates(
         self, conversation: Conversation | str, continuations: Sequence[str]
     ) -> tuple[Prompt, Candidates]:
-        """What `loglikelihood` scores: the tokens that all continuations share, and the rest of each.
+        """The input of `loglikelihood`: the tokens that all continuations share, and the rest of each.
 
-        After a text a continuation is tokenised together with it, and its first token is the one after
-        as many as the text alone has, as in lm-eval; after a message it is tokenised alone. Nothing is
-        read before an empty text but <|endoftext|>.
+        If the conversation is a text, text and continuation are tokenised together; the continuation
+        starts at token n if the text alone has n tokens, as in lm-eval. After messages, the
+        continuation is tokenised alone. An empty text becomes <|endoftext|>.
 
         Raises:
           ValueError: a continuation has no tokens, or exceeds the model's context.
@@ -224,7 +232,7 @@ class Engine:
             raise ValueError(
                 f"prompt and continuation have {longest} tokens, over the model's context of {context}"
             )
-        # Of a continuation's own: its first letters may have changed the text's last token.
+        # Not the text's own tokens: the first letters of a continuation may change the last one.
         tokens = np.asarray(wholes[0][: found.shared], np.int32)
         index = prompt.image_index[: found.shared]
         return dataclasses.replace(prompt, tokens=tokens, image_index=index), found
@@ -232,7 +240,7 @@ class Engine:
     def loglikelihood(
         self, items: Sequence[tuple[Prompt, Candidates]], *, batch_size: int = 16
     ) -> list[list[LogLikelihood]]:
-        """How likely each continuation is; `items` come from `candidates`."""
+        """The log-likelihood of each continuation; `items` come from `candidates`."""
         _check_batch_size(batch_size)
         results = []
         for start in range(0, len(items), batch_size):
@@ -264,7 +272,7 @@ class Engine:
     def _prompt(
         self, messages: Conversation | str | Prompt, max_new_tokens: int, name: str
     ) -> Prompt:
-        """Reads a conversation; of one that is too long, before its tiles are cut."""
+        """Reads a conversation. Refuses one that is too long before it cuts the tiles."""
         if isinstance(messages, Prompt | str):
             if isinstance(messages, str):
                 _check_text(messages, name)
@@ -275,16 +283,17 @@ class Engine:
             return messages
         if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
             raise ValueError(
-                f"{name} is no list of messages but {reprlib.repr(messages)}; one conversation is "
-                '[{"role": "user", "content": ...}], and several are a list of such lists'
+                f"{name} is not a list of messages: {reprlib.repr(messages)}; one conversation is "
+                '[{"role": "user", "content": ...}], several are a list of such lists'
             )
         system, turns, pictures = chat.from_messages(messages)
         for text in (system, *(turn.text for turn in turns)):
             _check_text(text, name)
-        looks = [
-            self._tiles.given(picture, _name(picture, f"{name}, image {i + 1}"), len(pictures) > 1)
-            for i, picture in enumerate(pictures)
-        ]
+        looks = []
+        for i, picture in enumerate(pictures, 1):
+            is_path = isinstance(picture, str | os.PathLike)
+            label = os.fspath(picture) if is_path else f"{name}, image {i}"
+            looks.append(self._tiles.given(picture, label, len(pictures) > 1))
         rendered = self.reader.words(
             turns,
             [look.place for look in looks],
@@ -303,8 +312,7 @@ class Engine:
             )
 
     def _batch(self, prompts: Sequence[Prompt]) -> Batch:
-        """Right-padded rows on the devices. Rows, tokens and tiles are rounded up, so that few shapes
-        are ever compiled; rows that are added are empty."""
+        """Right-padded rows on the devices, in few shapes, so that few programs are compiled."""
         width = self._width(max(len(prompt.tokens) for prompt in prompts))
         tiles = self._tile_bucket(max(len(prompt.tiles) for prompt in prompts))
         return self._programs.place(Batch.fill([[prompt] for prompt in prompts], width, tiles, 0))
@@ -313,7 +321,7 @@ class Engine:
         return min(bucket(tokens), self.config.language.max_positions)
 
     def _tile_bucket(self, tiles: int) -> int:
-        """0, 1, or a multiple of the most tiles that one picture has."""
+        """Rounds up to 0, 1, or a multiple of the largest number of tiles of one image."""
         side = self.config.vision.image_size
         most = 1 + max((w * h // side**2 for w, h in self.config.pinpoints), default=0)
         return tiles if tiles < 2 else tiles + -tiles % most
@@ -322,31 +330,27 @@ class Engine:
         ids = (self.tokenizer.im_end_id, self.tokenizer.pad_id) if stop is None else stop
         if isinstance(ids, str) or not all(isinstance(i, int | np.integer) for i in ids):
             raise ValueError(f"stop {stop!r} is not a list of token ids")
-        # Without any, an id that no token has.
+        # -1 is the id of no token.
         return np.array(sorted(set(ids)) or [-1], np.int32)
 
 
 def bucket(size: int) -> int:
-    """`size` rounded up to a multiple of 64 and of an eighth to a quarter of itself: four lengths
-    an octave, so that a context of 32,768 makes 32 shapes and a quarter is wasted at most.
+    """Rounds `size` up to a multiple of 64, and to one of four lengths between two powers of two.
+
+    So a context of 32,768 has 32 shapes, and at most a quarter is padding.
 
     Raises:
-      ValueError: less than 1.
+      ValueError: `size` is less than 1.
     """
-    size = operator.index(size)  # NumPy's integers as well
+    size = operator.index(size)  # also takes NumPy's integers
     if size < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {size}")
     step = max(64, 1 << max(0, (size - 1).bit_length() - 3))
     return size + -size % step
 
 
-def _name(picture: Any, place: str) -> str:
-    """What errors call a picture: its path, or its place."""
-    return os.fspath(picture) if isinstance(picture, str | os.PathLike) else place
-
-
 def _check_text(text: str, name: str) -> None:
-    """Tokenizers stop at a half of a surrogate pair, as broken JSON and bytes of a shell have it."""
+    """Refuses half a surrogate pair, as in broken JSON; tokenizers raise an unclear error there."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -359,7 +363,7 @@ def _check_batch_size(batch_size: int) -> None:
 
 
 def _pieces(tokens: Iterator[int], tokenizer: Tokenizer, stop_ids) -> Iterator[str]:
-    """Text as its tokens come; what ends within a character waits for the rest of it."""
+    """Yields the text of the tokens. A text that ends within a character waits for the rest."""
     ids, told = [], ""
     for token in tokens:
         if token in stop_ids:
@@ -380,58 +384,62 @@ MeshChoice = Mesh | Mapping[str, int] | Literal["auto"] | None
 def load_folder(
     path: str | os.PathLike, *, dtype=None, mesh: MeshChoice = None, **reading: Any
 ) -> Engine:
-    """A checkpoint in any form that `pangea_jax.checkpoints` reads, with its tokenizer beside it.
+    """Loads a checkpoint in any form that `pangea_jax.checkpoints` reads, and its tokenizer.
 
     Args:
       dtype: of parameters and activations; by default bfloat16, as published.
-      mesh: devices to lay the parameters over, each tensor straight to its place; see `choose_mesh`.
-      reading: fields of `ReadingPolicy` to replace in the model's own.
+      mesh: devices that hold the parameters, see `choose_mesh`. Each tensor goes straight to its
+        devices.
+      reading: fields of `ReadingPolicy` that replace those saved with the model.
     """
-    config = checkpoints.config_from_folder(path)
-    config = dataclasses.replace(config, dtype=_dtype_name(dtype or config.dtype))
-    tokenizer = checkpoints.load_tokenizer(path)
-    policy = dataclasses.replace(checkpoints.load_policy(path), **reading)
-    mesh = choose_mesh(mesh, config)
-    targets = None if mesh is None else _shardings(config, mesh)
-    model = checkpoints.load_model(path, config, dtype=jnp.dtype(config.dtype), shardings=targets)
-    return Engine(_for_this_machine(model, mesh), tokenizer, policy=policy, mesh=mesh)
+    return _load(path, {path: None}, checkpoints.load_tokenizer(path), dtype, mesh, reading)
 
 
 def load_sample(*, dtype=None, mesh: MeshChoice = None, **reading: Any) -> Engine:
-    """The sample model: the shipped tower and the default point of the English-share ablation."""
-    config = checkpoints.config_from_folder(SAMPLE_MODEL)
-    config = dataclasses.replace(config, dtype=_dtype_name(dtype or "float32"))
+    """Loads the model in the package, in float32 by default; arguments as for `load_folder`.
+
+    It is the shipped tower with the default point of the English-share ablation.
+    """
+    files = {
+        SAMPLE_MODEL / "tower.safetensors": ("vision",),
+        SAMPLE_MODEL / "model.safetensors": ("projector", "newline", "language"),
+    }
+    tokenizer = checkpoints.load_tokenizer(SAMPLE_MODEL, EMOJI)
+    return _load(SAMPLE_MODEL, files, tokenizer, dtype or "float32", mesh, reading)
+
+
+def _load(folder, files, tokenizer, dtype, mesh, reading) -> Engine:
+    """An engine from `files`, which maps each file to the parts of the model in it (None: all)."""
+    config = checkpoints.config_from_folder(folder)
+    config = dataclasses.replace(config, dtype=_dtype_name(dtype or config.dtype))
+    policy = dataclasses.replace(checkpoints.load_policy(folder), **reading)
     mesh = choose_mesh(mesh, config)
-    targets = None if mesh is None else _shardings(config, mesh)
-    parts = {"tower": ("vision",), "model": ("projector", "newline", "language")}
-    params = {}
-    for file, only in parts.items():
+    graphdef, shapes = _abstract(config)
+    targets, params = None, {}
+    if mesh is not None:
+        targets = model_params.unflatten(sharding.param_shardings(shapes, mesh))
+    for file, only in files.items():
         state = checkpoints.load(
-            SAMPLE_MODEL / f"{file}.safetensors",
-            config,
-            only=only,
-            dtype=jnp.dtype(config.dtype),
-            shardings=targets,
+            file, config, only=only, dtype=jnp.dtype(config.dtype), shardings=targets
         )
         params |= model_params.flatten(state)
-    graphdef, _ = _abstract(config)
-    model = _for_this_machine(model_params.merge(graphdef, params), mesh)
-    tokenizer = checkpoints.load_tokenizer(SAMPLE_MODEL, EMOJI)
-    policy = dataclasses.replace(checkpoints.load_policy(SAMPLE_MODEL), **reading)
+    model = model_params.merge(graphdef, params)
+    if mesh is None and jax.default_backend() == "cpu":
+        model.language.unstack()
     return Engine(model, tokenizer, policy=policy, mesh=mesh)
 
 
 def choose_mesh(mesh: MeshChoice, config: PangeaConfig) -> Mesh | None:
-    """The mesh that a model is laid over.
+    """The devices that hold a model.
 
     Args:
-      mesh: None for one device; sizes of axes as in `config.mesh` of a training run, where `data` is
-        what the others leave; or "auto" for all devices of this process. Then each layer's arithmetic
-        is split over as many of them as divide its heads and widths, for no step of decoding can wait
-        for parameters from elsewhere, and rows over the rest.
+      mesh: None for one device; or sizes of axes as in `config.mesh` of a training run, where `data`
+        defaults to all devices that the other axes leave; or "auto" for all devices of this process.
+        "auto" splits each layer over as many devices as divide its heads and widths, because fsdp
+        would send parameters at every decoding step. The other devices share the rows.
 
     Raises:
-      ValueError: sizes that do not fill the devices, or an axis that is not there.
+      ValueError: the sizes do not fill the devices, or an axis is unknown.
     """
     if mesh is None or isinstance(mesh, Mesh):
         return mesh
@@ -451,21 +459,11 @@ def choose_mesh(mesh: MeshChoice, config: PangeaConfig) -> Mesh | None:
         except ValueError:
             continue
         return found
-    raise AssertionError("parameters that are split over one device always divide")
+    raise AssertionError("one device can always hold the parameters")
 
 
 def _abstract(config: PangeaConfig):
     return model_params.abstract(lambda: Pangea(config, rngs=nnx.Rngs(0)))
-
-
-def _shardings(config: PangeaConfig, mesh: Mesh) -> nnx.State:
-    return model_params.unflatten(sharding.param_shardings(_abstract(config)[1], mesh))
-
-
-def _for_this_machine(model: Pangea, mesh: Mesh | None) -> Pangea:
-    if mesh is None and jax.default_backend() == "cpu":
-        model.language.unstack()
-    return model
 
 
 def _dtype_name(dtype) -> str:

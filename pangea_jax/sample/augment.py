@@ -16,11 +16,12 @@ def augment(
 ) -> UInt8[Array, "B size size 3"]:
     """One random view of each RGBA drawing, `size` pixels a side.
 
-    The drawing is scaled (0.8 to 1.3), stretched, turned (up to 20 degrees), sheared, shifted, mirrored in half of the
-    views, and put on white or a random colour. Its colours are mixed and shifted; one view in ten is grey.
+    The drawing is scaled (0.8 to 1.3), stretched, turned (up to 20 degrees), sheared and shifted; half
+    of the views are mirrored. The background is white or a random colour. The colours are mixed and
+    shifted; one view in ten is grey.
 
     Args:
-      keys: one key for each drawing, the only source of randomness.
+      keys: one random key for each drawing.
     """
     views = jax.vmap(functools.partial(_augment_one, size=size))(drawings, keys)
     return jnp.round(views * 255).astype(jnp.uint8)
@@ -29,7 +30,7 @@ def augment(
 def _augment_one(drawing, key, size):
     warp_key, colour_key = jax.random.split(key)
     alpha = drawing[..., 3:].astype(jnp.float32) / 255
-    # Premultiplied, so that interpolation cannot spread the colour of transparent pixels.
+    # Premultiplied alpha: interpolation must not spread the colour of transparent pixels.
     rgba = jnp.concatenate([drawing[..., :3] / 255 * alpha, alpha], -1)
     return _recolour(_warp(rgba, warp_key, size), colour_key)
 

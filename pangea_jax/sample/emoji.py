@@ -3,8 +3,8 @@
     image   "<image>" and a question in language L -> the CLDR short name in L
     text    a question in language L about a name in another language -> the name in L
 
-Splits: `train` (drawings of `TRAIN_ARTISTS` and all text records), `dev_artwork` (OpenMoji, for
-choosing settings) and `unseen_artwork` (Twemoji, the test; do not use it to choose settings).
+Splits: `train` (drawings of `TRAIN_ARTISTS` and all text records), `dev_artwork` (OpenMoji, to
+choose settings) and `unseen_artwork` (Twemoji, the test; do not use it to choose settings).
 A hash chooses phrasings and languages, so a record does not depend on other records.
 """
 
@@ -39,8 +39,14 @@ Row = tuple[Conversation, dict[str, str | None]]
 
 @dataclass(frozen=True)
 class Concept:
-    """One base emoji: its code point such as `1f408`, the emoji itself, its category `animals` or
-    `food`, and its cleaned CLDR short name in each of `languages.EMOJI`."""
+    """One base emoji.
+
+    Attributes:
+      codepoint: such as `1f408`.
+      char: the emoji itself.
+      category: `animals` or `food`.
+      names: its cleaned CLDR short name in each of `languages.EMOJI`.
+    """
 
     codepoint: str
     char: str
@@ -97,11 +103,11 @@ def image_record(artist: str, concept: Concept, language: str) -> Row:
 
 
 class Translations(Sequence[Conversation]):
-    """Translations of every concept's name between every two languages, in every phrasing.
+    """Translations of every concept's name between every two languages, in every phrasing; text only.
 
-    It also has the image questions, with a name in place of the picture: they teach what "What is
-    this?" asks for in each language. Text only. The records are made as they are read, since there
-    are far more than the store holds. A source for Grain.
+    It also has the image questions with a name in place of the picture. They teach the meaning of
+    "What is this?" in each language. The records are made when they are read, because there are far
+    more than in the store. A source for Grain.
     """
 
     def __init__(self, codes: Sequence[str]):
@@ -130,9 +136,9 @@ class Translations(Sequence[Conversation]):
 
 
 def text_record(concept: Concept, language: str) -> Row:
-    """A name in another language and its name in `language`.
+    """The question for a concept's name in `language`, given its name in another language.
 
-    The other language is the first, in an order given by a hash, with a different spelling.
+    A hash orders the other languages. The first one whose name is spelled differently is chosen.
     """
     answer = concept.names[language]
     others = sorted(

@@ -1,4 +1,4 @@
-"""Features of a frozen vision tower, computed once and then shared by many steps.
+"""Features of a frozen vision tower, computed once before training.
 
 This is useful for few images that are seen often, as in the embedded sample, but not for the 784 GB
 of PangeaIns.
@@ -43,12 +43,13 @@ def frozen_features(
     """float16 features of every image: view 0 is the original, then `augmented` random views.
 
     A random view depends only on the seed, its number and the position of its key in `keys`. So the
-    result is the same on every mesh and in every process.
+    result is the same on every mesh and in every process. The features depend on most of the
+    parameters, so they are many.
 
     Args:
       policy: how the model reads pictures, see `pangea_jax.data.reader`.
-      cache: a folder that keeps the features for the next run with the same tower and images, which
-        reads them as a memory map. It is not used with several processes, or if it cannot be
+      cache: a folder that keeps the features. The next run with the same tower and images reads
+        them from there as a memory map. It is not used with several processes, or if it cannot be
         written.
     """
     if cache is None or jax.process_count() > 1:
@@ -80,7 +81,7 @@ def _digest(tower, store, keys, policy, augmented, seed) -> str:
 
 
 def _save(file: Path, values: np.ndarray) -> None:
-    """Writes the file completely or not at all, even if two runs do it at once."""
+    """Writes the file completely or not at all, even if two runs write it at the same time."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = atomic.partial_path(file)
     try:
@@ -94,41 +95,47 @@ def _save(file: Path, values: np.ndarray) -> None:
 def _compute(
     tower, store, keys, mesh, policy, augmented, seed, batch_size
 ) -> Float[np.ndarray, "pictures views P E"]:
+    """`frozen_features` without the cache, as one array; hence the same parameters."""
     size = tower.config.image_size
-    graphdef, params = model_params.split(tower)
-    rows, whole = NamedSharding(mesh, BATCH_SPEC), NamedSharding(mesh, P())
-    params = jax.device_put(params, whole)
+    encode = _encoder(tower, mesh)
     batch_size += -batch_size % mesh.size
-
-    @jax.jit
-    def encode(params, tiles):
-        features = model_params.merge(graphdef, params)(normalize(tiles)).astype("float16")
-        return jax.lax.with_sharding_constraint(features, whole)
 
     def run(make_tiles):
         parts = []
         for start in range(0, len(keys), batch_size):
             # The first images fill up the last batch, so that only one shape is compiled.
             places = np.arange(start, start + batch_size) % len(keys)
-            parts.append(np.asarray(encode(params, jax.device_put(make_tiles(places), rows))))
+            parts.append(encode(make_tiles(places)))
         return np.concatenate(parts)[: len(keys)]
 
-    clean = Tiles(Geometry((), size, tower.config.grid), policy, store)
+    originals = Tiles(Geometry((), size, tower.config.grid), policy, store)
     views = [
-        run(lambda places: np.concatenate([clean.stored(keys[i], False).cut() for i in places]))
+        run(lambda places: np.concatenate([originals.stored(keys[i], False).cut() for i in places]))
     ]
     drawings = np.stack([_rgba(store.image(key), policy) for key in keys]) if augmented else None
     for view in range(1, augmented + 1):
         root = jax.random.fold_in(jax.random.key(seed), view)
         random_keys = jax.random.split(root, len(keys))
-        views.append(
-            run(
-                lambda places, k=random_keys: augment.augment(
-                    drawings[places], k[places], size=size
-                )
-            )
-        )
+
+        def make_tiles(places, random_keys=random_keys):
+            return augment.augment(drawings[places], random_keys[places], size=size)
+
+        views.append(run(make_tiles))
     return np.stack(views, axis=1)
+
+
+def _encoder(tower: VisionTower, mesh: jax.sharding.Mesh):
+    """A compiled function from uint8 tiles to float16 features, with rows over the mesh."""
+    graphdef, params = model_params.split(tower)
+    rows, whole = NamedSharding(mesh, BATCH_SPEC), NamedSharding(mesh, P())
+    params = jax.device_put(params, whole)
+
+    @jax.jit
+    def encode(params, tiles):
+        features = model_params.merge(graphdef, params)(normalize(tiles)).astype("float16")
+        return jax.lax.with_sharding_constraint(features, whole)
+
+    return lambda tiles: np.asarray(encode(params, jax.device_put(tiles, rows)))
 
 
 def _rgba(encoded: bytes, policy: ReadingPolicy) -> np.ndarray:

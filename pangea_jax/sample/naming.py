@@ -1,11 +1,11 @@
-"""The sample's evaluation: how well a model names the things in emoji artwork, for each language.
+"""The sample's evaluation: how well a model names the things in emoji drawings, for each language.
 
 There are two scores:
-  exact match      greedy decoding gives the CLDR name, letter by letter;
-  rank accuracy    of ten names in the same language, the true one has the highest log-likelihood
-                   (chance 10 %).
-Each has an image-blind floor: the same scoring with the image of something else. A language model
-can lower its loss without looking at images, but it cannot rise above that floor.
+  exact match      the greedy answer is exactly the CLDR name;
+  rank accuracy    among ten names in the same language, the true one has the highest log-likelihood
+                   (chance: 10 %).
+Each score has an image-blind floor: the same score when the model sees an image of something else.
+A model that ignores images can lower its loss, but it cannot score above this floor.
 """
 
 import dataclasses
@@ -46,10 +46,10 @@ class Evaluation:
     """How a model is evaluated; `config.eval` of the sample's configs.
 
     Attributes:
-      prompt_tokens: length that questions are padded to.
+      prompt_tokens: number of tokens to which questions are padded.
       limit: number of things to ask about in each split; None: all.
-      batch_size: questions answered at a time.
-      max_new_tokens: longest answer.
+      batch_size: number of questions that are answered together.
+      max_new_tokens: length of the longest answer.
     """
 
     prompt_tokens: int
@@ -66,7 +66,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One question about an image in one language, with ten names; the first name is true."""
+    """One question about an image in one language, with ten names. The first name is the true one."""
 
     split: str
     language: str
@@ -78,7 +78,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The model's answers to an item, with its image and with another image (blind)."""
+    """The model's answers to an item: with its own image, and with another image (blind)."""
 
     item: Item
     text: str
@@ -99,11 +99,11 @@ def make_items(
 ) -> list[Item]:
     """The questions of a split: every thing in every language, with drawings by `artists` in turn.
 
-    The nine wrong names, and the thing in the image-blind run, are the same in all languages. So
-    only the language differs. The blind image shows none of the ten named things.
+    All languages have the same wrong names and the same thing in the image-blind run, so that only
+    the language differs. The blind image shows none of the ten named things.
 
     Args:
-      limit: number of things to ask about, a seeded random choice.
+      limit: number of things to ask about, chosen at random with the seed.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {SPLITS}")
@@ -141,7 +141,7 @@ def make_items(
 
 
 def _blind_image(store, artist, shown, others, concepts, language, names):
-    """A drawing by the same artist of something that is not among the ten names."""
+    """A drawing by the same artist that shows none of the ten named things."""
     for other in reversed(others):
         key = emoji.image_key(artist, shown[other])
         if concepts[shown[other]].names[language] not in names and key in _image_keys(store):
@@ -155,7 +155,7 @@ def _image_keys(store: RecordStore) -> frozenset[str]:
 
 
 class Namer:
-    """Answers items with a model: compiles one function per shape, with rows over the mesh."""
+    """Answers items with a model. Compiles one function per shape; rows are split over the mesh."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class Namer:
     def __call__(
         self, params: Mapping[str, Array], items: Sequence[Item], pictures: CachedFeatures
     ) -> list[Answer]:
-        """Answers every item, with its own image and blind; of each image it sees view 0."""
+        """Answers every item, with its own image and blind. Images are shown as their view 0."""
         reader = Reader(self._tokenizer, pictures)
         order = sorted(range(len(items)), key=lambda i: self._name_tokens(items[i]))
         answers: list[Answer | None] = [None] * len(items)
@@ -230,7 +230,7 @@ class Namer:
         return max(len(self._encode(name)) for name in item.names)
 
     def _names(self, items):
-        """Candidate tokens and mask [batch, 10, A]; A has few sizes, for few compilations."""
+        """Candidate tokens and mask [batch, 10, A]. A has few sizes, so that little is compiled."""
         longest = max(map(self._name_tokens, items))
         width = next(w for w in (8, 16, 32, 64, 128) if w >= longest)
         tokens = np.zeros((self._batch_size, CHOICES, width), np.int32)
@@ -254,7 +254,7 @@ def _score(
 ) -> tuple[Int[Array, "B M"], Float[Array, "B J"]]:
     """Greedy tokens, and the log-likelihood of every candidate name with its end token.
 
-    The model reads the prompt once; the J candidates of a row start from copies of its cache.
+    The model reads the prompt once. All J candidates of a row start from its cache.
     """
     model = model_params.merge(graphdef, params)
     if jax.default_backend() == "cpu":
@@ -288,12 +288,13 @@ def evaluate(
 ) -> tuple[dict[str, dict], dict[str, list[Answer]]]:
     """Scores of every split (see `summarize`) and all answers.
 
-    Seen artwork is new augmented views of drawings by `artists`; unseen artwork is the test
-    artist's original drawings.
+    The split of seen artwork has new augmented views of drawings by `artists`. The split of unseen
+    artwork has the original drawings of the test artist. The parameters are many because a model,
+    its training data and the settings come from three sources.
 
     Args:
       policy: how the model reads conversations.
-      seed: of the augmentation; must differ from the seed of training.
+      seed: seed of the augmentation; it must differ from the seed of training.
       cache: see `pangea_jax.sample.features.frozen_features`.
     """
     tower = model_params.merge(graphdef, params).vision
@@ -320,7 +321,7 @@ def sheet_examples(
     count: int,
     seed: int,
 ) -> list[AnswerExample]:
-    """A seeded choice of answers for the answer sheet: languages in turn, each with a new thing."""
+    """Chooses answers for the answer sheet at random: languages in turn, each with a new thing."""
     rng = np.random.default_rng(seed)
     shuffled = [answers[i] for i in rng.permutation(len(answers))]
     languages = sorted({answer.item.language for answer in answers})
@@ -355,7 +356,7 @@ def sheet_examples(
 def summarize(answers: Sequence[Answer], languages: Sequence[str]) -> dict:
     """Scores of one split, in [0, 1].
 
-    They are `english`, `multilingual` (the mean over the other languages) and `languages` (each
+    The keys are `english`, `multilingual` (the mean over the other languages) and `languages` (each
     language). The first two are None if the split has no such language.
     """
     by_language = {}

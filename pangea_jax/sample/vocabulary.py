@@ -12,7 +12,7 @@ from pangea_jax.sample.emoji import Concept
 SIZE = 4_500
 
 _TEMPLATE = ("You are a helpful assistant.", "system", "user", "assistant")
-# Phrases of thousands of records are repeated, so that few pieces spell them.
+# Phrases of thousands of records are repeated, so that few pieces are enough for them.
 _REPEAT = 20
 
 
@@ -34,10 +34,10 @@ def corpus(concepts: Collection[Concept]) -> Iterator[str]:
 
 
 def train(concepts: Collection[Concept], size: int = SIZE) -> bytes:
-    """Returns a serialised SentencePiece unigram model of `size` pieces; it is deterministic.
+    """A serialised SentencePiece unigram model of `size` pieces. The result is deterministic.
 
-    Pieces may contain blanks, so a whole question can be one piece. Rare characters are spelled in
-    bytes, so every text can be written.
+    Pieces may contain spaces, so a whole question can be one piece. Rare characters are written as
+    bytes, so every text can be encoded.
     """
     import sentencepiece
 
@@ -62,7 +62,7 @@ def train(concepts: Collection[Concept], size: int = SIZE) -> bytes:
         bos_id=-1,
         eos_id=-1,
         pad_id=-1,
-        # With several threads the sums of the EM steps would depend on the order of the threads.
+        # With several threads, the sums of the EM steps depend on the order of the threads.
         num_threads=1,
         minloglevel=2,
     )

@@ -1,4 +1,4 @@
-"""Files that are either whole or missing, even if the process that writes them is killed; and JSON values."""
+"""Writes files completely or not at all, even if the process is killed; and compares JSON values."""
 
 import json
 import os
@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 
 
 def partial_path(path: Path) -> Path:
-    """Where to write a file that is then renamed to `path`. Makes the folder if it is missing.
+    """A temporary name beside `path`: write there, then rename. Makes the folder if it is missing.
 
-    The name is new every time. So two workers never write to the same file, even if one outlives its
-    killed job or Beam runs one twice.
+    The name is new every time. So two workers never write to the same file, even if one survives
+    its killed job or Beam runs one twice.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -43,7 +43,7 @@ def read_json(path: Path) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    """The value as it comes back from JSON; what JSON has no type for becomes a text."""
+    """The value after writing it as JSON and reading it back. Other types become texts."""
     return json.loads(json.dumps(value, default=str))
 
 
@@ -51,7 +51,7 @@ def differences(theirs: Any, ours: Any, key: str = "") -> dict[str, tuple[Any, A
     """Finds where two JSON values differ.
 
     Args:
-      key: the name of the values themselves; the keys inside begin with it.
+      key: a prefix of the keys.
 
     Returns:
       key, such as `llm.model` -> (their value, our value); None stands for a missing key.

@@ -1,8 +1,8 @@
-"""Work that may be killed and goes on when the same command is run again.
+"""Work that may be killed and continues when the same command is run again.
 
-One process at a time works in a folder (`claim`), always with the same settings (`settle`). The work is
-cut into numbered shards (`shard_path`). Every file is written whole (`atomic.py`), and the file that says
-that a shard is finished is written last.
+Only one process works in a folder (`claim`), always with the same settings (`settle`). The work is
+split into numbered shards (`shard_path`). Every file is written whole (`atomic.py`). The file that
+marks a shard as finished is written last.
 """
 
 import contextlib
@@ -18,19 +18,19 @@ _MOST_CLAUSES = 4
 
 
 class WorkError(RuntimeError):
-    """The work cannot start or go on; the message says what to do."""
+    """The work cannot start or continue; the message says what to do."""
 
 
 @contextlib.contextmanager
 def claim(lock: Path, *, on_wait: Callable[[], Any] | None = None) -> Iterator[IO]:
-    """Keeps other processes out of a folder. The claim of a killed process ends with the process.
+    """Keeps other processes out of a folder. The claim ends with the process, even a killed one.
 
     Args:
       lock: the file to lock. Its folder is made if it is missing.
-      on_wait: called once before waiting for another process. Without it, a claimed folder is an error.
+      on_wait: called once before waiting for another process. None: a claimed folder is an error.
 
     Yields:
-      the locked file. Child processes that inherit it hold the claim, too.
+      The locked file. Child processes that inherit it also hold the claim.
 
     Raises:
       WorkError: another process has claimed the folder.
@@ -50,7 +50,7 @@ def claim(lock: Path, *, on_wait: Callable[[], Any] | None = None) -> Iterator[I
 
 
 def settle(path: Path, plan: Any, folder: Path) -> None:
-    """Writes the plan of a folder to the file `path`, or checks that the plan there is the same.
+    """Writes the plan of a folder to `path`, or checks that `path` already has the same plan.
 
     Raises:
       WorkError: see `compare`.
@@ -69,18 +69,18 @@ def compare(
     flag: str = "--out",
     free: re.Pattern[str] | None = None,
 ) -> dict[str, tuple[Any, Any]]:
-    """Compares the plan of the work in a folder with the one that is to go on there.
+    """Compares the plan of the earlier work in a folder with the present plan.
 
     Args:
-      holds: what the folder holds if they differ.
+      holds: what the error says that the folder holds.
       flag: the flag that names the folder.
-      free: matches keys that may differ.
+      free: matches the keys that may differ.
 
     Returns:
-      the differences in free keys, as `differences` gives them.
+      The differences in free keys, as `differences` gives them.
 
     Raises:
-      WorkError: the plans differ in other keys; names them, with both values.
+      WorkError: the plans differ in other keys; the message has both values.
     """
     found = differences(theirs, as_json(ours))
     differing = {key: values for key, values in found.items() if not (free and free.fullmatch(key))}
@@ -101,11 +101,11 @@ def clauses(differing: Mapping[str, tuple[Any, Any]]) -> list[str]:
 
 
 def shard_path(folder: Path, number: int, suffix: str) -> Path:
-    """A file of one shard; `00012.parquet` is of shard 12."""
+    """The file of a shard, such as `00012.parquet` of shard 12."""
     return folder / f"{number:05d}.{suffix}"
 
 
 def remove_partial(folder: Path, pattern: str = "**/*.partial") -> None:
-    """Removes the files that a killed process has half written."""
+    """Removes the incomplete files of a killed process."""
     for path in folder.glob(pattern):
         path.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ class Local:
 
     def __enter__(self) -> "Local":
         if self.workers > 1:
-            # Spawned, not forked: Arrow and the tokenizer have threads, which do not survive a fork.
+            # Arrow and the tokenizer have threads, which do not survive a fork.
             self._pool = futures.ProcessPoolExecutor(
                 self.workers, mp_context=get_context("spawn"), initializer=_ignore_interrupts
             )
@@ -45,8 +45,8 @@ class Local:
                 yield from self._finished(pending)
         except futures.process.BrokenProcessPool:
             raise WorkError(
-                "a worker was killed, perhaps because memory ran out; run the same command again to go on, "
-                "with fewer --workers if memory is short"
+                "a worker was killed, perhaps because memory ran out; run the same command again to "
+                "continue, with fewer --workers if memory is short"
             ) from None
 
     @staticmethod
@@ -59,7 +59,7 @@ class Local:
 
 
 def _ignore_interrupts() -> None:
-    # Ctrl-C reaches all processes; the main process ends the others.
+    # Ctrl-C reaches all processes, but only the main process must react: it ends the others.
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -68,8 +68,7 @@ def _ignore_interrupts() -> None:
 class Beam:
     """Runs every step as an Apache Beam pipeline: on one machine, Dataflow, Flink or Spark.
 
-    All workers must reach the input and output as files (NFS, Filestore, a mounted bucket) and have
-    pangea_jax installed.
+    All workers need pangea_jax, and the input and output as files (NFS, Filestore, a mounted bucket).
 
     Args:
       arguments: Beam's pipeline options, e.g. `["--runner=DirectRunner"]`.
@@ -90,7 +89,7 @@ class Beam:
         self._beam, self._options = apache_beam, PipelineOptions(list(arguments))
         standard = self._options.view_as(StandardOptions)
         if standard.runner in (None, "DirectRunner", "direct"):
-            # DirectRunner first tries to download another runner, at every start, and then takes this one.
+            # At every start, DirectRunner tries to download another runner before it takes this one.
             standard.runner = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 
     def __call__(self, function: Callable[[int], None], items: Iterable[int]) -> Iterator[int]:

@@ -390,7 +390,7 @@ def test_resolve_returns_folders_and_says_what_to_do_without_a_network(tmp_path,
 
     assert checkpoints.resolve(tmp_path) == tmp_path
     for name in ("nowhere", "../a/b", "/a/b", "a/b/c"):
-        with pytest.raises(FileNotFoundError, match="no hub name"):
+        with pytest.raises(FileNotFoundError, match="not a hub name"):
             checkpoints.resolve(name)
     fetched = []
     monkeypatch.setattr(
@@ -409,7 +409,7 @@ def test_resolve_returns_folders_and_says_what_to_do_without_a_network(tmp_path,
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(
-        CheckpointError, match=r"without a network, fetch it elsewhere .*pass the folder"
+        CheckpointError, match=r"without a network, download it elsewhere .*pass the folder"
     ):
         checkpoints.resolve("neulab/Pangea-7B-hf")
 

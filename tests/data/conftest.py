@@ -1,4 +1,4 @@
-"""A store of made conversations, see `tests.data.made`."""
+"""A store of generated conversations, see `tests.data.made`."""
 
 import numpy as np
 import pytest
@@ -38,6 +38,6 @@ def source(store):
 
 @pytest.fixture(scope="session")
 def examples(reader, letters):
-    """Every conversation on its own, by the words that only it has."""
+    """Maps the unique text of each conversation to its example."""
     rendered = [render_example(c, None, reader, CONFIG) for c in CONVERSATIONS]
     return {text_of(letters, example.tokens): example for example in rendered}

@@ -1,4 +1,4 @@
-"""Made conversations and pictures that the tests of the pipeline share, and how to tell them apart in a batch."""
+"""Generated conversations and pictures for the tests of the pipeline, and functions to find them in a batch."""
 
 import dataclasses
 import io
@@ -32,7 +32,7 @@ def picture(number, size):
 
 
 def conversation(number):
-    """With no, one or two pictures; every text is different, so that a row tells what is in it."""
+    """A conversation with no, one or two pictures. Its text is unique, so that tests can find it in a row."""
     keys = tuple(f"made/{(number + i) % len(SIZES)}" for i in range(number % 3))
     return Conversation(
         id=f"c{number}",
@@ -51,7 +51,7 @@ CONVERSATIONS = [conversation(number) for number in range(24)]
 
 
 def text_of(letters, tokens):
-    """What is written in a run of tokens."""
+    """The text of some tokens."""
     return letters.decode(tokens.tolist())
 
 
@@ -60,7 +60,7 @@ def dataset(source, reader, config=CONFIG, **changes):
 
 
 def reader_of(model, tokenizer, store, **policy):
-    """Reads with the geometry of a model; `policy` are fields of `ReadingPolicy`."""
+    """A reader with the geometry of a model; `policy` are fields of `ReadingPolicy`."""
     return Reader(tokenizer, Tiles(Geometry.of(model), ReadingPolicy(**policy), store))
 
 

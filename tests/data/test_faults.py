@@ -1,4 +1,4 @@
-"""Conversations that fit no row, records that cannot be read, settings that do not exist."""
+"""Conversations that are too long for a row, records that cannot be read, unknown settings."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ from tests.data.made import (
         ({"max_targets": 2}, r"5 targets, a row holds 2"),
     ],
 )
-def test_what_does_not_fit_a_row_is_an_error(reader, letters, changes, what):
+def test_a_conversation_that_does_not_fit_a_row_is_an_error(reader, letters, changes, what):
     config = dataclasses.replace(CONFIG, **changes)
     with pytest.raises(RecordError, match=f"'c2', field conversations: does not fit a row .{what}"):
         render_example(CONVERSATIONS[2], None, reader, config)
@@ -105,7 +105,7 @@ def test_a_long_conversation_is_cut_before_a_picture_not_within_it(reader, lette
         assert measured.tolist() == [list(size)]
     assert len(cut(row_tiles=tiles[0]).tokens) == second
     assert cut(max_targets=3).weights.sum() == 3
-    # Cut within its first picture nothing is left to learn from.
+    # If the cut is before the first picture, no trained token is left.
     with pytest.raises(RecordError, match="does not fit a row"):
         cut(row_tokens=int(places[3]))
 
@@ -119,7 +119,7 @@ def test_conversations_that_do_not_fit_are_left_out_or_cut(
     assert 0 < len(short) < len(examples)
 
     def run(overlong):
-        """What comes out; how many were cut, and how many dropped, by a plan or on the way."""
+        """The texts in the batches, and the numbers of cut and dropped examples."""
         feed = dataset(source, reader, dataclasses.replace(base, overlong=overlong))
         data = iter(feed)
         texts = conversations(list(data), letters)
@@ -138,7 +138,7 @@ def test_conversations_that_do_not_fit_are_left_out_or_cut(
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
-    """24 conversations, of which 4 have a picture that is cut off or not there."""
+    """24 conversations. The pictures of 4 are truncated or missing."""
     directory = tmp_path_factory.mktemp("damaged")
     pictures = [picture(i, size) for i, size in enumerate(SIZES)]
     cut_off = dataclasses.replace(pictures[0], encoded=pictures[0].encoded[:60])
@@ -188,7 +188,7 @@ def test_bad_records_are_skipped_and_counted_up_to_a_limit(damaged, tiny_config,
     ("changes", "message"),
     [
         ({"overlong": "wrap"}, r"overlong 'wrap' is not one of \('error', 'drop', 'truncate'\)"),
-        ({"max_bad_fraction": 2.0}, r"max_bad_fraction must lie in \[0, 1\], not 2.0"),
+        ({"max_bad_fraction": 2.0}, r"max_bad_fraction must be in \[0, 1\], not 2.0"),
         ({"rows": 0}, "pipeline.rows must be positive, not 0"),
         ({"max_targets": 0}, "pipeline.max_targets must be positive, not 0"),
     ],

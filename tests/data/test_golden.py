@@ -1,7 +1,7 @@
-"""The official sample of PangeaIns against the reference implementation of LLaVA-NeXT.
+"""Compares the official sample of PangeaIns with the reference implementation of LLaVA-NeXT.
 
-`golden_labels.jsonl.gz` holds what `preprocess_multimodal` and `preprocess_qwen` make of each record,
-`golden_images.jsonl.gz` what `process_anyres_image` and `unpad_image` make of each picture.
+`golden_labels.jsonl.gz` has the result of `preprocess_multimodal` and `preprocess_qwen` for each
+record, `golden_images.jsonl.gz` the result of `process_anyres_image` and `unpad_image` for each picture.
 """
 
 import gzip
@@ -29,7 +29,7 @@ MEAN = np.array((0.48145466, 0.4578275, 0.40821073))
 STD = np.array((0.26862954, 0.26130258, 0.27577711))
 SPLIT_OFF, IGNORED = -200, -100
 CONFIG = PipelineConfig(rows=1, row_tokens=8192, row_tiles=20, loss_mask="pangea")
-# As configs/pangea_7b_finetune.py trains; tests/test_reading.py holds that it is so.
+# The policy of configs/pangea_7b_finetune.py; tests/test_reading.py checks that they are equal.
 POLICY = ReadingPolicy(marker_first=True, multi_image="padded")
 
 pytestmark = pytest.mark.skipif(
@@ -44,14 +44,14 @@ def golden(name):
 
 
 class Folder:
-    """As much of a store as `Tiles` wants, over a folder of pictures."""
+    """A folder of pictures with the one method of a store that `Tiles` needs."""
 
     def image(self, key):
         return (SAMPLE / key).read_bytes()
 
 
 class Index:
-    """The sizes of some records' pictures, and no pictures."""
+    """Has only the sizes of the records' pictures."""
 
     def __init__(self, records):
         keys = [key for record in records for key in record.images]
@@ -110,7 +110,7 @@ def test_tiles_grids_and_token_counts_of_every_picture(records):
 
 
 def test_examples_are_the_reference_with_pictures_put_in(records, tokenizer):
-    """What training gets: shifted by one, every placeholder as many tokens as the reference counts."""
+    """The input of training: shifted by one, with as many image tokens as in the reference."""
     reader = Reader(tokenizer, Tiles(Geometry(PINPOINTS, 336, 24), POLICY, Folder()))
     pictures = golden("images")
     image_tokens = {one["index"]: one["image_tokens"] for one in pictures}

@@ -1,4 +1,4 @@
-"""Decoding within limits, and tiles against the reference."""
+"""Decoding within limits, and tiles compared with the reference."""
 
 import io
 import pickle
@@ -71,7 +71,7 @@ def test_cmyk_first_frame_and_exif():
 
 
 def png_header(width: int, height: int) -> bytes:
-    """The beginning of a PNG that claims a size, without the pixels."""
+    """The header of a PNG of this size, without pixels."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     checksum = struct.pack(">I", zlib.crc32(chunk))
     header = struct.pack(">I", len(chunk) - 4) + chunk + checksum
@@ -143,7 +143,7 @@ def test_check_does_not_turn_pictures_by_their_exif():
     ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_check_refuses_what_decode_refuses(picture, data, fault):
+def test_check_refuses_the_same_files_as_decode(picture, data, fault):
     data = data(picture(300, 200))
     for read in (check, decode):
         with pytest.raises(ImageError, match=r"'x\.jpg'") as caught:

@@ -22,7 +22,7 @@ PICTURES, TEXTS = 50, 20
 
 @pytest.fixture(scope="module")
 def index():
-    """50 pictures of each of two artists and 20 texts a language."""
+    """For each language, 50 pictures by each of two artists, and 20 texts."""
     rows = [
         {"language": code, "kind": kind, "source": source}
         for code in CODES
@@ -111,12 +111,12 @@ def test_no_language_shrinks_when_the_total_grows(en_ratio, codes, weights):
     exact = np.outer(np.arange(600), list(table.values()))
     if en_ratio is not None:
         assert (np.abs(found[:, 0] - exact[:, 0]) <= 0.5 + 1e-6).all()
-    # Webster's method may stray from the exact share by more than one, but not by much.
+    # Webster's method may differ from the exact share by slightly more than one.
     assert (np.abs(found - exact) < 1.6).all()
 
 
 def test_apportionment_is_websters_divisor_method():
-    """Against the definition: each next example to the largest claim, share / (count + 1/2)."""
+    """By the definition, the language with the largest share / (count + 1/2) gets the next example."""
     table = np.random.default_rng(0).dirichlet(np.full(9, 0.5))
     dealt = np.zeros(9, int)
     for total in range(1, 400):
@@ -132,7 +132,7 @@ def test_the_seed_decides(index):
     assert not np.array_equal(np.sort(rows(3)), np.sort(rows(4)))
 
 
-def test_a_language_draws_the_same_whatever_the_others_do(index):
+def test_the_draws_of_a_language_do_not_depend_on_the_others(index):
     def english(codes):
         rows = choose(index, mixture(languages=codes, en_ratio=None, num_examples=100)).rows
         return rows[column(index, "language", rows) == "en"].tolist()
@@ -158,8 +158,8 @@ def test_too_many_repeats_and_missing_records_are_errors(index):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"en_ratio": 1.1}, r"en_ratio must lie in \[0, 1\], not 1.1"),
-        ({"text_ratio": -0.1}, r"text_ratio must lie in \[0, 1\]"),
+        ({"en_ratio": 1.1}, r"en_ratio must be in \[0, 1\], not 1.1"),
+        ({"text_ratio": -0.1}, r"text_ratio must be in \[0, 1\]"),
         ({"num_examples": 0}, "num_examples must be positive"),
         ({"languages": ("es", "sw")}, "English is not in"),
         ({"languages": ("en",)}, "English is the only language"),
@@ -262,7 +262,7 @@ def test_rotating_gives_every_language_every_share(uneven):
     assert choose(uneven, english).examples_per_language == {"en": 30, "es": 10, "ko": 20}
 
 
-def test_the_others_stay_when_english_is_added(uneven):
+def test_added_english_does_not_change_the_other_languages(uneven):
     def draw(en_ratio):
         added = natural(num_examples=60, en_ratio=en_ratio, design="fixed_multilingual")
         choice = choose(uneven, added)
@@ -311,7 +311,7 @@ def test_subsets_are_nested_in_the_natural_mixture(uneven):
     assert all(smaller < larger for smaller, larger in itertools.pairwise(draws))
 
 
-def test_more_than_there_is(uneven):
+def test_asking_for_too_many_examples_is_an_error(uneven):
     with pytest.raises(
         ValueError, match=r"100 examples in 'es' repeat each of its 80 records 1\.2"
     ):
@@ -340,7 +340,7 @@ def test_labels_as_numbers():
         ({"weights": {"es": 1}, "language_alpha": 1.0}, "exclude each other"),
         ({"weights": {"es": -1.0}, "language_alpha": None}, "must be positive"),
         ({"design": "fixed"}, "design 'fixed' is not one of"),
-        ({"design": "fixed_multilingual"}, r"en_ratio must lie in \[0, 1\), not be None"),
+        ({"design": "fixed_multilingual"}, r"en_ratio must be in \[0, 1\), not None"),
     ],
 )
 def test_a_popularity_that_makes_no_sense(changes, message):

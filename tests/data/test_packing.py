@@ -1,4 +1,4 @@
-"""Plans of rows: complete, within capacity, tight. How rows are filled is tested with the pipeline."""
+"""Plans of rows are complete, within capacity and tight. tests/data/test_pipeline.py tests how rows are filled."""
 
 import numpy as np
 import pytest
@@ -8,12 +8,12 @@ from pangea_jax.data.packing import balance, plan_batches, plan_rows
 CAPACITY = (8192, 20, 8192)
 
 
-# Tokens of an example at these shares of the official sample of PangeaIns.
+# Quantiles of the number of tokens in the official sample of PangeaIns.
 SHARES, TOKENS = (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1), (151, 1208, 1738, 2354, 2703, 2986, 4015)
 
 
 def lengths(count, seed=0):
-    """(tokens, tiles, targets) with the tokens of PangeaIns."""
+    """Random (tokens, tiles, targets); the tokens are distributed as in PangeaIns."""
     rng = np.random.default_rng(seed)
     tokens = np.interp(rng.random(count), SHARES, TOKENS).astype(int)
     tiles = np.where(tokens < 1000, 0, np.where(tokens < 2000, 3, 5))
@@ -41,7 +41,7 @@ def test_a_plan_uses_97_percent_of_the_tokens():
 
 
 def test_best_fit_by_brute_force():
-    """One window: the longest first, each to the open row that it leaves the fewest tokens of."""
+    """In one window: the longest first, each to the open row with the fewest tokens left after it."""
     sizes = lengths(200, seed=3)
     capacity = (6200, 9, 200)
     order = np.random.default_rng(7).permutation(200)
@@ -71,7 +71,7 @@ def test_the_seed_decides_and_a_window_keeps_the_order_loose():
     place = np.empty(2000, int)
     place[shuffled] = np.arange(2000)
     assert np.abs(place[members(1)] - np.arange(2000)).max() < 100
-    # Long and short are not apart: the rows of a window are shuffled.
+    # The rows of a window are shuffled, so long and short examples are mixed.
     tokens = sizes[members(1, window=2000), 0].reshape(20, 100).mean(axis=1)
     assert tokens.std() < 0.25 * tokens.mean()
 
@@ -85,12 +85,12 @@ def test_an_example_larger_than_a_row_is_an_error():
 
 def test_balanced_rows_by_hand():
     sizes = [(n, 1, n) for n in (9, 5, 4, 8, 1, 3)]
-    # The longest first, each to the row with most room left.
+    # The longest first, each to the row with the most room.
     assert balance(sizes, 2, (16, 4, 16)) == [[0, 2, 5], [3, 1, 4]]
     assert balance([(5, 1, 5)] * 6, 2, (16, 2, 16)) is None
 
 
-def test_planned_batches_hold_so_many_examples_and_fit():
+def test_planned_batches_have_the_right_number_of_examples_and_fit():
     rng = np.random.default_rng(0)
     tokens = rng.integers(30, 90, 1603)
     tokens[::101] = 0  # left out
@@ -106,7 +106,7 @@ def test_planned_batches_hold_so_many_examples_and_fit():
         assert sum(map(len, rows)) == 8
         for row in rows:
             assert (sizes[row].sum(axis=0) <= capacity).all()
-    # As chance puts them together, some batches would not fit: the exchange was needed.
+    # Without exchanges, some batches do not fit.
     shuffled = np.random.default_rng(3).permutation(used)[: len(plan.members)].reshape(-1, 8)
     assert any(balance(sizes[batch].tolist(), 4, capacity) is None for batch in shuffled)
     again = plan_batches(sizes, capacity, rows=4, examples=8, seed=3)

@@ -1,4 +1,4 @@
-"""From chosen rows to batches: what is in them, in which order, on how many processes."""
+"""Batches of the pipeline: their contents and order, with one or more processes."""
 
 import dataclasses
 
@@ -106,7 +106,7 @@ def test_an_epoch_holds_every_conversation_once(source, reader, letters, example
 
 
 def check_segment(row, segment, example, patches=16):
-    """Tokens, weights, positions are the example's own, and every picture place its own patch."""
+    """A segment has the example's tokens, weights and positions, and points at the right patches."""
     inside = row.segment_ids == segment
     for name in ("tokens", "targets", "weights"):
         assert np.array_equal(getattr(row, name)[inside], getattr(example, name))
@@ -136,7 +136,7 @@ def test_every_picture_place_points_at_its_own_tile(source, reader, letters, exa
 
 @pytest.fixture(scope="module", params=[PACKED, BALANCED, PLANNED], ids=lambda c: c.packing)
 def packed_row(request, source, reader, letters, examples):
-    """A row of several conversations, of which several have pictures, and its parts alone."""
+    """A row of several conversations, some with pictures, and each conversation alone."""
     batches = dataset(source, reader, request.param)
     candidates = [row for batch in batches for row in rows(batch)]
     row = max(candidates, key=lambda row: len(set(row.segment_ids[row.image_index > 0])))
@@ -174,7 +174,7 @@ def test_a_packed_row_equals_its_parts_run_alone(packed_row, tiny_model):
     for name, grad in grads.items():
         error = np.abs(grad - grads_alone[name]).max()
         assert error <= 1e-5 * scale, f"{name}: {error} of {scale}"
-    # Without this the comparison would hold for a model that never looks at a picture.
+    # Otherwise a model that ignores pictures would pass.
     assert np.abs(grads["vision.patch_kernel_hwcd"]).max() > 1e-3 * scale
 
 
@@ -263,7 +263,7 @@ def test_cached_views_are_drawn_at_random_but_not_in_evaluation(letters):
 
 
 def test_several_pictures_are_padded_squares_where_asked(store, tiny_config, letters):
-    """Against the reference: a square of CLIP's mean colour, the picture in the middle, one view."""
+    """As in the reference: one view, with the picture in the middle of a square of CLIP's mean colour."""
     reader = reader_of(tiny_config, letters, store, multi_image="padded")
     two = dataclasses.replace(CONVERSATIONS[2], images=("made/1", "made/2"))
     example = render_example(two, None, reader, CONFIG)

@@ -186,13 +186,13 @@ def test_ids_are_those_of_the_release(written, id):
 
 
 @pytest.mark.parametrize("written", [True, float("nan"), float("inf"), ["r"], {}])
-def test_id_that_is_none(written):
+def test_missing_id_is_an_error(written):
     with pytest.raises(RecordError, match="field id: wrong type"):
         Conversation.from_pangeains(pangeains_record(id=written))
 
 
 @pytest.mark.parametrize("record", [None, "text", 3, ["list"]])
-def test_record_that_is_no_object(record):
+def test_record_must_be_an_object(record):
     with pytest.raises(RecordError, match="field record: wrong type"):
         Conversation.from_pangeains(record)
 
@@ -336,7 +336,7 @@ def test_published_sample_of_pangeains():
         written = conversation.to_pangeains()
         assert written["conversations"] == record["conversations"]
         assert written.get("image") == record.get("image")
-        # Those without a language are English, as one sees.
+        # The records without a language are in English.
         tag = record.get("language", "en")
         assert conversation.language == languages.get(tag).code
         assert conversation.id == str(record["id"])

@@ -1,4 +1,4 @@
-"""A stopped iterator goes on where it was, or says why it cannot."""
+"""A stopped iterator continues at the same position, or says why it cannot."""
 
 import asyncio
 import contextlib
@@ -26,8 +26,8 @@ from tests.data.made import (
 
 
 @CONFIGS
-def test_a_restored_iterator_goes_on_byte_for_byte(source, reader, letters, config):
-    """Stopped at any step; what a checkpoint holds of the position is JSON."""
+def test_a_restored_iterator_gives_the_same_bytes(source, reader, letters, config):
+    """After a stop at any step. The saved position is JSON."""
     batches = dataset(source, reader, dataclasses.replace(config, rows=1))
     straight = iter(batches)
     states, expected = [], []
@@ -47,7 +47,7 @@ def test_a_restored_iterator_goes_on_byte_for_byte(source, reader, letters, conf
 def test_workers_change_nothing_and_restore_to_the_byte(
     store, tiny_config, emoji_tokenizer, config
 ):
-    """The same batches with 0, 1 and 4 worker processes, also where one number takes over from another."""
+    """The same batches with 0, 1 and 4 worker processes, also if the number changes at a restart."""
     source = RowSource(store, np.arange(len(CONVERSATIONS)))
     reader = reader_of(tiny_config, emoji_tokenizer, store)
 
@@ -61,7 +61,7 @@ def test_workers_change_nothing_and_restore_to_the_byte(
         expected += list(data)
     assert len(expected) > 2
     if config is PACKED:
-        # Where a stream stands does depend on the number of its workers.
+        # The position of a stream depends on its number of workers.
         with batches(1) as data:
             assert same(next(data), expected[0])
             state = data.get_state()
@@ -86,16 +86,16 @@ def test_another_order_is_refused(source, reader, letters):
         iter(dataset(source, reader, PLANNED)).set_state(state)
     with pytest.raises(RestartError, match="format None"):
         iter(dataset(source, reader)).set_state({})
-    # How fast it is read is nobody's business.
+    # Settings of speed do not change the order.
     faster = dataclasses.replace(CONFIG, threads=7)
     iter(dataset(source, reader, faster)).set_state(state)
 
 
 @pytest.mark.parametrize("config", [CONFIG, BALANCED, PLANNED], ids=lambda c: c.packing)
-def test_going_on_with_another_number_of_processes_is_exact(
+def test_continuing_with_another_number_of_processes_is_exact(
     source, reader, letters, examples, config
 ):
-    """Two processes stop, one goes on: every conversation once, none twice."""
+    """Two processes stop and one continues. Every conversation comes exactly once."""
     one = dataclasses.replace(config, examples_per_row=2 if config is BALANCED else 1)
     pair = [iter(dataset(source, reader, one, process_index=i, process_count=2)) for i in range(2)]
     seen = []
@@ -124,7 +124,7 @@ def test_a_stream_refuses_another_number_of_processes(source, reader, letters):
     near = make(1, approximate_restart=True)
     near.set_state(state)
     left = conversations(list(near), letters)
-    # Where two processes had each handed out `n` conversations, one goes on after about 2 n.
+    # After two processes have each given out `n` conversations, one continues after about 2 n.
     handed_out = 2 * state["counters"]["examples"]
     assert 0 < len(left) <= len(CONVERSATIONS) - handed_out
 

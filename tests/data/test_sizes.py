@@ -1,4 +1,4 @@
-"""How large examples are without decoding them, which is what rows are planned by."""
+"""The sizes of examples, measured without decoding them, to plan rows."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def test_sizes_are_measured_without_decoding(reader, letters, examples):
 
 @pytest.fixture(scope="module")
 def indexed(store, letters):
-    """A source whose index has what that of PangeaIns has."""
+    """A source whose index has the columns of PangeaIns."""
 
     class Indexed:
         def __init__(self, tokens):
@@ -79,8 +79,8 @@ def test_an_index_of_another_tokenizer_is_noticed(indexed, reader, letters):
         dataset(indexed(-3), reader, PLANNED)
 
 
-def test_what_a_plan_has_no_room_for_is_dropped_and_counted(source, reader, letters):
-    """A plan from sizes that are too small still makes rows of the right shape."""
+def test_examples_larger_than_planned_are_dropped_and_counted(source, reader, letters):
+    """If the planned sizes are too small, rows still have the right shape."""
     sizes = measure(source, reader, PLANNED)
     sizes[:, 0] //= 2
     data = iter(dataset(source, reader, dataclasses.replace(PLANNED, rows=1), sizes=sizes))

@@ -66,7 +66,7 @@ def shard(directory):
     return next(directory.glob("records/*/*-train.array_record*"))
 
 
-def test_what_was_written_is_read(directory):
+def test_reading_gives_what_was_written(directory):
     store = RecordStore(directory)
     assert store.splits == ("train", "test")
     assert list(store.records("train")) == ROWS
@@ -213,7 +213,7 @@ def test_bad_record_stops_the_writer_and_leaves_no_store(tmp_path):
 
 @contextlib.contextmanager
 def full_disk(room):
-    """No file grows beyond `room` bytes."""
+    """Limits the size of every file to `room` bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:

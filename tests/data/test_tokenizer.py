@@ -20,7 +20,7 @@ MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 
 
 def small_json(path: Path, image: str | None) -> Path:
-    """A byte-level BPE as Qwen has it, small; `image` is how the file holds `<image>`."""
+    """A small byte-level BPE like Qwen's; `image` says how the file stores `<image>`."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -107,7 +107,7 @@ SUNDANESE = ("Naon ieu téh?", "Ieu téh ucing keur saré dina korsi.", "Sabarah
 
 @pytest.mark.parametrize("language", languages.PANGEAINS)
 def test_ids_equal_those_of_transformers(qwen2_folder, references, language):
-    """vocab.json as read here, and the tokenizer.json made of it, against Qwen2Tokenizer."""
+    """Compares vocab.json, and the tokenizer.json made from it, with Qwen2Tokenizer."""
     tokenizer, reference, saved = references
     of_language = SUNDANESE if language == "su" else tuple(texts(language))
     name = languages.get(language).native_name
@@ -166,7 +166,7 @@ def test_image_id_must_be_known_and_agree(tmp_path):
         TokenizerJson(path, image_id=7)
 
 
-def test_what_is_no_tokenizer_is_named(tmp_path):
+def test_files_that_are_not_tokenizers_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"looked for .*tokenizer.json, .*tokenizer.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
@@ -191,7 +191,7 @@ def test_training_the_vocabulary_is_reproducible():
     concepts = emoji.load_concepts()
     model = vocabulary.train(concepts)
     assert model == vocabulary.train(concepts)
-    # Bytes may differ between builds of SentencePiece; the pieces hardly can.
+    # The bytes may differ between builds of SentencePiece, but almost no piece does.
     import sentencepiece
 
     def pieces(proto):

@@ -1,4 +1,4 @@
-"""The engine: conversations in, the reference's tokens out."""
+"""The engine gives the same tokens as the reference."""
 
 import base64
 import dataclasses
@@ -25,7 +25,7 @@ NEW, IMAGE_ID, VOCABULARY = 64, 96, 97
 
 
 class Characters:
-    """A vocabulary of `VOCABULARY` ids that writes every id as one character of its own."""
+    """A vocabulary of `VOCABULARY` ids; each id is one character."""
 
     im_start_id, im_end_id, pad_id, image_id = 93, 94, 95, IMAGE_ID
     vocab_size, newline_ids = VOCABULARY, (10,)
@@ -44,7 +44,7 @@ def reference(make_reference):
 
 @pytest.fixture(scope="module")
 def engine(reference):
-    """The reference's weights; made like `load_folder`, but with a tokenizer of its size."""
+    """Has the reference's weights, and a tokenizer with as many ids."""
     config = checkpoints.config_from_folder(reference.folder)
     config = dataclasses.replace(config, dtype="float32")
     model = checkpoints.load_model(reference.folder, config)
@@ -84,7 +84,7 @@ def conversations(picture):
 
 
 def test_greedy_tokens_equal_generate(engine, reference, conversations):
-    """64 tokens a row of a padded batch, some with pictures, each against the reference alone."""
+    """A padded batch, some rows with pictures, compared with the reference on each row alone."""
     import torch
 
     ours = engine.generate(conversations, NEW, stop=[])
@@ -126,7 +126,7 @@ def test_stop_ids_end_an_answer(engine, conversations):
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.2, "top_k": 40, "seed": 7}])
-def test_batches_and_streams_say_the_same(engine, conversations, settings):
+def test_batches_and_streams_give_the_same_answers(engine, conversations, settings):
     expected = engine.generate(conversations, 20, **settings)
     assert engine.generate(conversations, 20, batch_size=2, **settings) == expected
     for conversation, text in zip(conversations[:3], expected, strict=False):
@@ -148,7 +148,7 @@ def test_seeds_differ(engine, conversations):
 
 
 def test_few_programs_are_compiled(engine):
-    """Lengths of prompts and answers, settings and stop ids vary; a program a width serves them."""
+    """One program per width serves all lengths, settings and stop ids."""
     programs = [p.func for p in (engine._programs.begin, engine._programs.advance)]
     before = [program._cache_size() for program in programs]
     widths = set()
@@ -158,7 +158,7 @@ def test_few_programs_are_compiled(engine):
         engine.generate(asked, 1 + 9 * i, top_p=0.5)
         engine.generate(asked[:1], 9, temperature=i / 10, seed=i, stop=[1, 2 + i])
     assert len(widths) <= 3
-    # One prompt and as many as are read together; one row and two.
+    # For reading: one prompt, and the largest part of a batch. For decoding: one row and two.
     for program, size in zip(programs, before, strict=True):
         assert program._cache_size() - size <= 2 * len(widths)
 
@@ -173,7 +173,7 @@ def test_buckets():
 
 
 def test_text_is_streamed_in_whole_characters(engine):
-    """A tokenizer of single bytes: every character beyond ASCII is broken into several tokens."""
+    """Each token is one byte, so a character beyond ASCII has several tokens."""
 
     class Bytes:
         def decode(self, ids, skip_special=True):
@@ -182,7 +182,7 @@ def test_text_is_streamed_in_whole_characters(engine):
     text = "naïve 日本語 🐈‍⬛ हिन्दी"
     pieces = list(engine_module._pieces(iter([*text.encode(), 255]), Bytes(), [255]))
     assert pieces == list(text)
-    # What is broken to the end is told at the end.
+    # An incomplete character at the end comes at the end.
     broken = list(engine_module._pieces(iter([*b"ab", 0xE6, 0x97]), Bytes(), [255]))
     assert broken == ["a", "b", "\ufffd"]
     between = list(engine_module._pieces(iter([0xE6, *b"ab"]), Bytes(), [255]))
@@ -195,7 +195,7 @@ def test_streams_of_the_sample_are_whole_text(sample):
         pieces = list(sample.stream(messages, 24, temperature=2.0, seed=seed))
         (whole,) = sample.generate([messages], 24, temperature=2.0, seed=seed)
         assert "".join(pieces) == whole
-        # The sample's letters beyond its vocabulary are tokens of single bytes.
+        # Letters that are not in the sample's vocabulary become tokens of single bytes.
         if "\ufffd" not in whole:
             assert not any("\ufffd" in piece for piece in pieces)
 
@@ -222,7 +222,7 @@ def test_all_forms_of_a_picture_read_the_same(engine, picture, tmp_path):
     prompts = [
         engine._prompt([{"role": "user", "content": [form, question]}], 1, "") for form in forms
     ]
-    # Pangea's evaluation puts the mark first itself; for one picture it is the same prompt.
+    # Without a marker in the text, one is put first, which gives the same prompt.
     marked = [{"role": "user", "content": "Which?", "images": [image]}]
     prompts.append(engine._prompt(marked, 1, ""))
     for prompt in prompts[1:]:
@@ -300,26 +300,26 @@ def test_numbers_of_numpy_are_numbers(engine):
     assert "".join(engine.stream(asked, np.int64(3), stop=[])) == expected
 
 
-def test_what_is_no_conversation_is_refused(engine):
-    """A message for a conversation, a conversation for several, and the reverse."""
+def test_other_types_than_conversations_are_refused(engine):
+    """For example, a message in place of a conversation, or a conversation in place of a list."""
     message = user("What is this?")
     for conversations in ([message], [None], [3]):
-        with pytest.raises(ValueError, match=r"conversations\[0\] is no list of messages but"):
+        with pytest.raises(ValueError, match=r"conversations\[0\] is not a list of messages: "):
             engine.generate(conversations)
     for conversations in (message, "What is this?"):
         with pytest.raises(ValueError, match=r"conversations is one (dict|str); give a list"):
             engine.generate(conversations)
     for conversation in (message, [[message]]):
-        with pytest.raises(ValueError, match="messages is no list of messages but"):
+        with pytest.raises(ValueError, match="messages is not a list of messages: "):
             engine.logits(conversation)
-        with pytest.raises(ValueError, match="messages is no list of messages but"):
+        with pytest.raises(ValueError, match="messages is not a list of messages: "):
             engine.stream(conversation)
 
 
 def test_a_saved_policy_decides_what_lies_under_transparency(
     make_random_model, emoji_tokenizer, tmp_path
 ):
-    """The sample's drawings were seen on white in training; colours hidden under transparency never were."""
+    """In training, the sample's drawings are on white; the colours of transparent pixels are not seen."""
     model, tokens = make_random_model(), emoji_tokenizer
     ids = checkpoints.SpecialTokens(tokens.image_id, tokens.im_end_id, tokens.pad_id)
     checkpoints.save(model, model.config, tmp_path, tokens=ids)
@@ -348,7 +348,7 @@ def test_no_conversations(engine):
 
 
 def test_a_folder_loads_over_a_mesh(sample):
-    """Eight devices; logits and answers as on one."""
+    """Logits and answers on eight devices equal those on one."""
     mesh = sharding.make_mesh(2, 2, 2)
     spread = pangea_jax.load("sample", mesh=mesh)
     kernels = [x for x in jax.tree.leaves(spread._programs.params) if x.ndim == 4]

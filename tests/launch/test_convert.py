@@ -97,7 +97,7 @@ def test_adapters_name_the_model_under_them(tmp_path, flags, base):
             "--layout is only for --format=hf",
         ),
         (("--from={public}/model.safetensors", "--to=x"), "no config.json in"),
-        (("--from=owner/name", "--to=x"), "could not be fetched from the Hugging Face hub"),
+        (("--from=owner/name", "--to=x"), "could not be downloaded from the Hugging Face hub"),
         (("--from={public}", "--to={public}"), "is there already"),
         (("--from={empty}", "--to=x"), "no config.json"),
         (("--from={public}", "--to=x", "--format=onnx"), "onnx"),

@@ -167,7 +167,7 @@ def test_eight_devices_equal_one(finished, tmp_path):
         ),
         (["--config=configs/ablate_en_ratio.py:en_ration=0.5"], "did you mean 'en_ratio'"),
         (["--config=configs/ablate_en_ratio.py:scale=huge"], "not one of ('sample', 'pangea_7b')"),
-        (["--config=configs/ablate_en_ratio.py:en_ratio=1.5"], "must lie in [0, 1]"),
+        (["--config=configs/ablate_en_ratio.py:en_ratio=1.5"], "must be in [0, 1]"),
         (["--config=configs/no_such.py"], "no_such.py"),
         (["--config.mesh.data=3"], "does not fill the 1 devices"),
         (["--workdir=README.md/run"], "cannot write to README.md/run"),

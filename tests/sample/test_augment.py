@@ -31,14 +31,14 @@ def test_a_view_depends_on_its_own_drawing_and_key_alone(square, keys):
     among_others = views(drawings, keys)
     assert among_others.shape == (64, 48, 48, 3)
     assert among_others.dtype == np.uint8
-    # Compiled for another batch size XLA may round a pixel differently.
+    # For another batch size, XLA may round a pixel differently.
     alone = views(drawings[5:6], keys[5:6])[0].astype(int)
     assert np.abs(alone - among_others[5]).max() <= 1
     assert np.array_equal(among_others, views(drawings, keys))
     assert len({view.tobytes() for view in views(np.stack([square] * 64), keys)}) == 64
 
 
-def test_what_is_transparent_shows_nothing_of_its_colour(square, keys):
+def test_transparent_pixels_do_not_show_their_colour(square, keys):
     coloured = square.copy()
     coloured[square[..., 3] == 0, :3] = (255, 0, 200)
     assert np.array_equal(
@@ -47,7 +47,7 @@ def test_what_is_transparent_shows_nothing_of_its_colour(square, keys):
 
 
 def test_half_of_the_backgrounds_are_white(keys):
-    # A drawing of nothing is all background.
+    # An empty drawing is all background.
     empty = views(np.zeros((64, SIDE, SIDE, 4), np.uint8), keys)
     assert (empty == empty[:, :1, :1]).all()
     # Contrast and brightness shift white, but keep it lighter than most random colours.
@@ -56,12 +56,12 @@ def test_half_of_the_backgrounds_are_white(keys):
 
 
 def shown(view):
-    """Where the square is seen: pixels that differ from the corner by half of the contrast."""
+    """The pixels of the square: they differ from the corner by half of the contrast."""
     distance = np.abs(view.astype(int) - view[0, 0].astype(int)).sum(-1)
     return distance > distance.max() / 2 if distance.max() > 40 else None
 
 
-def test_size_and_place_stay_within_what_is_documented(square, keys):
+def test_size_and_place_stay_within_the_documented_limits(square, keys):
     masks = [m for m in map(shown, views(np.stack([square] * 64), keys, SIDE)) if m is not None]
     assert len(masks) > 50
     areas = np.array([mask.mean() for mask in masks]) / (24 / SIDE) ** 2
@@ -70,7 +70,7 @@ def test_size_and_place_stay_within_what_is_documented(square, keys):
     assert areas.max() < 1.3**2 * 1.1
     assert areas.max() / areas.min() > 1.5
     centres = np.array([np.mean(np.nonzero(mask), axis=1) for mask in masks]) - (SIDE - 1) / 2
-    # 8 % of the side, seen at up to 1.3 / (stretch 0.82) of its size and sheared.
+    # 8 % of the side, enlarged up to 1.3 / (stretch 0.82) and sheared.
     assert 2 < np.abs(centres).max() < 0.08 * SIDE * 1.3 * 1.25 * 1.3
 
 

@@ -179,7 +179,7 @@ def test_clean_name(name, language, clean):
     assert clean_name(name, language) == clean
 
 
-def test_names_that_cleaning_would_make_equal_stay_uncut():
+def test_names_are_not_cleaned_if_two_would_become_equal():
     names = {"1": "फूल, एक", "2": "फूल, दो", "3": "केला, फल"}
     assert clean_names(names, "hi") == {"1": "फूल, एक", "2": "फूल, दो", "3": "केला"}
 
@@ -244,7 +244,7 @@ def test_rebuilding_gives_the_shipped_concepts_drawings_and_records(packages, st
             if icon is not None:
                 drawn = np.asarray(sources.rasterise(artwork.svg(icon)), np.int16)
                 shipped = np.asarray(Image.open(io.BytesIO(store.image(key))), np.int16)
-                # Colours under full transparency are not stored.
+                # The colours of fully transparent pixels are not stored.
                 visible = shipped[..., 3:] > 0
                 assert np.abs((drawn - shipped) * visible).max() <= 1, key
     for split in store.splits:

@@ -55,7 +55,7 @@ def features(tower, store):
     return frozen_features(tower, store, KEYS, mesh, WHITE, augmented=2, seed=7, batch_size=3)
 
 
-def test_view_zero_is_the_picture_as_it_is(features, tower):
+def test_view_zero_is_the_original_picture(features, tower):
     for number, key in enumerate(KEYS):
         rgba = Image.fromarray(drawing(number))
         white = Image.new("RGBA", rgba.size, "white")
@@ -63,7 +63,7 @@ def test_view_zero_is_the_picture_as_it_is(features, tower):
         expected = tower(normalize(np.asarray(tile)[None]))[0]
         assert features[key].shape == (3, 16, 32)
         assert features[key].dtype == np.float16
-        # Compositing rounds to a level of 255 either way.
+        # Compositing may round up or down by one level of 255.
         np.testing.assert_allclose(features[key][0], expected, atol=0.03)
 
 
@@ -97,7 +97,9 @@ def test_another_seed_gives_other_views_of_the_same_pictures(features, tower, st
     assert [value.shape[0] for value in plain.values()] == [1, 1]
 
 
-def test_the_cache_gives_the_same_and_is_told_apart(features, tower, store, tmp_path):
+def test_the_cache_gives_the_same_features_and_has_a_file_for_each_input(
+    features, tower, store, tmp_path
+):
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     arguments = dict(augmented=2, batch_size=3, cache=tmp_path)
     for _ in range(2):
@@ -114,7 +116,7 @@ def test_the_cache_gives_the_same_and_is_told_apart(features, tower, store, tmp_
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_full_disk_costs_the_cache_alone(features, tower, store, tmp_path, monkeypatch):
+def test_a_full_disk_only_prevents_the_cache(features, tower, store, tmp_path, monkeypatch):
     def save(file, values, **_):
         file.write(b"the first bytes")
         raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""Tables and figures show the numbers they were given."""
+"""Tables and figures show the right numbers."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def _text(table):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved, to look inside."""
+    """The saved figures, so that tests can inspect them."""
     figures = []
     save = fig.save
 

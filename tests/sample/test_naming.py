@@ -28,7 +28,7 @@ PATCHES, WIDTH, PROMPT, TARGETS = 4, 32, 32, 24
 
 @pytest.fixture(scope="module")
 def concepts():
-    """Sixteen things whose names differ in both languages."""
+    """Sixteen things with different names in both languages."""
     chosen = {}
     for concept in emoji.load_concepts():
         chosen.setdefault((concept.names["en"][:2], concept.names["sw"][:2]), concept)
@@ -37,7 +37,7 @@ def concepts():
 
 @pytest.fixture(scope="module")
 def store(concepts, tmp_path_factory):
-    """Those things drawn by one artist."""
+    """A store of these things, drawn by one artist."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "PNG")
     directory = tmp_path_factory.mktemp("store")
@@ -76,7 +76,7 @@ def mesh():
 
 
 class Trainer:
-    """A model and its training on the records of a store."""
+    """Trains a model on the records of a store."""
 
     def __init__(self, config, steps):
         self.steps = steps
@@ -119,7 +119,7 @@ def items(store):
 
 @pytest.fixture(scope="module")
 def brute_force(untrained, views, emoji_tokenizer):
-    """Log-likelihoods of an item's names: full forward passes over prompt and name, no cache."""
+    """Log-likelihoods of an item's names, with full forward passes and no cache."""
     forward = jax.jit(lambda params, batch: model_params.merge(untrained.graphdef, params)(batch))
 
     def run(params, item, key):
@@ -177,7 +177,7 @@ def test_ranks_equal_brute_force(untrained, namer, items, views, brute_force):
         assert answer.blind_ranked_first == (np.argmax(blind) == 0)
 
 
-def test_a_model_that_looks_scores_one_and_blind_zero(
+def test_a_trained_model_scores_one_and_blind_zero(
     untrained, namer, items, store, views, emoji_tokenizer
 ):
     """An untrained model names nothing. One that learned the pictures by heart names all of them,
@@ -197,7 +197,7 @@ def test_a_model_that_looks_scores_one_and_blind_zero(
             "image_blind_rank_accuracy": scores["image_blind_rank_accuracy"],
             "n": 16,
         }
-        # Chance is one in ten: none of the ten names is what the picture shows.
+        # Chance is one in ten, because the picture shows none of the ten named things.
         assert scores["image_blind_rank_accuracy"] <= 0.5
 
 
@@ -228,7 +228,7 @@ def test_items_have_the_true_name_first_and_ten_in_all(sample_items):
         assert item.names[0] not in item.question[0].text
 
 
-def test_languages_differ_in_nothing_but_themselves(sample_items):
+def test_only_the_language_differs_between_languages(sample_items):
     compared = 0
     concepts = emoji.load_concepts()
     for group in zip(*[iter(sample_items)] * 4, strict=True):
@@ -248,7 +248,7 @@ def test_languages_differ_in_nothing_but_themselves(sample_items):
 
 
 def _skipped_a_homonym(choices, group, concepts):
-    """Lists may differ where a language calls two of the drawn things by one name."""
+    """The lists of names differ only if a language has the same name for two things."""
     names = {c.codepoint: c.names for c in concepts}
     drawn = {code for choice in choices for code in choice}
     return any(len({names[code][i.language] for code in drawn}) < len(drawn) for i in group)

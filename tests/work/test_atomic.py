@@ -1,4 +1,4 @@
-"""Files that are there whole, and where two of JSON differ."""
+"""Files are written whole, and differences of JSON values are found."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from pangea_jax.work import atomic
 
 
-def test_a_file_is_there_whole_or_as_it_was(tmp_path):
+def test_a_failed_write_does_not_change_the_file(tmp_path):
     path = tmp_path / "a.json"
     atomic.write_json(path, {"a": "é"}, ensure_ascii=False)
     assert json.loads(path.read_bytes()) == atomic.read_json(path) == {"a": "é"}

@@ -1,4 +1,4 @@
-"""Claiming a folder for one process and one plan."""
+"""A folder belongs to one process and one plan."""
 
 import re
 import subprocess
@@ -49,7 +49,7 @@ def test_free_keys_may_differ():
     assert restart.compare(theirs, ours, "runs/a", free=re.compile(".*")).keys() == {"a.x", "b"}
 
 
-def test_half_written_files_go(tmp_path):
+def test_half_written_files_are_removed(tmp_path):
     whole = tmp_path / "a/b.json"
     write_json(whole, {})
     partial_path(whole).write_bytes(b"half")

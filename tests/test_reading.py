@@ -229,6 +229,13 @@ def test_an_imported_model_reads_as_the_reference(tmp_path):
     assert checkpoints.load_policy(tmp_path) == ReadingPolicy()
 
 
+def test_a_run_without_a_policy_is_told_of(tmp_path, caplog):
+    (tmp_path / "config.json").write_text('{"model": {}}')
+    with caplog.at_level("WARNING", logger="absl"):
+        assert checkpoints.load_policy(tmp_path) == ReadingPolicy()
+    assert "config.json has no field 'reading'" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

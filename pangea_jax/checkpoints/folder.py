@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 
 from pangea_jax import assets
@@ -160,6 +161,12 @@ def load_policy(path: str | os.PathLike) -> ReadingPolicy:
     config_file, config = read_config(path)
     reading = config.get("reading")
     if reading is None:
+        if "model" in config:  # of a training run
+            logging.warning(
+                "%s has no field 'reading': the run is older than saved reading policies. It is read like the "
+                "reference; replace what differed, as in pangea_jax.load(..., background=(255, 255, 255))",
+                config_file,
+            )
         return ReadingPolicy()
     return ReadingPolicy.from_json(reading, f"{config_file}, field 'reading'")
 

@@ -79,7 +79,7 @@ def write(folder: Path, config: PangeaConfig):
     # Random weights work with any vocabulary; this one is in the package.
     tokenizer = load_tokenizer(emoji.DIRECTORY)
     shutil.copy(emoji.DIRECTORY / emoji.TOKENIZER, folder)
-    tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
+    tokens = SpecialTokens.of(tokenizer)
     write_json(folder / "config.json", config_file.to_transformers(config, "bfloat16", tokens))
     print(f"wrote {size / 1e9:.2f} GB in {seconds:.0f} s, {size / 1e6 / seconds:.0f} MB/s")
 

@@ -110,7 +110,7 @@ def main(_):
     dataset = pipeline.train_dataset(lessons, reader, feed, seed=config.seed)
     step_fn = make_train_step(graphdef, optimizer, shardings, mesh, max_targets=feed.max_targets)
     state = train(config, workdir, mesh, state, step_fn, dataset, steps)
-    tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
+    tokens = SpecialTokens.of(tokenizer)
     huggingface.save(
         model_params.unflatten(state.params),
         model,

@@ -29,7 +29,7 @@ def ship_model(run: Path) -> None:
     """Copies the config and all weights but the tower from a run of `launch/train.py`."""
     config = config_from_folder(run / "model")
     tokenizer = load_tokenizer(EMOJI)
-    tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
+    tokens = SpecialTokens.of(tokenizer)
     only = ("projector", "newline", "language")
     with tempfile.TemporaryDirectory() as folder:
         state = load(run / "model", config, only=only)

@@ -196,7 +196,7 @@ def save_model(run, params, tokenizer):
     If no public layout can hold the tokenizer, it warns and leaves out tokenizer and processor.
     """
     folder = run.workdir / "model"
-    tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
+    tokens = SpecialTokens.of(tokenizer)
     huggingface.save(model_params.unflatten(params), run.exp.model, folder, tokens=tokens)
     if not run.is_main:
         return

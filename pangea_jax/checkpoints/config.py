@@ -9,6 +9,7 @@ from typing import Any
 
 from pangea_jax.checkpoints import orbax
 from pangea_jax.checkpoints.files import CheckpointError, TensorFiles
+from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.model import PINPOINTS, LanguageConfig, PangeaConfig, VisionConfig
 
 # transformers does not write values to config.json that equal these defaults.
@@ -85,6 +86,10 @@ class SpecialTokens:
     image: int
     end: int
     pad: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "SpecialTokens":
+        return cls(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
 
 
 PANGEA_TOKENS = SpecialTokens(image=151646, end=151645, pad=151643)

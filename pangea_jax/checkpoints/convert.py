@@ -71,7 +71,7 @@ def convert(
     policy = load_policy(source)
     config, weights = _open(source)
     _check_vocabulary(source, config, tokenizer)
-    tokens = config_file.SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
+    tokens = config_file.SpecialTokens.of(tokenizer)
     entries = names.entries(weights.shapes, config, names.LAYOUTS[layout])
     dtypes = {entry.path: np.dtype(dtype or weights.dtype(entry.path)) for entry in entries}
     written_dtype = dtypes["language.embedding_vd"].name

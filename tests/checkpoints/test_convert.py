@@ -56,7 +56,7 @@ def state():
 def public(state, tokenizer, tmp_path_factory):
     """A folder in the -hf layout with several files and its tokenizer."""
     folder = tmp_path_factory.mktemp("public")
-    tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
+    tokens = SpecialTokens.of(tokenizer)
     save_in_shards(state, CONFIG, folder, tokens=tokens, max_bytes=200_000)
     shutil.copy(TOKENIZER, folder)
     return folder
@@ -350,7 +350,7 @@ def test_vocabulary_must_be_the_models(public, tokenizer, tmp_path):
         CONFIG, language=dataclasses.replace(CONFIG.language, vocab_size=1000)
     )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), abstract_state(small))
-    tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
+    tokens = SpecialTokens.of(tokenizer)
     checkpoints.save(zeros, small, tmp_path / "small", tokens=tokens)
     with pytest.raises(CheckpointError, match="tokenizer has 4500 tokens, the embedding only 1000"):
         convert.convert(tmp_path / "small", tmp_path / "x", tokenizer, tokenizer_files=TOKENIZER)

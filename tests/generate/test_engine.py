@@ -321,7 +321,7 @@ def test_a_saved_policy_decides_what_lies_under_transparency(
 ):
     """In training, the sample's drawings are on white; the colours of transparent pixels are not seen."""
     model, tokens = make_random_model(), emoji_tokenizer
-    ids = checkpoints.SpecialTokens(tokens.image_id, tokens.im_end_id, tokens.pad_id)
+    ids = checkpoints.SpecialTokens.of(tokens)
     checkpoints.save(model, model.config, tmp_path, tokens=ids)
     shutil.copy(emoji.DIRECTORY / emoji.TOKENIZER, tmp_path)
     ReadingPolicy(background=(255, 255, 255)).save(tmp_path)

@@ -32,7 +32,7 @@ def public(tmp_path_factory):
     folder = tmp_path_factory.mktemp("public")
     state = random_state(CONFIG, dtype=jnp.bfloat16)
     tokenizer = load_tokenizer(emoji.DIRECTORY)
-    tokens = SpecialTokens(tokenizer.image_id, tokenizer.im_end_id, tokenizer.pad_id)
+    tokens = SpecialTokens.of(tokenizer)
     checkpoints.save(state, CONFIG, folder, tokens=tokens)
     (folder / "tokenizer.model").write_bytes((emoji.DIRECTORY / emoji.TOKENIZER).read_bytes())
     return folder

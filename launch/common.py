@@ -61,6 +61,10 @@ class Interrupted(Exception):
         self.code = 128 + number
 
 
+# Keys of `--config.KEY=None`.
+_SET_TO_NONE: list[str] = []
+
+
 def define_config(default: str, kind: type = Experiment) -> Callable[[], Any]:
     """Defines the flag `--config=FILE[:ARGUMENTS]`; `--config.key=value` overrides one key.
 
@@ -70,19 +74,28 @@ def define_config(default: str, kind: type = Experiment) -> Callable[[], Any]:
     Returns:
       A function that builds the config as `kind` once the flags are parsed.
     """
-    # ml_collections reads the file and the overrides from sys.argv.
+    # ml_collections reads the file and the overrides from sys.argv. It cannot read None, so these words are taken out.
     sys.argv[:] = map(_with_config_found, sys.argv, ["", *sys.argv])
     with _flag_errors():
-        for word in sys.argv:
-            if override := re.match(r"--?(?:no)?config\.([^=]+)", word):
-                typed_config.check_key(kind, override[1])
+        for word in list(sys.argv):
+            if override := re.match(r"--?(?:no)?config\.([^=]+)(=None)?", word):
+                key, is_none = override.groups()
+                typed_config.check_key(kind, key)
+                if is_none and override.end() == len(word):
+                    sys.argv.remove(word)
+                    _SET_TO_NONE.append(key)
         holder = config_flags.DEFINE_config_file(
             "config",
             find_config(default),
             "Config file, with :key=value,... arguments; --config.key=value overrides a key.",
             lock_config=True,
         )
-    return lambda: typed_config.build(kind, holder.value)
+
+    def config():
+        holder.value.update_from_flattened_dict(dict.fromkeys(_SET_TO_NONE))
+        return typed_config.build(kind, holder.value)
+
+    return config
 
 
 def find_config(path: str) -> str:
@@ -204,7 +217,7 @@ def default_workdir() -> str:
     flag = flags.FLAGS["config"]
     path, _, arg = config_flags.get_config_filename(flag).partition(":")
     name = Path(path).stem + (f"_{arg}" if arg else "")
-    overrides = config_flags.get_override_values(flag)
+    overrides = config_flags.get_override_values(flag) | dict.fromkeys(_SET_TO_NONE)
     name += "".join(f"_{key}={value}" for key, value in sorted(overrides.items()))
     return str(Path("runs") / re.sub(r"[^\w=.\-]+", "_", name)[:120])
 

@@ -195,8 +195,17 @@ def make_feed(
 
 
 def artists(exp: Experiment) -> tuple[str, ...]:
-    """The artists among the embedded sample's sources, such as "emoji/noto"."""
-    return tuple(source.removeprefix("emoji/") for source in exp.mixture.sources or ())
+    """The artists among the embedded sample's sources, such as "noto" of "emoji/noto".
+
+    Raises:
+      ValueError: the config names no sources.
+    """
+    if not exp.mixture.sources:
+        raise ValueError(
+            "config.mixture.sources names no artist, such as ('emoji/noto',); config.eval and "
+            "config.augmented_views need them"
+        )
+    return tuple(source.removeprefix("emoji/") for source in exp.mixture.sources)
 
 
 def load_pretrained(

@@ -149,5 +149,6 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    expected = getattr(hint, "__name__", None) or str(hint).replace("collections.abc.", "")
+    plain = isinstance(hint, type) and not typing.get_args(hint)
+    expected = hint.__name__ if plain else str(hint).replace("collections.abc.", "")
     raise ConfigError(f"{where} is {value!r}; expected {expected}")

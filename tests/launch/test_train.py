@@ -170,6 +170,8 @@ def test_eight_devices_equal_one(finished, tmp_path):
         (["--config=configs/ablate_en_ratio.py:en_ratio=1.5"], "must be in [0, 1]"),
         (["--config=configs/no_such.py"], "no_such.py"),
         (["--config.mesh.data=3"], "does not fill the 1 devices"),
+        (["--config.seed=None"], "error: config.seed is None; expected int"),
+        (["--config.mixture.sources=None"], "error: config.mixture.sources names no artist"),
         (["--workdir=README.md/run"], "cannot write to README.md/run"),
         (["--config.steps=0"], "config.steps is 0; expected a number of 1 or more"),
         (["--config.steps=9999"], "make 1000 steps of 8 rows, not 9999"),
@@ -256,3 +258,13 @@ def test_an_unknown_key_is_an_error(tmp_path):
         assert code == 1
         assert says in err
         assert "Traceback" not in err
+
+
+def test_a_flag_can_set_none(tmp_path):
+    """ml_collections cannot; without an evaluation there are no scores."""
+    flags = ("--config.augmented_views=1", "--config.steps=1", "--config.eval=None")
+    code, _, err = run(f"--workdir={tmp_path}", "--config.reading.background=None", *flags)
+    assert code == 0, err[-3000:]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["eval"] is None and config["reading"]["background"] is None
+    assert json.loads((tmp_path / "results.json").read_text())["splits"] == {}

@@ -212,13 +212,17 @@ def _sentence(error: Exception) -> str:
     return " ".join(lines)
 
 
+def overrides() -> dict[str, Any]:
+    """The values of all `--config.key=value`, by key."""
+    return config_flags.get_override_values(flags.FLAGS["config"]) | dict.fromkeys(_SET_TO_NONE)
+
+
 def default_workdir() -> str:
     """runs/<config file>[_<argument>][_<overridden key>=<value>...]."""
     flag = flags.FLAGS["config"]
     path, _, arg = config_flags.get_config_filename(flag).partition(":")
     name = Path(path).stem + (f"_{arg}" if arg else "")
-    overrides = config_flags.get_override_values(flag) | dict.fromkeys(_SET_TO_NONE)
-    name += "".join(f"_{key}={value}" for key, value in sorted(overrides.items()))
+    name += "".join(f"_{key}={value}" for key, value in sorted(overrides().items()))
     return str(Path("runs") / re.sub(r"[^\w=.\-]+", "_", name)[:120])
 
 

@@ -130,7 +130,7 @@ def make_plan() -> Plan:
         raise common.UserError(
             f"remove {min(fixed)}= from --config: the sweep sets {min(fixed)}= for each run"
         )
-    overrides = config_flags.get_override_values(holder)
+    overrides = common.overrides()
     known = module.points(arg)
     unknown = [point for point in POINTS.value if point not in known]
     if unknown:

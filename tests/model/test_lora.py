@@ -180,5 +180,5 @@ def test_a_run_with_adapters_has_no_public_layout(adapted, tmp_path, emoji_token
     (tmp_path / "config.json").write_text(
         json.dumps({"model": dataclasses.asdict(config), "data": {"tokenizer": "emoji"}})
     )
-    with pytest.raises(CheckpointError, match="model/ has them merged"):
+    with pytest.raises(CheckpointError, match="model/ has the merged weights"):
         convert(tmp_path, tmp_path / "out", emoji_tokenizer, tokenizer_files=tmp_path, form="hf")

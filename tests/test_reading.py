@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from pangea_jax.experiment import Experiment
 from pangea_jax.generate.engine import Engine
 from pangea_jax.model import Pangea
 from pangea_jax.typed_config import build
-from tests.data.test_golden import POLICY as GOLDEN_POLICY
+from tests.data import test_golden as golden
 
 CONFIGS = [
     "sample",
@@ -115,24 +116,24 @@ def answering(exp, tokenizer, **changes):
     return Engine(Pangea(model, rngs=nnx.Rngs(0)), tokenizer, policy=exp.reading)
 
 
-def as_messages(record):
+def as_messages(record, picture=lambda key: PICTURES[key][0]):
     """The record as messages for the engine."""
     left, messages = list(record.images), []
     for turn in record.turns:
         message = {"role": turn.role, "content": turn.text}
         if count := turn.text.count("<image>"):
-            message["images"] = [PICTURES[key][0] for key in left[:count]]
+            message["images"] = [picture(key) for key in left[:count]]
             left = left[count:]
         messages.append(message)
     return messages
 
 
-def assert_alike(exp, store, tokenizer):
+def assert_alike(exp, store, tokenizer, records=None, **sources):
     engine, reader = answering(exp, tokenizer), experiment.make_reader(exp, store, tokenizer)
     roomy = dataclasses.replace(exp.pipeline, row_tokens=16_384, row_tiles=20, max_targets=None)
-    for record in CONVERSATIONS:
+    for record in CONVERSATIONS if records is None else records:
         trained = render_example(record, None, reader, roomy)
-        asked = engine.read(as_messages(record))
+        asked = engine.read(as_messages(record, **sources))
         for name in ("tokens", "image_index", "tiles"):
             np.testing.assert_array_equal(getattr(trained, name), getattr(asked, name), record.id)
 
@@ -164,6 +165,14 @@ def test_each_policy_trains_as_it_answers(policy, one_view, store, emoji_tokeniz
         model = dataclasses.replace(exp.model, pinpoints=(), newline=False)
         exp = dataclasses.replace(exp, model=model)
     assert_alike(exp, store, emoji_tokenizer)
+
+
+@golden.pytestmark
+def test_every_record_of_the_official_sample_is_read_alike(pangea):
+    tokenizer = golden.load_tokenizer(golden.QWEN3, image_id=151_669)
+    released = json.loads((golden.SAMPLE / "PangeaIns.json").read_text(encoding="utf-8"))
+    records = [Conversation.from_pangeains(one, default_language="en") for one in released]
+    assert_alike(pangea, golden.Folder(), tokenizer, records, picture=golden.SAMPLE.joinpath)
 
 
 def test_stored_features_take_the_places_of_tiles(store, emoji_tokenizer):
@@ -212,7 +221,7 @@ def test_what_a_policy_means(emoji_tokenizer, pangea):
 
 
 def test_pangea_trains_as_the_golden_records_are_read(pangea):
-    assert pangea.reading == GOLDEN_POLICY
+    assert pangea.reading == golden.POLICY
 
 
 @pytest.mark.parametrize("policy", POLICIES)

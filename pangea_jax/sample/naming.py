@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pangea_jax.batch import Batch, Example
 from pangea_jax.data import image
-from pangea_jax.data.reader import CachedFeatures, Reader, ReadingPolicy
+from pangea_jax.data.reader import CachedFeatures, Geometry, Reader, ReadingPolicy, Tiles
 from pangea_jax.data.record import IMAGE_MARKER, Turn
 from pangea_jax.data.store import RecordStore
 from pangea_jax.data.tokenizer import Tokenizer
@@ -176,9 +176,9 @@ class Namer:
         self._score = jax.jit(score, out_shardings=NamedSharding(mesh, P()))
 
     def __call__(
-        self, params: Mapping[str, Array], items: Sequence[Item], pictures: CachedFeatures
+        self, params: Mapping[str, Array], items: Sequence[Item], pictures: Tiles | CachedFeatures
     ) -> list[Answer]:
-        """Answers every item, with its own image and blind. Images are shown as their view 0."""
+        """Answers every item, with its own image and blind. With features, images are shown as their view 0."""
         reader = Reader(self._tokenizer, pictures)
         order = sorted(range(len(items)), key=lambda i: self._name_tokens(items[i]))
         answers: list[Answer | None] = [None] * len(items)
@@ -198,7 +198,8 @@ class Namer:
         rows = [[self._prompt(item, key, reader)] for item, key in zip(items, images, strict=True)]
         names, mask = self._names(items)
         rows += [rows[-1]] * (self._batch_size - len(rows))
-        batch = Batch.fill(rows, self._prompt_tokens, 1, reader.pictures.patches)
+        tiles = max(len(example.pictures) for (example,) in rows)
+        batch = Batch.fill(rows, self._prompt_tokens, tiles, reader.pictures.patches)
         place = lambda x: jax.device_put(x, self._rows)  # noqa: E731
         tokens, scores = jax.device_get(
             self._score(params, jax.tree.map(place, batch), place(names), place(mask))
@@ -288,29 +289,38 @@ def evaluate(
 ) -> tuple[dict[str, dict], dict[str, list[Answer]]]:
     """Scores of every split (see `summarize`) and all answers.
 
-    The split of seen artwork has new augmented views of drawings by `artists`. The split of unseen
-    artwork has the original drawings of the test artist. The parameters are many because a model,
-    its training data and the settings come from three sources.
+    The split of seen artwork has new augmented views of drawings by `artists`, or with AnyRes the
+    original drawings. The split of unseen artwork has the original drawings of the test artist. The
+    parameters are many because a model, its training data and the settings come from three sources.
 
     Args:
       policy: how the model reads conversations.
       seed: seed of the augmentation; it must differ from the seed of training.
       cache: see `pangea_jax.sample.features.frozen_features`.
     """
-    tower = model_params.merge(graphdef, params).vision
+    model = model_params.merge(graphdef, params)
     namer = Namer(graphdef, tokenizer, mesh, settings)
     splits, answers = {}, {}
     for split, shown_by in zip(SPLITS, (artists, (emoji.TEST_ARTIST,)), strict=True):
         items = make_items(store, split, languages, shown_by, limit=settings.limit)
-        fresh = int(split == "seen_artwork")
-        keys = emoji.picture_keys(store, shown_by)
-        features = frozen_features(
-            tower, store, keys, mesh, policy, augmented=fresh, seed=seed, cache=cache
+        keys, fresh = emoji.picture_keys(store, shown_by), int(split == "seen_artwork")
+        pictures = _pictures(
+            model, store, keys, mesh, policy, augmented=fresh, seed=seed, cache=cache
         )
-        views = {key: value[fresh:] for key, value in features.items()}
-        answers[split] = namer(params, items, CachedFeatures(views, policy))
+        answers[split] = namer(params, items, pictures)
         splits[split] = summarize(answers[split], languages)
     return splits, answers
+
+
+def _pictures(model, store, keys, mesh, policy, *, augmented, **options) -> Tiles | CachedFeatures:
+    """How the model sees the drawings, as it saw them in training: AnyRes tiles, or features of one tile."""
+    if model.config.pinpoints:
+        return Tiles(Geometry.of(model.config), policy, store)
+    features = frozen_features(
+        model.vision, store, keys, mesh, policy, augmented=augmented, **options
+    )
+    views = {key: value[augmented:] for key, value in features.items()}
+    return CachedFeatures(views, policy, newline=model.config.newline)
 
 
 def sheet_examples(

@@ -5,6 +5,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from pangea_jax import sharding
@@ -12,9 +13,11 @@ from pangea_jax.batch import Batch
 from pangea_jax.data import chat
 from pangea_jax.data.build.write_store import Picture, write_store
 from pangea_jax.data.pipeline import PipelineConfig, RowSource, train_dataset
-from pangea_jax.data.reader import CachedFeatures, Reader
+from pangea_jax.data.reader import CachedFeatures, Reader, ReadingPolicy
 from pangea_jax.data.record import Turn
 from pangea_jax.data.store import RecordStore
+from pangea_jax.generate.engine import Engine
+from pangea_jax.model import Pangea
 from pangea_jax.model import params as model_params
 from pangea_jax.sample import emoji, naming
 from pangea_jax.sample.naming import Answer, Evaluation, Item, Namer, make_items, summarize
@@ -199,6 +202,31 @@ def test_a_trained_model_scores_one_and_blind_zero(
         }
         # Chance is one in ten, because the picture shows none of the ten named things.
         assert scores["image_blind_rank_accuracy"] <= 0.5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"newline": False}, {"pinpoints": ((8, 16), (16, 8), (16, 16))}],
+    ids=["one tile", "no newline", "anyres"],
+)
+def test_the_model_reads_a_question_as_it_is_asked_through_the_engine(
+    config, mesh, store, emoji_tokenizer, changes
+):
+    config, policy = dataclasses.replace(config, **changes), ReadingPolicy(background=(1, 2, 3))
+    (item,) = make_items(store, "seen_artwork", ("en",), ("noto",), limit=1)
+    model = Pangea(config, rngs=nnx.Rngs(0))
+    pictures = naming._pictures(model, store, [item.image], mesh, policy, augmented=0)
+    graphdef, params = model_params.split(model)
+    namer = Namer(graphdef, emoji_tokenizer, mesh, Evaluation(prompt_tokens=64, batch_size=8))
+    mine = namer._prompt(item, item.image, Reader(emoji_tokenizer, pictures))
+    (turn,) = item.question
+    message = {"role": "user", "content": turn.text, "images": [store.image(item.image)]}
+    asked = Engine(model, emoji_tokenizer, policy=policy).read([message])
+    np.testing.assert_array_equal(mine.tokens, asked.tokens)
+    np.testing.assert_array_equal(mine.image_index, asked.image_index)
+    assert len(mine.pictures) == len(asked.tiles)
+    (answered,) = namer(params, [dataclasses.replace(item, other_image=item.image)], pictures)
+    assert answered.ranked_first == answered.blind_ranked_first
 
 
 def test_a_prompt_that_is_too_long_is_an_error(untrained, mesh, items, views, emoji_tokenizer):

@@ -77,9 +77,10 @@ _GROUPS = ("languages", "language_tokens", "sources", "bad")
 
 def _sums(state: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A copy of the sums in a state; without a state, zeros."""
-    state = state or {}
-    numbers = {name: state.get(name, 0) for name in _NUMBERS}
-    return numbers | {name: collections.Counter(state.get(name, {})) for name in _GROUPS}
+    if state is None:
+        state = dict.fromkeys(_NUMBERS, 0) | {name: {} for name in _GROUPS}
+    numbers = {name: state[name] for name in _NUMBERS}
+    return numbers | {name: collections.Counter(state[name]) for name in _GROUPS}
 
 
 class Counters:

@@ -10,6 +10,7 @@ from PIL import Image
 from pangea_jax import anyres
 from pangea_jax.batch import Batch, Example
 from pangea_jax.data import image
+from pangea_jax.data.feed import Counters
 from pangea_jax.data.pipeline import PipelineConfig, RowSource, render_example, train_dataset
 from pangea_jax.data.reader import CachedFeatures, Reader
 from pangea_jax.model import params as model_params
@@ -280,3 +281,11 @@ def test_several_pictures_are_padded_squares_where_asked(store, tiny_config, let
         assert np.array_equal(tile, np.asarray(expected))
     alone = dataclasses.replace(CONVERSATIONS[1], images=("made/1",))
     assert len(render_example(alone, None, reader, CONFIG).tiles) > 1
+
+
+def test_a_state_that_lacks_a_sum_is_an_error():
+    """Zero in its place would lose counts quietly."""
+    state = Counters().get_state()
+    del state["cut"]
+    with pytest.raises(KeyError, match="cut"):
+        Counters().set_state(state)

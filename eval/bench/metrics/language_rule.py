@@ -13,9 +13,10 @@ class NoLanguageError(ValueError):
 _NEAR = {"id": {"ms"}, "zh": {"yue", "wuu"}}
 # The scores are defined by the start of the response.
 _FASTTEXT_CHARACTERS = 80
+_SEEDS = 9
 
 
-def langdetect_label(text: str) -> str:
+def langdetect_label(text: str, seed: int = 0) -> str:
     """The label that langdetect gives. Its seed is fixed, because its labels are random otherwise.
 
     Raises:
@@ -23,7 +24,7 @@ def langdetect_label(text: str) -> str:
     """
     import langdetect
 
-    langdetect.DetectorFactory.seed = 0
+    langdetect.DetectorFactory.seed = seed
     try:
         return langdetect.detect(text)
     except langdetect.LangDetectException as error:
@@ -31,11 +32,17 @@ def langdetect_label(text: str) -> str:
 
 
 def is_langdetect_language(text: str, code: str) -> bool:
-    """The rule behind the paper's tables. langdetect does not know Kinyarwanda, so every answer in it fails."""
+    """The rule behind the paper's tables. langdetect does not know Kinyarwanda, so every answer in it fails.
+
+    The labels behind the tables were random, since the paper's harness set no seed, which decides for 24 of 1,550
+    published answers. The most frequent of several labels is the one most likely to have been drawn.
+    """
     try:
-        return langdetect_label(text).partition("-")[0] == code  # zh-cn and zh-tw are Chinese
+        labels = [langdetect_label(text, seed) for seed in range(_SEEDS)]
     except NoLanguageError:
         return False
+    right = sum(label.partition("-")[0] == code for label in labels)  # zh-cn, zh-tw are Chinese
+    return right > _SEEDS / 2
 
 
 def is_language(text: str, code: str) -> bool:

@@ -43,14 +43,20 @@ _SCORE_AT_END = re.compile(
     r"(?:/\s{0,9}5|out\s{1,9}of\s{1,9}5)?[\s.*]*$",
     re.IGNORECASE,
 )
-# An older parser read the published scores. In all known cases it took the score in this phrase.
-_PAPER_PHRASE = re.compile(r"\bscore (?:of )?([1-5])(?: \w+)? or (?:above|higher)", re.IGNORECASE)
+_LAST_LINE = re.compile(r"\n[ *]{0,9}([1-5])[ *]{0,9}\s*$")  # a score with no word before it
+# prometheus-eval 0.1.18 and 0.1.19 read the first of these, wherever it stands; 0.1.20 only one that ends the reply.
+_FIRST_SCORE = re.compile(
+    r"(?:\[(?:RESULT|SCORE)\]|(?:\[RESULT\]|score|result):?|score\s+of)[\s(\[]*"
+    r"(\d+)(?:[\s)\]]|$|/\s*5|out\s*of\s*5)",
+    re.IGNORECASE,
+)
 _RUBRIC_FIELDS = ("criteria", *(f"score{i}_description" for i in range(1, 6)))
 
 
 class XChat(task.Dataset):
     name, title, group = "xchat", "xChatBench", "multimodal"
     hub = "neulab/PangeaBench-xchat"
+    version = 2
     metric = "points"
     judged = True
     subsets = (
@@ -122,16 +128,25 @@ class XChat(task.Dataset):
 
 
 def read_grade(reply: str) -> int | None:
-    """The 1 to 5 that ends a judge's reply, after `[RESULT]`, `Score:`, `score of` and the like."""
-    match = _SCORE_AT_END.search(reply)
+    """The 1 to 5 that ends a judge's reply, after `[RESULT]`, `Score:`, `score of` or the like, or on its last line."""
+    match = _SCORE_AT_END.search(reply) or _LAST_LINE.search(reply)
     return int(match.group(1)) if match else None
 
 
 def paper_grade(reply: str) -> int | None:
-    """The grade that the published judgements record; without any feedback it is 1."""
-    if match := _PAPER_PHRASE.search(reply):
-        return int(match.group(1))
-    return 1 if reply.strip() == "No Feedback" else read_grade(reply)
+    """The grade that the published judgements record.
+
+    It is the first score in the reply, as in prometheus-eval 0.1.19: in "not enough for a score of 3 or higher.
+    [RESULT] 1" it is 3. This holds for 1 to 4. A 5 inside the feedback ("to reach a score of 5 it should") never became
+    a published grade, so there the end of the reply decides. The published grade is 1 where a model gave no response.
+    """
+    if reply.strip() == "No Feedback":
+        return 1
+    match = _FIRST_SCORE.search(reply)
+    first = int(match.group(1)) if match and len(match.group(1)) < 9 else None
+    if first in (1, 2, 3, 4):
+        return first
+    return read_grade(reply) or (5 if first == 5 else None)
 
 
 DATASET = XChat()

@@ -4,6 +4,7 @@ import collections
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,12 +106,11 @@ def test_fixed_language_rule_sees_kinyarwanda(bench, read_jsonl):
     assert not any(language_rule.is_langdetect_language(text, "rw") for text in own)
 
 
-def test_replies_are_read_from_the_end(bench, read_jsonl):
-    rows = [r for r in read_jsonl(bench / "xchat" / "judged_responses.jsonl.gz") if r["feedback"]]
-    fixed = [xchat.read_grade(row["feedback"]) == row["score"] for row in rows]
-    paper = [xchat.paper_grade(row["feedback"]) == row["score"] for row in rows]
-    assert all(paper)
+def test_published_grades(bench, read_jsonl):
+    rows = list(read_jsonl(bench / "xchat" / "judged_responses.jsonl.gz"))
+    assert [xchat.paper_grade(row["feedback"]) for row in rows] == [row["score"] for row in rows]
     # Three were recorded from a phrase inside the feedback, one stands for no feedback at all.
+    fixed = [xchat.read_grade(row["feedback"]) == row["score"] for row in rows]
     assert fixed.count(False) == 4
 
 
@@ -122,6 +122,9 @@ def test_replies_are_read_from_the_end(bench, read_jsonl):
         ("So the score is\n\n**Score: 3/5**", 3),
         ("[SCORE] (1)", 1),
         ("Result: 5 out of 5.", 5),
+        ("It deserves a score of 1 under the given rubric.\n\n1", 1),
+        ("It is fine.\n\n**3**\n", 3),
+        ("It is fine.\n\n7", None),
         ("[RESULT] 7", None),
         ("[RESULT] 4 because it is good", None),
         ("No Feedback", None),
@@ -130,3 +133,38 @@ def test_replies_are_read_from_the_end(bench, read_jsonl):
 )
 def test_grades(reply, grade):
     assert xchat.read_grade(reply) == grade
+
+
+@pytest.mark.parametrize(
+    ("reply", "grade"),
+    [
+        ("It is good. [RESULT] 4", 4),
+        # The first score counts, if a space, a bracket or the end follows it.
+        ("It misses a score of 3 or higher. [RESULT] 1", 3),
+        ("It gets a score of 4 because it lacks depth. [RESULT] 3", 4),
+        ("Like a score 2 response or above.\n\n[RESULT] 1", 2),
+        ("Below a Score 2. [RESULT] 1", 1),
+        ("It has a score of 1 under the given rubric.\n\n1", 1),
+        ("[RESULT]: (4) and more", 4),
+        ("Score: 3/5, I think", 3),
+        # A 5 counts only at the end.
+        ("To achieve a score of 5 according to the rubric.\n\n[RESULT] 4", 4),
+        ("It deserves a score of 5 for this.\n\n[RESULT] 5", 5),
+        ("It deserves a score of 5 for this", 5),
+        ("GPT-4 has a score of 74 here. [RESULT] 3", 3),
+        ("[RESULT] " + "9" * 5000, None),
+        ("No Feedback", 1),
+        ("", None),
+    ],
+)
+def test_published_grades_are_the_first(reply, grade):
+    assert xchat.paper_grade(reply) == grade
+
+
+@pytest.mark.parametrize(
+    "text", ["score " * 2000, "score" + " " * 10000, "[RESULT] " + "\ud800(" * 4000, "\n*" * 5000]
+)
+def test_grades_of_long_replies_are_fast(text):
+    start = time.perf_counter()
+    assert xchat.read_grade(text) is xchat.paper_grade(text) is None
+    assert time.perf_counter() - start < 0.1

@@ -16,6 +16,7 @@ _NAMES = {"quz": "Quechua"}
 class Xm100(task.Dataset):
     name, title, group = "xm100", "XM100", "multimodal"
     hub = "neulab/PangeaBench-xm100"
+    version = 2
     metric = "rouge_l"
     subsets = task.language_subsets(dict.fromkeys(languages.XM100, 100))
     fields = task.schema(captions=list, images=list)

@@ -50,16 +50,14 @@ _FRACTIONS = {"¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
 _CURRENCIES = {"¢": "cents", "£": "#", **dict.fromkeys("\x80¤₠€", "$")}
 
 # Abbreviations, without their last period. They count in any case, except for letters in brackets.
-_ABBREVIATIONS = (
-    # That mostly end a phrase: months and days, states, companies, and what follows a name or a number.
+_ABBREVIATIONS = (  # months and days, states of the USA, companies, others
     r"jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu(?:rs)?|fri|"
     r"ala|ariz|[A]z|[A]rk|calif|colo|conn|ct|dak|[D]el|fla|ga|[I]ll|ind|kans?|ky|[L]a|[M]ass|md|mich|minn|[M]iss|mo|"
     r"mont|neb|nev|okla|[O]re|[P]a|penn|tenn|[T]ex|va|vt|[W]ash|wisc?|wyo|"
     r"inc|cos?|corp|pp?t[ye]s?|ltd|plc|rt|bancorp|bhd|assn|univ|intl|sys|tel|est|ext|sq|"
     r"jr|sr|bros|(?:ed|ph)\.d|blvd|rd|esq|etc|al|seq|bldg"
 )
-_TITLES = (
-    # That mostly stand before a name.
+_TITLES = (  # that stand before names, and others
     r"mr|mrs|ms|[M]iss|drs?|profs?|sens?|reps?|attys?|lt|col|gen|messrs|govs?|adm|rev|maj|sgt|cpl|pvt|capt|ste?|ave|"
     r"pres|lieut|hon|brig|co?mdr|pfc|spc|supts?|det|mt|ft|adj|adv|asst|assoc|ens|insp|mlle|mme|msgr|sfc|"
     r"vs|alex|wm|jos|cie|a\.k\.a|cf|treas|ph|invt|elec|natl|m[ft]g|dept"
@@ -183,14 +181,16 @@ def _rule(token: str, write: Callable[[str], str] = _as_it_is, before: str = "")
 
 
 def _word_rules() -> list[Rule]:
-    vowel_elision = rf"[{_LETTER}]+[aeiouyAEIOUY]{_ANY_APOSTROPHE}[aeiouA-Z][{_LETTER}]*"
+    letters, any_apostrophe = f"[{_LETTER}]", _ANY_APOSTROPHE
     with_apostrophe = (
-        rf"{_APOSTROPHE}[nN]{_APOSTROPHE}?|[lLdDjJ]{_APOSTROPHE}|(?:{_any_case('dunkin|somethin|ol')}){_APOSTROPHE}|"
-        rf"{_APOSTROPHE}{_any_case('em')}|[A-HJ-XZn]{_ANY_APOSTROPHE}[{_LETTER}]{{2,}}|{_APOSTROPHE}[2-9]0[sSſ]|"
-        rf"{_APOSTROPHE}(?:{_any_case('till?|cause')})|{vowel_elision}|[oO]{_ANY_APOSTROPHE}[oO]|"
-        + _any_case(r"cont'd\.?|'twas|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l")
+        rf"{_APOSTROPHE}[nN]{_APOSTROPHE}?",  # rock 'n' roll
+        rf"{_APOSTROPHE}(?:{_any_case('em|till?|cause')}|[2-9]0[sSſ])",
+        rf"[lLdDjJ]{_APOSTROPHE}",  # j' ai
+        rf"[A-HJ-XZn]{any_apostrophe}{letters}{{2,}}",  # D'Arc
+        rf"{letters}+[aeiouyAEIOUY]{any_apostrophe}[aeiouA-Z]{letters}*",  # Hawai'i
+        rf"(?:{_any_case('dunkin|somethin|ol')}){_APOSTROPHE}|[oO]{any_apostrophe}[oO]",
+        _any_case(r"cont'd\.?|'twas|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l"),
     )
-    soft = "\\u00AD"
     return [
         _rule(_any_case(r"c\+\+|[cCfF]#")),
         _rule(_any_case("can"), before=_any_case("not")),
@@ -203,10 +203,10 @@ def _word_rules() -> list[Rule]:
         _rule(_AMPERSAND, _ampersand),
         _rule(_any_case("&(?:ht|tl|ur|lr|qc|ql|qr|odq|cdq|#[0-9]+);")),
         _rule(_WORD, _without_soft_hyphens, before=_CLITIC),
-        _rule(rf"[A-Za-z{soft}]*[A-MO-Za-mo-z]{soft}*", _without_soft_hyphens, before=_NOT),
+        _rule(r"[A-Za-z\u00AD]*[A-MO-Za-mo-z]\u00AD*", _without_soft_hyphens, before=_NOT),
         _rule(_WORD, _without_soft_hyphens),
-        _rule(with_apostrophe),
-        _rule(rf"[yY]{_APOSTROPHE}", before=f"[{_LETTER}]"),
+        _rule("|".join(with_apostrophe)),
+        _rule(rf"[yY]{_APOSTROPHE}", before=letters),
     ]
 
 
@@ -228,24 +228,24 @@ def _address_rules() -> list[Rule]:
 
 
 def _number_rules() -> list[Rule]:
-    digits, few = rf"{_DIGIT}+", rf"{_DIGIT}{{1,4}}"
+    digit, four = _DIGIT, rf"{_DIGIT}{{1,4}}"
     alphanumeric = "[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
-    compounds = r"-(?:rrb|lrb|rcb|lcb|rsb|lsb)-|c\.d\.s|pro-|anti-|s(?:&|&amp;)p-500|s(?:&|&amp;)ls"
+    in_any_case = (
+        r"-(?:rrb|lrb|rcb|lcb|rsb|lsb)-|c\.d\.s|pro-|anti-|s(?:&|&amp;)p-500|s(?:&|&amp;)ls"
+    )
+    french = rf"{_any_case('cap')}{_APOSTROPHE}[nN]|[cC]{_APOSTROPHE}{_any_case('est')}"
     return [
         _rule(_CLITIC, _quotes, before="[^A-Za-z]"),
         _rule(_NOT, _quotes, before="[^A-Za-z]"),
-        _rule(rf"{_DIGIT}{{1,2}}[-/]{_DIGIT}{{1,2}}[-/]{_DIGIT}{{2,4}}"),
+        _rule(rf"{digit}{{1,2}}[-/]{digit}{{1,2}}[-/]{digit}{{2,4}}"),
         _rule(
-            rf"[-+]?(?:{digits}|{_DIGIT}*(?:[.:,\u00AD\u066B\u066C]{digits})+)",
+            rf"[-+]?(?:{digit}+|{digit}*(?:[.:,\u00AD\u066B\u066C]{digit}+)+)",
             _without_soft_hyphens,
         ),
         _rule("[⁺⁻₊₋]?(?:[⁰¹²³⁴-⁹]+|[₀-₉]+)"),
-        _rule(rf"(?:{few}[-\ \xA0])?{few}(?:\\?/|⁄){few}", _with_fixed_spaces),
+        _rule(rf"(?:{four}[- \xA0])?{four}(?:\\?/|⁄){four}", _with_fixed_spaces),
         _rule("[¼½¾⅓-⅞]", _fraction),
-        _rule(
-            rf"{_any_case(compounds)}|{_any_case('cap')}{_APOSTROPHE}[nN]|[cC]{_APOSTROPHE}{_any_case('est')}",
-            _ampersand,
-        ),
+        _rule(rf"{_any_case(in_any_case)}|{french}", _ampersand),
         _rule(rf"{alphanumeric}(?:\\?/{alphanumeric}){{1,2}}"),
         _rule(r"[A-Z]*\$|\#"),
         _rule("[¢£¤¥\x80₠€؋฿₤￠￡￥￦]", _currency),
@@ -253,36 +253,30 @@ def _number_rules() -> list[Rule]:
 
 
 def _abbreviation_rules() -> list[Rule]:
-    one_or_more = rf"[{_SPACE_OR_LINE}]+"
-    acronym, nations = (
-        r"[A-Za-z](?:\.[A-Za-z])*",
-        _any_case(r"(?:canada|sino|korean|eu|japan|non)-u\.s|u\.s\.-(?:u\.k|u\.s\.s\.r)"),
-    )
     abbreviation = rf"(?:{_any_case(_ABBREVIATIONS)})\."
+    nations = _any_case(r"(?:canada|sino|korean|eu|japan|non)-u\.s|u\.s\.-(?:u\.k|u\.s\.s\.r)")
+    title = rf"(?:{_any_case(_TITLES)}|[A-Za-z](?:\.[A-Za-z])*|{nations})\."
+    blank, opener = f"[{_SPACE_OR_LINE}]", rf"(?:{_any_case(_OPENERS)}|{_TAG})"
+    file = rf"{_WORD_CHARACTER}+(?:\.{_WORD_CHARACTER}+)*\.(?:{_any_case(_FILES)})"
+    phone = (
+        r"(?:\([0-9]{2,3}\)[ \xA0]?|(?:\+\+?)?(?:[0-9]{2,4}[- \xA0])?[0-9]{2,4}[- \xA0])"
+        r"[0-9]{3,4}[- \xA0]?[0-9]{3,5}",
+        r"(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}",
+    )
     return [
-        _rule(
-            "[A-Za-z]",
-            before=rf"\.{one_or_more}(?:{_any_case(_OPENERS)}|{_TAG})[{_SPACE_OR_LINE}]",
-        ),
-        _rule(rf"(?:{_any_case(_BEFORE_NUMBERS)})\.", before=rf"[{_SPACE_OR_LINE}]?{_DIGIT}"),
+        _rule("[A-Za-z]", before=rf"\.{blank}+{opener}{blank}"),
+        _rule(rf"(?:{_any_case(_BEFORE_NUMBERS)})\.", before=rf"{blank}?{_DIGIT}"),
         _rule(
             rf"(?:{_any_case('pt[eyEY]|co')})\.", before=rf"[{_SPACE}](?:{_any_case('ltd|lim')})"
         ),
         _rule(abbreviation, before=".."),
         _rule(abbreviation),
-        _rule(rf"(?:{_any_case(_TITLES)}|{acronym}|{nations})\."),
-        _rule(nations, before=f"[{_SPACE_OR_LINE}]"),
-        _rule(rf"{_APOSTROPHE}[0-9][0-9]", before=f"[{_SPACE_OR_LINE}]"),
-        _rule(
-            rf"{_WORD_CHARACTER}+(?:\.{_WORD_CHARACTER}+)*\.(?:{_any_case(_FILES)})",
-            before=rf"[{_SPACE_OR_LINE}.?!,]",
-        ),
+        _rule(title),
+        _rule(nations, before=blank),
+        _rule(rf"{_APOSTROPHE}[0-9][0-9]", before=blank),
+        _rule(file, before=rf"[{_SPACE_OR_LINE}.?!,]"),
         _rule(rf"{_WORD}\.", _without_soft_hyphens, before=f"[{_IN_SENTENCE}]"),
-        _rule(
-            r"(?:\([0-9]{2,3}\)[ \xA0]?|(?:\+\+?)?(?:[0-9]{2,4}[- \xA0])?[0-9]{2,4}[- \xA0])"
-            r"[0-9]{3,4}[- \xA0]?[0-9]{3,5}|(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}",
-            _phone,
-        ),
+        _rule("|".join(phone), _phone),
     ]
 
 
@@ -307,22 +301,19 @@ def _mark_rules() -> list[Rule]:
 
 
 def _compound_rules() -> list[Rule]:
-    joined = rf"{_WORD_OR_NUMBER}(?:[-_\u058A\u2010\u2011]{_WORD_OR_NUMBER})*"
     hyphenated = (
         r"[A-Za-z0-9][A-Za-z0-9.,\u00AD]*(?:-(?:[A-Za-z0-9\u00AD]+|[A-Za-z](?:\.[A-Za-z])+\.))+"
     )
+    joined = rf"{_WORD_OR_NUMBER}(?:[-_\u058A\u2010\u2011]{_WORD_OR_NUMBER})*"
     initials = rf"[A-Z]+(?:(?:[+&]|{_AMPERSAND})[A-Z]+)+"
+    mark = f"[{_IN_SENTENCE}]"  # a period before one of these belongs to the token
     return [
-        rule
-        for token, write in (
-            (hyphenated, _without_soft_hyphens),
-            (joined, _as_it_is),
-            (initials, _ampersand),
-        )
-        for rule in (
-            _rule(rf"{token}\.", write, before=f"[{_IN_SENTENCE}]"),
-            _rule(token, write),
-        )
+        _rule(rf"{hyphenated}\.", _without_soft_hyphens, before=mark),
+        _rule(hyphenated, _without_soft_hyphens),
+        _rule(rf"{joined}\.", before=mark),
+        _rule(joined),
+        _rule(rf"{initials}\.", _ampersand, before=mark),
+        _rule(initials, _ampersand),
     ]
 
 

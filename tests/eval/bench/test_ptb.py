@@ -1,6 +1,6 @@
 """The lexer behind the caption metrics gives the tokens of Stanford's program.
 
-ptb_tokens.jsonl has texts of our own in 55 languages, with the tokens that CoreNLP 3.4.1 gives for them.
+ptb_tokens.jsonl has texts of our own in 56 languages, with the tokens that CoreNLP 3.4.1 gives for them.
 """
 
 import random

@@ -99,6 +99,13 @@ def test_langdetect_labels(bench, golden, read_jsonl):
             assert language_rule.langdetect_label(row["response"]) == detected
 
 
+def test_paper_language_rule_takes_the_most_frequent_label(monkeypatch):
+    labels = ["ja", "zh-cn", "zh-tw", "zh-cn", "ko", "zh-cn", "ja", "zh-tw", "ko"]
+    monkeypatch.setattr(language_rule, "langdetect_label", lambda text, seed: labels[seed])
+    assert language_rule.is_langdetect_language("...", "zh")
+    assert not language_rule.is_langdetect_language("...", "ja")
+
+
 def test_fixed_language_rule_sees_kinyarwanda(bench, read_jsonl):
     rows = read_jsonl(bench / "xchat" / "judged_responses.jsonl.gz")
     own = [r["response"] for r in rows if r["model"] == "mblip-bloomz-7b" and r["lang"] == "rw"]

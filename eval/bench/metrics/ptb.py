@@ -38,6 +38,7 @@ _SIGNS = (  # tokens by themselves
     "FF1A-FF20 FF3B-FF40 FF5B-FF65"
 )
 _LONGEST = 1000  # the characters that a rule looks at, so that the time of a long text is bounded
+# The metrics also mean to drop -LRB- and its like, but have lowered the case before.
 _DROPPED_TOKENS = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 _BRACKETS = {"(": "-LRB-", ")": "-RRB-", "[": "-LSB-", "]": "-RSB-", "{": "-LCB-", "}": "-RCB-"}
 _QUOTES = {
@@ -88,10 +89,12 @@ def _any_case(words: str) -> str:
     more = {"i": "İı", "k": "\u212a", "s": "ſ"}
 
     def variants(match):
-        letter = match.group().lower()
-        return f"[{letter}{letter.upper()}{more.get(letter, '')}]"
+        part = match.group()
+        if len(part) > 1:  # brackets or an escape
+            return part
+        return f"[{part.lower()}{part.upper()}{more.get(part.lower(), '')}]"
 
-    return regex.sub(r"\[\w+\](*SKIP)(*FAIL)|\\.(*SKIP)(*FAIL)|[A-Za-z]", variants, words)
+    return regex.sub(r"\[\w+\]|\\.|[A-Za-z]", variants, words)
 
 
 # Parts of character classes.
@@ -392,7 +395,7 @@ def tokenize(text: str) -> list[str]:
     """The tokens of one caption in lower case, without punctuation.
 
     In the file that the metrics write, a line end follows the caption, and the lexer sees it. Its characters are Java's
-    units of 16 bits.
+    units of 16 bits. It sees the next caption too, which we cannot; that decides only the period of a last "letter B.".
     """
     units = text.replace("\n", " ").encode("utf-16-le", "surrogatepass")
     units = "".join(map(chr, memoryview(units).cast("H")))

@@ -107,7 +107,7 @@ def score_letter(dataset, document, response, subset, profile, *, options, gold)
         seed = f"{dataset.name}_{subset.name}/{document.id}"
         chosen, drawn = choices.paper_letter(response, options, seed=seed)
     else:
-        chosen = choices.letter(task.answer_text(response), options)
+        chosen = choices.letter(task.answer_text(response), options, subset.language)
     return dataset.mean_score(chosen, acc=chosen == gold, unreadable=drawn or chosen is None)
 
 

@@ -69,7 +69,8 @@ class Xmmmu(task.Dataset):
                 seed = f"{self.name}_{subset.name}/{document.id}"
                 chosen = mmmu.parse_multiple_choice(response, letters, named, seed=seed)
         else:
-            chosen = choices.letter(task.answer_text(response), row["options"])
+            text = task.answer_text(response)
+            chosen = choices.letter(text, row["options"], subset.language)
             unreadable = chosen is None
         return self.mean_score(chosen, acc=chosen == row["answer"], unreadable=unreadable)
 

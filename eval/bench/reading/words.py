@@ -1,0 +1,83 @@
+"""The words of `words.toml` as patterns over folded text."""
+
+import functools
+import tomllib
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+import regex
+
+from eval.bench.reading.text import fold
+
+# Scripts that attach words to one another: no space is needed around a word.
+_ATTACHED = regex.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+)
+_PREFIXED = regex.compile(r"[\u0590-\u06ff]")
+LETTER = r"[\p{L}\p{M}]"
+_VIRAMA = 9
+_TABLE = tomllib.loads((Path(__file__).parent / "words.toml").read_text("utf-8"))
+KINDS = ("answer", "option", "right", "wrong", "not", "but", "link", "yes", "no", "is", "for")
+
+
+class Words:
+    """The words of a language and of English; without a language, all words that mean the same everywhere."""
+
+    def __init__(self, language: str | None):
+        tables = [_TABLE["en"]]
+        if language is None:
+            tables += _TABLE.values()
+        elif language != "en" and language in _TABLE:
+            tables.append(_TABLE[language])
+        self.language = language
+        self._tables = tables
+        self._following = regex.compile(either(self.list("not", side=True)))
+
+    def list(self, kind: str, side: bool | None = None) -> list[str]:
+        """The words of a kind; with `side`, those of the languages whose negation follows (True) or not."""
+        words = []
+        for table in self._tables:
+            if side is not None and table.get("after", False) != side:
+                continue
+            # Short Latin words mean something else in other languages ("si", "no", "la").
+            shared = self.language is None and table is not _TABLE["en"]
+            least = 5 if kind in ("yes", "no", "right", "wrong", "answer", "option") else 3
+            for word in table.get(kind, "").split():
+                if not (shared and len(word) < least and fold(word).isascii()):
+                    words.append(word)
+        return list(dict.fromkeys(words))
+
+    def negation_follows(self, word: str) -> bool:
+        """Whether a negation, as it stands in folded text, negates what is before it."""
+        return bool(self._following.fullmatch(word))
+
+    @functools.cache  # noqa: B019 - the objects live as long as the process
+    def pattern(self, *kinds: str) -> str:
+        """A pattern that matches a word of these kinds, in folded text."""
+        return either(word for kind in kinds for word in self.list(kind))
+
+
+@functools.cache
+def of(language: str | None) -> Words:
+    return Words(language if language in _TABLE else None)
+
+
+def either(words: Iterable[str]) -> str:
+    """A pattern that matches any of the words, the longest first; `(?!)` if there are none."""
+    parts = sorted({_one(word) for word in words}, key=len, reverse=True)
+    return f"(?:{'|'.join(parts)})" if parts else "(?!)"
+
+
+def _one(word: str) -> str:
+    stem = fold(word.rstrip("$").replace("_", " "))
+    text = regex.escape(stem, literal_spaces=True).replace(" ", r"\s+")
+    if _ATTACHED.match(stem):
+        return text
+    inflected = ""
+    if not word.endswith("$") and len(stem) >= 4:
+        inflected = f"{LETTER}{{0,6}}"
+        if unicodedata.combining(stem[-1]) == _VIRAMA:  # it goes when a vowel follows
+            text = text[:-1]
+    prefix = f"{LETTER}{{0,3}}" if _PREFIXED.match(stem) and len(stem) > 2 else ""
+    return rf"(?<!{LETTER}){prefix}{text}{inflected}(?!{LETTER})"

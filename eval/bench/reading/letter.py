@@ -259,7 +259,13 @@ def _by_strength(answer: Answer, named: Sequence[Mention], chosen: Sequence[Ment
     yield [
         m
         for m in named
-        if m.kind in ("letter", "native")
-        or (m.kind == "lower" and m.option and m.option not in "AEI")
+        if m.kind != "lower" or (m.option or "A") not in "AEI" or _after_noun(answer, m)
     ]
     yield chosen
+
+
+def _after_noun(answer: Answer, mention: Mention) -> bool:
+    """Whether a letter stands right after "option" or "answer"."""
+    before = answer.low[max(0, mention.start - 30) : mention.start].rstrip(" :：")
+    nouns = answer.patterns["option"].finditer(before), answer.patterns["answer"].finditer(before)
+    return any(m.end() == len(before) for found in nouns for m in found)

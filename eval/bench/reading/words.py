@@ -16,9 +16,25 @@ _ATTACHED = regex.compile(
 )
 _PREFIXED = regex.compile(r"[\u0590-\u06ff]")
 LETTER = r"[\p{L}\p{M}]"
+_JOINERS = regex.compile("[\u200b-\u200d]")
+# "and", "the", "in" and the like are written onto the next word in Arabic and Hebrew.
+_PREFIX = "(?:[وفبكل]{0,2}(?:ال)?|[והבכלמש]{0,3})"
 _VIRAMA = 9
 _TABLE = tomllib.loads((Path(__file__).parent / "words.toml").read_text("utf-8"))
-KINDS = ("answer", "option", "right", "wrong", "not", "but", "link", "yes", "no", "is", "for")
+KINDS = (
+    "answer",
+    "option",
+    "right",
+    "wrong",
+    "not",
+    "but",
+    "link",
+    "yes",
+    "no",
+    "is",
+    "unsure",
+    "for",
+)
 
 
 class Words:
@@ -70,7 +86,7 @@ def either(words: Iterable[str]) -> str:
 
 
 def _one(word: str) -> str:
-    stem = fold(word.rstrip("$").replace("_", " "))
+    stem = fold(_JOINERS.sub("", word.rstrip("$").replace("_", " ")))
     text = regex.escape(stem, literal_spaces=True).replace(" ", r"\s+")
     if _ATTACHED.match(stem):
         return text
@@ -79,5 +95,5 @@ def _one(word: str) -> str:
         inflected = f"{LETTER}{{0,6}}"
         if unicodedata.combining(stem[-1]) == _VIRAMA:  # it goes when a vowel follows
             text = text[:-1]
-    prefix = f"{LETTER}{{0,3}}" if _PREFIXED.match(stem) and len(stem) > 2 else ""
+    prefix = _PREFIX if _PREFIXED.match(stem) and len(stem) > 2 else ""
     return rf"(?<!{LETTER}){prefix}{text}{inflected}(?!{LETTER})"

@@ -52,6 +52,7 @@ PAIRS = {
 class Cvqa(task.Dataset):
     name, title, group = "cvqa", "CVQA", "multimodal"
     hub, hub_split = "afaji/cvqa", "test"
+    version = 2
     about = 20_800
     subsets = tuple(
         subset

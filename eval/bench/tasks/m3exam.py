@@ -63,7 +63,7 @@ _LABEL = re.compile(r"^\s*[(（]?([A-Ja-j]|10|\d)\s*[)）.．、:：]\s*")
 class M3Exam(task.Dataset):
     name, title, group = "m3exam", "M3Exam", "multimodal"
     hub = "neulab/PangeaBench-m3exam"
-    version = 2
+    version = 3
     subsets = task.language_subsets(_SIZES)
     fields = task.schema(
         question=str, options=list, answer=str, subject=str, background=list, images=list

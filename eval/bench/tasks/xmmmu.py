@@ -16,7 +16,7 @@ _SIZES = {"en": 900, "ar": 298, "fr": 298, "hi": 291, "id": 297, "ja": 269, "pt"
 class Xmmmu(task.Dataset):
     name, title, group = "xmmmu", "xMMMU", "multimodal"
     hub = "neulab/PangeaBench-xmmmu"
-    version = 2
+    version = 3
     subsets = task.language_subsets(_SIZES)
     fields = task.schema(
         question=str, options=list, answer=(str, list), question_type=str, images=list

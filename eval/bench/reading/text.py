@@ -15,15 +15,17 @@ _INVISIBLE = regex.compile(
 _LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 # Letters in negative circles and squares have no compatibility form in Unicode.
 _ENCLOSED = {first + i: chr(ord("A") + i) for first in (0x1F150, 0x1F170) for i in range(26)}
+# (signs that a text must have, pattern, replacement)
 _MARKUP = (
-    (re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|textit|rm|bf)\s*(?=\{)"), ""),
-    (re.compile(r"\\boxed\s*(?=\{)"), "\n"),
-    (re.compile(r"(?<=\d)\{,\}(?=\d)"), ","),
-    (re.compile(r"\\[dt]?frac\{(\d{1,20})\}\{(\d{1,20})\}"), r"\1/\2"),
-    (re.compile(r"\\[()\[\]]|\\(?:left|right|displaystyle|quad|qquad)\b|\\[,;:!> ]"), " "),
-    (re.compile(r"\\([$%&#_{}])"), r"\1"),
-    (re.compile(r"</?[A-Za-z][A-Za-z0-9]{0,15}\s*/?>"), "\n"),
-    (re.compile(r"[*_`~]{2,}|`|(?<!\w)[*_](?=\S)|(?<=\S)[*_](?!\w)|^[ \t]*(?:#{1,6}|>|[-*•])[ \t]+", re.MULTILINE), ""),
+    ("\\", re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|textit|rm|bf)\s*(?=\{)"), ""),
+    ("\\", re.compile(r"\\boxed\s*(?=\{)"), "\n"),
+    ("{", re.compile(r"(?<=\d)\{,\}(?=\d)"), ","),
+    ("\\", re.compile(r"\\[dt]?frac\{(\d{1,20})\}\{(\d{1,20})\}"), r"\1/\2"),
+    ("\\", re.compile(r"\\[()\[\]]|\\(?:left|right|displaystyle|quad|qquad)\b|\\[,;:!> ]"), " "),
+    ("\\", re.compile(r"\\([$%&#_{}])"), r"\1"),
+    ("<", re.compile(r"</?[A-Za-z][A-Za-z0-9]{0,15}\s*/?>"), "\n"),
+    ("*_`~", re.compile(r"[*_`~]{2,}|`|(?<!\w)[*_](?=\S)|(?<=\S)[*_](?!\w)"), ""),
+    ("#>-*•", re.compile(r"^[ \t]*(?:#{1,6}|>|[-*•])[ \t]+", re.MULTILINE), ""),
 )  # fmt: skip
 # Accents of Latin, Greek and Cyrillic letters, points and vowel signs of Hebrew and Arabic. Marks of Indic scripts are
 # letters of their own and stay.
@@ -36,16 +38,20 @@ _SAME = str.maketrans("ıςىيکگةۀہھے’ʼʻ‘`", "iσییكگهههه�
 
 def clean(response: object) -> str:
     """A response in compatibility form (NFKC), without markup, LaTeX and invisible characters."""
-    text = response if isinstance(response, str) else str(response)
-    if len(text) > LIMIT:
-        text = f"{text[: LIMIT // 2]}\n{text[-LIMIT // 2 :]}"
+    text = shorten(response if isinstance(response, str) else str(response))
     if not text.isascii():
         text = text.translate(_ENCLOSED)
     text = _INVISIBLE.sub("", _LINE_END.sub("\n", text))
     text = unicodedata.normalize("NFKC", text)
-    for pattern, replacement in _MARKUP:
-        text = pattern.sub(replacement, text)
+    for signs, pattern, replacement in _MARKUP:
+        if any(sign in text for sign in signs):
+            text = pattern.sub(replacement, text)
     return text.strip()
+
+
+def shorten(text: str) -> str:
+    """The start and the end of an endless text."""
+    return text if len(text) <= LIMIT else f"{text[: LIMIT // 2]}\n{text[-LIMIT // 2 :]}"
 
 
 def bare(text: str) -> str:

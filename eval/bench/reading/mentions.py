@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import regex
 
 from eval.bench.reading import words
-from eval.bench.reading.text import bare, lower, plain
+from eval.bench.reading.text import bare, form, lower, plain
 
 LETTERS = "ABCDEFGHIJ"
-_MOST = 24
+_MOST = 16
 _REACH = 45
 # The letters of options in exams, by language: first the usual series, then others in use, then names of A, B, C, D.
 _CYRILLIC = ("АБВГДЕЖЗИК",)
@@ -78,8 +78,8 @@ def native(language: str | None) -> dict[str, str]:
     known = NATIVE.values() if language is None else [NATIVE.get(language, ())]
     for series in (s for rows in known for s in rows):
         for letter, own in zip(LETTERS, series):
-            found.setdefault(bare(own), letter)
-            found.setdefault(lower(bare(own)), letter)
+            found.setdefault(form(own), letter)
+            found.setdefault(lower(form(own)), letter)
     return found
 
 

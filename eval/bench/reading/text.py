@@ -49,6 +49,11 @@ def clean(response: object) -> str:
     return text.strip()
 
 
+def form(word: str) -> str:
+    """A word of a table in the form that `clean` and `bare` give to answers."""
+    return bare(unicodedata.normalize("NFKC", _INVISIBLE.sub("", word)))
+
+
 def shorten(text: str) -> str:
     """The start and the end of an endless text."""
     return text if len(text) <= LIMIT else f"{text[: LIMIT // 2]}\n{text[-LIMIT // 2 :]}"
@@ -59,11 +64,6 @@ def bare(text: str) -> str:
     if text.isascii():
         return text
     return unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))
-
-
-def fold(text: str) -> str:
-    """`text` as words are compared: without accents and case. Its length is that of `bare(text)`."""
-    return lower(bare(text))
 
 
 def lower(text: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import regex
 
-from eval.bench.reading.text import fold
+from eval.bench.reading.text import form, lower
 
 # Scripts that attach words to one another: no space is needed around a word.
 _ATTACHED = regex.compile(
@@ -16,7 +16,6 @@ _ATTACHED = regex.compile(
 )
 _PREFIXED = regex.compile(r"[\u0590-\u06ff]")
 LETTER = r"[\p{L}\p{M}]"
-_JOINERS = regex.compile("[\u200b-\u200d]")
 # "and", "the", "in" and the like are written onto the next word in Arabic and Hebrew.
 _PREFIX = "(?:[وفبكل]{0,2}(?:ال)?|[והבכלמש]{0,3})"
 _VIRAMA = 9
@@ -60,7 +59,7 @@ class Words:
             shared = self.language is None and table is not _TABLE["en"]
             least = 5 if kind in ("yes", "no", "right", "wrong", "answer", "option") else 3
             for word in table.get(kind, "").split():
-                if not (shared and len(word) < least and fold(word).isascii()):
+                if not (shared and len(word) < least and form(word).isascii()):
                     words.append(word)
         return list(dict.fromkeys(words))
 
@@ -86,7 +85,7 @@ def either(words: Iterable[str]) -> str:
 
 
 def _one(word: str) -> str:
-    stem = fold(_JOINERS.sub("", word.rstrip("$").replace("_", " ")))
+    stem = lower(form(word.rstrip("$").replace("_", " ")))
     text = regex.escape(stem, literal_spaces=True).replace(" ", r"\s+")
     if _ATTACHED.match(stem):
         return text

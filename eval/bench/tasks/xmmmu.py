@@ -6,8 +6,10 @@ neulab/PangeaBench-xmmmu. English has all 900 questions of MMMU validation, so e
 import ast
 
 from eval.bench import task
-from eval.bench.metrics import choices, mmmu
+from eval.bench.metrics import choices, mmmu, numbers
 from eval.bench.metrics.choices import LETTERS
+from eval.bench.reading.number import number
+from eval.bench.reading.text import clean
 from eval.bench.tasks.m3exam import numbered_pictures, place_images
 
 _SIZES = {"en": 900, "ar": 298, "fr": 298, "hi": 291, "id": 297, "ja": 269, "pt": 297}
@@ -56,8 +58,10 @@ class Xmmmu(task.Dataset):
     def score(self, document: task.Document, response: str, subset, profile, reply=None):
         row = document.row
         if row["question_type"] != "multiple-choice":
-            text = response if profile == "paper" else task.answer_text(response)
-            candidates = mmmu.parse_open(text)
+            if profile == "paper":
+                candidates = mmmu.parse_open(response)
+            else:
+                candidates = _open_candidates(task.answer_text(response), subset.language)
             right = mmmu.open_is_correct(row["answer"], candidates)
             return self.mean_score(candidates, acc=right, unreadable=0)
         letters = LETTERS[: len(row["options"])]
@@ -73,6 +77,14 @@ class Xmmmu(task.Dataset):
             chosen = choices.letter(text, row["options"], subset.language)
             unreadable = chosen is None
         return self.mean_score(chosen, acc=chosen == row["answer"], unreadable=unreadable)
+
+
+def _open_candidates(text: str, language: str) -> list[str | float]:
+    """MMMU's candidates, with the digits of any script, and the number that the answer gives in its language."""
+    candidates = mmmu.parse_open(numbers.ascii_digits(clean(text)))
+    value = number(text, language)
+    given = [] if value is None or abs(value) > 10**30 else [round(float(value), 2)]
+    return list(dict.fromkeys([*candidates, *given]))
 
 
 DATASET = Xmmmu()

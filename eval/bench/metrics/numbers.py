@@ -13,7 +13,7 @@ SPACE = frozenset("af bg br cs de es fi fr hu no pl ru sv uk".split())  # noqa: 
 # three. The number of digits has a limit, because Python refuses to read numbers with thousands of digits.
 _GROUP = "[,.\u066c'’٬\u00a0\u202f]"
 _NUMBER = re.compile(
-    rf"(?<!\d)(?:(?<![^\W\d_])[-−])?(?:[1-9]\d{{0,2}}(?:{_GROUP}\d{{2,3}}){{0,9}}{_GROUP}\d{{3}}(?!\d)|\d{{1,40}})(?:[.,\u066b]\d{{1,40}})?"
+    rf"(?<!\d)(?:(?<![A-Za-z])[-−])?(?:[1-9]\d{{0,2}}(?:{_GROUP}\d{{2,3}}){{0,9}}{_GROUP}\d{{3}}(?!\d)|\d{{1,40}})(?:[.,\u066b]\d{{1,40}})?"
 )
 
 

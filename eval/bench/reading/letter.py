@@ -69,9 +69,10 @@ def _read(response: str, options: Sequence[str], language: str | None) -> str | 
         or m.kind == "bracket"
     ]
     grouped = groups(answer, named)
-    denied = negated(answer, grouped)
-    denied_texts = negated(answer, groups(answer, written))
-    chosen = [m for m in written if m not in denied_texts]
+    # A negation belongs to the nearest option, whether it is named by its letter or by its text.
+    denied = negated(answer, groups(answer, sorted([*named, *written], key=lambda m: m.start)))
+    refused = {m.option for m in named if m in denied} - {m.option for m in named if m not in denied}
+    chosen = [m for m in written if m not in denied and m.option not in refused]
     leading = _leading(answer, named, denied)
     cued, firm = _after_cue(answer, grouped, denied, chosen)
     if cued and (firm or not leading):
@@ -161,7 +162,7 @@ def _mentions(answer: Answer, options: Sequence[str], allowed: str) -> list[Ment
         if match := answer.patterns["native_here"].match(answer.text, here):
             following = answer.text[match.end() : match.end() + 2]
             a_word = regex.match(r"[ \t]\p{Ll}", following) or (
-                regex.match(r"[ \t]\p{Lo}", following) and not place
+                (match.group().islower() or not place) and regex.match(r"[ \t]\p{L}", following)
             )
             if match.start() not in taken and not a_word:
                 option = answer.native[match.group()]

@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import functools
+import unicodedata
 from collections.abc import Sequence
 
 import regex
@@ -66,6 +67,9 @@ class Answer:
     def __init__(self, text: str, language: str | None):
         self.text = bare(text)
         self.low = lower(self.text)
+        # With accents, where the places stay the same: È is no E.
+        composed = unicodedata.normalize("NFC", text)
+        self.accented = composed if len(composed) == len(self.text) else self.text
         self.words = words.of(language)
         self.native = native(language)
         self.patterns = patterns(language)
@@ -122,7 +126,7 @@ def patterns(language: str | None) -> dict[str, regex.Pattern]:
 def letters(answer: Answer, allowed: str) -> list[Mention]:
     """The letters that stand alone, in order."""
     text, found = answer.text, []
-    single = [*answer.patterns["latin"].finditer(text), *answer.patterns["slashed"].finditer(text)]
+    single = [*answer.patterns["latin"].finditer(answer.accented), *answer.patterns["slashed"].finditer(text)]
     for match in ends(single):
         start, end = match.span()
         before, after = text[:start].rstrip()[-1:], text[end:].lstrip()[:1]
@@ -269,7 +273,7 @@ def _targets(answer: Answer, match: regex.Match, before, after, kind: str) -> se
 
 def _near(answer: Answer, start: int, end: int, usual: bool) -> bool:
     gap = answer.low[start:end]
-    if regex.search(r"[,;:，、،。．.!?\n—–]", gap) or answer.patterns["but"].search(gap):
+    if regex.search(r"[,;:，、،。．.!?\n—–।۔።၊။፣؟]", gap) or answer.patterns["but"].search(gap):
         return False
     rest = answer.patterns["option"].sub(" ", answer.patterns["good"].sub(" ", gap))
     return len(answer.patterns["word"].findall(rest)) <= (3 if usual else 2)

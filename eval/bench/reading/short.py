@@ -7,13 +7,15 @@ import regex
 
 from eval.bench.metrics import numbers, squad
 from eval.bench.reading import words
-from eval.bench.reading.text import bare, boxed, clean, form, lower
+from eval.bench.reading.text import bare, boxed, clean, form, is_accent, lower
 
 # How a sentence introduces its answer, and how it ends after one; from grammars of the languages of MaXM, TyDiQA, xGQA.
 _BEFORE = {
     "ar": "هو|هي|إنه|إنها|هذا|هذه",
     "bn": "এটি|এটা|এটি হল|এটি হলো",
     "de": "es ist|das ist|es sind|das sind|es gibt",
+    "ga": "is é|tá",
+    "mi": "ko",
     "en": "it is|it's|this is|that is|that's|there is|there's|there are|they are|these are|i see",
     "es": "es|son|hay|esto es|se trata de",
     "fi": "se on|ne ovat|tämä on",
@@ -35,6 +37,9 @@ _BEFORE = {
 }
 _AFTER = {
     "am": "ነው|ናቸው|ነበር",
+    "eu": "da|dira",
+    "my": "ဖြစ်သည်|ဖြစ်ပါသည်|ပါ",
+    "om": "dha",
     "bn": "হয়|ছিল|আছে",
     "fa": "است|هستند|بود",
     "hi": "है|हैं|था|थे|थी",
@@ -95,7 +100,7 @@ _NUMBER = regex.compile(r"(?<![\d\p{L}])([-−])?(\d[\d.,'\u066b\u066c]*\d|\d)")
 _FIRST = regex.compile(
     r"([^.。!！?？।\n]{1,60}?[\p{L}\p{M}\p{Nd}]{2})(?:\.\s+(?=\p{Lu}\S*\s+\S+\s+\S)|\.\s+(?=\p{Lo})|[。！？।]\s*(?=\w))"
 )
-_EDGES = " \t.,;:!?。．、，；：！？।۔؟\"'«»“”„‘’()[]「」『』《》*_"
+_EDGES = " \t.,;:!?。．、，；：！？।۔؟።၊။\"'«»“”„‘’()[]「」『』《》*_"
 
 
 def short(response: str, language: str | None = None) -> str:
@@ -108,19 +113,29 @@ def short(response: str, language: str | None = None) -> str:
     pattern = _patterns(language)
     text = lines[0][:2000]
     folded = lower(bare(text))
-    same = len(folded) == len(text)  # places in one are places in the other
-    if same and (cue := pattern["cue"].match(folded)):
-        rest = text[cue.end() :].strip()
-        text = rest or (lines[1][:2000] if len(lines) > 1 and not rest else "")
+    if cue := pattern["cue"].match(folded):
+        rest = text[_place(text, cue.end()) :].strip()
+        text = rest or (lines[1][:2000] if len(lines) > 1 else text)
+    elif cue := pattern["called"].fullmatch(folded):
+        text = text[: _place(text, cue.end(1))]
     text = _first_sentence(text.strip(_EDGES[:2] + "\"'"))
     folded = lower(bare(text))
-    if len(folded) == len(text) and (start := pattern["before"].match(folded)):
-        shortened = text[start.end() :]
+    if start := pattern["before"].match(folded):
+        shortened = text[_place(text, start.end()) :]
         text = shortened if shortened.strip(_EDGES) else text
     end = pattern["after"].search(text.rstrip(_EDGES))
     if end and end.start():
         text = text[: end.start()]
     return text.strip(_EDGES)
+
+
+def _place(text: str, place: int) -> int:
+    """The place in a text that stands at `place` in the bare text."""
+    for index, character in enumerate(text):
+        if place <= 0 and not is_accent(character):
+            return index
+        place -= not is_accent(character)
+    return len(text)
 
 
 def _first_sentence(text: str) -> str:
@@ -135,12 +150,17 @@ def _patterns(language: str | None) -> dict[str, regex.Pattern]:
     word = rf"{words.LETTER}+"
     before = [_BEFORE["en"], _BEFORE.get(language or "", "(?!)")]
     starts = "|".join(lower(form(text)) for text in before)
+    answer, right, is_ = (known.pattern(kind) for kind in ("answer", "right", "is"))
+    bare_cue = r"|\s+" if language and not words.Words.own(language, "is") else ""
     spaced = r"(?:\s+|(?<=['\p{Han}\p{Thai}\p{Hiragana}]))"
     return {
-        # "the answer is", "Antwort:", "答えは"
+        # "the answer is", "Antwort:", "答えは"; in languages without "is" also "doğru cevap"
         "cue": regex.compile(
-            rf"\W*(?:{word}\s+){{0,2}}?(?:{known.pattern('answer')})(?:\s+{word}){{0,2}}?\s*"
-            rf"(?:[:：=]\s*|(?:{known.pattern('is')})\s*[:：]?\s*|(?:는|은|は)\s*)"
+            rf"\W*[^.:\n]{{0,30}}?(?:{answer})(?:\s*(?:{right}))?"
+            rf"(?:(?:\s+{word}){{0,2}}?\s*(?:[:：=]\s*|(?:{is_})\s*[:：]?\s*)|(?:는|은|は)\s*{bare_cue})"
+        ),
+        "called": regex.compile(
+            rf"(.+?)(?:\s+(?:{is_}))?(?:\s+{word}){{0,2}}?\s*(?:{right})?\s*(?:{answer})(?:\s+(?:{right}))?\W*"
         ),
         "before": regex.compile(rf"(?:{starts}){spaced}"),
         "after": regex.compile(rf"(?:\s+|(?<=\p{{Lo}}|\p{{Nd}}))(?:{form(_AFTER.get(language or '', '(?!)'))})$"),
@@ -152,6 +172,8 @@ def plain(text: str, language: str | None = None) -> str:
     text = _VOCALS.sub("", numbers.ascii_digits(clean(text)))
     text = _NUMBER.sub(lambda match: _number(match, language), text)
     text = lower(squad.normalize(text, unicode_punctuation=True, articles=False))
+    if language == "el":  # capitals have no accents
+        text = bare(text)
     text = _UNSPACED.sub("", text)
     return " ".join(word for word in text.split() if word not in _articles(language)) or text
 

@@ -66,6 +66,11 @@ def bare(text: str) -> str:
     return unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", text)))
 
 
+def is_accent(character: str) -> bool:
+    """Whether a character of a composed text has no place in the bare text."""
+    return bool(_ACCENTS.fullmatch(character))
+
+
 def lower(text: str) -> str:
     """A bare text in lower case, letter by letter. A Turkish I is an i with and without its dot."""
     low = text.lower()

@@ -10,7 +10,10 @@ from eval.bench.reading.text import boxed, clean
 
 # A value stands at the start or at the end of a long answer.
 _ENDS = 1000
-_CLAUSE = regex.compile(r"[.,;:!?\n()\[\]\"“”«»。！？，、；：।॥။၊።፣؟،؛…—–]+|\s-\s")
+_CLAUSE = regex.compile(
+    r"[.,;:!?\n()\[\]\"“”«»。！？，、；：।॥။၊።፣؟،؛…—–]+|\s-\s"
+    r"|(?<=[\p{Thai}\p{Lao}\p{Myanmar}\p{Khmer}])\s+"
+)
 _SENTENCE = regex.compile(r"[.;!?\n。！？；।॥။።؟؛]+")
 _OPTIONS = regex.compile(
     r"[(\[]?a[)\].:]\s{0,3}false\W{1,6}(?:or\W{1,3})?[(\[]?b[)\].:]\s{0,3}true\b[)\]]?"
@@ -118,12 +121,6 @@ def _verdict(low: str, language: str | None) -> str | None:
 
 def _values(sentence: str, patterns: dict[str, regex.Pattern], known: words.Words) -> set[str]:
     """The truth values that a sentence states."""
-    if patterns["unsure"].search(sentence):
-        sentence = sentence[:40]
-        head = _CLAUSE.split(sentence)[0]
-        if patterns["unsure"].search(head):
-            return set()
-        sentence = head
     found = set()
     clauses = _CLAUSE.split(sentence)
     for index, clause in enumerate(clauses[:100]):
@@ -133,6 +130,8 @@ def _values(sentence: str, patterns: dict[str, regex.Pattern], known: words.Word
             found.add("false")
         elif patterns["yes"].fullmatch(clause):
             found.add("true")
+        elif patterns["unsure"].search(clause):
+            break
         else:
             stated = _stated(clause, patterns, known)
             if not stated and index == 0 and (start := patterns["starts"].match(clause)):
@@ -153,7 +152,7 @@ def _stated(clause: str, patterns: dict[str, regex.Pattern], known: words.Words)
     for index, value in enumerate(values):
         previous = values[index - 1].end() if index else 0
         following = values[index + 1].start() if index + 1 < len(values) else len(clause)
-        before = [m for m in negations if previous <= m.start() and m.end() <= value.start()]
+        before = [m for m in negations if previous <= m.start() < value.start()]
         after = [m for m in negations if value.end() <= m.start() and m.end() <= following]
         count = bool(before) and _words(clause[before[-1].end() : value.start()], patterns) <= 4
         count += bool(after) and _words(

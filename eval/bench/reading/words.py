@@ -63,6 +63,11 @@ class Words:
                     words.append(word)
         return list(dict.fromkeys(words))
 
+    @staticmethod
+    def own(language: str, kind: str) -> bool:
+        """Whether a language has words of a kind itself."""
+        return bool(_TABLE.get(language, {}).get(kind))
+
     def negation_follows(self, word: str) -> bool:
         """Whether a negation, as it stands in folded text, negates what is before it."""
         return bool(self._following.fullmatch(word))

@@ -26,8 +26,8 @@ _LABEL = regex.compile(
 )
 _NUMBER = regex.compile(r"[(（\[]?\s*(\d)\s*[)）\].번]?")
 _SENTENCE = regex.compile(r"[!?。！？।॥။።؟\n]+|(?<!(?<![^\W\d_])[^\W\d_])\.(?=\s|$)")
-# Between a noun and the letter or number of the option: topic markers, "the number", Persian's connecting vowel.
-_PARTICLES = "เป็น|ที่|은|는|이|가|は|が|の|ی|ه|no|nr|n°"
+_DIGIT = regex.compile(r"\d(?![\p{Nd}\p{Latin}]|[.,]\d)")
+_CLOSED_DIGIT = regex.compile(r"\d(?=\s?[)\]번])")
 _NO_LETTER = r"[^\p{L}\p{M}\p{Nd}\p{S}#%&-]*"
 
 
@@ -71,7 +71,9 @@ def _read(response: str, options: Sequence[str], language: str | None) -> str | 
     grouped = groups(answer, named)
     # A negation belongs to the nearest option, whether it is named by its letter or by its text.
     denied = negated(answer, groups(answer, sorted([*named, *written], key=lambda m: m.start)))
-    refused = {m.option for m in named if m in denied} - {m.option for m in named if m not in denied}
+    refused = {m.option for m in named if m in denied} - {
+        m.option for m in named if m not in denied
+    }
     chosen = [m for m in written if m not in denied and m.option not in refused]
     leading = _leading(answer, named, denied)
     cued, firm = _after_cue(answer, grouped, denied, chosen)
@@ -152,13 +154,8 @@ def _mentions(answer: Answer, options: Sequence[str], allowed: str) -> list[Ment
         *ends(nouns),
         *ends([m.end() for m in answer.patterns["answer"].finditer(answer.low)]),
     ]
-    is_ = answer.patterns["is"].pattern
     for place in places:
-        here = (
-            regex.compile(rf"(?:[\s:：\"'(\[*—–-]|{is_}|{_PARTICLES})*")
-            .match(answer.low, place)
-            .end()
-        )
+        here = answer.patterns["skip"].match(answer.low, place).end()
         if match := answer.patterns["native_here"].match(answer.text, here):
             following = answer.text[match.end() : match.end() + 2]
             a_word = regex.match(r"[ \t]\p{Ll}", following) or (
@@ -170,13 +167,14 @@ def _mentions(answer: Answer, options: Sequence[str], allowed: str) -> list[Ment
                     Mention(*match.span(), option if option in allowed else None, "native")
                 )
                 taken.add(match.start())
-        elif place in nouns and (
-            match := regex.compile(r"(\d)(?![\p{Nd}\p{Latin}.,]\d?\p{Latin}?)").match(
-                answer.text, here
-            )
-        ):
+        elif match := (_DIGIT if place in nouns else _CLOSED_DIGIT).match(answer.text, here):
             if option := _numbered(match.group(), options):
                 found.append(Mention(*match.span(), option, "native"))
+    for match in ends([*answer.patterns["native"].finditer(answer.text)]):
+        if match.start() not in taken:
+            option = answer.native[match.group()]
+            found.append(Mention(*match.span(), option if option in allowed else None, "native"))
+            taken.add(match.start())
     for match in regex.finditer(r"[(\[「『\"']\s*([\p{L}\p{M}]{1,4})\s*[)\]」』\"']", answer.text):
         if match.group(1) in answer.native and match.start(1) not in taken:
             option = answer.native[match.group(1)]

@@ -46,6 +46,8 @@ _HANGING = frozenset(
 _ENDINGS = (
     "입니다|이에요|예요|이다|다|번|가|이|을|를|은|는|が|は|です|だ|である|を|の|で|に|ครับ|ค่ะ|คะ"
 )
+# Between a noun and the letter or number of the option: topic markers, articles, "the number", Persian's vowel.
+_PARTICLES = r"เป็น|ที่|은|는|이|가|は|が|の|ی|ه|\b(?:no|nr|n°|το|η|ο)\b"
 # Words of one letter in languages of the benchmark: articles, prepositions, pronouns, conjunctions.
 _LETTER_WORDS = "AEI"
 MARK = r"[.):：、،,;\]｝}】」』>»”\"'!?؟。!．]"
@@ -73,6 +75,7 @@ class Answer:
         self.words = words.of(language)
         self.native = native(language)
         self.patterns = patterns(language)
+        self.hanging = language in _HANGING
 
 
 @functools.cache
@@ -104,7 +107,10 @@ def patterns(language: str | None) -> dict[str, regex.Pattern]:
             rf"(?![\p{{Latin}}\p{{M}}\p{{Nd}}_@&+#°%]{apostrophe}{hyphen}|\.\p{{L}}|/\p{{L}}{{2}})"
         ),
         "slashed": regex.compile(r"(?<=[A-Ja-j]\s?[/&+]\s?)[A-Ja-j](?![\p{L}\p{M}\p{Nd}_'’+#-])"),
-        "native": regex.compile(rf"(?<![\p{{L}}\p{{M}}\p{{Nd}}])(?:{natives})(?![\p{{L}}\p{{M}}\p{{Nd}}])"),
+        # A capital that no sentence begins with and no word follows.
+        "native": regex.compile(
+            rf"(?<=[^\s\p{{P}}]\s)(?:{natives})(?<=\p{{Lu}})(?=\s*(?:{MARK}|$|\n))"
+        ),
         "native_here": regex.compile(
             rf"(?:{natives})(?=(?:{_ENDINGS})*(?:[^\p{{L}}\p{{M}}\p{{Nd}}]|$))"
         ),
@@ -119,6 +125,8 @@ def patterns(language: str | None) -> dict[str, regex.Pattern]:
         "link": regex.compile(rf"[\s()\[\]\"'*]*(?:[,、،/&+;]|{word('link')})?[\s()\[\]\"'*]*"
                               rf"(?:{word('link')})?[\s()\[\]\"'*]*(?:{word('option')}\s*)?[\s()\[\]\"'*]*"),
         "linked": regex.compile(rf"[/&+]|{word('link')}"),
+        "says": regex.compile(word("not", "because")),
+        "skip": regex.compile(rf"(?:[\s:：\"'(\[*—–-]|{word('is')}|{word('right')}|{_PARTICLES})*"),
         "word": regex.compile(rf"{letter}+"),
     }  # fmt: skip
 
@@ -126,7 +134,10 @@ def patterns(language: str | None) -> dict[str, regex.Pattern]:
 def letters(answer: Answer, allowed: str) -> list[Mention]:
     """The letters that stand alone, in order."""
     text, found = answer.text, []
-    single = [*answer.patterns["latin"].finditer(answer.accented), *answer.patterns["slashed"].finditer(text)]
+    single = [
+        *answer.patterns["latin"].finditer(answer.accented),
+        *answer.patterns["slashed"].finditer(text),
+    ]
     for match in ends(single):
         start, end = match.span()
         before, after = text[:start].rstrip()[-1:], text[end:].lstrip()[:1]
@@ -136,6 +147,8 @@ def letters(answer: Answer, allowed: str) -> list[Mention]:
             and bool(after)
             and after in ")]}）】」』>”\"'’"
         )
+        if after in ("'", "’") and not bracketed and not answer.hanging:
+            continue  # "E' la C"
         capital = match.group().isupper()
         if not bracketed and _is_word(answer, start, end):
             continue
@@ -167,6 +180,8 @@ def _is_word(answer: Answer, start: int, end: int) -> bool:
     if text[start].islower():
         return True
     if answer.patterns["is"].fullmatch(after) or answer.patterns["linked"].fullmatch(after):
+        return False
+    if answer.patterns["says"].match(answer.low, end + 1):
         return False
     begins = regex.search(r"(?:^|[.!?:\n]|[\"'(])\s*$", text[max(0, start - 4) : start])
     return (
@@ -273,6 +288,8 @@ def _targets(answer: Answer, match: regex.Match, before, after, kind: str) -> se
 
 def _near(answer: Answer, start: int, end: int, usual: bool) -> bool:
     gap = answer.low[start:end]
+    if len(gap) < 4:
+        gap = gap.lstrip(".):")  # "A. wrong"
     if regex.search(r"[,;:，、،。．.!?\n—–।۔።၊။፣؟]", gap) or answer.patterns["but"].search(gap):
         return False
     rest = answer.patterns["option"].sub(" ", answer.patterns["good"].sub(" ", gap))

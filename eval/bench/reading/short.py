@@ -160,7 +160,7 @@ def _patterns(language: str | None) -> dict[str, regex.Pattern]:
             rf"(?:(?:\s+{word}){{0,2}}?\s*(?:[:：=]\s*|(?:{is_})\s*[:：]?\s*)|(?:는|은|は)\s*{bare_cue})"
         ),
         "called": regex.compile(
-            rf"(.+?)(?:\s+(?:{is_}))?(?:\s+{word}){{0,2}}?\s*(?:{right})?\s*(?:{answer})(?:\s+(?:{right}))?\W*"
+            rf"(.+?)(?:\s+(?:{is_}))?(?:\s+\p{{L}}{{1,3}})?\s*(?:{right})?\s*(?:{answer})(?:\s+(?:{right}))?\W*"
         ),
         "before": regex.compile(rf"(?:{starts}){spaced}"),
         "after": regex.compile(rf"(?:\s+|(?<=\p{{Lo}}|\p{{Nd}}))(?:{form(_AFTER.get(language or '', '(?!)'))})$"),

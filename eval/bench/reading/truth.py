@@ -83,7 +83,7 @@ def _patterns(language: str | None) -> dict[str, regex.Pattern]:
         "value": regex.compile(f"(?P<wrong>{wrong})|(?P<right>{right})"),
         "both": regex.compile(
             rf"(?:{right}|{yes})\W{{0,3}}(?:/|{known.pattern('link')})\W{{0,3}}(?:{wrong}|{no})"
-            rf"|(?:{wrong}|{no})\W{{0,3}}(?:/|{known.pattern('link')})\W{{0,3}}(?:{right}|{yes})"
+            rf"|(?:{wrong}|(?!{known.pattern('not')}){no})\W{{0,3}}(?:/|{known.pattern('link')})\W{{0,3}}(?:{right}|{yes})"
         ),
         "yes": regex.compile(rf"\s*(?:{yes})\s*"),
         "no": regex.compile(rf"\s*(?:{no})\s*"),

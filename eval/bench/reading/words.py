@@ -20,20 +20,6 @@ LETTER = r"[\p{L}\p{M}]"
 _PREFIX = "(?:[وفبكل]{0,2}(?:ال)?|[והבכלמש]{0,3})"
 _VIRAMA = 9
 _TABLE = tomllib.loads((Path(__file__).parent / "words.toml").read_text("utf-8"))
-KINDS = (
-    "answer",
-    "option",
-    "right",
-    "wrong",
-    "not",
-    "but",
-    "link",
-    "yes",
-    "no",
-    "is",
-    "unsure",
-    "for",
-)
 
 
 class Words:

@@ -43,7 +43,7 @@ def letter(response: str, options: Sequence[str], language: str | None = None) -
     """
     if (inside := boxed(response)) is not None:
         found = _read(inside, options, language)
-        if found in LETTERS:
+        if found and found in LETTERS:
             return found
     found = _read(response, options, language)
     return None if found == _SEVERAL else found
@@ -186,7 +186,8 @@ def _mentions(answer: Answer, options: Sequence[str], allowed: str) -> list[Ment
 def _leading(answer: Answer, named: Sequence[Mention], denied: set[Mention]) -> str | None:
     """The letter that starts the answer and stands apart from what follows."""
     starts = []
-    for line in regex.finditer(r"(?:^|\n)[^\p{L}\p{M}\p{Nd}\n]*", answer.text):
+    lines = regex.finditer(r"(?:^|\n)[^\p{L}\p{M}\p{Nd}\n]*", answer.text)
+    for line in itertools.islice(lines, 40):
         first = next((m for m in named if m.start == line.end()), None)
         if first and regex.match(rf"[ \t]*(?:{MARK}|\n|[-–—=→]|$)", answer.text[first.end :]):
             starts.append((line.start(), first))

@@ -57,7 +57,7 @@ def _prepare(response: object) -> str:
     text = shorten(str(response)).replace("####", "\nAnswer: ")
     text = _GROUPING.sub("'", text.translate(_EXPONENTS))
     if _VULGAR_SIGN.search(text):
-        text = _VULGAR.sub(_decimal, text)
+        text = _VULGAR.sub(_decimal, text, count=16)
     return _SIGN.sub(r"\2\1", numbers.ascii_digits(clean(text)))
 
 

@@ -116,7 +116,7 @@ def short(response: str, language: str | None = None) -> str:
     if cue := pattern["cue"].match(folded):
         rest = text[_place(text, cue.end()) :].strip()
         text = rest or (lines[1][:2000] if len(lines) > 1 else text)
-    elif cue := pattern["called"].fullmatch(folded):
+    elif len(folded) <= 200 and (cue := pattern["called"].fullmatch(folded)):
         text = text[: _place(text, cue.end(1))]
     text = _first_sentence(text.strip(_EDGES[:2] + "\"'"))
     folded = lower(bare(text))
@@ -156,7 +156,7 @@ def _patterns(language: str | None) -> dict[str, regex.Pattern]:
     return {
         # "the answer is", "Antwort:", "答えは"; in languages without "is" also "doğru cevap"
         "cue": regex.compile(
-            rf"\W*[^.:\n]{{0,30}}?(?:{answer})(?:\s*(?:{right}))?"
+            rf"[^.:\n]{{0,36}}?(?:{answer})(?:\s*(?:{right}))?"
             rf"(?:(?:\s+{word}){{0,2}}?\s*(?:[:：=]\s*|(?:{is_})\s*[:：]?\s*)|(?:는|은|は)\s*{bare_cue})"
         ),
         "called": regex.compile(

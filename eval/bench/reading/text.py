@@ -42,7 +42,7 @@ def clean(response: object) -> str:
     if not text.isascii():
         text = text.translate(_ENCLOSED)
     text = _INVISIBLE.sub("", _LINE_END.sub("\n", text))
-    text = unicodedata.normalize("NFKC", text)
+    text = shorten(unicodedata.normalize("NFKC", text))
     for signs, pattern, replacement in _MARKUP:
         if any(sign in text for sign in signs):
             text = pattern.sub(replacement, text)
@@ -94,16 +94,21 @@ def boxed(response: object) -> str | None:
     text = response if isinstance(response, str) else str(response)
     if "boxed" not in text and "<" not in text:
         return None
-    found = None
-    for match in _BOX.finditer(text):
+    for match in [*_BOX.finditer(text)][:-4:-1]:
         if match.group(1):
-            end = text.lower().find(f"</{match.group(1).lower()}>", match.end(), match.end() + 2000)
-            found = text[match.end() : end] if end >= 0 else found
-            continue
-        depth, place = 1, match.end()
-        while depth and place < min(len(text), match.end() + 400):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            place += 1
+            closing = f"</{match.group(1)}>"
+            end = text.find(closing, match.end(), match.end() + 2000)
+        else:
+            end = _closing_brace(text, match.end())
+        if end >= 0 and text[match.end() : end].strip():
+            return text[match.end() : end]
+    return None
+
+
+def _closing_brace(text: str, start: int) -> int:
+    depth = 1
+    for place in range(start, min(len(text), start + 400)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
         if not depth:
-            found = text[match.end() : place - 1]
-    return found if found and found.strip() else None
+            return place
+    return -1

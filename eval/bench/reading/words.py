@@ -18,6 +18,7 @@ _PREFIXED = regex.compile(r"[\u0590-\u06ff]")
 LETTER = r"[\p{L}\p{M}]"
 # "and", "the", "in" and the like are written onto the next word in Arabic and Hebrew.
 _PREFIX = "(?:[وفبكل]{0,2}(?:ال)?|[והבכלמש]{0,3})"
+_PREFIX_LETTERS = "وفبكلاהבלכמשו"
 _VIRAMA = 9
 _TABLE = tomllib.loads((Path(__file__).parent / "words.toml").read_text("utf-8"))
 
@@ -70,20 +71,38 @@ def of(language: str | None) -> Words:
 
 
 def either(words: Iterable[str]) -> str:
-    """A pattern that matches any of the words, the longest first; `(?!)` if there are none."""
-    parts = sorted({_one(word) for word in words}, key=len, reverse=True)
-    return f"(?:{'|'.join(parts)})" if parts else "(?!)"
+    """A pattern that matches any of the words, the longest first; `(?!)` if there are none.
+
+    The pattern looks at the first letter before anything else, which makes it several times as fast.
+    """
+    attached, apart = set(), set()
+    for word in words:
+        stem = lower(form(word.rstrip("$").replace("_", " ")))
+        kind = attached if _ATTACHED.match(stem) else apart
+        kind.add((stem, kind is apart and not word.endswith("$")))
+    sides = []
+    if apart:
+        sides.append(rf"(?=[{_firsts(apart)}])(?<!{LETTER})(?:{_longest_first(apart)})(?!{LETTER})")
+    if attached:
+        sides.append(f"(?=[{_firsts(attached)}])(?:{_longest_first(attached)})")
+    return f"(?:{'|'.join(sides)})" if sides else "(?!)"
 
 
-def _one(word: str) -> str:
-    stem = lower(form(word.rstrip("$").replace("_", " ")))
+def _firsts(stems: Iterable[tuple[str, bool]]) -> str:
+    letters = {stem[0] for stem, _ in stems}
+    if any(map(_PREFIXED.match, letters)):
+        letters.update(_PREFIX_LETTERS)
+    return "".join(map(regex.escape, sorted(letters)))
+
+
+def _longest_first(stems: Iterable[tuple[str, bool]]) -> str:
+    return "|".join(sorted((_one(*stem) for stem in stems), key=len, reverse=True))
+
+
+def _one(stem: str, may_inflect: bool) -> str:
     text = regex.escape(stem, literal_spaces=True).replace(" ", r"\s+")
-    if _ATTACHED.match(stem):
-        return text
-    inflected = ""
-    if not word.endswith("$") and len(stem) >= 4:
-        inflected = f"{LETTER}{{0,6}}"
+    if may_inflect and len(stem) >= 4:
         if unicodedata.combining(stem[-1]) == _VIRAMA:  # it goes when a vowel follows
             text = text[:-1]
-    prefix = _PREFIX if _PREFIXED.match(stem) and len(stem) > 2 else ""
-    return rf"(?<!{LETTER}){prefix}{text}{inflected}(?!{LETTER})"
+        text += f"{LETTER}{{0,6}}"
+    return _PREFIX + text if _PREFIXED.match(stem) and len(stem) > 2 else text

@@ -61,7 +61,7 @@ class Xmmmu(task.Dataset):
             if profile == "paper":
                 candidates = mmmu.parse_open(response)
             else:
-                candidates = _open_candidates(task.answer_text(response), subset.language)
+                candidates = open_candidates(task.answer_text(response), subset.language)
             right = mmmu.open_is_correct(row["answer"], candidates)
             return self.mean_score(candidates, acc=right, unreadable=0)
         letters = LETTERS[: len(row["options"])]
@@ -79,7 +79,7 @@ class Xmmmu(task.Dataset):
         return self.mean_score(chosen, acc=chosen == row["answer"], unreadable=unreadable)
 
 
-def _open_candidates(text: str, language: str) -> list[str | float]:
+def open_candidates(text: str, language: str) -> list[str | float]:
     """MMMU's candidates, with the digits of any script, and the number that the answer gives in its language."""
     candidates = mmmu.parse_open(numbers.ascii_digits(clean(text)))
     value = number(text, language)

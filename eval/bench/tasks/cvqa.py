@@ -5,6 +5,8 @@ pictures (`cvqa_translated-ind-id`, in "en"). The paper took its numbers from th
 its printed cells.
 """
 
+from types import MappingProxyType
+
 from eval.bench import task
 from eval.bench.metrics import choices
 
@@ -53,6 +55,9 @@ class Cvqa(task.Dataset):
     name, title, group = "cvqa", "CVQA", "multimodal"
     hub, hub_split = "afaji/cvqa", "test"
     version = 2
+    changes = MappingProxyType(
+        {2: "letters are read in every language, negations and options' texts included"}
+    )
     about = 20_800
     subsets = tuple(
         subset

@@ -4,6 +4,7 @@ One picture shows both photographs side by side. The prompt is English for every
 """
 
 import re
+from types import MappingProxyType
 
 from eval.bench import task
 from eval.bench.reading.truth import truth
@@ -20,6 +21,7 @@ class Marvl(task.Dataset):
     name, title, group = "marvl", "MaRVL", "multimodal"
     hub = "neulab/PangeaBench-marvl"
     version = 2
+    changes = MappingProxyType({2: "truth values are read with their negations in every language"})
     about = 11_040
     subsets = task.language_subsets(_SIZES)
     fields = task.schema(hypothesis=str, answer=bool, images=list)

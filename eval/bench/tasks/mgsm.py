@@ -32,6 +32,7 @@ class Mgsm(task.Dataset):
     name, title, group = "mgsm", "MGSM", "text"
     hub, hub_config, hub_split = "juletxara/mgsm", "{}", "test"
     version = 2
+    changes = MappingProxyType({2: "the number that the answer gives is read, in every language"})
     metric = "exact_match"
     subsets = task.language_subsets(dict.fromkeys(_WORDS, 250))
     fields = task.schema(question=str, answer=(str, int))

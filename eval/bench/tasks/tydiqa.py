@@ -5,6 +5,7 @@ The paper does not print its prompt; these are the templates of open-instruct an
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from eval.bench import task
 from eval.bench.metrics import squad
@@ -44,6 +45,7 @@ class TyDiQA(task.Dataset):
     name, title, group = "tydiqa", "TyDiQA", "text"
     hub, hub_config, hub_split = "neulab/PangeaBench-tydiqa", "secondary_task", "validation"
     version = 2
+    changes = MappingProxyType({2: "the phrase that answers is read; digits of every script"})
     metric = "f1"
     subsets = task.language_subsets(_SIZES)
     fields = task.schema(context=str, question=str, answers=list)

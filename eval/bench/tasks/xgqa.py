@@ -1,5 +1,7 @@
 """xGQA: 9,666 questions on 300 pictures in eight languages, answered in English (neulab/PangeaBench-xgqa)."""
 
+from types import MappingProxyType
+
 from eval.bench import task
 from eval.bench.reading.short import same_value, short
 
@@ -10,6 +12,7 @@ class Xgqa(task.Dataset):
     name, title, group = "xgqa", "xGQA", "multimodal"
     hub = "neulab/PangeaBench-xgqa"
     version = 2
+    changes = MappingProxyType({2: "the phrase that answers is read"})
     metric = "exact_match"
     subsets = task.language_subsets(dict.fromkeys(_LANGUAGES, 9666))
     fields = task.schema(question=str, answer=str, images=list)

@@ -4,6 +4,7 @@ neulab/PangeaBench-xmmmu. English has all 900 questions of MMMU validation, so e
 """
 
 import ast
+from types import MappingProxyType
 
 from eval.bench import task
 from eval.bench.metrics import choices, mmmu, numbers
@@ -19,6 +20,7 @@ class Xmmmu(task.Dataset):
     name, title, group = "xmmmu", "xMMMU", "multimodal"
     hub = "neulab/PangeaBench-xmmmu"
     version = 3
+    changes = MappingProxyType({3: "letters and numbers are read in every language"})
     subsets = task.language_subsets(_SIZES)
     fields = task.schema(
         question=str, options=list, answer=(str, list), question_type=str, images=list

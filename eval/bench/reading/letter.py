@@ -71,6 +71,7 @@ def _read(response: str, options: Sequence[str], language: str | None) -> str | 
     grouped = groups(answer, named)
     # A negation belongs to the nearest option, whether it is named by its letter or by its text.
     denied = negated(answer, groups(answer, sorted([*named, *written], key=lambda m: m.start)))
+    denied |= _one_option(answer, [*named, *written], denied)
     refused = {m.option for m in named if m in denied} - {
         m.option for m in named if m not in denied
     }
@@ -87,6 +88,17 @@ def _read(response: str, options: Sequence[str], language: str | None) -> str | 
         if found := _only(mentions):
             return _inside(found, allowed)
     return None
+
+
+def _one_option(answer: Answer, mentions: Iterable[Mention], denied: set[Mention]) -> set[Mention]:
+    """The other half of "A: cat", where one half is negated."""
+    ordered = sorted(mentions, key=lambda m: m.start)
+    halves = (
+        pair
+        for pair in itertools.pairwise(ordered)
+        if pair[0].option == pair[1].option and pair[1].start - pair[0].end <= 4
+    )
+    return {half for pair in halves if not denied.isdisjoint(pair) for half in pair}
 
 
 def _inside(option: str | None, allowed: str) -> str | None:
@@ -149,11 +161,9 @@ def _mentions(answer: Answer, options: Sequence[str], allowed: str) -> list[Ment
     found = letters(answer, allowed)
     taken = {m.start for m in found}
     nouns = [m.end() for m in answer.patterns["option"].finditer(answer.low)]
-    places = [
-        0,
-        *ends(nouns),
-        *ends([m.end() for m in answer.patterns["answer"].finditer(answer.low)]),
-    ]
+    turns = [m.end() for kind in ("not", "but") for m in answer.patterns[kind].finditer(answer.low)]
+    cues = [m.end() for m in answer.patterns["answer"].finditer(answer.low)]
+    places = [0, *ends(nouns), *ends(cues), *(ends(turns) if answer.native else ())]
     for place in places:
         here = answer.patterns["skip"].match(answer.low, place).end()
         if match := answer.patterns["native_here"].match(answer.text, here):
@@ -203,7 +213,7 @@ def _after_cue(answer: Answer, grouped, denied, chosen) -> tuple[str | None, boo
     """The option named after the last word for "answer", and whether nothing else can be meant."""
     best: tuple[str | None, bool] = (None, False)
     for cue in ends([*answer.patterns["answer"].finditer(answer.low)]):
-        start = regex.compile(r"[^\S\n]*[:：=-]?\s*").match(answer.low, cue.end()).end()
+        start = regex.compile(r"[^\S\n]*[:：፦፡=-]?\s*").match(answer.low, cue.end()).end()
         stop = _SENTENCE.search(answer.low, start)
         end = stop.start() if stop else len(answer.low)
         group = next(

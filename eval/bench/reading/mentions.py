@@ -121,12 +121,13 @@ def patterns(language: str | None) -> dict[str, regex.Pattern]:
         "is": regex.compile(word("is")),
         "not": regex.compile(word("not")),
         "wrong": regex.compile(word("wrong")),
+        "nor": regex.compile(word("nor")),
         "but": regex.compile(word("but")),
         "link": regex.compile(rf"[\s()\[\]\"'*]*(?:[,、،/&+;]|{word('link')})?[\s()\[\]\"'*]*"
                               rf"(?:{word('link')})?[\s()\[\]\"'*]*(?:{word('option')}\s*)?[\s()\[\]\"'*]*"),
         "linked": regex.compile(rf"[/&+]|{word('link')}"),
         "says": regex.compile(word("not", "because")),
-        "skip": regex.compile(rf"(?:[\s:：\"'(\[*—–-]|{word('is')}|{word('right')}|{_PARTICLES})*"),
+        "skip": regex.compile(rf"(?:[\s:：፦፡\"'(\[*—–-]|{word('is')}|{word('right')}|{_PARTICLES})*"),
         "word": regex.compile(rf"{letter}+"),
     }  # fmt: skip
 
@@ -248,7 +249,7 @@ def negated(answer: Answer, grouped: Sequence[Sequence[Mention]]) -> set[Mention
     if not grouped:
         return found
     starts = [group[0].start for group in grouped]
-    for kind in ("not", "wrong"):
+    for kind in ("not", "wrong", "nor"):
         for match in answer.patterns[kind].finditer(answer.low):
             index = bisect.bisect_left(starts, match.end())
             before = grouped[index - 1] if index else None
@@ -274,7 +275,7 @@ def _denied(answer: Answer, place: int) -> bool:
 
 
 def _targets(answer: Answer, match: regex.Match, before, after, kind: str) -> set[Mention]:
-    follows = kind == "wrong" or answer.words.negation_follows(match.group())
+    follows = kind == "wrong" or (kind == "not" and answer.words.negation_follows(match.group()))
     if before and not _near(answer, before[-1].end, match.start(), follows):
         before = None
     if after and not _near(answer, match.end(), after[0].start, not follows):

@@ -23,6 +23,7 @@ _VULGAR = regex.compile(rf"(\p{{Nd}}{{0,9}})\s?({_VULGAR_SIGN.pattern})")
 _SIGN = regex.compile(r"([-−])\s?(\p{Sc})\s?(?=\d)")
 _FRACTION = regex.compile(r"(?<![\d/.,])(\d{1,9})\s?/\s?(\d{1,9})(?![\d/]|[.,]\d)")
 _LARGE = {"万": 10**4, "萬": 10**4, "만": 10**4, "億": 10**8, "亿": 10**8, "억": 10**8}
+_COMMA = regex.compile(r"[,،、，(（]")
 _NUMERALS = regex.compile(r"[零〇一二两兩三四五六七八九十百千万萬億亿]+|[\u1369-\u137c]+|[௦-௲]+")
 _CURRENCY = r"[\s\p{Sc}:：=*~≈\"'(\[]"
 
@@ -101,7 +102,7 @@ def _patterns(language: str | None) -> dict[str, regex.Pattern]:
 
 def _after_cue(answer: Answer, mentions: Sequence[Mention]) -> Mention | None:
     """The number of the last sentence with a word for "answer" and a number."""
-    skip = regex.compile(r"[^\S\n]*[:：=-]?\s*")
+    skip = regex.compile(r"[^\S\n]*[:：፦፡=-]?\s*")
     for cue in reversed(ends([*answer.patterns["answer"].finditer(answer.low)])):
         start = skip.match(answer.low, cue.end()).end()
         stop = _SENTENCE.search(answer.low, start)
@@ -126,6 +127,10 @@ def _chosen(answer: Answer, inside: Sequence[Mention], start: int, end: int) -> 
     equals = answer.low.rfind("=", start, end)
     if equals >= 0 and (after := [m for m in inside if m.start > equals]) and len(after) == 1:
         return after[0]
+    if words.last_counts(answer.words.language):
+        stop = _COMMA.search(answer.low, inside[0].end)
+        clause = [m for m in inside if m.end <= (stop.start() if stop else end)]
+        return clause[-1]
     for mention in inside:
         if patterns["is"].search(answer.low[max(start, mention.start - 24) : mention.start]):
             return mention

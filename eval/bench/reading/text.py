@@ -33,7 +33,7 @@ _ACCENTS = re.compile(
     "[\u0300-\u036f\u0483-\u0487\u0591-\u05bd\u05bf-\u05c7\u064b-\u065f\u0670\u0640]+"
 )
 # The same letter for a reader: dotless i, final sigma, Arabic and Persian forms, apostrophes.
-_SAME = str.maketrans("ıςىيکگةۀہھے’ʼʻ‘`", "iσییكگههههی'''''")
+_SAME = str.maketrans("−ıςىيکگةۀہھے’ʼʻ‘`", "-iσییكگههههی'''''")
 
 
 def clean(response: object) -> str:
@@ -82,7 +82,7 @@ def lower(text: str) -> str:
 @functools.lru_cache(maxsize=4096)
 def plain(text: str) -> str:
     """A short text for comparison: folded, with single spaces, without quotes and punctuation at its ends."""
-    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().replace("−", "-").split())
     return text.strip(" .,;:!?。．、，；：！？।۔؟\"'«»“”„‘’()[]「」『』《》…").strip()
 
 

@@ -70,6 +70,11 @@ def of(language: str | None) -> Words:
     return Words(language if language in _TABLE else None)
 
 
+def last_counts(language: str | None) -> bool:
+    """Whether a sentence says first what the answer is for, and then the answer ("2日で15ドル")."""
+    return language == "zh" or bool(_TABLE.get(language or "", {}).get("after"))
+
+
 def either(words: Iterable[str]) -> str:
     """A pattern that matches any of the words, the longest first; `(?!)` if there are none.
 

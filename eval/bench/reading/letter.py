@@ -160,9 +160,9 @@ def _mentions(answer: Answer, options: Sequence[str], allowed: str) -> list[Ment
     """Letters, and native letters and numbers in a place where only an option can stand."""
     found = letters(answer, allowed)
     taken = {m.start for m in found}
-    nouns = [m.end() for m in answer.patterns["option"].finditer(answer.low)]
-    turns = [m.end() for kind in ("not", "but") for m in answer.patterns[kind].finditer(answer.low)]
-    cues = [m.end() for m in answer.patterns["answer"].finditer(answer.low)]
+    nouns = [m.end() for m in answer.all("option")]
+    turns = [m.end() for kind in ("not", "but") for m in answer.all(kind)]
+    cues = [m.end() for m in answer.all("answer")]
     places = [0, *ends(nouns), *ends(cues), *(ends(turns) if answer.native else ())]
     for place in places:
         here = answer.patterns["skip"].match(answer.low, place).end()
@@ -212,7 +212,7 @@ def _leading(answer: Answer, named: Sequence[Mention], denied: set[Mention]) -> 
 def _after_cue(answer: Answer, grouped, denied, chosen) -> tuple[str | None, bool]:
     """The option named after the last word for "answer", and whether nothing else can be meant."""
     best: tuple[str | None, bool] = (None, False)
-    for cue in ends([*answer.patterns["answer"].finditer(answer.low)]):
+    for cue in ends(answer.all("answer")):
         start = regex.compile(r"[^\S\n]*[:：፦፡=-]?\s*").match(answer.low, cue.end()).end()
         stop = _SENTENCE.search(answer.low, start)
         end = stop.start() if stop else len(answer.low)
@@ -246,7 +246,7 @@ def _called_correct(answer: Answer, named: Sequence[Mention], denied: set[Mentio
     """The option of "B is correct" and "correct: B"."""
     found: list[Mention] = []
     left = [m for m in named if m not in denied]
-    for match in ends([*answer.patterns["good"].finditer(answer.low)]):
+    for match in ends(answer.all("good")):
         before = [m for m in left if 0 <= match.start() - m.end <= 40]
         before = [m for m in before if not _apart(answer, m.end, match.start())]
         after = [m for m in left if 0 <= m.start - match.end() <= 15]

@@ -12,7 +12,7 @@ from eval.bench.reading import words
 from eval.bench.reading.text import bare, form, lower, plain
 
 LETTERS = "ABCDEFGHIJ"
-_MOST = 16
+_MOST = 12
 _REACH = 45
 # The letters of options in exams, by language: first the usual series, then others in use, then names of A, B, C, D.
 _CYRILLIC = ("АБВГДЕЖЗИК",)
@@ -75,7 +75,14 @@ class Answer:
         self.words = words.of(language)
         self.native = native(language)
         self.patterns = patterns(language)
+        self._found: dict[str, list[regex.Match]] = {}
         self.hanging = language in _HANGING
+
+    def all(self, kind: str) -> list[regex.Match]:
+        """The matches of a pattern in the answer, looked for once."""
+        if kind not in self._found:
+            self._found[kind] = [*self.patterns[kind].finditer(self.low)]
+        return self._found[kind]
 
 
 @functools.cache
@@ -250,7 +257,7 @@ def negated(answer: Answer, grouped: Sequence[Sequence[Mention]]) -> set[Mention
         return found
     starts = [group[0].start for group in grouped]
     for kind in ("not", "wrong", "nor"):
-        for match in answer.patterns[kind].finditer(answer.low):
+        for match in answer.all(kind):
             index = bisect.bisect_left(starts, match.end())
             before = grouped[index - 1] if index else None
             after = grouped[index] if index < len(grouped) else None

@@ -103,7 +103,7 @@ def _patterns(language: str | None) -> dict[str, regex.Pattern]:
 def _after_cue(answer: Answer, mentions: Sequence[Mention]) -> Mention | None:
     """The number of the last sentence with a word for "answer" and a number."""
     skip = regex.compile(r"[^\S\n]*[:：፦፡=-]?\s*")
-    for cue in reversed(ends([*answer.patterns["answer"].finditer(answer.low)])):
+    for cue in reversed(ends(answer.all("answer"))):
         start = skip.match(answer.low, cue.end()).end()
         stop = _SENTENCE.search(answer.low, start)
         end = stop.start() if stop else len(answer.low)

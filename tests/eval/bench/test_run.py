@@ -76,7 +76,7 @@ def test_scores_from_a_file_of_responses(data_dir, tmp_path, write_jsonl):
     assert results["datasets"]["mgsm"]["fixed"]["mul"]["subsets"] == 1
     low, high = results["tasks"]["mgsm_bn"]["fixed"]["interval"]
     assert low < 90 < high
-    assert results["tasks"]["mgsm_en"]["version"] == 1
+    assert results["tasks"]["mgsm_en"]["version"] == tasks.DATASETS["mgsm"].version
     assert results["environment"]["packages"]["sacrebleu"]
     page = (out / "report.md").read_text("utf-8")
     assert "96.7 [" in page and "PANGEA-7B | published" in page

@@ -118,6 +118,10 @@ def short(response: str, language: str | None = None) -> str:
         text = rest or (lines[1][:2000] if len(lines) > 1 else text)
     elif len(folded) <= 200 and (cue := pattern["called"].fullmatch(folded)):
         text = text[: _place(text, cue.end(1))]
+    if answered := pattern["yes_no"].match(lower(bare(text))):
+        return text[: _place(text, answered.end("word"))].strip(_EDGES)
+    if reason := pattern["because"].search(lower(bare(text))):
+        text = text[: _place(text, reason.start())]
     text = _first_sentence(text.strip(_EDGES[:2] + "\"'"))
     folded = lower(bare(text))
     if start := pattern["before"].match(folded):
@@ -162,6 +166,9 @@ def _patterns(language: str | None) -> dict[str, regex.Pattern]:
         "called": regex.compile(
             rf"(.+?)(?:\s+(?:{is_}))?(?:\s+\p{{L}}{{1,3}})?\s*(?:{right})?\s*(?:{answer})(?:\s+(?:{right}))?\W*"
         ),
+        # "no, it is not": the word alone answers
+        "yes_no": regex.compile(rf"(?P<word>{known.pattern('yes', 'no')})\s*[,.،，、။።।;:!—–-]"),
+        "because": regex.compile(rf"(?<=\w)[\s,،，、;]+(?:{known.pattern('because')})"),
         "before": regex.compile(rf"(?:{starts}){spaced}"),
         "after": regex.compile(rf"(?:\s+|(?<=\p{{Lo}}|\p{{Nd}}))(?:{form(_AFTER.get(language or '', '(?!)'))})$"),
     }  # fmt: skip
@@ -169,7 +176,7 @@ def _patterns(language: str | None) -> dict[str, regex.Pattern]:
 
 def plain(text: str, language: str | None = None) -> str:
     """A short text as texts are compared: lower case, no punctuation and articles, one form of each number."""
-    text = _VOCALS.sub("", numbers.ascii_digits(clean(text)))
+    text = _VOCALS.sub("", numbers.ascii_digits(clean(text)).replace("İ", "I"))
     text = _NUMBER.sub(lambda match: _number(match, language), text)
     text = lower(squad.normalize(text, unicode_punctuation=True, articles=False))
     if language == "el":  # capitals have no accents

@@ -20,6 +20,16 @@ LETTER = r"[\p{L}\p{M}]"
 _PREFIX = "(?:[وفبكل]{0,2}(?:ال)?|[והבכלמש]{0,3})"
 _PREFIX_LETTERS = "وفبكلاהבלכמשו"
 _VIRAMA = 9
+# The fewest letters of a Latin word that is looked for whatever the language is. "Yes" and "no" stand alone.
+_LEAST = {"not": 2, "yes": 2, "no": 2, "right": 4, "wrong": 4, "answer": 4, "option": 4}
+# A short word of a kind is left out if it has one of these meanings elsewhere; all others do not disturb.
+_DISTURB = {
+    "yes": {"no", "not", "wrong"},
+    "no": {"yes", "right"},
+    "right": {"no", "not", "wrong", "is", "link", "for", "answer", "option"},
+    "wrong": {"yes", "right", "is", "link", "for", "answer", "option"},
+    "not": {"is"},
+}
 _TABLE = tomllib.loads((Path(__file__).parent / "words.toml").read_text("utf-8"))
 
 
@@ -44,9 +54,10 @@ class Words:
                 continue
             # Short Latin words mean something else in other languages ("si", "no", "la").
             shared = self.language is None and table is not _TABLE["en"]
-            least = 5 if kind in ("yes", "no", "right", "wrong", "answer", "option") else 3
+            least = _LEAST.get(kind, 3)
             for word in table.get(kind, "").split():
-                if not (shared and len(word) < least and form(word).isascii()):
+                latin = form(word).isascii()
+                if not (shared and latin and (len(word) < least or _elsewhere(kind, form(word)))):
                     words.append(word)
         return list(dict.fromkeys(words))
 
@@ -63,6 +74,23 @@ class Words:
     def pattern(self, *kinds: str) -> str:
         """A pattern that matches a word of these kinds, in folded text."""
         return either(word for kind in kinds for word in self.list(kind))
+
+
+@functools.cache
+def _kinds(word: str) -> set[str]:
+    return {
+        kind
+        for table in _TABLE.values()
+        for kind, words in table.items()
+        if isinstance(words, str) and word in form(words).split()
+    }
+
+
+def _elsewhere(kind: str, word: str) -> bool:
+    """Whether a short word means something else in another language: "ni" is "nor" in Spanish, "is" in Swahili."""
+    if len(word) > 4:
+        return False
+    return not _kinds(word).isdisjoint(_DISTURB.get(kind, set()))
 
 
 @functools.cache

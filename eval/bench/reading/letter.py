@@ -16,7 +16,7 @@ from eval.bench.reading.mentions import (
     negated,
     texts,
 )  # fmt: skip
-from eval.bench.reading.text import boxed, clean, plain
+from eval.bench.reading.text import boxed, clean, plain, shorten
 
 # Stands for "several options" while reading; the reader gives None.
 _SEVERAL = "several"
@@ -54,6 +54,8 @@ def _read(response: str, options: Sequence[str], language: str | None) -> str | 
     text = clean(str(response).translate(_CIRCLED))
     if not text:
         return None
+    if language is None:  # the words of all languages take longer to look for
+        text = shorten(text, 4000)
     answer = Answer(text, language)
     if found := _alone(answer, text, options, allowed):
         return found

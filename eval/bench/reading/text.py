@@ -54,9 +54,9 @@ def form(word: str) -> str:
     return bare(unicodedata.normalize("NFKC", _INVISIBLE.sub("", word)))
 
 
-def shorten(text: str) -> str:
+def shorten(text: str, limit: int = LIMIT) -> str:
     """The start and the end of an endless text."""
-    return text if len(text) <= LIMIT else f"{text[: LIMIT // 2]}\n{text[-LIMIT // 2 :]}"
+    return text if len(text) <= limit else f"{text[: limit // 2]}\n{text[-limit // 2 :]}"
 
 
 def bare(text: str) -> str:

@@ -106,36 +106,48 @@ def last_counts(language: str | None) -> bool:
 def either(words: Iterable[str]) -> str:
     """A pattern that matches any of the words, the longest first; `(?!)` if there are none.
 
-    The pattern looks at the first letter before anything else, which makes it several times as fast.
+    It looks at the first letter before anything else, in groups, which makes it many times as fast.
     """
-    attached, apart = set(), set()
-    for word in words:
-        stem = lower(form(word.rstrip("$").replace("_", " ")))
-        kind = attached if _ATTACHED.match(stem) else apart
-        kind.add((stem, kind is apart and not word.endswith("$")))
-    sides = []
-    if apart:
-        sides.append(rf"(?=[{_firsts(apart)}])(?<!{LETTER})(?:{_longest_first(apart)})(?!{LETTER})")
-    if attached:
-        sides.append(f"(?=[{_firsts(attached)}])(?:{_longest_first(attached)})")
-    return f"(?:{'|'.join(sides)})" if sides else "(?!)"
+    stems = {
+        (lower(form(word.rstrip("$").replace("_", " "))), word.endswith("$")) for word in words
+    }
+    latin = [s for s in stems if s[0][0] < "\u0370"]
+    attached = [s for s in stems if _ATTACHED.match(s[0])]
+    prefixed = [s for s in stems if _PREFIXED.match(s[0])]
+    others = stems.difference(latin, attached, prefixed)
+    sides = [_side(latin), _side(others), _side(prefixed), _side(attached, apart=False)]
+    return f"(?:{'|'.join(side for side in sides if side)})" if any(sides) else "(?!)"
 
 
-def _firsts(stems: Iterable[tuple[str, bool]]) -> str:
-    letters = {stem[0] for stem, _ in stems}
-    if any(map(_PREFIXED.match, letters)):
-        letters.update(_PREFIX_LETTERS)
-    return "".join(map(regex.escape, sorted(letters)))
+def _side(stems: Iterable[tuple[str, bool]], *, apart: bool = True) -> str:
+    """A pattern for words of one kind of script; with `apart`, no letter touches them."""
+    by_first: dict[str, list[str]] = {}
+    prefixed = False
+    for stem, fixed in stems:
+        pattern = _one(stem, may_inflect=apart and not fixed)
+        if _PREFIXED.match(stem) and len(stem) > 2:
+            prefixed, first = True, ""
+            pattern = _PREFIX + pattern
+        else:
+            first = regex.escape(stem[0])
+            pattern = pattern[len(first) :]
+        by_first.setdefault(first, []).append(pattern)
+    if not by_first:
+        return ""
+    firsts = [*map(regex.escape, _PREFIX_LETTERS)] if prefixed else []
+    firsts += [regex.escape(stem[0]) for stem, _ in stems]
+    choices = "|".join(
+        f"{first}(?:{'|'.join(sorted(rest, key=len, reverse=True))})"
+        for first, rest in sorted(by_first.items())
+    )
+    look = f"(?=[{''.join(sorted(set(firsts)))}])"
+    return f"{look}(?<!{LETTER})(?:{choices})(?!{LETTER})" if apart else f"{look}(?:{choices})"
 
 
-def _longest_first(stems: Iterable[tuple[str, bool]]) -> str:
-    return "|".join(sorted((_one(*stem) for stem in stems), key=len, reverse=True))
-
-
-def _one(stem: str, may_inflect: bool) -> str:
+def _one(stem: str, *, may_inflect: bool) -> str:
     text = regex.escape(stem, literal_spaces=True).replace(" ", r"\s+")
     if may_inflect and len(stem) >= 4:
         if unicodedata.combining(stem[-1]) == _VIRAMA:  # it goes when a vowel follows
             text = text[:-1]
         text += f"{LETTER}{{0,6}}"
-    return _PREFIX + text if _PREFIXED.match(stem) and len(stem) > 2 else text
+    return text

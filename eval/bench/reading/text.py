@@ -91,7 +91,7 @@ _BOX = re.compile(r"\\boxed\s{0,3}\{|<(answer|final_answer|final)>", re.IGNORECA
 
 def boxed(response: object) -> str | None:
     """What stands in the last `\\boxed{...}` or `<answer>...</answer>`, if the response has one."""
-    text = response if isinstance(response, str) else str(response)
+    text = shorten(response if isinstance(response, str) else str(response))
     if "boxed" not in text and "<" not in text:
         return None
     for match in [*_BOX.finditer(text)][:-4:-1]:

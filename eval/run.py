@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from eval.bench import documents, judge, models, report, responses, scoring
+from eval.bench import documents, judge, models, report, rescoring, responses, scoring
 from eval.bench.endpoint import Endpoint
 from eval.bench.responses import Failure
 from eval.bench.task import PROFILES, Dataset, Document, Profile, Task
@@ -206,8 +206,11 @@ def rescore_command(args: argparse.Namespace, console: Console) -> int:
     records = {name: scoring.read_records(folder, name) for name in results["documents"]}
     old = [Failure(**f) for f in results["failures"]]
     unanswered = [f for f in old if f.stage != "score"]
-    config |= {"judge": args.judge, "judge_base_url": args.judge_base_url}
-    return score_and_report(folder, config, records, unanswered, _open_judge(args), console)
+    config = config | {"judge": args.judge, "judge_base_url": args.judge_base_url}
+    before = rescoring.snapshot(folder, results["documents"])
+    code = score_and_report(folder, config, records, unanswered, _open_judge(args), console)
+    rescoring.write(folder, before, results, report.read_results(folder), console)
+    return code
 
 
 def score_and_report(

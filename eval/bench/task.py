@@ -136,6 +136,7 @@ class Dataset(abc.ABC):
     Attributes:
       name, title: the name in task names, and the name in the paper's tables.
       version: raised when prompt, settings or scores change; part of every result.
+      changes: version -> what changed with it; `rescore` says it.
       metric: name of the headline metric among `Scored.metrics`.
       hub, hub_config, hub_split: the source on the Hugging Face hub; `{}` stands for the name of the subset.
       fields: the required fields of a row and their types.
@@ -150,6 +151,7 @@ class Dataset(abc.ABC):
     title: ClassVar[str]
     group: ClassVar[Literal["multimodal", "text"]]
     version: ClassVar[int] = 1
+    changes: ClassVar[Mapping[int, str]] = MappingProxyType({})
     metric: ClassVar[str] = "acc"
     hub: ClassVar[str]
     hub_config: ClassVar[str | None] = None

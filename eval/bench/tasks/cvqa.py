@@ -5,6 +5,8 @@ pictures (`cvqa_translated-ind-id`, in "en"). The paper took its numbers from th
 its printed cells.
 """
 
+from types import MappingProxyType
+
 from eval.bench import task
 from eval.bench.metrics import choices
 
@@ -52,6 +54,10 @@ PAIRS = {
 class Cvqa(task.Dataset):
     name, title, group = "cvqa", "CVQA", "multimodal"
     hub, hub_split = "afaji/cvqa", "test"
+    version = 2
+    changes = MappingProxyType(
+        {2: "letters are read in every language, negations and options' texts included"}
+    )
     about = 20_800
     subsets = tuple(
         subset
@@ -107,7 +113,7 @@ def score_letter(dataset, document, response, subset, profile, *, options, gold)
         seed = f"{dataset.name}_{subset.name}/{document.id}"
         chosen, drawn = choices.paper_letter(response, options, seed=seed)
     else:
-        chosen = choices.letter(task.answer_text(response), options)
+        chosen = choices.letter(task.answer_text(response), options, subset.language)
     return dataset.mean_score(chosen, acc=chosen == gold, unreadable=drawn or chosen is None)
 
 

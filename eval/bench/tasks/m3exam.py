@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from types import MappingProxyType
 
 from eval.bench import task
 from eval.bench.metrics.choices import LETTERS
@@ -63,7 +64,10 @@ _LABEL = re.compile(r"^\s*[(（]?([A-Ja-j]|10|\d)\s*[)）.．、:：]\s*")
 class M3Exam(task.Dataset):
     name, title, group = "m3exam", "M3Exam", "multimodal"
     hub = "neulab/PangeaBench-m3exam"
-    version = 2
+    version = 3
+    changes = MappingProxyType(
+        {3: "letters are read in every language, negations and options' texts included"}
+    )
     subsets = task.language_subsets(_SIZES)
     fields = task.schema(
         question=str, options=list, answer=str, subject=str, background=list, images=list

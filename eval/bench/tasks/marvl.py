@@ -4,22 +4,12 @@ One picture shows both photographs side by side. The prompt is English for every
 """
 
 import re
-import unicodedata
+from types import MappingProxyType
 
 from eval.bench import task
+from eval.bench.reading.truth import truth
 
 _SIZES = {"en": None, "id": 1128, "sw": 1108, "ta": 1242, "tr": 1180, "zh": 1012}
-_TRUE = {
-    "true", "yes", "b",
-    "benar", "ya", "betul", "kweli", "ndiyo", "உண்மை", "ஆம்", "doğru", "evet", "是", "是的", "对", "真", "正确",
-}  # fmt: skip
-_FALSE = {
-    "false", "no", "a",
-    "salah", "tidak", "uongo", "hapana", "si kweli", "பொய்", "தவறு", "இல்லை", "yanlış", "hayır", "否", "不是", "不",
-    "不对", "假", "错误", "错",
-}  # fmt: skip
-
-
 _HUB_PROMPT = re.compile(
     r"^(?:<image>\s*)?(?:Does the content of the image support the given text\? Text: )?(.*?)"
     r"(?:\s*Options: \(a\) false \(b\) true.*)?$",
@@ -30,6 +20,8 @@ _HUB_PROMPT = re.compile(
 class Marvl(task.Dataset):
     name, title, group = "marvl", "MaRVL", "multimodal"
     hub = "neulab/PangeaBench-marvl"
+    version = 2
+    changes = MappingProxyType({2: "truth values are read with their negations in every language"})
     about = 11_040
     subsets = task.language_subsets(_SIZES)
     fields = task.schema(hypothesis=str, answer=bool, images=list)
@@ -63,7 +55,7 @@ class Marvl(task.Dataset):
             read = paper_reading(response)
             right = gold in read
         else:
-            read = reading(task.answer_text(response))
+            read = truth(task.answer_text(response), subset.language)
             right = read == gold
         return self.mean_score(read, acc=right, unreadable=read not in ("true", "false"))
 
@@ -78,25 +70,6 @@ def paper_reading(response: str) -> str:
     if "yes" in text:
         return "true"
     return "false" if "no" in text else text
-
-
-def reading(response: str) -> str | None:
-    """`true`, `false` or None, from an option letter or a word for true or false in any of the languages.
-
-    "not true" is false. A response with both words is neither.
-    """
-    text = unicodedata.normalize("NFKC", response).casefold().strip()
-    bare = text.strip(" .!。、,()[]\"'*:")
-    if bare in _TRUE or bare in _FALSE:
-        return "true" if bare in _TRUE else "false"
-    if lettered := set(re.findall(r"\(([ab])\)", text)) or set(re.findall(r"^([ab])[).:\s]", text)):
-        return {"a": "false", "b": "true"}[lettered.pop()] if len(lettered) == 1 else None
-    text = re.sub(
-        r"\b(?:not|isn['’]t) (true|false)\b", lambda m: "false" if m[1] == "true" else "true", text
-    )
-    words = set(re.findall(r"\w+", text)) - {"a", "b"}
-    is_true, is_false = bool(words & _TRUE), bool(words & _FALSE)
-    return None if is_true == is_false else "true" if is_true else "false"
 
 
 DATASET = Marvl()

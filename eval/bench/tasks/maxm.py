@@ -4,9 +4,11 @@ To judge by the numbers, the paper's "accuracy" is relaxed accuracy.
 """
 
 import re
+from types import MappingProxyType
 
 from eval.bench import task
-from eval.bench.metrics import captions, squad
+from eval.bench.metrics import captions
+from eval.bench.reading.short import same_value, short
 from pangea_jax import languages
 
 _SIZES = {"en": 257, "fr": 264, "hi": 260, "he": 280, "ro": 284, "th": 268, "zh": 277}
@@ -30,7 +32,8 @@ _CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED.split()}
 class Maxm(task.Dataset):
     name, title, group = "maxm", "MaXM", "multimodal"
     hub = "neulab/PangeaBench-maxm"
-    version = 2
+    version = 3
+    changes = MappingProxyType({3: "the phrase that answers is read; digits of every script"})
     metric = "relaxed_accuracy"
     subsets = task.language_subsets(_SIZES)
     fields = task.schema(question=str, answers=list, images=list)
@@ -65,21 +68,14 @@ class Maxm(task.Dataset):
                 response, exact_match=response in golds, relaxed_accuracy=relaxed
             )
         text, code = task.answer_text(response), subset.language
-        read = _plain(text, code)
+        read = same_value(short(text, code), code)
         answer, *references = (captions.caption_tokens(t, code) for t in (text, *golds))
         return self.mean_score(
             read,
             exact_match=text in [gold.strip() for gold in golds],
-            relaxed_accuracy=read in [_plain(gold, code) for gold in golds],
+            relaxed_accuracy=read in [same_value(gold, code) for gold in golds],
             rouge_l=captions.rouge_l(answer, references),
         )
-
-
-def _plain(text: str, language: str) -> str:
-    """A text without case, punctuation and English articles; numbers are digits, true and false are yes and no."""
-    text = squad.normalize(text, unicode_punctuation=True, articles=language == "en")
-    words = [_NUMBER_WORDS.get(word, word) for word in text.split()]
-    return " ".join({"true": "yes", "false": "no"}.get(word, word) for word in words)
 
 
 def paper_relaxed(response: str, golds: list[str]) -> bool:

@@ -1,38 +1,38 @@
 """MGSM: 250 grade-school problems in 11 languages, answered step by step (juletxara/mgsm)."""
 
-import functools
 import re
 import string
 from types import MappingProxyType
 
 from eval.bench import task
 from eval.bench.metrics import numbers
+from eval.bench.reading.number import number
 
-# language: (label of the question, label of the step-by-step answer, strict pattern, word for "answer"). The first
-# three are those of lm-eval's mgsm_native_cot. Its strict pattern for Bengali is the English one, so the paper's score
+# language: (label of the question, label of the step-by-step answer, strict pattern), those of lm-eval's
+# mgsm_native_cot. Its strict pattern for Bengali is the English one, so the paper's score
 # for Bengali is 0.0 for every model.
 _NUMBER = r"(\-?[0-9\.\,]+)"
 _WORDS = {
-    "bn": ("প্রশ্ন:", "ধাপে ধাপে উত্তর:", f"The answer is {_NUMBER}", "উত্তর"),
-    "de": ("Frage:", "Schritt-für-Schritt-Antwort:", f"Die Antwort lautet {_NUMBER}", "Antwort"),
-    "en": ("Question:", "Step-by-Step Answer:", f"The answer is {_NUMBER}", "answer"),
-    "es": ("Pregunta:", "Respuesta paso a paso:", f"La respuesta es {_NUMBER}", "respuesta"),
-    "fr": ("Question :", "Réponse étape par étape :", f"La réponse est {_NUMBER}", "réponse"),
-    "ja": ("問題：", "ステップごとの答え:", f"答えは{_NUMBER}です。", "答え"),
-    "ru": ("Задача:", "Пошаговоерешение:", f"Ответ — {_NUMBER}", "ответ"),
-    "sw": ("Swali:", "Jibu la Hatua kwa Hatua:", f"Jibu ni {_NUMBER}", "jibu"),
-    "te": ("ప్రశ్న:", "దశలవారీగా సమాధానం:", f"సమాధానం {_NUMBER}", "సమాధానం"),
-    "th": ("โจทย์:", "คำตอบทีละขั้นตอน:", f"คำตอบคือ {_NUMBER}", "คำตอบ"),
-    "zh": ("问题：", "逐步解答:", f"答案是 {_NUMBER}。", "答案"),
+    "bn": ("প্রশ্ন:", "ধাপে ধাপে উত্তর:", f"The answer is {_NUMBER}"),
+    "de": ("Frage:", "Schritt-für-Schritt-Antwort:", f"Die Antwort lautet {_NUMBER}"),
+    "en": ("Question:", "Step-by-Step Answer:", f"The answer is {_NUMBER}"),
+    "es": ("Pregunta:", "Respuesta paso a paso:", f"La respuesta es {_NUMBER}"),
+    "fr": ("Question :", "Réponse étape par étape :", f"La réponse est {_NUMBER}"),
+    "ja": ("問題：", "ステップごとの答え:", f"答えは{_NUMBER}です。"),
+    "ru": ("Задача:", "Пошаговоерешение:", f"Ответ — {_NUMBER}"),
+    "sw": ("Swali:", "Jibu la Hatua kwa Hatua:", f"Jibu ni {_NUMBER}"),
+    "te": ("ప్రశ్న:", "దశలవారీగా సమాధానం:", f"సమాధానం {_NUMBER}"),
+    "th": ("โจทย์:", "คำตอบทีละขั้นตอน:", f"คำตอบคือ {_NUMBER}"),
+    "zh": ("问题：", "逐步解答:", f"答案是 {_NUMBER}。"),
 }
-_SPACE_GROUPS = frozenset({"de", "es", "fr", "ru"})
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？।\n]")
 
 
 class Mgsm(task.Dataset):
     name, title, group = "mgsm", "MGSM", "text"
     hub, hub_config, hub_split = "juletxara/mgsm", "{}", "test"
+    version = 2
+    changes = MappingProxyType({2: "the number that the answer gives is read, in every language"})
     metric = "exact_match"
     subsets = task.language_subsets(dict.fromkeys(_WORDS, 250))
     fields = task.schema(question=str, answer=(str, int))
@@ -67,28 +67,11 @@ class Mgsm(task.Dataset):
             # lm-eval's exact_match removes punctuation from both sides: 18.00 becomes 1800, -5 becomes 5.
             right = filtered.translate(_PUNCTUATION) == gold.translate(_PUNCTUATION)
         else:
-            value = final_number(task.answer_text(response), subset.language)
+            value = number(task.answer_text(response), subset.language)
             filtered = None if value is None else str(value)
             right = value == numbers.parse(gold)
         unreadable = filtered in (None, "[invalid]")
         return self.mean_score(filtered, exact_match=right, unreadable=unreadable)
-
-
-def final_number(text: str, language: str):
-    """The last number of the sentence after the word for "answer", in the language or in English.
-
-    The last such sentence with a number counts. Without one, it is the last number of the text, or None.
-    """
-    find = functools.partial(numbers.find, space_groups=language in _SPACE_GROUPS)
-    words = {_WORDS[code][3] for code in (language, "en")}
-    cues = [match.end() for word in words for match in re.finditer(word, text, re.IGNORECASE)]
-    for place in sorted(cues, reverse=True):
-        end = _SENTENCE_END.search(text, place)
-        found = find(text[place : end.start() if end else None])
-        if found:
-            return found[-1]
-    found = find(text)
-    return found[-1] if found else None
 
 
 DATASET = Mgsm()

@@ -5,9 +5,11 @@ The paper does not print its prompt; these are the templates of open-instruct an
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from eval.bench import task
 from eval.bench.metrics import squad
+from eval.bench.reading.short import plain, short
 from pangea_jax import languages
 
 _INSTRUCTIONS = {
@@ -42,6 +44,8 @@ _SIZES = {
 class TyDiQA(task.Dataset):
     name, title, group = "tydiqa", "TyDiQA", "text"
     hub, hub_config, hub_split = "neulab/PangeaBench-tydiqa", "secondary_task", "validation"
+    version = 2
+    changes = MappingProxyType({2: "the phrase that answers is read; digits of every script"})
     metric = "f1"
     subsets = task.language_subsets(_SIZES)
     fields = task.schema(context=str, question=str, answers=list)
@@ -69,14 +73,16 @@ class TyDiQA(task.Dataset):
         )
 
     def score(self, document, response, subset, profile, reply=None):
-        lines = task.answer_text(response).splitlines()
-        first_line = lines[0] if lines else ""
-        options = {}
+        text, references = task.answer_text(response), document.row["answers"]
         if profile == "fixed":
-            # SQuAD's script leaves marks such as ។ 。 ؟ on words, and it removes the Finnish word "an" as an article.
-            options = {"unicode_punctuation": True, "articles": subset.language == "en"}
-        prediction = squad.normalize(first_line, **options)
-        golds = [squad.normalize(answer, **options) for answer in document.row["answers"]]
+            # SQuAD's script leaves marks such as ។ 。 ؟ on words, removes the Finnish word "an" as an article, and
+            # knows the digits 0-9 only.
+            code = subset.language
+            prediction = plain(short(text, code), code)
+            golds = [plain(answer, code) for answer in references]
+        else:
+            prediction = squad.normalize(text.splitlines()[0] if text else "")
+            golds = [squad.normalize(answer) for answer in references]
         return self.mean_score(prediction, **squad.scores(prediction, golds))
 
 

@@ -1,7 +1,9 @@
 """xGQA: 9,666 questions on 300 pictures in eight languages, answered in English (neulab/PangeaBench-xgqa)."""
 
+from types import MappingProxyType
+
 from eval.bench import task
-from eval.bench.metrics import squad
+from eval.bench.reading.short import same_value, short
 
 _LANGUAGES = ("en", "bn", "de", "id", "ko", "pt", "ru", "zh")
 
@@ -9,6 +11,8 @@ _LANGUAGES = ("en", "bn", "de", "id", "ko", "pt", "ru", "zh")
 class Xgqa(task.Dataset):
     name, title, group = "xgqa", "xGQA", "multimodal"
     hub = "neulab/PangeaBench-xgqa"
+    version = 2
+    changes = MappingProxyType({2: "the phrase that answers is read"})
     metric = "exact_match"
     subsets = task.language_subsets(dict.fromkeys(_LANGUAGES, 9666))
     fields = task.schema(question=str, answer=str, images=list)
@@ -31,11 +35,9 @@ class Xgqa(task.Dataset):
             # is right for "man" and "snow" for "no".
             read = response.strip().lower()
             return self.mean_score(read, exact_match=gold.strip().lower() in read)
-        read, gold = (
-            squad.normalize(text, unicode_punctuation=True)
-            for text in (task.answer_text(response), gold)
-        )
-        found = f" {gold} " in f" {read} "
+        text = task.answer_text(response)
+        read, gold = same_value(short(text, "en"), "en"), same_value(gold, "en")
+        found = f" {gold} " in f" {same_value(text, 'en')} "
         return self.mean_score(read, exact_match=read == gold, contains_words=found)
 
 

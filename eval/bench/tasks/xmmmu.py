@@ -4,10 +4,13 @@ neulab/PangeaBench-xmmmu. English has all 900 questions of MMMU validation, so e
 """
 
 import ast
+from types import MappingProxyType
 
 from eval.bench import task
-from eval.bench.metrics import choices, mmmu
+from eval.bench.metrics import choices, mmmu, numbers
 from eval.bench.metrics.choices import LETTERS
+from eval.bench.reading.number import number
+from eval.bench.reading.text import clean
 from eval.bench.tasks.m3exam import numbered_pictures, place_images
 
 _SIZES = {"en": 900, "ar": 298, "fr": 298, "hi": 291, "id": 297, "ja": 269, "pt": 297}
@@ -16,7 +19,8 @@ _SIZES = {"en": 900, "ar": 298, "fr": 298, "hi": 291, "id": 297, "ja": 269, "pt"
 class Xmmmu(task.Dataset):
     name, title, group = "xmmmu", "xMMMU", "multimodal"
     hub = "neulab/PangeaBench-xmmmu"
-    version = 2
+    version = 3
+    changes = MappingProxyType({3: "letters and numbers are read in every language"})
     subsets = task.language_subsets(_SIZES)
     fields = task.schema(
         question=str, options=list, answer=(str, list), question_type=str, images=list
@@ -56,8 +60,10 @@ class Xmmmu(task.Dataset):
     def score(self, document: task.Document, response: str, subset, profile, reply=None):
         row = document.row
         if row["question_type"] != "multiple-choice":
-            text = response if profile == "paper" else task.answer_text(response)
-            candidates = mmmu.parse_open(text)
+            if profile == "paper":
+                candidates = mmmu.parse_open(response)
+            else:
+                candidates = open_candidates(task.answer_text(response), subset.language)
             right = mmmu.open_is_correct(row["answer"], candidates)
             return self.mean_score(candidates, acc=right, unreadable=0)
         letters = LETTERS[: len(row["options"])]
@@ -69,9 +75,18 @@ class Xmmmu(task.Dataset):
                 seed = f"{self.name}_{subset.name}/{document.id}"
                 chosen = mmmu.parse_multiple_choice(response, letters, named, seed=seed)
         else:
-            chosen = choices.letter(task.answer_text(response), row["options"])
+            text = task.answer_text(response)
+            chosen = choices.letter(text, row["options"], subset.language)
             unreadable = chosen is None
         return self.mean_score(chosen, acc=chosen == row["answer"], unreadable=unreadable)
+
+
+def open_candidates(text: str, language: str) -> list[str | float]:
+    """MMMU's candidates, with the digits of any script, and the number that the answer gives in its language."""
+    candidates = mmmu.parse_open(numbers.ascii_digits(clean(text)))
+    value = number(text, language)
+    given = [] if value is None or abs(value) > 10**30 else [round(float(value), 2)]
+    return list(dict.fromkeys([*candidates, *given]))
 
 
 DATASET = Xmmmu()

@@ -76,7 +76,7 @@ def test_scores_from_a_file_of_responses(data_dir, tmp_path, write_jsonl):
     assert results["datasets"]["mgsm"]["fixed"]["mul"]["subsets"] == 1
     low, high = results["tasks"]["mgsm_bn"]["fixed"]["interval"]
     assert low < 90 < high
-    assert results["tasks"]["mgsm_en"]["version"] == 1
+    assert results["tasks"]["mgsm_en"]["version"] == tasks.DATASETS["mgsm"].version
     assert results["environment"]["packages"]["sacrebleu"]
     page = (out / "report.md").read_text("utf-8")
     assert "96.7 [" in page and "PANGEA-7B | published" in page
@@ -236,6 +236,35 @@ def test_rescore_needs_no_data(data_dir, tmp_path, write_jsonl):
     (data_dir / "mgsm" / "en.jsonl").unlink()
     assert run.main(["rescore", str(out)]) == 0
     assert _results(out) == before
+
+
+def test_rescore_says_what_changed_and_why(data_dir, tmp_path, write_jsonl, read_jsonl, capsys):
+    file = write_jsonl(tmp_path / "r.jsonl", _mgsm_responses(wrong=()))
+    out = tmp_path / "out"
+    flags = ["--tasks=mgsm_en", f"--responses={file}", f"--data_dir={data_dir}"]
+    run.main([*flags, f"--output_path={out}"])
+    assert run.main(["rescore", str(out)]) == 0
+    assert "no score changed" in capsys.readouterr().out
+    assert read_jsonl(out / "rescored.jsonl") == []
+    # An older version had missed one of the answers, and read another one in another form.
+    samples = out / "samples" / "mgsm_en.jsonl"
+    rows = sorted(read_jsonl(samples), key=lambda row: int(row["doc_id"]))
+    rows[3]["fixed"] |= {"filtered_resps": [None]}
+    rows[3]["fixed"]["metrics"]["exact_match"] = 0.0
+    rows[4]["fixed"] |= {"filtered_resps": ["4.0"]}
+    write_jsonl(samples, rows)
+    results = _results(out)
+    results["tasks"]["mgsm_en"]["version"] = 1
+    results["tasks"]["mgsm_en"]["fixed"]["score"] = 96.7
+    (out / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    assert run.main(["rescore", str(out)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "96.7" in said and "100.0" in said and "version 1 to 2" in said
+    changed = {row["doc_id"]: row for row in read_jsonl(out / "rescored.jsonl")}
+    first, second = changed["3"], changed["4"]
+    assert (len(changed), first["read_before"], first["score_before"]) == (2, None, 0)
+    assert (first["profile"], first["read"], first["score"]) == ("fixed", "3", 1)
+    assert (second["read_before"], second["read"]) == ("4.0", "4")
 
 
 def test_rescore_is_of_the_last_run(data_dir, tmp_path, write_jsonl):

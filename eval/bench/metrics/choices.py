@@ -5,10 +5,7 @@ import random
 import re
 from collections.abc import Sequence
 
-from eval.bench.reading.letter import letter
 from eval.bench.reading.mentions import LETTERS
-
-__all__ = ["LETTERS", "letter", "paper_letter", "wrong_letter"]
 
 
 def paper_letter(response: str, options: Sequence[str], *, seed: str) -> tuple[str, bool]:

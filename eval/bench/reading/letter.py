@@ -24,7 +24,6 @@ _CIRCLED = str.maketrans({chr(0x2460 + i): f"({i + 1})" for i in range(9)})
 _LABEL = regex.compile(
     r"(?:(?<=^|\n|[:：;,、，]\s?)|(?<=[^\S\n]))[(（\[]?([A-J])\s?[.):：、．\]）][ \t]*(?=\S)"
 )
-_NUMBER = regex.compile(r"[(（\[]?\s*(\d)\s*[)）\].번]?")
 _SENTENCE = regex.compile(r"[!?。！？।॥။።؟\n]+|(?<!(?<![^\W\d_])[^\W\d_])\.(?=\s|$)")
 _DIGIT = regex.compile(r"\d(?![\p{Nd}\p{Latin}]|[.,]\d)")
 _CLOSED_DIGIT = regex.compile(r"\d(?=\s?[)\]번])")

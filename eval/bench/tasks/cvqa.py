@@ -9,6 +9,8 @@ from types import MappingProxyType
 
 from eval.bench import task
 from eval.bench.metrics import choices
+from eval.bench.reading.letter import letter
+from eval.bench.reading.mentions import LETTERS
 
 # The paper's name of the pair (Tables 8 and 9): (language, `Subset` of the hub).
 PAIRS = {
@@ -83,7 +85,7 @@ class Cvqa(task.Dataset):
             "id": str(row["ID"]),
             "question": row[f"{prefix}Question"],
             "options": options,
-            "answer": choices.LETTERS[label],
+            "answer": LETTERS[label],
             "images": [row["image"]],
         }
 
@@ -92,7 +94,7 @@ class Cvqa(task.Dataset):
 
     def prompt(self, document, subset, profile):
         row = document.row
-        options = "\n".join(f"{k}. {text}" for k, text in zip(choices.LETTERS, row["options"]))
+        options = "\n".join(f"{k}. {text}" for k, text in zip(LETTERS, row["options"]))
         return task.Prompt(
             f"Question: {row['question']} \n\n Options: {options} \n\n "
             "Answer with the option's letter from the given choices directly.",
@@ -113,7 +115,7 @@ def score_letter(dataset, document, response, subset, profile, *, options, gold)
         seed = f"{dataset.name}_{subset.name}/{document.id}"
         chosen, drawn = choices.paper_letter(response, options, seed=seed)
     else:
-        chosen = choices.letter(task.answer_text(response), options, subset.language)
+        chosen = letter(task.answer_text(response), options, subset.language)
     return dataset.mean_score(chosen, acc=chosen == gold, unreadable=drawn or chosen is None)
 
 

@@ -5,7 +5,7 @@ import re
 from types import MappingProxyType
 
 from eval.bench import task
-from eval.bench.metrics.choices import LETTERS
+from eval.bench.reading.mentions import LETTERS
 from eval.bench.tasks.cvqa import score_letter
 from pangea_jax import languages
 

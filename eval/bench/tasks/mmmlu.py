@@ -1,7 +1,8 @@
 """MMMLU: the 14,042 questions of MMLU in 14 translations, and in English, by log-likelihood (openai/MMMLU)."""
 
 from eval.bench.metrics import continuations
-from eval.bench.metrics.choices import LETTERS, wrong_letter
+from eval.bench.metrics.choices import wrong_letter
+from eval.bench.reading.mentions import LETTERS
 from eval.bench.task import Dataset, Generation, Prompt, Source, language_subsets, schema
 from pangea_jax import languages
 

@@ -7,8 +7,9 @@ import ast
 from types import MappingProxyType
 
 from eval.bench import task
-from eval.bench.metrics import choices, mmmu, numbers
-from eval.bench.metrics.choices import LETTERS
+from eval.bench.metrics import mmmu, numbers
+from eval.bench.reading.letter import letter
+from eval.bench.reading.mentions import LETTERS
 from eval.bench.reading.number import number
 from eval.bench.reading.text import clean
 from eval.bench.tasks.m3exam import numbered_pictures, place_images
@@ -76,7 +77,7 @@ class Xmmmu(task.Dataset):
                 chosen = mmmu.parse_multiple_choice(response, letters, named, seed=seed)
         else:
             text = task.answer_text(response)
-            chosen = choices.letter(text, row["options"], subset.language)
+            chosen = letter(text, row["options"], subset.language)
             unreadable = chosen is None
         return self.mean_score(chosen, acc=chosen == row["answer"], unreadable=unreadable)
 

@@ -32,7 +32,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     mask = MASKS[int(scales.value(args, points(arg), 0.0))]
     config.pipeline.loss_mask = mask
     if args["scale"] == "sample":
-        # In a conversation with one short answer, the wider mask trains about ten more tokens.
-        config.pipeline.max_targets = 80
+        # The wider mask trains about twelve more tokens of every turn.
+        config.pipeline.max_targets = config.pipeline.row_tokens
     config.title = f'Loss mask "{mask}"'
     return config

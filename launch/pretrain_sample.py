@@ -1,10 +1,9 @@
-"""Trains stage 1 of the sample model, on translations of names and on pictures named in English.
+"""Trains stage 1 of the sample model, on translations of names and on questions about pictures in English.
 
 python launch/pretrain_sample.py --config=configs/sample_stage1.py --workdir=runs/sample_stage1
 """
 
 import dataclasses
-from pathlib import Path
 
 if not __package__:  # run as a file of a clone
     import _clone  # noqa: F401
@@ -21,8 +20,10 @@ from pangea_jax.data.reader import CachedFeatures, Reader
 from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.model import params as model_params
 from pangea_jax.sample import emoji
+from pangea_jax.sample.conversations import Translations
 from pangea_jax.sample.features import frozen_features
 from pangea_jax.sample.pretraining import Stage1Config
+from pangea_jax.sample.sample_store import SampleStore
 from pangea_jax.train import optimizer as optim
 from pangea_jax.train.state import init_state
 from pangea_jax.train.step import make_train_step
@@ -33,10 +34,10 @@ WORKDIR = flags.DEFINE_string("workdir", "runs/sample_stage1", "Folder for the r
 
 
 class Lessons:
-    """A data source for Grain: translations, then pictures named in English, each as often as the config says."""
+    """A data source for Grain: translations, then English conversations about pictures, as often as the config says."""
 
     def __init__(self, store, config):
-        translations = emoji.Translations(config.languages)
+        translations = Translations(config.languages)
         pictures = mixture.choose(
             store.index,
             mixture.Mixture(
@@ -77,13 +78,19 @@ def train(config, workdir, mesh, state, step_fn, dataset, steps):
     return state
 
 
-def main(_):
-    config, workdir = CONFIG(), Path(WORKDIR.value)
+def main(argv):
+    common.no_arguments(argv)
+    workdir = common.local_folder(WORKDIR.value, "--workdir")
+    with common.only_run(workdir):
+        pretrain(CONFIG(), workdir)
+
+
+def pretrain(config, workdir):
     common.claim_workdir(workdir, config)
     common.use_compile_cache()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     model, feed = config.model, config.pipeline
-    store, tokenizer = emoji.open_store(), load_tokenizer(assets.EMOJI)
+    store, tokenizer = SampleStore(config.plan), load_tokenizer(assets.EMOJI)
     lessons = Lessons(store, config)
     steps = len(lessons) // feed.examples
     logging.info("%d examples, %d steps", len(lessons), steps)

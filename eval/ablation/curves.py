@@ -1,7 +1,7 @@
 """Draws the figures of a sweep, each as PNG and SVG."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,11 @@ from matplotlib.patches import Patch
 
 from eval.ablation import intervals
 from eval.ablation import paper as published
-from eval.ablation.intervals import ENGLISH, FLOOR, OTHERS, Sweep
+from eval.ablation.intervals import ENGLISH, OTHERS, Sweep
 from pangea_jax import languages
 from pangea_jax.figures import style as fig
-from pangea_jax.sample.scores import METRIC_TITLES, RANK_CHANCE
+from pangea_jax.sample.figures import CHANCE_LINE
+from pangea_jax.sample.scores import BLIND, BY_METRIC
 
 COLOURS = {ENGLISH: fig.BLUE, OTHERS: fig.ORANGE}
 LINES = {ENGLISH: ("o", "English"), OTHERS: ("s", "mean of the others")}
@@ -32,8 +33,14 @@ def draw(sweep: Sweep, out_dir: Path) -> dict[str, Path]:
         figures["popularity"] = plot_popularity
     if intervals.can_rank(sweep):
         figures["examples"] = plot_examples
+    paths = {}
     with fig.style():
-        return {name: fig.save(plot(sweep), out_dir / name)[0] for name, plot in figures.items()}
+        for name, plot in figures.items():
+            figure = plot(sweep)
+            if sweep.note:
+                figure.supxlabel(sweep.note, size=7, color=fig.VERMILION)
+            paths[name] = fig.save(figure, out_dir / name)[0]
+    return paths
 
 
 def plot_curve(sweep: Sweep) -> Figure:
@@ -73,7 +80,7 @@ def _curve_handles(sweep: Sweep, *, with_paper: bool) -> list[Line2D | Patch]:
         handles.append(Patch(color=fig.FAINT, **interval))
     else:
         handles.append(Line2D([], [], color=fig.MUTED, marker="|", ls="", ms=9, **interval))
-    if any(sweep.has(split, FLOOR + sweep.metric(split)) for split in sweep.splits):
+    if any(sweep.has(split, BLIND + sweep.metric(split)) for split in sweep.splits):
         line = {"ls": ":"} if joined else {"ls": "", "marker": "_"}
         handles.append(Line2D([], [], color=fig.MUTED, label="image-blind floor", **line))
     return handles
@@ -99,8 +106,8 @@ def _draw_points(axes: Axes, sweep: Sweep, split: str) -> None:
             aside = 0 if ordered else 0.06 if who == OTHERS else -0.06
             x = np.array([place + aside for place, *_ in rows])
             _draw_estimates(axes, x, [one for _, one, _ in rows], COLOURS[who], mark, joined)
-        if rows and sweep.has(split, FLOOR + metric):
-            blind = [intervals.scores(sweep, p, split, who, FLOOR + metric) for *_, p in rows]
+        if rows and sweep.has(split, BLIND + metric):
+            blind = [intervals.scores(sweep, p, split, who, BLIND + metric) for *_, p in rows]
             floor = 100 * np.array([np.mean(values) for values in blind])
             style = {"ls": ":"} if joined else {"ls": "", "marker": "_", "ms": 9}
             axes.plot(x, floor, color=COLOURS[who], linewidth=1.2, **style)
@@ -191,9 +198,11 @@ def plot_popularity(sweep: Sweep) -> Figure:
     point = intervals.natural_point(sweep)
     figure = Figure(figsize=(10.2, 3.9), layout="constrained")
     panels = figure.subplots(1, len(sweep.splits) + 1)
-    for panel, split in zip(panels, sweep.splits, strict=False):
-        pairs = intervals.relative(sweep, point, split)
-        _draw_pairs(panel, {"": pairs})
+    groups = [{"": intervals.relative(sweep, point, split)} for split in sweep.splits]
+    groups.append(published.POPULARITY)
+    for panel, split, drawn in zip(panels, sweep.splits, groups, strict=False):
+        pairs = drawn[""]
+        _draw_pairs(panel, drawn)
         title = _split_title(split, sweep.metric(split))
         if len(pairs) >= 4:
             title += "\n" + _draw_fit(panel, pairs)
@@ -203,6 +212,8 @@ def plot_popularity(sweep: Sweep) -> Figure:
     panels[-1].set_title(published.SOURCES[sweep.ablation])
     panels[-1].legend(loc="lower right", handletextpad=0.2)
     panels[0].set_ylabel("score (% of English)")
+    for panel, drawn in zip(panels, groups, strict=True):
+        _label_pairs(panel, drawn)
     return figure
 
 
@@ -210,11 +221,16 @@ def _draw_pairs(axes: Axes, groups: Mapping[str, Mapping[str, tuple[float, float
     for (name, pairs), colour, mark in zip(groups.items(), fig.PALETTE, MARKS, strict=False):
         x, y = zip(*pairs.values(), strict=True)
         axes.plot(x, y, mark, color=colour, ms=5, label=name)
-        for code, place in pairs.items():
-            axes.annotate(code, place, (4, 3), textcoords="offset points", size=7, color=colour)
     axes.set_xlim(left=0)
     axes.margins(x=0.1, y=0.1)
     axes.set_xlabel("examples (% of English)")
+
+
+def _label_pairs(axes: Axes, groups: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
+    """Writes the codes beside the points of `_draw_pairs`; the rest of the figure must be complete."""
+    coloured = zip(groups.values(), fig.PALETTE, strict=False)
+    points = [(*place, code, colour) for pairs, colour in coloured for code, place in pairs.items()]
+    fig.label_points(axes, points)
 
 
 def _draw_fit(axes: Axes, pairs: Mapping[str, tuple[float, float]]) -> str:
@@ -240,8 +256,7 @@ def plot_examples(sweep: Sweep) -> Figure:
             panel.plot(x, 100 * np.array(y), label=name, **style)
         rho = intervals.within_rho(table)
         text = f"ρ within a language {rho.mean:.2f} [{rho.low:.2f}, {rho.high:.2f}]"
-        if sweep.metric(split) == "rank_accuracy":
-            panel.axhline(100 * RANK_CHANCE, color=fig.INK, linewidth=0.8, ls=(0, (4, 3)))
+        _draw_chance(panel, sweep.metric(split))
         panel.set_xscale("log")
         panel.set_ylim(0, 101)
         panel.set_xlabel("examples in the language")
@@ -251,6 +266,63 @@ def plot_examples(sweep: Sweep) -> Figure:
     return figure
 
 
+def draw_together(sweeps: Sequence[Sweep], folder: Path) -> Path:
+    """Draws `plot_together` into the folder. Returns the path of the PNG; the SVG is beside it."""
+    with fig.style():
+        return fig.save(plot_together(sweeps), folder / "together")[0]
+
+
+def plot_together(sweeps: Sequence[Sweep]) -> Figure:
+    """One line for each sweep: the score of the languages but English against the examples per language.
+
+    Lines with marks and intervals are the mean over the languages that all sweeps have, so that only what else is
+    trained differs. Thin lines are the mean over all languages but English of a sweep.
+    """
+    codes = intervals.shared_languages(sweeps)
+    splits = [s for s in sweeps[0].splits if all(s in sweep.splits for sweep in sweeps)]
+    figure = Figure(figsize=(10.2, 3.9), layout="constrained")
+    panels = figure.subplots(1, len(splits), sharey=True, squeeze=False)[0]
+    for panel, split in zip(panels, splits, strict=True):
+        places = set()
+        for sweep, colour, mark in zip(sweeps, fig.PALETTE, MARKS, strict=False):
+            x, shared = zip(*intervals.by_mean_examples(sweep, split, codes), strict=True)
+            _draw_estimates(panel, np.array(x), shared, colour, mark, joined=len(x) > 1)
+            others = [code for code in sweep.languages if code != "en"]
+            x, all_of_them = zip(*intervals.by_mean_examples(sweep, split, others), strict=True)
+            panel.plot(
+                x, [100 * one.mean for one in all_of_them], color=colour, linewidth=0.9, ls=":"
+            )
+            places |= set(x)
+        _draw_chance(panel, sweeps[0].metric(split))
+        panel.set_xscale("log")
+        panel.set_xticks(sorted(places), [f"{x:,.0f}" for x in sorted(places)])
+        panel.minorticks_off()
+        panel.set_ylim(0, 101)
+        panel.set_xlabel("examples per language")
+        panel.set_title(_split_title(split, sweeps[0].metric(split)))
+    panels[0].set_ylabel("percent")
+    handles = _together_handles(sweeps, len(codes))
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+    return figure
+
+
+def _together_handles(sweeps: Sequence[Sweep], shared: int) -> list[Line2D | Patch]:
+    handles: list[Line2D | Patch] = [
+        Line2D([], [], color=colour, marker=mark, ms=4.5, label=f"{len(sweep.languages)} languages")
+        for sweep, colour, mark in zip(sweeps, fig.PALETTE, MARKS, strict=False)
+    ]
+    handles.append(Line2D([], [], color=fig.MUTED, ls="-", label=f"mean of the {shared} shared"))
+    handles.append(Line2D([], [], color=fig.MUTED, ls=":", label="mean of all but English"))
+    handles.append(Patch(color=fig.FAINT, label="95 % interval"))
+    handles.append(Line2D([], [], label="chance", **CHANCE_LINE))
+    return handles
+
+
+def _draw_chance(axes: Axes, metric: str) -> None:
+    if metric in BY_METRIC:
+        axes.axhline(100 * BY_METRIC[metric].chance, **CHANCE_LINE)
+
+
 def _split_title(split: str, metric: str) -> str:
     name = split.replace("_", " ")
-    return f"{name}: rank accuracy" if metric in METRIC_TITLES else name
+    return f"{name}: rank accuracy" if metric in BY_METRIC else name

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from pangea_jax.sample.scores import wilson_interval
+from pangea_jax.sample.scores import BLIND, wilson_interval
 
 SWEEP_FILE, RESULTS_FILE = "sweep.json", "results.json"
 BENCH_FOLDER = "pangeabench"  # where eval/run.py writes for a run that does not evaluate itself
 ENGLISH, OTHERS = "english", "multilingual"
 METRICS = ("rank_accuracy", "score")
-FLOOR = "image_blind_"
 DRAWS = 2000
+NUM_LANGUAGES = "ablate_num_languages"  # its designs are sweeps to compare with each other
 # These ablations vary a number. In the others, each point is a method.
-ORDERED = ("ablate_en_ratio", "ablate_language_popularity", "ablate_num_samples")
+ORDERED = ("ablate_en_ratio", "ablate_language_popularity", "ablate_num_samples", NUM_LANGUAGES)
 
 
 class SweepError(ValueError):
@@ -48,7 +48,19 @@ class Run:
 
     @property
     def examples(self) -> dict[str, int]:
+        """Number of examples per language that were trained on, repeats included."""
+        return (self.results.get("seen") or self.results["mixture"])["examples_per_language"]
+
+    @property
+    def drawn(self) -> dict[str, int]:
+        """Number of examples per language that the mixture chose."""
         return self.results["mixture"]["examples_per_language"]
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the run ended more than a step before all chosen examples were seen."""
+        seen = sum(self.examples.values())
+        return seen + seen / max(1, self.results["steps"]) < sum(self.drawn.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +71,7 @@ class Sweep:
       ablation: stem of the config, such as "ablate_en_ratio".
       points: name -> quantity varied, in order.
       missing: names of the runs that are not finished.
+      note: what the sweep cannot show, because its runs were shortened; "" for a complete one.
     """
 
     directory: Path
@@ -70,6 +83,7 @@ class Sweep:
     points: dict[str, float]
     runs: tuple[Run, ...]
     missing: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def is_ordered(self) -> bool:
@@ -100,7 +114,9 @@ class Sweep:
         return tuple(run for run in self.runs if run.point == point)
 
     def has(self, split: str, metric: str) -> bool:
-        return metric in next(iter(self.runs[0].results["splits"][split]["languages"].values()))
+        """Whether a run has this score. Runs from before a score existed do not have it."""
+        rows = (run.results["splits"][split]["languages"].values() for run in self.runs)
+        return any(metric in row for row in itertools.chain.from_iterable(rows))
 
     def metric(self, split: str) -> str:
         """The main metric of a split."""
@@ -146,8 +162,7 @@ def load(directory: Path) -> Sweep:
         )
     fields = {k: plan[k] for k in ("ablation", "command", "design", "question", "axis", "points")}
     sweep = Sweep(directory, **fields, runs=tuple(runs), missing=tuple(missing))
-    check(sweep)
-    return sweep
+    return dataclasses.replace(sweep, note=check(sweep))
 
 
 def _json(path: Path) -> Any:
@@ -193,13 +208,22 @@ def bench_splits(bench: Mapping[str, Any]) -> dict[str, dict]:
     return splits
 
 
-def check(sweep: Sweep) -> None:
+def check(sweep: Sweep) -> str:
     """Checks that every run has the examples and steps of the design, so that only one quantity varies.
 
+    Returns:
+      A note, if the runs were shortened, for example with --config.steps; else "".
+
     Raises:
-      SweepError: a run differs; the message names it.
+      SweepError: a run of a complete sweep differs; the message names it.
     """
     largest = max(sweep.runs, key=lambda run: run.x)
+    if largest.is_cut:
+        seen, drawn = (sum(found.values()) for found in (largest.examples, largest.drawn))
+        return (
+            f"Shortened runs: {largest.point} saw {seen:,} of its {drawn:,} examples, so the points differ less "
+            "than their names say."
+        )
     for run in sweep.runs:
         for quantity, value, expected in _fixed(sweep, run, largest):
             if value != expected:
@@ -207,18 +231,20 @@ def check(sweep: Sweep) -> None:
                     f"{sweep.directory}: {run.point} with seed {run.seed} has {quantity} {value}, "
                     f"expected {expected} as in {largest.point}: these are not runs of one sweep"
                 )
+    return ""
 
 
 def _fixed(sweep: Sweep, run: Run, largest: Run):
     """(quantity, its value, the expected value) for all that the design keeps fixed."""
-    total, most = sum(run.examples.values()), sum(largest.examples.values())
+    total, most = sum(run.drawn.values()), sum(largest.drawn.values())
     steps, longest = run.results["steps"], largest.results["steps"]
-    per_step = ("examples a step", round(total / steps), round(most / longest))
+    seen = [sum(one.examples.values()) for one in (run, largest)]
+    per_step = ("examples a step", round(seen[0] / steps), round(seen[1] / longest))
     if sweep.design == "fixed_multilingual":
-        others = [{c: n for c, n in one.examples.items() if c != "en"} for one in (run, largest)]
+        others = [{c: n for c, n in one.drawn.items() if c != "en"} for one in (run, largest)]
         yield "other languages' examples", *others
         yield per_step
-    elif sweep.design == "separate":
+    elif sweep.design == "separate" or sweep.ablation == NUM_LANGUAGES:
         yield "examples", total, round(run.x / largest.x * most)
         yield per_step
     elif sweep.design == "one_run":
@@ -230,9 +256,9 @@ def _fixed(sweep: Sweep, run: Run, largest: Run):
 
 
 def scores(sweep: Sweep, point: str, split: str, who: str, metric: str) -> tuple[float, ...]:
-    """The score of each seed, in [0, 1]; empty if `who` has no score."""
+    """The score of each seed that has it, in [0, 1]."""
     rows = [run.row(split, who) for run in sweep.at(point)]
-    return tuple(row[metric] for row in rows if row)
+    return tuple(row[metric] for row in rows if row and metric in row)
 
 
 def trials(sweep: Sweep, split: str, who: str) -> int:
@@ -298,7 +324,7 @@ def above_floor(sweep: Sweep, point: str, split: str, who: str) -> Estimate:
     """The main score minus its image-blind floor."""
     metric = sweep.metric(split)
     seen = scores(sweep, point, split, who, metric)
-    blind = scores(sweep, point, split, who, FLOOR + metric)
+    blind = scores(sweep, point, split, who, BLIND + metric)
     return difference(seen, blind, trials(sweep, split, who))
 
 
@@ -347,6 +373,26 @@ def by_examples(sweep: Sweep, split: str) -> dict[str, list[tuple[int, float]]]:
         if mine := scores(sweep, point, split, code, metric):
             table[code].append((sweep.at(point)[0].examples.get(code, 0), float(np.mean(mine))))
     return {code: sorted(rows) for code, rows in table.items()}
+
+
+def shared_languages(sweeps: Sequence[Sweep]) -> tuple[str, ...]:
+    """The languages but English that all sweeps have scores of."""
+    common = set.intersection(*(set(sweep.languages) for sweep in sweeps)) - {"en"}
+    return tuple(sorted(common))
+
+
+def by_mean_examples(
+    sweep: Sweep, split: str, codes: Sequence[str]
+) -> list[tuple[float, Estimate]]:
+    """(examples per language, the mean score) of the languages `codes` at every finished point."""
+    metric, found = sweep.metric(split), []
+    for point in sweep.finished:
+        runs = sweep.at(point)
+        means = [np.mean([run.row(split, code)[metric] for code in codes]) for run in runs]
+        examples = np.mean([runs[0].examples.get(code, 0) for code in codes])
+        one = estimate([float(mean) for mean in means], trials(sweep, split, codes[0]))
+        found.append((float(examples), one))
+    return found
 
 
 def natural_point(sweep: Sweep) -> str | None:

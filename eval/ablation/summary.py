@@ -4,17 +4,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval.ablation import intervals
-from eval.ablation.intervals import ENGLISH, FLOOR, OTHERS, Estimate, Sweep
+from eval.ablation.intervals import ENGLISH, NUM_LANGUAGES, OTHERS, Estimate, Sweep
 from pangea_jax import languages
 from pangea_jax.figures import markdown as md
+from pangea_jax.sample.scores import BLIND, SCORES, Score
 
+MISSING = "–"  # a run from before a score existed
 WHO = {ENGLISH: "English", OTHERS: "the mean of the others"}
 CAPTIONS = {
     "curve": "Scores at every point with their intervals. The paper's curve, if there is one, has its own axis.",
     "languages": "The score of every language at every point.",
     "popularity": "Share of the examples against score, both relative to English.",
     "examples": "Each language's score against its own number of examples.",
+    "together": "The score of the languages that all sweeps share, against the examples of each language.",
 }
+TOGETHER = (
+    "Every language of a sweep has the same number of examples. To compare sweeps, the score is the mean over the "
+    "languages other than English that all of them have: {}. If it depends on the examples per language alone, the "
+    "curves lie on each other, and more examples would help. If more languages have a lower curve, the model is too "
+    "small for them, or they disturb each other."
+)
 ONE_SEED = (
     "Intervals (95 %) are Wilson's over the questions of the one seed. The mean over languages counts each "
     "picture once, not once a language. Another seed may differ by more than these intervals."
@@ -52,6 +61,7 @@ def summary(sweep: Sweep, figures: Mapping[str, str], *, heading: str = "#") -> 
         f"{len(sweep.finished)} of {len(sweep.points)} points, "
         + ("one seed." if seeds == 1 else f"{seeds} seeds.")
         + (f" Not finished: {', '.join(sweep.missing)}." if sweep.missing else ""),
+        *([f"**{sweep.note}**"] if sweep.note else []),
         f"**The question of this design.** {sweep.question}",
         (ONE_SEED if seeds == 1 else SEVERAL_SEEDS.format(seeds))
         + " No interval is corrected for the number of comparisons.",
@@ -59,16 +69,18 @@ def summary(sweep: Sweep, figures: Mapping[str, str], *, heading: str = "#") -> 
     parts += [f"![{CAPTIONS[name]}]({path})" for name, path in figures.items()]
     for split in sweep.splits:
         parts += [f"{heading}# {_upper(split.replace('_', ' '))}", _scores_table(sweep, split)]
+        parts += _tasks_table(sweep, split)
         parts += ["\n".join(f"- {line}" for line in findings(sweep, split))]
     same = "Every point has the same number of examples and of steps (checked)."
-    text = f"The examples drawn with the first seed. {FIXED.get(sweep.design, same)}"
+    checked = "" if sweep.note else f" {FIXED.get(sweep.design, same)}"
+    text = f"The examples trained on with the first seed.{checked}"
     parts += [f"{heading}# Examples per language", text, _mixture_table(sweep)]
     return "\n\n".join(parts) + "\n"
 
 
 def _scores_table(sweep: Sweep, split: str) -> str:
     metric = sweep.metric(split)
-    titles = {metric: "", FLOOR + metric: " blind", "exact_match": " exact"}
+    titles = {metric: "", BLIND + metric: " blind", "exact_match": " exact"}
     columns = [
         (who, m)
         for who in WHO
@@ -82,7 +94,7 @@ def _scores_table(sweep: Sweep, split: str) -> str:
         row = [_x(sweep, point)]
         for who, m in columns:
             values = intervals.scores(sweep, point, split, who, m)
-            row.append("")
+            row.append(MISSING)
             if values:
                 one = intervals.estimate(values, intervals.trials(sweep, split, who))
                 low, high = max(0, 100 * one.low), min(100, 100 * one.high)
@@ -91,12 +103,40 @@ def _scores_table(sweep: Sweep, split: str) -> str:
     return "\n".join(md.table([sweep.axis, *names], rows))
 
 
+def _tasks_table(sweep: Sweep, split: str) -> list[str]:
+    """The scores that `_scores_table` does not show, each with its floor; nothing if no run has them."""
+    shown = (sweep.metric(split), "exact_match")
+    tasks = [s for s in SCORES if s.metric not in shown and sweep.has(split, s.metric)]
+    if not tasks:
+        return []
+    columns = [(who, task) for who in WHO for task in tasks]
+    names = [f"{'English' if who == ENGLISH else 'others'}: {task.name}" for who, task in columns]
+    rows = [
+        [_x(sweep, point), *(_with_floor(sweep, point, split, who, task) for who, task in columns)]
+        for point in sweep.finished
+    ]
+    chances = ", ".join(f"{task.name} {100 * task.chance:.0f} %" for task in tasks)
+    text = f"The other kinds of questions, with their image-blind floors in brackets. Chance: {chances}."
+    return [text, "\n".join(md.table([sweep.axis, *names], rows))]
+
+
+def _with_floor(sweep: Sweep, point: str, split: str, who: str, task: Score) -> str:
+    found = [
+        intervals.scores(sweep, point, split, who, name)
+        for name in (task.metric, BLIND + task.metric)
+    ]
+    score, floor = (
+        f"{100 * sum(values) / len(values):.1f}" if values else MISSING for values in found
+    )
+    return MISSING if score == MISSING else f"{score} ({floor})"
+
+
 def findings(sweep: Sweep, split: str) -> list[str]:
     """One sentence a fact. It names a direction only if the interval of the difference excludes 0."""
     lines, metric = [], sweep.metric(split)
     for who, name in WHO.items():
         points = [p for p in sweep.finished if intervals.scores(sweep, p, split, who, metric)]
-        if sweep.has(split, FLOOR + metric) and points:
+        if sweep.has(split, BLIND + metric) and points:
             lines.append(_floor_sentence(sweep, split, who, name, points))
         if len(points) > 1 and sweep.design != "rotate":
             lines += _point_sentences(sweep, split, who, name, points)
@@ -185,8 +225,12 @@ def _x(sweep: Sweep, point: str) -> str:
 
 
 def _list(sweep: Sweep, points: Sequence[str]) -> str:
-    *names, last = (_x(sweep, point) for point in points)
-    return f"{', '.join(names)} and {last}" if names else last
+    return _list_names([_x(sweep, point) for point in points])
+
+
+def _list_names(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _plain(one: Estimate) -> str:
@@ -211,7 +255,33 @@ def write_document(sweeps: Sequence[Sweep], page: Path) -> None:
         folder = f"{sweep.ablation.removeprefix('ablate_')}_{sweep.design}"
         figures = _draw(sweep, page.parent / "figures" / folder, page.parent)
         sections.append(summary(sweep, figures, heading="##"))
+    together = [sweep for sweep in sweeps if sweep.ablation == NUM_LANGUAGES]
+    if len(together) > 1:
+        sections.append(_together(together, page.parent))
     page.write_text("\n".join([HEAD, *sections]), encoding="utf-8")
+
+
+def _together(sweeps: Sequence[Sweep], page_folder: Path) -> str:
+    """The section that compares sweeps with different numbers of languages."""
+    from eval.ablation import curves  # here alone, as in `_draw`
+
+    png = curves.draw_together(sweeps, page_folder / "figures" / "num_languages")
+    codes = intervals.shared_languages(sweeps)
+    parts = [
+        "## Num languages, together",
+        TOGETHER.format(_list_names([languages.get(code).english_name for code in codes])),
+        f"![{CAPTIONS['together']}]({png.relative_to(page_folder).as_posix()})",
+    ]
+    for split in (s for s in sweeps[0].splits if all(s in sweep.splits for sweep in sweeps)):
+        rows = []
+        for sweep in sweeps:
+            for examples, one in intervals.by_mean_examples(sweep, split, codes):
+                low, high = max(0, 100 * one.low), min(100, 100 * one.high)
+                score = f"{100 * one.mean:.1f} [{low:.1f}, {high:.1f}]"
+                rows.append([str(len(sweep.languages)), f"{examples:,.0f}", score])
+        head = ["languages", "examples per language", "score of the shared languages"]
+        parts += [f"### {_upper(split.replace('_', ' '))}", "\n".join(md.table(head, rows))]
+    return "\n\n".join(parts) + "\n"
 
 
 def _draw(sweep: Sweep, folder: Path, page_folder: Path) -> dict[str, str]:

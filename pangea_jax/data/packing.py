@@ -93,6 +93,8 @@ def plan_batches(
 ) -> Plan:
     """Batches of `examples` shuffled examples each, spread evenly over their `rows` rows.
 
+    A batch has one example of each of `examples` classes of length, so that all batches are about
+    equally long and little room is wasted.
     If a batch has too many long examples by chance, it exchanges its largest example for the
     smallest one of the next batches, until it fits.
 
@@ -102,8 +104,11 @@ def plan_batches(
     Raises:
       ValueError: the examples do not fit the rows, even after all exchanges.
     """
-    order = np.random.default_rng(seed).permutation(np.flatnonzero(sizes[:, 0] > 0))
-    batches = order[: len(order) // examples * examples].reshape(-1, examples).tolist()
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(np.flatnonzero(sizes[:, 0] > 0))
+    order = order[: len(order) // examples * examples]
+    classes = order[np.argsort(sizes[order, 0], kind="stable")].reshape(examples, -1)
+    batches = rng.permuted(classes, axis=1).T.tolist()
     of = sizes.tolist()
     packed = [balance([of[i] for i in batch], rows, capacity) for batch in batches]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pangea_jax.sample.emoji import SIZE
-from pangea_jax.sample.sources import ARTISTS, CLDR_PACKAGE, CLDR_VERSION, Artist
+from pangea_jax.sample.sources import ARTISTS, CLDR_PACKAGE, CLDR_VERSION, TOWER_ARTISTS, Artist
 
 _LICENCES = {
     "Apache-2.0": ("Apache License, Version 2.0", "https://www.apache.org/licenses/LICENSE-2.0"),
@@ -51,14 +51,18 @@ _TERMS = {
 }
 
 
-def credit(artist: Artist) -> str:
+_IN_SAMPLE = f"a selection, rasterised from SVG to {SIZE} x {SIZE} pixels, lossless WebP."
+_IN_TOWER = "rasterised from SVG, trained on as random views; the weights hold no drawing."
+
+
+def credit(artist: Artist, changed: str = _IN_SAMPLE) -> str:
     """The attribution of one set: title, author, source, licence and changes."""
     name, url = _LICENCES[artist.spdx]
     return (
         f"{artist.title} by {artist.author} ({artist.url}).\n"
         f"Licence: {name} ({artist.spdx}, {url}).\n"
         f"Source: npm package {artist.package} {artist.version}.\n"
-        f"Changed: a selection, rasterised from SVG to {SIZE} x {SIZE} pixels, lossless WebP.\n"
+        f"Changed: {changed}\n"
     )
 
 
@@ -69,6 +73,7 @@ def write(directory: Path, cldr_licence: str) -> None:
         (directory / f"images_{artist.id}" / "LICENSE.md").write_text(text, encoding="utf-8")
     (directory / "LICENSE-Unicode-3.0.txt").write_text(cldr_licence, encoding="utf-8")
     credits = "\n".join(f"## `images_{a.id}/`\n\n{credit(a)}" for a in ARTISTS)
+    learned = "\n".join(f"### {a.title}\n\n{credit(a, _IN_TOWER)}" for a in TOWER_ARTISTS)
     notice = f"""\
 # Sources of the embedded sample
 
@@ -76,11 +81,18 @@ The drawings keep the licences of their artists; each `images_*` folder has its 
 Only `images_openmoji/` is share-alike.
 
 {credits}
-## `concepts.json`, `records/`, `tokenizer.model`
+## `concepts.parquet`, `tokenizer.model`
 
-Emoji names: Unicode CLDR annotations, Copyright © Unicode, Inc., licensed under the Unicode
+Emoji names and keywords: Unicode CLDR annotations, Copyright © Unicode, Inc., licensed under the Unicode
 License v3 (Unicode-3.0, `LICENSE-Unicode-3.0.txt`). Taken from the npm package {CLDR_PACKAGE}
-{CLDR_VERSION}; changed: a selection, names cleaned, put into questions and answers. The questions
-are part of this project (Apache-2.0).
+{CLDR_VERSION}; changed: a selection, names and keywords cleaned. The vocabulary is trained on them and
+on the questions, which are part of this project (Apache-2.0).
+
+## The vision tower, `../sample_model/tower.safetensors`
+
+`launch/pretrain_tower.py` trained it to recognise the drawings of ten sets. Six of them are not part
+of this project and were used for this only. OpenMoji and EmojiOne 1.5 are share-alike.
+
+{learned.rstrip()}
 """
     (directory / "NOTICE.md").write_text(notice, encoding="utf-8")

@@ -1,4 +1,6 @@
-"""The sources of the embedded sample: emoji names of Unicode CLDR and five sets of artwork.
+"""The sources of the embedded sample: emoji names of Unicode CLDR and sets of artwork.
+
+`ARTISTS` drew the sample. The vision tower learns from `TOWER_ARTISTS`, of whom some are not in the sample.
 
 They are npm packages of fixed versions, read from their archives. Each package must state the
 licence that `NOTICE.md` gives.
@@ -12,6 +14,7 @@ import subprocess
 import tarfile
 import unicodedata
 from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +27,15 @@ from pangea_jax.sample.emoji import SIZE, Concept
 
 CATEGORIES = {"Animals & Nature": "animals", "Food & Drink": "food"}
 """Unicode emoji group -> category of the records."""
+
+PLANTS = frozenset("💐🌸💮🪷🏵🌹🥀🌺🌻🌼🌷🪻🌱🪴🌲🌳🌴🌵🌾🌿☘🍀🍁🍂🍃🍄🪾")
+"""The animals & nature that are plants: Unicode's subgroups plant-flower and plant-other.
+
+They are listed, because the packages have groups only. The two nests of plant-other are left out.
+"""
+
+MAX_KEYWORDS = 4
+"""Keywords of a concept in a language. More would make answers long, and the package large."""
 
 
 class SourceError(RuntimeError):
@@ -62,6 +74,24 @@ ARTISTS = (
     Artist("twemoji", "@iconify-json/twemoji", "1.2.5", "Twemoji", "Twitter, Inc. and other contributors",
         "https://github.com/jdecked/twemoji", "CC-BY-4.0"),
 )  # fmt: skip
+
+TOWER_ARTISTS = (
+    *ARTISTS[:4],
+    Artist("noto_v1", "@iconify-json/noto-v1", "1.2.5", "Noto Emoji, first version", "Google Inc.",
+        "https://github.com/googlefonts/noto-emoji", "Apache-2.0"),
+    Artist("fluent_shaded", "@iconify-json/fluent-emoji", "1.2.7", "Fluent Emoji (colour)",
+        "Microsoft Corporation", "https://github.com/microsoft/fluentui-emoji", "MIT"),
+    Artist("fluent_contrast", "@iconify-json/fluent-emoji-high-contrast", "1.2.6",
+        "Fluent Emoji (high contrast)", "Microsoft Corporation",
+        "https://github.com/microsoft/fluentui-emoji", "MIT"),
+    Artist("emojione_v1", "@iconify-json/emojione-v1", "1.2.3", "EmojiOne 1.5", "EmojiOne",
+        "https://github.com/joypixels/emojione-legacy", "CC-BY-SA-4.0"),
+    Artist("emojione_mono", "@iconify-json/emojione-monotone", "1.2.1", "EmojiOne 2.2 (one colour)",
+        "EmojiOne", "https://github.com/EmojiTwo/emojitwo", "CC-BY-4.0"),
+    Artist("fxemoji", "@iconify-json/fxemoji", "1.2.2", "FxEmojis", "Mozilla",
+        "https://github.com/mozilla/fxemoji", "Apache-2.0"),
+)  # fmt: skip
+"""No set by or after Twemoji is among them, because Twemoji is the test."""
 
 # EmojiOne's icons are matched by name. Its `cricket` is the game, not the insect.
 _HOMONYMS = frozenset({("emojione", "cricket")})
@@ -107,13 +137,19 @@ class Package:
         return json.loads(self.text(name))
 
 
-def fetch(packages: Path) -> None:
+SAMPLE_PACKAGES = ((CLDR_PACKAGE, CLDR_VERSION), *((a.package, a.version) for a in ARTISTS))
+"""Name and version of the packages from which the sample is built."""
+
+
+def fetch(packages: Path, wanted: Collection[tuple[str, str]] = SAMPLE_PACKAGES) -> None:
     """Downloads the archives that `packages` lacks, with `npm pack`.
+
+    Args:
+      wanted: name and version of each package.
 
     Raises:
       SourceError: npm is not installed or fails.
     """
-    wanted = [(CLDR_PACKAGE, CLDR_VERSION), *((a.package, a.version) for a in ARTISTS)]
     missing = [f"{p}@{v}" for p, v in wanted if not (packages / archive_name(p, v)).is_file()]
     if not missing:
         return
@@ -145,17 +181,21 @@ class Artwork:
 
     @cached_property
     def icons(self) -> dict[str, Any]:
-        return self._package.json("icons.json")
+        return {"aliases": {}} | self._package.json("icons.json")
 
     @cached_property
     def name_of_codepoint(self) -> dict[str, str]:
-        """Hexadecimal code points, joined by `-`, -> icon name; empty for EmojiOne."""
+        """Hexadecimal code points, joined by `-`, -> icon name; empty for sets that have none."""
         return self._package.json("chars.json")
 
     @cached_property
     def groups(self) -> dict[str, list[str]]:
         """Emoji group -> icon names."""
         return self._package.json("metadata.json")["categories"]
+
+    def is_transformed(self, name: str) -> bool:
+        """Whether the icon is another one flipped or turned; `svg` cannot draw those."""
+        return bool(self.icons["aliases"].get(name, {}).keys() & {"hFlip", "vFlip", "rotate"})
 
     def icon(self, codepoint: str, fallback_name: str) -> str | None:
         """The icon name of a code point, or `fallback_name` if the set has no code points."""
@@ -200,7 +240,7 @@ def encode(image: Image.Image) -> bytes:
 
 
 class Annotations:
-    """The emoji names of Unicode CLDR."""
+    """The emoji names and keywords of Unicode CLDR."""
 
     def __init__(self, packages: Path):
         self._package = Package(packages, CLDR_PACKAGE, CLDR_VERSION)
@@ -209,16 +249,27 @@ class Annotations:
 
     def short_names(self, language: str) -> dict[str, str]:
         """Emoji -> short name (`tts`) of CLDR, without names that CLDR marks as inherited."""
-        annotations = self._package.json(f"annotations/{language}/annotations.json")
-        entries = annotations["annotations"]["annotations"]
-        names = {char: entry["tts"][0] for char, entry in entries.items() if "tts" in entry}
+        entries = self._entries(language).items()
+        names = {char: entry["tts"][0] for char, entry in entries if "tts" in entry}
         return {char: name for char, name in names.items() if "↑" not in name}
+
+    def keywords(self, language: str) -> dict[str, list[str]]:
+        """Emoji -> keywords (`default`) of CLDR, in CLDR's order, without inherited ones."""
+        return {
+            char: [word for word in entry.get("default", ()) if "↑" not in word]
+            for char, entry in self._entries(language).items()
+        }
+
+    def _entries(self, language: str) -> dict[str, dict[str, list[str]]]:
+        annotations = self._package.json(f"annotations/{language}/annotations.json")
+        return annotations["annotations"]["annotations"]
 
 
 # Hindi and Bengali list synonyms after a comma. In other languages a comma belongs to the name
 # (Ukrainian: "bowl, from which steam rises").
 _SYNONYMS_AFTER_COMMA = ("hi", "bn")
 _ZERO_WIDTH = "\u200b\u200c\u200d\u200e\u200f\ufeff"
+_COMMAS = frozenset(",،、，;")
 _GLOSS = re.compile(r"\s*\([^)]*\)$")
 
 
@@ -242,6 +293,22 @@ def clean_names(names: dict[str, str], language: str) -> dict[str, str]:
         char: name if count[name] == 1 else unicodedata.normalize("NFC", names[char]).strip()
         for char, name in cleaned.items()
     }
+
+
+def clean_keywords(keywords: Iterable[str], name: str, language: str) -> tuple[str, ...]:
+    """The first `MAX_KEYWORDS` distinct keywords, cleaned like names.
+
+    Args:
+      name: the cleaned name; it is no keyword. Capitals make no difference.
+    """
+    cleaned = {}
+    for keyword in keywords:
+        word = clean_name(keyword, language)
+        # Answers list keywords with commas, so a comma within one would make two of it.
+        if word and not _COMMAS & set(word):
+            cleaned.setdefault(word.casefold(), word)
+    cleaned.pop(name.casefold(), None)
+    return tuple(cleaned.values())[:MAX_KEYWORDS]
 
 
 def select_concepts(annotations: Annotations, artworks: dict[str, Artwork]) -> list[Concept]:
@@ -270,7 +337,17 @@ def select_concepts(annotations: Annotations, artworks: dict[str, Artwork]) -> l
         doubles = [name for name, n in Counter(by_char.values()).items() if n > 1]
         if doubles:
             raise SourceError(f"names used twice in {language}: {', '.join(doubles)}")
+    keywords = {language: annotations.keywords(language) for language in languages.EMOJI}
     return [
-        Concept(cp, char, drawn[cp], {language: n[char] for language, n in cleaned.items()})
+        Concept(
+            cp,
+            char,
+            "plants" if char in PLANTS else drawn[cp],
+            {language: n[char] for language, n in cleaned.items()},
+            {
+                language: clean_keywords(words[char], cleaned[language][char], language)
+                for language, words in keywords.items()
+            },
+        )
         for cp, char in chars.items()
     ]

@@ -1,10 +1,12 @@
-"""AdamW or Adafactor with warm-up and cosine decay; learning rates depend on parameter names."""
+"""AdamW, Adafactor or Muon with warm-up and cosine decay; learning rates depend on parameter names."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 
 import optax
+from optax import contrib
 
 from pangea_jax.model import params as model_params
 
@@ -14,9 +16,10 @@ class OptimizerConfig:
     """Hyper-parameters; the defaults are Pangea's fine-tuning stage (paper, Table 1 and section 4.1).
 
     Attributes:
-      name: `adamw` or `adafactor` (Shazeer and Stern 2018). Adafactor keeps only the row and column means of a kernel's
-        second moments and no first moments: 4 bytes per parameter instead of Adam's 12. The relative step of its paper
-        is off, so learning rates mean the same as Adam's.
+      name: `adamw`, `adafactor` (Shazeer and Stern 2018) or `muon` (Jordan et al. 2024). Adafactor keeps only the row
+        and column means of a kernel's second moments and no first moments: 4 bytes per parameter instead of Adam's 12.
+        The relative step of its paper is off, so learning rates mean the same as Adam's. Muon makes the steps of
+        kernels orthogonal; Adam takes the other parameters.
       mu_dtype: dtype of Adam's first moments; None is that of the parameters. bfloat16 saves 2 bytes per parameter.
       lr_scale: (pattern, factor) pairs. The factor multiplies the learning rate of the parameters that the pattern
         fully matches; the first match counts. Pangea's tower learns at a tenth: (("vision\\..*", 0.1),).
@@ -91,7 +94,51 @@ def _adafactor(config):
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
 
 
-_SCALERS = {"adamw": _adam, "adafactor": _adafactor}
+def _muon(config):
+    kernels = optax.chain(
+        contrib.scale_by_muon(weight_dimension_numbers=_kernel_axes), optax.stateless(_like_adam)
+    )
+    return optax.partition(
+        {"kernel": kernels, "other": _adam(config)},
+        lambda params: {n: "kernel" if _KERNEL.search(n) else "other" for n in params},
+    )
+
+
+# Kernels between hidden layers, and the letters of their axes. The head is an embedding turned around.
+_KERNEL = re.compile(r"(?<!head)_kernel_([a-z]+)$")
+
+
+def _kernel_axes(params):
+    """Which axes of each kernel go in and which go out; an axis before them counts the layers."""
+
+    def axes(name, kernel):
+        letters = _KERNEL.search(name)[1]
+        ends = range(kernel.ndim - len(letters), kernel.ndim)
+        inputs = len(letters) - 1 if letters.endswith("d") else 1
+        return contrib.MuonDimensionNumbers(tuple(ends[:inputs]), tuple(ends[inputs:]))
+
+    # `partition` hides the parameters of other transformations, which then have no axes.
+    return {n: axes(n, x) if hasattr(x, "ndim") else x for n, x in params.items()}
+
+
+def _like_adam(updates, _):
+    """Scales orthogonal steps to a root mean square of 0.2, which is usual for Adam's.
+
+    As in Liu et al. 2025 (arXiv:2502.16982). So learning rate and decay mean the same as Adam's.
+    """
+
+    def scale(step, axes):
+        longer = max(
+            math.prod(step.shape[axis] for axis in side)
+            for side in (axes.reduction_axis, axes.output_axis)
+        )
+        return 0.2 * longer**0.5 * step
+
+    axes = _kernel_axes(updates)
+    return {n: scale(x, axes[n]) if hasattr(x, "ndim") else x for n, x in updates.items()}
+
+
+_SCALERS = {"adamw": _adam, "adafactor": _adafactor, "muon": _muon}
 
 
 def _decays(params):

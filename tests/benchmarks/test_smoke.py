@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import attention, curation, decode, full_size, input_pipeline, peer, sample_run
+from benchmarks import (
+    attention,
+    curation,
+    decode,
+    full_size,
+    input_pipeline,
+    peer,
+    sample_records,
+    sample_run,
+    sample_step,
+)
 from configs import pangea_7b_finetune
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +107,17 @@ def test_input_pipeline(run):
     said = run(input_pipeline, *flags, "--workers=0", "--seconds=1", "--examples=20")
     assert "64 records generated" in said and ("ratio " in said) == bool(peer_too)
     assert "8192" in said and "resident memory" in said
+
+
+def test_sample_records(run):
+    said = run(sample_records, "--examples=40", "--two_pictures=1")
+    assert "two pictures" in said and "one picture" not in said
+    assert said.count("tokens a name") == 2
+
+
+def test_sample_step(run):
+    said = run(sample_step, "--steps=2", "--point=num_examples=256")
+    assert "64 conversations a step" in said and "step / products" in said
 
 
 def test_curation(run):

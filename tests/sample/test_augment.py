@@ -1,8 +1,10 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from pangea_jax.sample.augment import augment
+from pangea_jax.sample.augment import MILD, STRONG, Views, augment
 
 SIDE = 64
 
@@ -20,8 +22,8 @@ def keys():
     return jax.random.split(jax.random.key(0), 64)
 
 
-def views(drawings, keys, size=48):
-    return np.asarray(augment(drawings, keys, size=size))
+def views(drawings, keys, size=48, how=MILD):
+    return np.asarray(augment(drawings, keys, size=size, how=how))
 
 
 def test_a_view_depends_on_its_own_drawing_and_key_alone(square, keys):
@@ -93,3 +95,64 @@ def test_views_of_a_drawing_look_like_it_on_average(keys):
     inner = (slice(12, 52), slice(12, 52))
     correlation = np.corrcoef(mean[inner].ravel(), symmetric[inner].ravel())[0, 1]
     assert correlation > 0.7
+
+
+STILL = Views(
+    smaller=0.0,
+    larger=0.0,
+    stretch=0.0,
+    turn=0.0,
+    shear=0.0,
+    shift=0.0,
+    mix=0.0,
+    contrast=0.0,
+    brightness=0.0,
+    grey=0.0,
+)
+
+
+def test_without_changes_a_view_is_the_drawing_or_its_mirror_image(keys):
+    rng = np.random.default_rng(2)
+    drawing = rng.integers(0, 256, (SIDE, SIDE, 4), np.uint8)
+    drawing[..., 3] = 255
+    seen = set()
+    for view in views(np.stack([drawing] * 64), keys, SIDE, STILL):
+        mirrored = np.abs(view.astype(int) - drawing[..., :3]).max() > 1
+        seen.add(mirrored)
+        expected = drawing[:, ::-1, :3] if mirrored else drawing[..., :3]
+        assert np.abs(view.astype(int) - expected).max() <= 1
+    assert seen == {True, False}
+
+
+def test_strong_views_differ_more_than_mild_ones(square, keys):
+    def spread(how):
+        masks = [shown(view) for view in views(np.stack([square] * 64), keys, SIDE, how)]
+        areas = [mask.mean() for mask in masks if mask is not None]
+        return np.std(np.log(areas))
+
+    assert spread(STRONG) > 1.3 * spread(MILD)
+
+
+def test_turned_hues_keep_grey_and_lightness(keys):
+    how = dataclasses.replace(STILL, hue=1.0)
+    colours = np.zeros((64, SIDE, SIDE, 4), np.uint8)
+    colours[:, : SIDE // 2] = (150, 120, 120, 255)
+    colours[:, SIDE // 2 :] = (90, 90, 90, 255)
+    found = views(colours, keys, SIDE, how).astype(int)
+    assert (np.abs(found[:, -1, 0] - 90) <= 1).all()
+    red, green, blue = found[:, 0, 0].T
+    assert (np.abs(red + green + blue - 390) <= 3).all()
+    for channel in (red, green, blue):
+        assert (channel > 140).any()
+
+
+def test_erased_rectangles(keys):
+    how = dataclasses.replace(STILL, erased=0.5, largest_hole=0.4)
+    white = np.full((64, SIDE, SIDE, 4), 255, np.uint8)
+    holes = (views(white, keys, SIDE, how) < 255).any(-1)
+    erased = holes.any((1, 2))
+    assert 0.3 < erased.mean() < 0.7
+    for hole in holes[erased]:
+        rows, columns = hole.any(1).sum(), hole.any(0).sum()
+        assert hole.sum() == rows * columns  # whole
+        assert max(rows, columns) <= 0.4 * SIDE + 1

@@ -1,8 +1,6 @@
 import hashlib
 import io
-import json
 import os
-import tarfile
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -12,32 +10,15 @@ import pytest
 from PIL import Image
 
 from pangea_jax import languages
-from pangea_jax.sample import emoji, questions, sources
+from pangea_jax.sample import emoji, sources
+from pangea_jax.sample.sample_store import SampleStore
 from pangea_jax.sample.sources import SourceError, clean_name, clean_names
-
-# Beginnings of the Unicode character names of each script (ISO 15924).
-SCRIPT_NAMES = {
-    "Arab": ("ARABIC",),
-    "Beng": ("BENGALI",),
-    "Cyrl": ("CYRILLIC",),
-    "Deva": ("DEVANAGARI",),
-    "Ethi": ("ETHIOPIC",),
-    "Grek": ("GREEK",),
-    "Hans": ("CJK",),
-    "Hebr": ("HEBREW",),
-    "Jpan": ("CJK", "HIRAGANA", "KATAKANA"),
-    "Kore": ("HANGUL",),
-    "Latn": ("LATIN", "MODIFIER LETTER"),
-    "Sinh": ("SINHALA",),
-    "Taml": ("TAMIL",),
-    "Telu": ("TELUGU",),
-    "Thai": ("THAI",),
-}
+from tests.sample.packages import write_package
 
 
 @pytest.fixture(scope="module")
 def store():
-    return emoji.open_store()
+    return SampleStore()
 
 
 @pytest.fixture(scope="module")
@@ -45,29 +26,12 @@ def concepts():
     return emoji.load_concepts()
 
 
-def in_script(text, language):
-    names = SCRIPT_NAMES[languages.get(language).script]
-    letters = [char for char in text if char.isalpha()]
-    return bool(letters) and all(unicodedata.name(char).startswith(names) for char in letters)
-
-
 def test_shipped_files_are_intact(store):
     store.verify()
 
 
 @pytest.mark.parametrize("language", languages.EMOJI)
-def test_questions_are_in_their_script(language):
-    image, text = questions.IMAGE[language], questions.TEXT[language]
-    assert len(set(image)) == 3
-    assert len(set(text)) == 2
-    assert all(phrasing.count("{name}") == 1 for phrasing in text)
-    for phrasing in (*image, *text):
-        assert in_script(phrasing.replace("{name}", ""), language), phrasing
-        assert phrasing == unicodedata.normalize("NFC", phrasing)
-
-
-@pytest.mark.parametrize("language", languages.EMOJI)
-def test_names_are_clean_distinct_and_in_their_script(concepts, language):
+def test_names_are_clean_distinct_and_in_their_script(concepts, language, in_script):
     names = [concept.names[language] for concept in concepts]
     assert len(set(names)) == len(names)
     assert all(
@@ -85,60 +49,26 @@ def test_names_known_from_dictionaries(concepts):
     assert {language: banana.names[language] for language in expected} == expected
 
 
-def test_splits_hold_the_artists_they_name(store):
-    artists = {"train": set(emoji.TRAIN_ARTISTS) | {"cldr"}}
-    artists |= {"dev_artwork": {"openmoji"}, "unseen_artwork": {"twemoji"}}
-    found = {split: set() for split in store.splits}
-    for split, source in zip(
-        store.index["split"].to_pylist(), store.index["source"].to_pylist(), strict=True
-    ):
-        found[split].add(source.removeprefix("emoji/"))
-    assert found == artists
+@pytest.mark.parametrize("language", languages.EMOJI)
+def test_keywords_are_clean_other_words(concepts, language, in_script):
+    given = [concept.keywords[language] for concept in concepts]
+    for concept, words in zip(concepts, given, strict=True):
+        folded = [word.casefold() for word in words]
+        assert len(set(folded)) == len(words) <= sources.MAX_KEYWORDS
+        assert concept.names[language].casefold() not in folded
+        assert not any(set(word) & set(",،、，;↑") for word in words)
+        assert all(
+            word == " ".join(word.split()) == unicodedata.normalize("NFC", word) for word in words
+        )
+    assert np.mean([bool(words) for words in given]) > 0.9
+    assert np.mean([in_script(word, language) for words in given for word in words]) > 0.95
 
 
-def test_every_drawing_is_asked_about_in_every_language(store, concepts):
-    rows = store.index.select(["id", "language", "kind", "concept"]).to_pylist()
-    assert len({row["id"] for row in rows}) == len(rows)
-    by_language = Counter(row["language"] for row in rows if row["kind"] == "image")
-    assert by_language == dict.fromkeys(languages.EMOJI, store.image_index.num_rows)
-    texts = Counter((row["concept"], row["language"]) for row in rows if row["kind"] == "text")
-    expected = [(c.codepoint, language) for c in concepts for language in languages.EMOJI]
-    assert texts == Counter(expected)
-
-
-@pytest.mark.parametrize("split", ["train", "dev_artwork", "unseen_artwork"])
-def test_records_say_what_the_index_and_the_concepts_say(store, concepts, split):
-    by_codepoint = {concept.codepoint: concept for concept in concepts}
-    source, rows = store.records(split), store.index.to_pylist()
-    rows = [row for row in rows if row["split"] == split]
-    assert len(source) == len(rows)
-    for row in rows[::101]:
-        record, concept = source[row["position"]].validate(), by_codepoint[row["concept"]]
-        question, answer = (turn.text for turn in record.turns)
-        assert (record.id, record.language) == (row["id"], row["language"])
-        assert answer == concept.names[record.language]
-        if record.images:
-            artist = record.source.removeprefix("emoji/")
-            assert record.images == (f"{artist}/{concept.codepoint}",)
-            assert question.removeprefix("<image>\n") in questions.IMAGE[record.language]
-        else:
-            name = concept.names[row["source_language"]]
-            assert name != answer
-            phrasings = questions.TEXT[record.language]
-            assert question in [phrasing.replace("{name}", name) for phrasing in phrasings]
-
-
-def test_phrasings_and_source_languages_are_spread_evenly(store):
-    questions = Counter()
-    source = store.records("unseen_artwork")
-    for record in source:
-        if record.language == "en":
-            questions[record.turns[0].text] += 1
-    assert len(questions) == 3
-    assert min(questions.values()) > 283 / 3 * 0.75
-    languages_from = Counter(store.index["source_language"].drop_null().to_pylist())
-    assert set(languages_from) == set(languages.EMOJI)
-    assert max(languages_from.values()) < 1.5 * min(languages_from.values())
+def test_categories_are_animals_plants_and_food(concepts):
+    of = {concept.char: concept.category for concept in concepts}
+    assert Counter(of.values()) == {"food": 129, "animals": 127, "plants": 27}
+    assert {char for char in of if of[char] == "plants"} == sources.PLANTS
+    assert [of[char] for char in "🐈🌷🌵🌽🪺"] == ["animals", "plants", "plants", "food", "animals"]
 
 
 def test_drawings_are_whole_and_distinct(store):
@@ -179,6 +109,13 @@ def test_clean_name(name, language, clean):
     assert clean_name(name, language) == clean
 
 
+def test_keywords_lose_the_name_copies_and_lists():
+    words = ["feline", "Cat", "Feline", "pet, animal", "pet (dear)", "a", "b", "c", "d"]
+    assert sources.clean_keywords(words, "cat", "en") == ("feline", "pet", "a", "b")
+    assert sources.clean_keywords(["केला, फल", "फल"], "केला", "hi") == ("फल",)
+    assert sources.clean_keywords(["cat"], "cat", "en") == ()
+
+
 def test_names_are_not_cleaned_if_two_would_become_equal():
     names = {"1": "फूल, एक", "2": "फूल, दो", "3": "केला, फल"}
     assert clean_names(names, "hi") == {"1": "फूल, एक", "2": "फूल, दो", "3": "केला"}
@@ -194,24 +131,15 @@ def test_missing_and_wrong_packages_are_named(tmp_path):
         sources.Artwork(artist, tmp_path)
 
 
-def package(path, files):
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            data = json.dumps(content).encode()
-            member = tarfile.TarInfo(f"package/{name}")
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-
-
 def test_package_of_another_version_or_licence_is_refused(tmp_path):
     artist = sources.ARTISTS[0]
     path = tmp_path / sources.archive_name(artist.package, artist.version)
     stated = {"name": artist.package, "version": artist.version}
     info = {"license": {"spdx": "GPL-3.0"}}
-    package(path, {"package.json": stated | {"version": "9.9.9"}, "info.json": info})
+    write_package(path, {"package.json": stated | {"version": "9.9.9"}, "info.json": info})
     with pytest.raises(SourceError, match=r"holds .* 9\.9\.9, expected .*noto 1\.2\.9"):
         sources.Artwork(artist, tmp_path)
-    package(path, {"package.json": stated, "info.json": info})
+    write_package(path, {"package.json": stated, "info.json": info})
     with pytest.raises(SourceError, match=r"states licence GPL-3\.0, expected Apache-2\.0"):
         sources.Artwork(artist, tmp_path)
 
@@ -229,7 +157,7 @@ def packages(tmp_path_factory):
     return folder
 
 
-def test_rebuilding_gives_the_shipped_concepts_drawings_and_records(packages, store, concepts):
+def test_rebuilding_gives_the_shipped_concepts_and_drawings(packages, store, concepts):
     artworks = {a.id: sources.Artwork(a, packages) for a in sources.ARTISTS}
     annotations = sources.Annotations(packages)
     rebuilt = sources.select_concepts(annotations, artworks)
@@ -247,7 +175,3 @@ def test_rebuilding_gives_the_shipped_concepts_drawings_and_records(packages, st
                 # The colours of fully transparent pixels are not stored.
                 visible = shipped[..., 3:] > 0
                 assert np.abs((drawn - shipped) * visible).max() <= 1, key
-    for split in store.splits:
-        records = store.records(split)
-        made = (record for record, _ in emoji.split_records(split, concepts, drawings))
-        assert all(a == b for a, b in zip(made, list(records)[:2_000], strict=False))

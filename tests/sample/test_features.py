@@ -13,7 +13,7 @@ from pangea_jax.data.store import RecordStore
 from pangea_jax.model import VisionTower
 from pangea_jax.model.vision import normalize
 from pangea_jax.sample.augment import augment
-from pangea_jax.sample.emoji import image_record, load_concepts
+from pangea_jax.sample.emoji import load_concepts
 from pangea_jax.sample.features import frozen_features
 
 WHITE = ReadingPolicy(background=(255, 255, 255))
@@ -37,9 +37,8 @@ def store(tmp_path_factory):
         directory,
         name="made",
         build="python launch/build_data.py made",
-        records={"train": iter([image_record("noto", load_concepts()[0], "en")])},
+        records={},
         images={"noto": iter(pictures)},
-        columns=("concept", "source_language"),
     )
     return RecordStore(directory)
 

@@ -12,14 +12,11 @@ from rich.console import Console
 
 from pangea_jax import languages
 from pangea_jax.figures import style as fig
-from pangea_jax.sample.figures import (
-    answer_sheet,
-    plot_languages,
-    plot_loss,
-    results_table,
-    timing_table,
-)
-from pangea_jax.sample.scores import AnswerExample, wilson_interval
+from pangea_jax.sample.answer_sheet import answer_sheet
+from pangea_jax.sample.figures import plot_languages, plot_tasks
+from pangea_jax.sample.loss_curve import plot_loss
+from pangea_jax.sample.scores import BLIND, SCORES, AnswerExample, same_text, wilson_interval
+from pangea_jax.sample.tables import results_table, timing_table
 
 EIGHT = ("en", "ar", "es", "hi", "ru", "sw", "te", "zh")
 
@@ -28,14 +25,9 @@ def _results(codes=EIGHT):
     rng = np.random.default_rng(0)
 
     def scores():
-        exact, rank = sorted(rng.uniform(0.05, 0.9, 2))
-        return {
-            "exact_match": exact,
-            "rank_accuracy": rank,
-            "image_blind_exact_match": 0.004,
-            "image_blind_rank_accuracy": 0.11,
-            "n": 283,
-        }
+        values = {s.metric: rng.uniform(s.chance, 1.0) for s in SCORES}
+        floors = {BLIND + s.metric: s.chance + 0.004 for s in SCORES}
+        return values | floors | {"n": 283}
 
     splits = {}
     for split in ("seen_artwork", "unseen_artwork"):
@@ -49,8 +41,8 @@ def _results(codes=EIGHT):
     return {"splits": splits, "mixture": {"examples_per_language": examples}}
 
 
-def _text(table):
-    console = Console(width=140, file=io.StringIO())
+def _text(table, width=140):
+    console = Console(width=width, file=io.StringIO())
     console.print(table)
     return console.file.getvalue()
 
@@ -95,30 +87,69 @@ def test_wilson_interval_equals_the_published_values():
     assert wilson_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
 
 
-def test_the_table_has_every_language_with_its_floors():
+def _cells(text, start):
+    """The cells of the only line that begins with `start`."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"│ {start} ")]
+    return [cell.strip() for cell in line.strip("│ ").split("│")]
+
+
+def test_the_table_has_every_language_its_floors_and_chance():
     results = _results()
     text = _text(results_table(results))
-    lines = [line for line in text.splitlines() if "(sw)" in line]
-    assert len(lines) == 2
-    for line, scores in zip(lines, results["splits"].values(), strict=True):
-        row = scores["languages"]["sw"]
-        cells = [cell.strip() for cell in line.strip("│ ").split("│")]
-        assert cells[-5:] == [
-            f"{100 * row['exact_match']:.1f}",
-            "0.4",
-            f"{100 * row['rank_accuracy']:.1f}",
-            "11.0",
-            "283",
-        ]
-        assert "Swahili (sw)" in line
-    assert text.count("mean of 7 others") == 2 and "10.0%" in text
+    both = list(results["splits"].values())
+    assert _cells(text, "Swahili (sw)") == [
+        "Swahili (sw)",
+        *(
+            " / ".join(f"{100 * s['languages']['sw'][score.metric]:3.0f}" for s in both).strip()
+            for score in SCORES
+        ),
+        "100",
+    ]
+    mean = [100 * split["multilingual"]["yes_no_accuracy"] for split in both]
+    assert f"{mean[0]:3.0f} / {mean[1]:3.0f}".strip() in _cells(text, "mean of 7 others")
+    floors = ["0 /   0", "10 /  10", "25 /  25", "50 /  50", "50 /  50"]
+    assert _cells(text, "image-blind floor")[1:6] == floors
+    assert _cells(text, "chance")[1:6] == ["0", "10", "25", "50", "50"]
+    assert _cells(text, "English (en)")[-1] == "400"
     assert text.index("English (en)") < text.index("mean of") < text.index("Arabic (ar)")
+    assert "seen artwork / unseen artwork" in text and "283 questions" in text
+
+
+@pytest.mark.parametrize("codes", [EIGHT, languages.EMOJI], ids=len)
+def test_the_table_fits_100_columns(codes):
+    results = _results(codes)
+    for split in results["splits"].values():
+        for row in (*split["languages"].values(), split["multilingual"]):
+            row |= {name: 1.0 for name in row if name != "n"} | {BLIND + "exact_match": 1.0}
+    results["mixture"]["examples_per_language"] = dict.fromkeys(codes, 1_000_000)
+    wide = _text(results_table(results))
+    assert max(map(len, wide.splitlines())) <= 100
+    # Nothing is left out at that width.
+    assert _text(results_table(results), 100).split() == wide.split()
+    assert "…" not in wide and len(_cells(wide, "English (en)")) == 7
+
+
+def test_a_run_from_before_a_score_existed_has_dashes_and_figures(tmp_path, drawn):
+    results = _results()
+    for split in results["splits"].values():
+        for row in (*split["languages"].values(), split["multilingual"]):
+            for score in SCORES[2:]:
+                del row[score.metric], row[BLIND + score.metric]
+    del results["mixture"]
+    text = _text(results_table(results))
+    for start in ("Swahili (sw)", "mean of 7 others", "image-blind floor"):
+        assert _cells(text, start)[3:] == ["– /   –"] * 3
+    assert "examples" not in text
+    _check_files(plot_languages(results, tmp_path, "Old"), "languages")
+    _check_files(plot_tasks(results, tmp_path, "Old"), "tasks")
+    assert [len(axes.patches) for axes in drawn[1].axes] == [4, 4]
 
 
 def test_a_run_without_english_has_a_table_and_a_figure(tmp_path):
     results = _results(("sw", "hi"))
     assert "English" not in _text(results_table(results))
     _check_files(plot_languages(results, tmp_path, "No English"), "languages")
+    _check_files(plot_tasks(results, tmp_path, "No English"), "tasks")
 
 
 @pytest.mark.parametrize("value", [None, 1.5, float("nan")])
@@ -156,6 +187,26 @@ def test_bars_are_as_long_as_the_scores(tmp_path, drawn, codes):
     assert names[0] == "English" and f"mean of {len(codes) - 1} others" in names
     assert {languages.get(code).english_name for code in codes} <= set(names)
     assert f"{100 * 400 / (400 + 100 * (len(codes) - 1)):.1f} %" in names
+
+
+def test_the_figure_of_the_kinds_of_questions_shows_every_score_floor_and_chance(tmp_path, drawn):
+    results = _results()
+    _check_files(plot_tasks(results, tmp_path, "Test"), "tasks")
+    (figure,) = drawn
+    splits = list(results["splits"].values())
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["English", "mean of 7 others"]
+    for axes, who in zip(figure.axes, ("english", "multilingual"), strict=True):
+        found = [bar.get_width() for bar in axes.patches]
+        assert found == pytest.approx([100 * s[who][t.metric] for s in splits for t in SCORES])
+        marks = [part.get_segments() for part in axes.collections]
+        upright = [m[0][0][0] for m in marks if m[0][0][0] == m[0][1][0]]
+        floors = [100 * s[who][BLIND + t.metric] for s in splits for t in SCORES]
+        assert sorted(upright) == pytest.approx(
+            sorted([*floors, *(100 * t.chance for t in SCORES[1:])])
+        )
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels == [score.title for score in SCORES]
+    _check_nothing_is_cut_off(figure)
 
 
 def test_the_same_results_give_the_same_files(tmp_path):
@@ -254,6 +305,14 @@ def test_texts_of_a_card_do_not_run_into_the_next(tmp_path, drawn):
     assert not overlaps
 
 
+@pytest.mark.parametrize(
+    ("text", "same"), [(" cafe\u0301\n", True), ("caf\u00e9", True), ("cafe", False)]
+)
+def test_texts_are_the_same_up_to_unicode_form_and_outer_blanks(text, same):
+    assert same_text(text, "caf\u00e9") is same
+    assert _example(text, "caf\u00e9", "fr").is_right is same
+
+
 def test_a_bad_example_is_named(tmp_path):
     with pytest.raises(ValueError, match="at least one"):
         answer_sheet([], tmp_path / "sheet", "Test")
@@ -262,3 +321,35 @@ def test_a_bad_example_is_named(tmp_path):
         answer_sheet([_example("a"), wrong], tmp_path / "sheet", "Test")
     with pytest.raises(ValueError, match=r"the truth of example 0 \(ar\): U\+12000"):
         answer_sheet([_example("a", "\U00012000")], tmp_path / "sheet", "Test")
+
+
+def write_metrics(folder, losses, validation=()):
+    """metrics.jsonl with these losses, and a validation at some of the steps."""
+    lines = [
+        {"step": step, "loss": loss, "learning_rate": 1e-3, "examples": 4 * (step + 1)}
+        for step, loss in enumerate(losses)
+    ]
+    for step, value in validation:
+        lines[step]["validation/loss"] = value
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_the_axis_shows_a_small_change_and_both_curves(tmp_path, drawn):
+    losses = np.linspace(11.945, 11.865, 10).tolist()
+    plot_loss(write_metrics(tmp_path, losses, [(4, 11.9), (9, 11.88)]), tmp_path)
+    axes = drawn[0].axes[0]
+    low, high = axes.get_ylim()
+    assert (11.945 - 11.865) / (high - low) > 0.7
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["training", "validation", "best: 11.88 after step 10"]
+    points = {len(line.get_xdata()) for line in axes.get_lines()}
+    assert points == {10, 2, 1}
+
+
+def test_a_large_change_is_drawn_on_a_logarithmic_axis(tmp_path, drawn):
+    plot_loss(write_metrics(tmp_path, [12.0, 6.0, 2.0, 1.9]), tmp_path)
+    assert drawn[0].axes[0].get_yscale() == "log"
+    plot_loss(write_metrics(tmp_path, [3.0, 2.0]), tmp_path)
+    assert drawn[1].axes[0].get_yscale() == "linear"

@@ -169,6 +169,43 @@ def test_adafactor_keeps_rows_and_columns_and_learns():
     assert error < 1e-3 * jnp.square(goal).mean()
 
 
+def test_muon_steps_are_orthogonal_and_as_large_as_adams():
+    """Kernels of stacked layers step with equal singular values and RMS 0.2; the others as with Adam."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "language.blocks.q_kernel_dhc": (2, 64, 2, 16),
+        "language.blocks.o_kernel_hcd": (2, 2, 16, 64),
+        "vision.patch_kernel_hwcd": (4, 4, 3, 64),
+        "language.head_kernel_dv": (64, 100),
+        "language.blocks.attention_norm.scale": (2, 64),
+    }
+    grads = {name: jnp.asarray(rng.normal(size=shape), "float32") for name, shape in shapes.items()}
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    steps = {}
+    for kind in ("muon", "adamw"):
+        optimizer = make_optimizer(OptimizerConfig(1.0, warmup_ratio=0.0, name=kind), 10**6)
+        state = optimizer.init(params)
+        _, state = optimizer.update(grads, state, params)
+        steps[kind], _ = optimizer.update(grads, state, params)
+    matrices = {
+        "language.blocks.q_kernel_dhc": (2, 64, 32),
+        "language.blocks.o_kernel_hcd": (2, 32, 64),
+        "vision.patch_kernel_hwcd": (48, 64),
+    }
+    for name, step in steps["muon"].items():
+        if name in matrices:
+            values = np.linalg.svd(np.reshape(step, matrices[name]), compute_uv=False)
+            assert (
+                values.max() < 2 * values.min()
+            )  # five Newton-Schulz steps leave them between 0.7 and 1.2
+            # Of a step of rank r, the mean square is r / (in * out) if singular values are 1.
+            rows, columns = matrices[name][-2:]
+            expected = 0.2 * (min(rows, columns) / rows / columns * max(rows, columns)) ** 0.5
+            assert np.sqrt(np.mean(np.square(step))) == pytest.approx(expected, rel=0.25)
+        else:
+            np.testing.assert_allclose(step, steps["adamw"][name], rtol=1e-5, err_msg=name)
+
+
 def test_first_moments_in_bfloat16(params):
     """The moments need half the bytes, and the steps are the same up to the precision of bfloat16."""
     grads = [params, params]
@@ -184,7 +221,7 @@ def test_first_moments_in_bfloat16(params):
 
 
 def test_an_unknown_optimizer_is_an_error():
-    with pytest.raises(ValueError, match="'adam' is not one of adamw, adafactor"):
+    with pytest.raises(ValueError, match="'adam' is not one of adamw, adafactor, muon"):
         make_optimizer(OptimizerConfig(name="adam"), 10)
 
 

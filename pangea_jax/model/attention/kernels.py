@@ -197,5 +197,5 @@ KERNELS = {
         block_q=128,
         block_kv=128,
     ),
-    "blockwise": Kernel(_blockwise, platform="cpu", blocks=(64, 48, 80), shortest=129),
+    "blockwise": Kernel(_blockwise, platform="cpu", blocks=(64, 48, 80), shortest=385),
 }

@@ -315,6 +315,114 @@ def test_a_page_of_several_sweeps(tmp_path):
     assert "(figures/en_ratio_fixed_total/curve.png)" in text
 
 
+def with_tasks(split, values, blind):
+    """The split with the scores of further kinds of questions in every row."""
+    extra = values | {f"image_blind_{metric}": floor for metric, floor in blind.items()}
+    rows = [*split["languages"].values(), split["multilingual"]]
+    for row in [*rows, *([split["english"]] if split["english"] else [])]:
+        row |= extra
+    return split
+
+
+def test_further_kinds_of_questions_have_a_table_and_old_runs_a_dash(tmp_path):
+    folder = en_sweep(tmp_path / "old", seeds=1)
+    old = summary.summary(intervals.load(folder), {})
+    assert "other kinds of questions" not in old
+    path = folder / "en_040_seed0" / "results.json"
+    values = {"letter_accuracy": 0.62, "yes_no_accuracy": 0.8, "two_pictures_accuracy": 0.55}
+    blind = {"letter_accuracy": 0.25, "yes_no_accuracy": 0.5, "two_pictures_accuracy": 0.49}
+    mixed = json.loads(path.read_text())
+    for split in mixed["splits"].values():
+        with_tasks(split, values, blind)
+    path.write_text(json.dumps(mixed))
+    sweep = intervals.load(folder)
+    page = summary.summary(sweep, {})
+    new = "62.0 (25.0) | 80.0 (50.0) | 55.0 (49.0)"
+    assert page.count(f"| 40 % | {new} | {new} |") == 2
+    assert page.count("| 0 % | – | – | – | – | – | – |") == 2
+    assert "Chance: letter 25 %, yes or no 50 %, two pictures 50 %." in page
+    lines = [line for line in page.splitlines() if line not in old.splitlines()]
+    assert not any("image-blind floor at" in line for line in lines)  # all else is as before
+    assert curves.draw(sweep, tmp_path / "figures").keys() == {"curve", "languages"}
+
+
+NESTED = {8: CODES, 10: (*CODES, "fr", "de")}
+
+
+def languages_sweep(folder, number, level, seeds=2):
+    """A sweep of `ablate_num_languages`: language c scores `level(c, examples)`."""
+    points = {"examples_100": 100.0, "examples_400": 400.0}
+    runs = {
+        (point, seed): {
+            "splits": {
+                "unseen_artwork": rows(
+                    lambda code, n=n, seed=seed: level(code, n) + 0.02 * seed, NESTED[number]
+                )
+            },
+            "mixture": {"examples_per_language": dict.fromkeys(NESTED[number], int(n))},
+            "steps": int(n) * number // 8,
+        }
+        for point, n in points.items()
+        for seed in range(seeds)
+    }
+    name, design = "ablate_num_languages", f"languages_{number}"
+    return intervals.load(write_sweep(folder, points, runs, name=name, design=design))
+
+
+def test_sweeps_of_several_numbers_of_languages_are_compared_over_those_they_share(tmp_path):
+    """The two languages that only the larger sweep has score 0, so the plain mean would be lower."""
+    few = languages_sweep(tmp_path / "8", 8, lambda code, n: n / 1000)
+    more = languages_sweep(
+        tmp_path / "10", 10, lambda code, n: 0.0 if code in ("fr", "de") else n / 2000
+    )
+    shared = tuple(sorted(set(CODES) - {"en"}))
+    assert intervals.shared_languages([more, few]) == shared
+    one, two = intervals.by_mean_examples(more, "unseen_artwork", shared)
+    assert (one[0], two[0]) == (100, 400)
+    assert (one[1].values, two[1].values) == (
+        pytest.approx((0.05, 0.07)),
+        pytest.approx((0.2, 0.22)),
+    )
+    assert two[1].mean == pytest.approx(0.21)
+    (axes,) = curves.plot_together([few, more]).axes
+    lines = {len(line.get_xdata()): [] for line in axes.get_lines()}
+    for line in axes.get_lines():
+        lines[len(line.get_xdata())].append((line.get_linestyle(), line.get_ydata()))
+    drawn = [values for style, values in lines[2] if style == "-" and values[0] != values[1]]
+    np.testing.assert_allclose(drawn, [[11, 41], [6, 21]], atol=1e-9)
+    dotted = [values for style, values in lines[2] if style == ":"]
+    means = [[11, 41], [100 * (7 * 0.06 + 2 * 0.01) / 9, 100 * (7 * 0.21 + 2 * 0.01) / 9]]
+    np.testing.assert_allclose(dotted, means, atol=1e-9)
+
+
+def test_the_page_of_several_sweeps_lays_their_curves_over_each_other(tmp_path):
+    level = lambda code, n: n / 1000  # noqa: E731
+    sweeps = [languages_sweep(tmp_path / f"{n}", n, level) for n in NESTED]
+    page = tmp_path / "docs" / "languages.md"
+    summary.write_document(sweeps, page)
+    text = page.read_text()
+    assert "## Num languages, together" in text
+    assert "Arabic, Spanish, Hindi, Korean, Russian, Swahili and Chinese" in text
+    assert "(figures/num_languages/together.png)" in text
+    assert (page.parent / "figures" / "num_languages" / "together.png").exists()
+    assert text.count("| 8 | 400 | 41.0 [") == 1
+    summary.write_document(sweeps[:1], page)
+    assert "together" not in page.read_text()
+
+
+def test_a_sweep_of_languages_whose_points_have_other_examples_is_refused(tmp_path):
+    folder = tmp_path / "8"
+    languages_sweep(folder, 8, lambda code, n: 0.3)
+    path = folder / "examples_100_seed0" / "results.json"
+    value = json.loads(path.read_text())
+    value["mixture"]["examples_per_language"]["en"] = 300
+    path.write_text(json.dumps(value))
+    with pytest.raises(
+        SweepError, match="examples_100 with seed 0 has examples 1000, expected 800"
+    ):
+        intervals.load(folder)
+
+
 def test_published_points():
     curves = paper.curves("ablate_num_samples")
     assert set(curves) == {"M3Exam", "xGQA", "xMMMU", "MaXM"}
@@ -335,3 +443,37 @@ def test_one_point_is_drawn_as_marks_and_so_is_its_legend(tmp_path):
     (legend,) = curves.plot_curve(sweep).legends
     assert all(line.get_linestyle() == "None" for line in legend.get_lines())
     assert not legend.get_patches()
+
+
+def test_shortened_runs_get_a_note_and_are_no_error(tmp_path):
+    """As with --config.steps=20 on sets of 1,600 and 16,000 examples."""
+    seen = {"num_examples": 320, "examples_per_language": dict.fromkeys(CODES, 40)}
+    runs = {
+        (name, 0): results(flat, dict.fromkeys(CODES, total // 8), steps=20) | {"seen": seen}
+        for name, total in (("samples_010", 1600), ("samples_100", 16000))
+    }
+    points = {"samples_010": 10.0, "samples_100": 100.0}
+    names = {"name": "ablate_num_samples", "design": "separate"}
+    sweep = intervals.load(write_sweep(tmp_path, points, runs, **names))
+    assert sweep.note.startswith("Shortened runs: samples_100 saw 320 of its 16,000 examples")
+    assert sweep.runs[0].examples == dict.fromkeys(CODES, 40)
+    page = summary.summary(sweep, {})
+    assert sweep.note in page and "(checked)" not in page
+
+
+def test_a_last_incomplete_batch_is_no_difference(tmp_path):
+    """40 and 400 examples in batches of 16: 2 and 25 steps."""
+    runs = {}
+    for name, total in (("samples_010", 40), ("samples_100", 400)):
+        full = total // 16 * 16
+        seen = {"num_examples": full, "examples_per_language": {"en": full}}
+        drawn = dict.fromkeys(CODES, total // 8)
+        runs[name, 0] = results(flat, drawn, steps=full // 16) | {"seen": seen}
+    points = {"samples_010": 10.0, "samples_100": 100.0}
+    names = {"name": "ablate_num_samples", "design": "separate"}
+    sweep = intervals.load(write_sweep(tmp_path, points, runs, **names))
+    assert sweep.note == ""
+
+
+def flat(code):
+    return 0.5

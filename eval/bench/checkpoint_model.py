@@ -300,13 +300,19 @@ def _memory() -> float:
 
 
 def open_checkpoint(
-    name: str, *, batch_size: str | int, profile: Profile, mesh: str = "auto"
+    name: str,
+    *,
+    batch_size: str | int,
+    profile: Profile,
+    mesh: str = "auto",
+    base: str | None = None,
 ) -> CheckpointModel:
     """The model that `pangea_jax.load` has under this name.
 
     Args:
       batch_size: "auto" or a number.
       mesh: "auto", or sizes of axes as in `data=2,tensor=4`.
+      base: the model below adapters, see `pangea_jax.load`.
 
     Raises:
       ValueError, OSError: a setting is wrong, or the model does not exist.
@@ -314,7 +320,7 @@ def open_checkpoint(
     if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
         raise ValueError(f"--batch_size={batch_size}: expected auto or a positive number")
     rows = None if batch_size == "auto" else int(batch_size)
-    engine = pangea_jax.load(name, mesh=_parse_mesh(mesh))
+    engine = pangea_jax.load(name, base=base, mesh=_parse_mesh(mesh))
     return CheckpointModel(engine, name, batch_size=rows, profile=profile)
 
 

@@ -107,9 +107,11 @@ def read_answers(path: Path, field: str) -> dict[tuple[str, str], Any]:
         for name in ("task", "doc_id", field):
             if not isinstance(row, dict) or name not in row:
                 raise DataError(f"{where}: no field {name!r}; expected task, doc_id and {field}")
+        if not all(isinstance(row[name], str | int | float) for name in ("task", "doc_id")):
+            raise DataError(f"{where}: expected texts or numbers as task and doc_id")
         key = str(row["task"]), str(row["doc_id"])
         if key in found:
-            raise DataError(f"{where}: a second {field} to {key[0]} {key[1]!r}")
+            raise DataError(f"{where}: a second {field} to {key[0]:.80} {key[1]!r:.80}")
         found[key] = row[field]
     return found
 
@@ -127,7 +129,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """(line number, value) of each non-empty line of a JSONL file.
 
     Raises:
-      DataError: a line is not JSON or has half a character, or the file is not UTF-8.
+      DataError: a line is not JSON, is nested too deeply, or has half a character or an endless number, or the file is
+        not UTF-8.
     """
     with path.open(encoding="utf-8") as lines:
         try:
@@ -140,9 +143,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
                     yield number, value
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+        except RecursionError:
+            raise DataError(f"{path}, line {number}: nested too deeply") from None
         except UnicodeEncodeError as error:
             raise DataError(
                 f"{path}, line {number}: half a character ({error}); write it whole, or \\ufffd"
             ) from None
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 text ({error})") from error
+        except ValueError as error:  # Python reads no number of thousands of digits
+            raise DataError(f"{path}, line {number}: {error}"[:300]) from None

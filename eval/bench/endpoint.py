@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, TypeVar
 
 from eval.bench.task import Failed
+from pangea_jax.work import transport
 
 Item = TypeVar("Item")
 
@@ -23,7 +24,7 @@ class Endpoint:
       concurrency: number of calls at once.
       retries: attempts after the first, if the endpoint is busy (429), fails (5xx) or does not answer. The first wait
         is half a second and each wait doubles, unless the endpoint asks for a longer one.
-      timeout: seconds until a call fails.
+      timeout: seconds for a whole answer, after which an attempt fails.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Endpoint:
             base_url=base_url,
             max_retries=retries,
             timeout=timeout,
+            http_client=transport.limited(openai.DefaultHttpxClient, timeout)(),
         )
 
     def chat(self, messages: Sequence[dict[str, Any]], **settings: Any) -> str | Failed:

@@ -24,6 +24,7 @@ from eval.bench.scoring import COLUMNS
 from eval.bench.task import PROFILES, Profile
 from eval.bench.tasks import ALL_TASKS, DATASETS, GROUPS
 from pangea_jax import languages
+from pangea_jax.figures import inert
 from pangea_jax.figures import markdown as md
 from pangea_jax.figures import style as fig
 
@@ -44,11 +45,20 @@ def read_results(folder: Path) -> Results:
         results = json.loads(path.read_text(encoding="utf-8"))
         if not {"model", "tasks", "datasets", "config"} <= results.keys():
             raise ValueError("fields are missing")
+        for field, known in {
+            "tasks": ALL_TASKS,
+            "documents": ALL_TASKS,
+            "datasets": DATASETS,
+        }.items():
+            if unknown := set(results.get(field, ())) - set(known):
+                raise ValueError(
+                    f"{field} has {min(unknown)!r:.80}, which is none of PangeaBench's"
+                )
     except FileNotFoundError:
         raise DataError(
             f"{path}: no such file; {folder} is no output folder of eval/run.py"
         ) from None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: no results of eval/run.py ({error})") from error
     return results
 
@@ -120,7 +130,9 @@ def _dataset_section(runs: Sequence[Results], group: str, names: Sequence[str]) 
             entry = _entry(run, name, run["profile"], column)
             if entry and entry["subsets"] < entry["of"]:
                 part = f"{entry['subsets']} of {entry['of']} subsets"
-                incomplete.append(f"{run['model']}, {DATASETS[name].title} {column}: {part}.")
+                incomplete.append(
+                    f"{md.cell(run['model'])}, {DATASETS[name].title} {column}: {part}."
+                )
     text = []
     if any("*" in "".join(row[2:4]) for row in rows):
         text.append(
@@ -151,7 +163,7 @@ def _language_section(run: Results, dataset: str) -> list[str]:
         language = languages.get(task["language"]).english_name
         rows.append([name, language, str(main.get("n", 0)), *cells, *metrics])
     micro = run["datasets"][dataset].get(headline, {}).get("micro")
-    title = f"## {run['model']}: {DATASETS[dataset].title}"
+    title = f"## {md.cell(run['model'])}: {DATASETS[dataset].title}"
     return [title, _table(header, rows), f"All documents together: {_number(micro)}."]
 
 
@@ -173,7 +185,7 @@ def _failure_section(run: Results) -> list[str]:
     rows = [[f["task"], f["doc_id"], f["stage"], f["reason"]] for f in run["failures"][:200]]
     total = len(run["failures"])
     text = f"{total} documents; the first {len(rows)} are shown, all are in results.json."
-    return [f"## {run['model']}: documents without a score", _table(header, rows), text]
+    return [f"## {md.cell(run['model'])}: documents without a score", _table(header, rows), text]
 
 
 def _ordered(headline: str) -> list[str]:
@@ -216,7 +228,7 @@ def _html(text: str, figures: Mapping[str, Path]) -> str:
 
 def console_table(run: Results) -> Table:
     """The scores of a run: a row per data set, with en and mul in both profiles."""
-    table = Table(title=f"{run['model']} (headline: {run['profile']})")
+    table = Table(title=inert.line(f"{run['model']} (headline: {run['profile']})"))
     table.add_column("data set")
     shown = list(itertools.product(_ordered(run["profile"]), COLUMNS))
     for profile, column in shown:
@@ -245,7 +257,7 @@ def plot_languages(runs: Sequence[Results]) -> Figure | None:
         axes.set_xticks(range(len(codes)), codes)
         axes.set_yticks(range(len(names)), [DATASETS[name].title for name in names])
         axes.grid(False)
-        axes.set_title(f"{run['model']}, {run['profile']} scores by language")
+        axes.set_title(inert.label(f"{run['model']}, {run['profile']} scores by language"))
     return drawn
 
 
@@ -280,7 +292,7 @@ def plot_datasets(runs: Sequence[Results]) -> Figure | None:
             style = "-" if profile == run["profile"] else (0, (4, 2))
             entries = [_entry(run, name, profile, "mul") for name in names]
             values = [entry["score"] if entry else math.nan for entry in entries]
-            lines.append((f"{run['model']}, {profile}", values, colour, style))
+            lines.append((inert.label(f"{run['model']}, {profile}"), values, colour, style))
     drawn = Figure(figsize=(6.4, 5.6), layout="constrained")
     axes = drawn.add_subplot(projection="polar")
     angles = np.linspace(0, 2 * np.pi, len(names) + 1)

@@ -18,6 +18,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from eval.bench import documents
 from eval.bench.models import Model, Request, ResponseFile
 from eval.bench.task import Failed, Profile, Task, digest
+from pangea_jax.figures import inert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +145,8 @@ def run(
             if isinstance(response, Failed):
                 name, doc_id = request.task.name, request.document.id
                 if name not in told:  # the first failure of each task
-                    console.print(f"no response: {name} {doc_id}: {response.reason}", markup=False)
+                    said = f"{inert.line(doc_id, 80)}: {inert.line(response.reason)}"
+                    console.print(f"no response: {name} {said}", markup=False)
                     told.add(name)
                 failures.append(Failure(name, doc_id, "response", response.reason))
             else:

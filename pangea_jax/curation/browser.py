@@ -43,8 +43,31 @@ _PRIVATE = (
     *("localhost", "*.localhost", "*.local", "*.internal", "0.*", "10.*", "127.*", "169.254.*"),
     *(f"172.{n}.*" for n in range(16, 32)),
     *("192.168.*", "*:*"),
+    # The rest of what `web.Fetch` refuses.
+    *(f"100.{n}.*" for n in range(64, 128)),
+    *(
+        "192.0.0.*",
+        "192.0.2.*",
+        "192.88.99.*",
+        "198.18.*",
+        "198.19.*",
+        "198.51.100.*",
+        "203.0.113.*",
+    ),
+    *(f"{n}.*" for n in range(224, 256)),
 )
 _STATIC = ("stylesheet", "image", "font")
+# What opens connections that no gate sees: peer connections, which also tell the addresses of this machine, and
+# WebTransport, which workers have too. They are taken away in every frame before the page's own scripts run.
+_WAYS_OUT = (
+    "RTCPeerConnection",
+    "webkitRTCPeerConnection",
+    "WebTransport",
+    "Worker",
+    "SharedWorker",
+)
+_CLOSE_WAYS_OUT = f"""for (const name of {json.dumps(_WAYS_OUT)})
+  if (name in globalThis) Object.defineProperty(globalThis, name, {{ value: undefined }});"""
 _LOCAL_ADDRESS = "http://page.invalid/"
 _STOP_SECONDS = 10
 
@@ -292,6 +315,7 @@ class Browser:
         gate = _Gate(self.network, document, self._fetch)
         await context.route("**/*", gate.decide)
         if self.network == "all":  # the gate does not see web sockets' targets
+            await context.add_init_script(_CLOSE_WAYS_OUT)
             await context.route_web_socket("**/*", lambda socket: socket.close())
         page = await context.new_page()
         try:
@@ -430,6 +454,14 @@ def _arguments(network: str, private_addresses: bool) -> list[str]:
     rules = _CLOSED if network != "all" else ",".join(f"MAP {host} ~NOTFOUND" for host in private)
     return [
         "--disable-background-networking",
+        # What looks up names or opens connections without a request that the gate could see.
+        "--dns-prefetch-disable",
+        "--no-pings",
+        "--disable-quic",
+        "--disable-domain-reliability",
+        # No UDP: no peer connections, even where a page gets at their constructor. Older and newer name of the flag.
+        "--force-webrtc-ip-handling-policy=disable_non_proxied_udp",
+        "--webrtc-ip-handling-policy=disable_non_proxied_udp",
         "--disable-gpu",
         "--font-render-hinting=none",
         *([f"--host-resolver-rules={rules}"] if rules else []),

@@ -260,6 +260,11 @@ def _read_tar(path: Path, label: str) -> Iterator[Pair | Fault]:
                 _add_member(fields, suffix.lower(), file, Place(str(path), offset, size))
                 file.seek(position)
     except (ReleaseError, OSError):
+        if "encoded" in fields and fields.keys() & {
+            "txt",
+            "json",
+        }:  # it was whole before the damage
+            yield _tar_row(fields, f"{stem}-{key}")
         yield Fault(f"{label}:{key}" if key else label, "tar file is damaged or cut off")
         return
     if key is not None:

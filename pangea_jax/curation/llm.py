@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 from pangea_jax.curation import markup
 from pangea_jax.curation.accounting import Unfit
 from pangea_jax.curation.reply_store import Replies, Stop, Usage
+from pangea_jax.work import transport
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -67,7 +68,7 @@ class ModelConfig:
       temperature, max_tokens: of every call that does not set its own. `max_tokens` also limits what a
         call can cost.
       extra_body: further fields of the request, such as vLLM's.
-      timeout: seconds before a call counts as unanswered.
+      timeout: seconds for a whole answer, after which a call counts as unanswered.
       retries: further attempts if the endpoint is busy (429), broken (5xx) or silent. The openai package
         waits longer after each of them and obeys `Retry-After`.
       patience: seconds to wait, after these attempts, while the endpoint answers no request.
@@ -178,11 +179,13 @@ class Client:
             base_url=config.base_url,
             max_retries=config.retries,
             timeout=config.timeout,
-            http_client=self._transport(openai.DefaultHttpxClient),
+            http_client=self._transport(
+                transport.limited(openai.DefaultHttpxClient, config.timeout)
+            ),
         )
 
     def _transport(self, kind: type) -> Any:
-        """The openai package's transport; charges each attempt that times out, since it may be billed."""
+        """The openai package's client of HTTP; charges each attempt that times out, since it may be billed."""
         replies = self.replies
 
         class Transport(kind):

@@ -127,7 +127,7 @@ class Statistics:
     def _lengths(self) -> list[str]:
         rows = []
         for code, measures in sorted(self.lengths.items(), key=lambda item: -len(item[1][0])):
-            row = [f"{languages.LANGUAGES[code].english_name} ({code})"]
+            row = [f"{languages.name(code)} ({code})"]
             for numbers in measures:
                 median, high = np.percentile(np.frombuffer(numbers, np.uint32), (50, 95))
                 row.append(f"{median:,.0f} / {high:,.0f} / {max(numbers):,}")

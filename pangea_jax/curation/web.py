@@ -28,6 +28,8 @@ except ImportError as error:
         f"{error.name} is missing; run: pip install -r requirements-curation.txt"
     ) from None
 
+from pangea_jax.work import transport
+
 USER_AGENT = "pangea_jax"
 
 _MAX_REDIRECTS = 5
@@ -36,8 +38,38 @@ _ROBOTS_SECONDS, _ROBOTS_RETRY_SECONDS = 24 * 3600, 300
 _ROBOTS_HOSTS = 4_096
 _LOOK_UPS = threading.BoundedSemaphore(512)  # reached only if the resolver hangs
 
-# The last 32 bits of these IPv6 addresses are an IPv4 address: NAT64 (RFC 6052), and an older form.
-_OVER_IPV4 = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("::/96")
+# What IANA's registries of special-purpose addresses take out of the public ones, and multicast. The list is ours
+# because `ipaddress` answers differently in every release of Python.
+_SPECIAL_IPV4 = tuple(
+    map(
+        ipaddress.IPv4Network,
+        (
+            *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),
+            *("172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16"),
+            *("198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+        ),
+    )
+)
+# Global unicast, all that is given out. Loopback, local, multicast and other NAT64 addresses lie outside.
+_UNICAST_IPV6 = ipaddress.IPv6Network("2000::/3")
+_SPECIAL_IPV6 = tuple(
+    map(
+        ipaddress.IPv6Network, ("2001::/23", "2001:db8::/32", "3fff::/20")
+    )  # Teredo is in the first
+)
+# IPv6 networks whose addresses hold an IPv4 address, and the number of bits behind it: mapped (RFC 4291) and an older
+# form, NAT64 (RFC 6052), 6to4 (RFC 3056).
+_AROUND_IPV4 = tuple(
+    (ipaddress.IPv6Network(network), bits)
+    for network, bits in (
+        ("::ffff:0:0/96", 0),
+        ("::/96", 0),
+        ("64:ff9b::/96", 0),
+        ("2002::/16", 80),
+    )
+)
+# Bits 32 to 63 of an ISATAP address (RFC 5214), whose last 32 bits are an IPv4 address.
+_ISATAP = (0x0000_5EFE, 0x0200_5EFE)
 
 
 class FetchError(Exception):
@@ -248,63 +280,39 @@ def _look_up(host: str, port: int, seconds: float) -> list[tuple]:
 
 
 def _is_public(address: str) -> bool:
-    """Whether an address is public. If it contains an IPv4 address, that one must be public, too."""
-    parsed = ipaddress.ip_address(address)
+    """Whether an IP address is public. An IPv6 address around an IPv4 address is judged by that one.
+
+    The answer depends on the address alone: it is the same on every machine and every Python.
+
+    >>> _is_public("192.168.0.7"), _is_public("::ffff:192.168.0.7"), _is_public("2606:4700::1111")
+    (False, False, True)
+    """
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
     if parsed.version == 4:
-        return parsed.is_global
-    if parsed.ipv4_mapped:
-        return parsed.ipv4_mapped.is_global
-    inner = parsed.sixtofour
-    if any(parsed in network for network in _OVER_IPV4):
-        inner = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
-    return parsed.is_global and (inner is None or inner.is_global)
+        return not any(parsed in network for network in _SPECIAL_IPV4)
+    if parsed.scope_id:  # it has a meaning on this machine only
+        return False
+    number = int(parsed)
+    for network, behind in _AROUND_IPV4:
+        if parsed in network:
+            return _is_public(str(ipaddress.IPv4Address(number >> behind & 0xFFFF_FFFF)))
+    if parsed not in _UNICAST_IPV6 or any(parsed in network for network in _SPECIAL_IPV6):
+        return False
+    inside = str(ipaddress.IPv4Address(number & 0xFFFF_FFFF))
+    return number >> 32 & 0xFFFF_FFFF not in _ISATAP or _is_public(inside)
 
 
-class _Deadline:
-    """Closes connections after a time limit, also if a slow server sends a byte now and then."""
-
-    def __init__(self, seconds: float):
-        self._end, self._is_over = time.monotonic() + seconds, False
-        self._lock, self._sockets = threading.Lock(), []
-        self._timer = threading.Timer(max(0.0, seconds), self._hang_up)
-        self._timer.daemon = True
-
-    def __enter__(self):
-        self._timer.start()
-        return self
-
-    def __exit__(self, *_):
-        self._timer.cancel()
-        with self._lock:
-            for line in self._sockets:
-                line.close()
-            self._sockets.clear()
-
-    @property
-    def seconds_left(self) -> float:
-        return self._end - time.monotonic()
-
+class _Deadline(transport.Deadline):
     def check(self) -> None:
         """
         Raises:
           FetchError: the time limit is over.
         """
-        if self._is_over or self.seconds_left <= 0:
+        if self.is_over or self.seconds_left <= 0:
             raise FetchError("address is too slow")
-
-    def watch(self, line: socket.socket) -> None:
-        """Adds a connection. A copy of its socket is kept, since TLS may take over the original."""
-        with self._lock:
-            self._sockets.append(line.dup())
-        if self._is_over:
-            self._hang_up()
-
-    def _hang_up(self) -> None:
-        self._is_over = True
-        with self._lock:
-            for line in self._sockets:
-                with contextlib.suppress(OSError):  # already closed
-                    line.shutdown(socket.SHUT_RDWR)
 
 
 def _pinned(fetch: Fetch, url: str, deadline: _Deadline) -> urllib3.PoolManager:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from pangea_jax import languages
+from pangea_jax.figures import inert
 from pangea_jax.figures import markdown as md
 from pangea_jax.figures import style as fig
 
@@ -85,8 +86,9 @@ def write(index: pa.Table, folder: Path, summary: Mapping) -> Path:
 
     Args:
       index: columns `category`, `source`, `language`.
-      summary: `total`, `kept`, `rejected` (reason -> (records, id of the first)), `pictures`,
-        `picture_bytes` and `languages_identified` of a build.
+      summary: `total`, `kept`, `rejected` (reason -> (records, what is wrong with the first)),
+        `pictures`, `picture_bytes`, `languages_identified`, `languages_undetermined` and `notes`
+        (what -> records) of a build.
     """
     composition = Composition(index)
     write_figure(composition, folder)
@@ -116,16 +118,22 @@ def markdown(composition: Composition, summary: Mapping) -> str:
         (reason, f"{count:,}", f"{count / total:.2%}", f"`{first}`")
         for reason, (count, first) in rejected
     ]
+    notes = [(what, f"{count:,}") for what, count in summary.get("notes", {}).items()]
     lines = [
         "# What is in this data set",
         "",
         f"{kept:,} of {total:,} records kept, {total - kept:,} dropped; {summary['pictures']:,} "
         f"pictures, {summary['picture_bytes'] / 1e9:,.3f} GB. The language of "
-        f"{summary['languages_identified']:,} records was identified from their words.",
+        f"{summary['languages_identified']:,} records was identified from their words; that of "
+        f"{summary.get('languages_undetermined', 0):,} could not be (`und`).",
         "",
         "## Dropped, and why",
         "",
         *(md.table(("reason", "records", "share", "first"), dropped) if dropped else ["Nothing."]),
+        "",
+        "## Changed or not used",
+        "",
+        *(md.table(("what", "records"), notes) if notes else ["Nothing."]),
         "",
         *tables(composition),
     ]
@@ -168,7 +176,7 @@ def _languages(composition: Composition) -> list[str]:
         printed = ("", "")
         if theirs is not None:
             printed = (f"{theirs:,}", f"{theirs / sum(paper.values()):.2%}")
-        name = f"{languages.LANGUAGES[code].english_name} ({code})"
+        name = f"{languages.name(code)} ({code})"
         rows.append((name, f"{count:,}", f"{count / max(1, composition.total):.2%}", *printed))
     return md.table(("language", "records", "share", "paper, thousands", "share"), rows)
 
@@ -189,7 +197,8 @@ def plot(composition: Composition) -> Figure:
     patches = [
         Patch(
             color=palette[category],
-            label=f"{NAMES.get(category, category) or '-'} {counts.sum() / composition.total:.0%}",
+            label=inert.label(NAMES.get(category, category) or "-")
+            + f" {counts.sum() / composition.total:.0%}",
         )
         for category, counts in composition.by_category().items()
     ]
@@ -205,7 +214,8 @@ def _draw_cells(axes: Axes, composition: Composition) -> None:
     fig.write_cells(axes, texts, norm(shown) > 0.6, size=5.5)
     axes.set_xticks(range(len(composition.languages)), composition.languages)
     axes.set_yticks(
-        range(len(composition.sources)), [source or "-" for source in composition.sources]
+        range(len(composition.sources)),
+        [inert.label(source or "-") for source in composition.sources],
     )
     axes.grid(False)
     axes.tick_params(length=0)

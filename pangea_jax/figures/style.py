@@ -78,3 +78,59 @@ def write_cells(
         if text := texts[row][column]:
             ink = "white" if white[row, column] else INK
             axes.text(column, row + below, text, ha="center", va="center", size=size, color=ink)
+
+
+def label_points(
+    axes: Axes, points: Sequence[tuple[float, float, str, str]], size: float = 7
+) -> None:
+    """Writes a label beside each point, so that no label hides a point or another label.
+
+    Each takes the first free place on rings around its point; a thin line leads to those further away.
+    The limits of the axes must be final, except for the layout.
+
+    Args:
+      points: (x, y, text, colour).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+    figure = axes.figure
+    renderer, pixels = FigureCanvasAgg(figure).get_renderer(), figure.dpi / 72
+    figure.draw_without_rendering()  # the layout places the axes
+    legend = axes.get_legend()
+    dots = axes.transData.transform([(x, y) for x, y, *_ in points])
+    radius, taken = 3 * pixels, [legend.get_window_extent(renderer)] if legend else []
+
+    def is_free(box) -> bool:
+        inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+        inside = inside and axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
+        near = dots.clip([box.x0, box.y0], [box.x1, box.y1]) - dots
+        clear = (np.hypot(*near.T) >= radius).all()
+        return inside and clear and not any(box.overlaps(other) for other in taken)
+
+    for (x, y, text, colour), dot in zip(points, dots, strict=True):
+        label = axes.annotate(
+            text, (x, y), (0, 0), textcoords="offset points", size=size, color=colour,
+            arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.4, shrinkA=0, shrinkB=2),
+        )  # fmt: skip
+        label.set_in_layout(False)
+        extent = label.get_window_extent(renderer)
+        for right, up in _rings():
+            left, below = right < 0, up < 0
+            corner = dot + pixels * np.array([right, up]) - extent.size * [left, below]
+            box = Bbox.from_bounds(*corner, *extent.size)
+            if is_free(box):
+                break
+        taken.append(box)
+        label.set(ha="right" if left else "left", va="top" if below else "bottom")
+        label.xyann = (right, up)
+        label.arrow_patch.set_visible(np.hypot(right, up) > 12)
+
+
+def _rings() -> list[tuple[float, float]]:
+    """Offsets from a point, the nearest first, in points of type."""
+    return [
+        (5 * ring * np.cos(angle), 5 * ring * np.sin(angle))
+        for ring in range(1, 11)
+        for angle in np.pi * (np.arange(8 * ring) + 1) / (4 * ring)
+    ]

@@ -173,8 +173,10 @@ class StopStrings:
     """Texts that end an answer; the answer does not include them."""
 
     def __init__(self, texts: Collection[str]):
-        if isinstance(texts, str) or not all(isinstance(t, str) and t for t in texts):
-            raise ValueError(f"stop_strings {texts!r} is not a list of texts")
+        if isinstance(texts, str) or not (
+            isinstance(texts, Collection) and all(isinstance(t, str) and t for t in texts)
+        ):
+            raise ValueError(f"stop_strings {texts!r:.80} is not a list of texts")
         self._texts = tuple(texts)
         self._pattern = re.compile("|".join(map(re.escape, texts)))
 

@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import operator
 import os
-import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from pangea_jax import checkpoints, sharding
-from pangea_jax.assets import EMOJI, SAMPLE_MODEL
+from pangea_jax.assets import SAMPLE_MODEL
 from pangea_jax.batch import Batch
 from pangea_jax.data import chat
 from pangea_jax.data.reader import REFERENCE, Geometry, Reader, ReadingPolicy, Tiles
@@ -103,7 +102,10 @@ class Engine:
             exceed the model's context.
         """
         _check_batch_size(batch_size)
-        if isinstance(conversations, str | Mapping):
+        _check_new_tokens(max_new_tokens)
+        if isinstance(conversations, str | bytes | Mapping | Prompt) or not isinstance(
+            conversations, Iterable
+        ):
             raise ValueError(f"conversations is one {type(conversations).__name__}; give a list")
         prompts = [
             self._prompt(conversation, max_new_tokens, f"conversations[{i}]")
@@ -191,6 +193,7 @@ class Engine:
 
         A piece never ends within a character. The call raises all errors, not the iterator.
         """
+        _check_new_tokens(max_new_tokens)
         room = bucket(max_new_tokens)
         prompt = self._prompt(messages, max_new_tokens, "messages")
         sampling = Sampling.make(1, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
@@ -217,8 +220,14 @@ class Engine:
         continuation is tokenised alone. An empty text becomes <|endoftext|>.
 
         Raises:
-          ValueError: a continuation has no tokens, or exceeds the model's context.
+          ValueError: a continuation is no text, has no tokens, or exceeds the model's context.
         """
+        if isinstance(continuations, str) or not (
+            isinstance(continuations, Sequence) and all(isinstance(c, str) for c in continuations)
+        ):
+            raise ValueError(f"continuations {chat.shown(continuations)} is not a list of texts")
+        for i, text in enumerate(continuations):
+            _check_text(text, f"continuations[{i}]")
         prompt = self.read(conversation)
         if isinstance(conversation, str) and conversation:
             wholes = [self.tokenizer.encode(conversation + text) for text in continuations]
@@ -283,7 +292,7 @@ class Engine:
             return messages
         if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
             raise ValueError(
-                f"{name} is not a list of messages: {reprlib.repr(messages)}; one conversation is "
+                f"{name} is not a list of messages: {chat.shown(messages)}; one conversation is "
                 '[{"role": "user", "content": ...}], several are a list of such lists'
             )
         system, turns, pictures = chat.from_messages(messages)
@@ -328,8 +337,10 @@ class Engine:
 
     def _stop_ids(self, stop: Sequence[int] | None) -> Int[np.ndarray, " Z"]:
         ids = (self.tokenizer.im_end_id, self.tokenizer.pad_id) if stop is None else stop
-        if isinstance(ids, str) or not all(isinstance(i, int | np.integer) for i in ids):
-            raise ValueError(f"stop {stop!r} is not a list of token ids")
+        is_list = isinstance(ids, Iterable) and not isinstance(ids, str | bytes | Mapping)
+        ids, known = list(ids) if is_list else [], np.iinfo(np.int32)
+        if not (is_list and all(_is_whole(i) and known.min <= i <= known.max for i in ids)):
+            raise ValueError(f"stop {chat.shown(stop)} is not a list of token ids (32 bits each)")
         # -1 is the id of no token.
         return np.array(sorted(set(ids)) or [-1], np.int32)
 
@@ -357,9 +368,24 @@ def _check_text(text: str, name: str) -> None:
         raise ValueError(f"{name}: a text is not Unicode ({error})") from None
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+class SettingError(ValueError, TypeError):
+    """A setting has the wrong type; a TypeError too, as Python raises for such a type."""
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check_new_tokens(max_new_tokens: Any) -> None:
+    if not _is_whole(max_new_tokens):
+        said = chat.shown(max_new_tokens)
+        raise SettingError(f"max_new_tokens must be a whole number from 1 on, not {said}")
+
+
+def _check_batch_size(batch_size: Any) -> None:
+    if not _is_whole(batch_size) or batch_size < 1:
+        said = chat.shown(batch_size)
+        raise SettingError(f"batch_size must be a whole number of at least 1, not {said}")
 
 
 def _pieces(tokens: Iterator[int], tokenizer: Tokenizer, stop_ids) -> Iterator[str]:
@@ -387,43 +413,26 @@ def load_folder(
     """Loads a checkpoint in any form that `pangea_jax.checkpoints` reads, and its tokenizer.
 
     Args:
-      dtype: of parameters and activations; by default bfloat16, as published.
+      dtype: of parameters and activations; by default bfloat16, as published, and float32 for the
+        model in the package (the tower with the default point of the English-share ablation).
       mesh: devices that hold the parameters, see `choose_mesh`. Each tensor goes straight to its
         devices.
       reading: fields of `ReadingPolicy` that replace those saved with the model.
     """
-    return _load(path, {path: None}, checkpoints.load_tokenizer(path), dtype, mesh, reading)
-
-
-def load_sample(*, dtype=None, mesh: MeshChoice = None, **reading: Any) -> Engine:
-    """Loads the model in the package, in float32 by default; arguments as for `load_folder`.
-
-    It is the shipped tower with the default point of the English-share ablation.
-    """
-    files = {
-        SAMPLE_MODEL / "tower.safetensors": ("vision",),
-        SAMPLE_MODEL / "model.safetensors": ("projector", "newline", "language"),
-    }
-    tokenizer = checkpoints.load_tokenizer(SAMPLE_MODEL, EMOJI)
-    return _load(SAMPLE_MODEL, files, tokenizer, dtype or "float32", mesh, reading)
-
-
-def _load(folder, files, tokenizer, dtype, mesh, reading) -> Engine:
-    """An engine from `files`, which maps each file to the parts of the model in it (None: all)."""
-    config = checkpoints.config_from_folder(folder)
+    tokenizer = checkpoints.load_tokenizer(path)
+    below = path.base if isinstance(path, checkpoints.AdapterFolder) else path
+    if below == SAMPLE_MODEL:
+        dtype = dtype or "float32"
+    config = checkpoints.config_from_folder(path)
     config = dataclasses.replace(config, dtype=_dtype_name(dtype or config.dtype))
-    policy = dataclasses.replace(checkpoints.load_policy(folder), **reading)
+    policy = dataclasses.replace(checkpoints.load_policy(path), **reading)
     mesh = choose_mesh(mesh, config)
     graphdef, shapes = _abstract(config)
-    targets, params = None, {}
+    targets = None
     if mesh is not None:
         targets = model_params.unflatten(sharding.param_shardings(shapes, mesh))
-    for file, only in files.items():
-        state = checkpoints.load(
-            file, config, only=only, dtype=jnp.dtype(config.dtype), shardings=targets
-        )
-        params |= model_params.flatten(state)
-    model = model_params.merge(graphdef, params)
+    state = checkpoints.load(path, config, dtype=jnp.dtype(config.dtype), shardings=targets)
+    model = model_params.merge(graphdef, model_params.flatten(state))
     if mesh is None and jax.default_backend() == "cpu":
         model.language.unstack()
     return Engine(model, tokenizer, policy=policy, mesh=mesh)

@@ -13,6 +13,8 @@ from collections import Counter
 
 import pytest
 
+from tests.loopback import refuse_others
+
 CONTENTS = ("good", "malformed", "refused", "wrong_language", "slow")
 """What a prompt is answered with, every time it is asked."""
 
@@ -207,6 +209,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+@pytest.fixture(autouse=True)
+def loopback_only(monkeypatch):
+    refuse_others(monkeypatch)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ pytest.importorskip("regex", reason="regex is in requirements-curation.txt")
 pytest.importorskip("urllib3", reason="urllib3 is in requirements-curation.txt")
 pytest.importorskip("protego", reason="Protego is in requirements-curation.txt")
 
+from pangea_jax.curation import browser
 from pangea_jax.curation.ocr_pages import Page
 
 from .web_pages import BODY, CONFIG, DESKTOP, shoot, write_pages
@@ -40,6 +41,7 @@ class Counting(http.server.BaseHTTPRequestHandler):
             + "<script>onload = () => setTimeout(() => { while (true); }, 5)</script>",
             "/page": '<html lang="en"><link rel="stylesheet" href="/a.css">'
             "<script src='/s.js'></script><script>fetch('/fetched');"
+            "fetch('/out/' + [...'RTCPeerConnection WebTransport Worker'.split(' ')].map((n) => typeof window[n]));"
             "new WebSocket(location.origin.replace('http', 'ws') + '/socket')</script>"
             + f"{BODY}<iframe src='/frame' style='position: absolute; top: 300px'></iframe>",
         }.get(self.path, "p { font-size: 30px }").encode()
@@ -105,8 +107,8 @@ def test_pages_by_address(chromium):
         refused = Page("refused", f"{server.address}/refused", "en")
 
         def config(**changes):
-            browser = dataclasses.replace(CONFIG.browser, load_seconds=2, **changes)
-            return dataclasses.replace(DESKTOP, browser=browser)
+            settings = dataclasses.replace(CONFIG.browser, load_seconds=2, **changes)
+            return dataclasses.replace(DESKTOP, browser=settings)
 
         shots = shoot([address], config())
         assert shots[address.id].reason == "page needs the network"
@@ -140,6 +142,20 @@ def test_pages_by_address(chromium):
         assert shots[address.id].text == "A first sentence of some words."
         assert {"/s.js", "/fetched", "/frame"} <= set(server.paths)
         assert "/socket" not in server.paths
+        assert "/out/undefined,undefined,undefined" in server.paths
+
+
+@pytest.mark.parametrize("network", ["none", "static", "all"])
+def test_flags_close_the_other_ways_out(network):
+    """Also where no Chromium is installed."""
+    flags = browser._arguments(network, private_addresses=False)
+    assert {"--disable-quic", "--dns-prefetch-disable", "--no-pings"} <= set(flags)
+    assert "--force-webrtc-ip-handling-policy=disable_non_proxied_udp" in flags
+    (rules,) = (flag for flag in flags if flag.startswith("--host-resolver-rules="))
+    private = ("127.*", "10.*", "169.254.*", "100.64.*", "224.*", "localhost", "*:*")
+    assert "MAP * ~NOTFOUND" in rules or all(f"MAP {host} ~NOTFOUND" in rules for host in private)
+    # Chromium takes the last one, and Playwright has its own.
+    assert not any(flag.startswith("--disable-features") for flag in flags)
 
 
 def test_robots_txt_is_obeyed(chromium):
@@ -149,8 +165,8 @@ def test_robots_txt_is_obeyed(chromium):
         def shots(*pages, **changes):
             server.paths.clear()
             changes = {"network": "static", "private_addresses": True} | changes
-            browser = dataclasses.replace(CONFIG.browser, **changes)
-            return shoot(pages, dataclasses.replace(DESKTOP, browser=browser))
+            settings = dataclasses.replace(CONFIG.browser, **changes)
+            return shoot(pages, dataclasses.replace(DESKTOP, browser=settings))
 
         # Rules are kept for a day, for each name of a robot.
         server.robots = "User-agent: *\nDisallow: /page"
@@ -182,7 +198,7 @@ def test_names_that_lead_to_this_machine_are_not_asked(chromium, monkeypatch):
     )
     with serve() as server:
         page = Page("x", f"http://pages.example:{server.server_port}/page", "en")
-        browser = dataclasses.replace(CONFIG.browser, network="static")
-        (shot,) = shoot([page], dataclasses.replace(DESKTOP, browser=browser)).values()
+        settings = dataclasses.replace(CONFIG.browser, network="static")
+        (shot,) = shoot([page], dataclasses.replace(DESKTOP, browser=settings)).values()
         assert shot.reason == "address is private"
         assert (server.paths, server.connections) == ([], 0)

@@ -24,7 +24,10 @@ pytest.importorskip("imagehash", reason="ImageHash is in requirements-curation.t
 from pangea_jax.curation import contamination, filters, near_duplicates, statistics
 from pangea_jax.curation.contamination import BenchmarkError, Benchmarks, Findings, Overlap
 from pangea_jax.data import mixture
+from pangea_jax.data.build.write_store import Picture, write_store
+from pangea_jax.data.store import RecordStore
 from pangea_jax.figures import composition
+from pangea_jax.sample.sample_store import SampleStore
 from pangea_jax.work.restart import WorkError
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +51,27 @@ def picture(seed, size=(320, 256), quality=95):
         buffer, "JPEG", quality=quality
     )
     return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A store with some conversations of the embedded sample."""
+    sample = SampleStore()
+    made = {split: sample.records(split) for split in sample.splits}
+    records = {split: [some[i] for i in range(0, len(some), 4999)] for split, some in made.items()}
+    keys = sorted({key for some in records.values() for record in some for key in record.images})
+    collections = {key.split("/")[0]: [] for key in keys}
+    for key in keys:
+        collections[key.split("/")[0]].append(Picture(key, sample.image(key), 64, 64))
+    directory = tmp_path_factory.mktemp("stored")
+    write_store(
+        directory,
+        name="made",
+        build="python launch/build_data.py made",
+        records={split: ((record, {}) for record in some) for split, some in records.items()},
+        images=collections,
+    )
+    return RecordStore(directory)
 
 
 @pytest.fixture
@@ -130,7 +154,11 @@ def test_planted_overlaps_are_found_and_nothing_else(bench, data, tmp_path, work
     assert overlaps == {id: kinds for id, kinds in planted.items() if kinds}
     assert found.faults == {"picture is damaged": 1, "picture is missing": 1}
     assert (found.total, found.kept) == (16, 13)
-    assert found.rejected == {"no turns": (1, "b|a\nd"), "wrong type": (2, "")}
+    assert found.rejected == {
+        "no turns": (1, "b|a\nd"),
+        "wrong type": (1, ""),
+        "cannot be read": (1, ""),
+    }
 
     report = statistics.write(found, ["## Sources"], tmp_path / "out").read_text("utf-8")
     assert "| no turns | 1 | `b\\|a d` |\n" in report
@@ -145,15 +173,15 @@ def test_planted_overlaps_are_found_and_nothing_else(bench, data, tmp_path, work
     assert "| xgqa/en.jsonl | exact | 2 | 1 |" in report and f"{len(listed)} ids overlap" in report
 
 
-def test_pictures_are_compared_only_if_asked_for(bench, emoji_store, tmp_path, monkeypatch):
+def test_pictures_are_compared_only_if_asked_for(bench, stored, tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(statistics._Records, "_read", lambda self, name: read.append(name) or b"")
     compared = {"benchmarks": Benchmarks.read([bench]), "work": tmp_path}
-    statistics.measure(emoji_store.directory, pictures=False, **compared)
+    statistics.measure(stored.directory, pictures=False, **compared)
     texts = Benchmarks.read([bench], pictures=False)
-    statistics.measure(emoji_store.directory, **compared | {"benchmarks": texts})
+    statistics.measure(stored.directory, **compared | {"benchmarks": texts})
     assert read == []
-    statistics.measure(emoji_store.directory, **compared)
+    statistics.measure(stored.directory, **compared)
     assert read
 
 
@@ -264,9 +292,9 @@ def test_a_worker_that_is_killed_says_so():
         list(statistics._results(dying, 2))
 
 
-def test_counts_are_those_of_a_recount(emoji_store, tmp_path):
-    found = statistics.measure(emoji_store.directory, work=tmp_path)
-    index = emoji_store.index
+def test_counts_are_those_of_a_recount(stored, tmp_path):
+    found = statistics.measure(stored.directory, work=tmp_path)
+    index = stored.index
     assert found.total == found.kept == len(index)
     assert "identified" not in found.markdown([])
     rows = index.select(["category", "source", "language"]).to_pylist()
@@ -276,7 +304,7 @@ def test_counts_are_those_of_a_recount(emoji_store, tmp_path):
     assert counted.languages == expected.languages and counted.sources == expected.sources
     assert (counted.counts == expected.counts).all()
 
-    records = emoji_store.records(emoji_store.splits[0])
+    records = stored.records(stored.splits[0])
     one = statistics.Statistics()
     for conversation in (records[0], records[1]):
         one.add(conversation)

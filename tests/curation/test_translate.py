@@ -87,7 +87,7 @@ def test_every_record_is_translated_or_dropped_for_the_reason_that_it_had(start_
         "nothing to translate": 1,
         "no turns": 1,
         "too long": 1,
-        "wrong type": 1,
+        "cannot be read": 1,
     }
     for stage in ("request", "check"):
         wanted = {key[1]: n for key, n in expected.items() if key != "kept" and key[0] == stage}

@@ -119,13 +119,55 @@ def test_private_networks_are_not_asked(monkeypatch, address):
 def test_addresses_that_lead_to_ipv4_are_judged_by_where_they_lead(monkeypatch, network, address):
     inner = int(ipaddress.IPv4Address(address)) << (80 if network == "2002::" else 0)
     outer = ipaddress.IPv6Address(int(ipaddress.IPv6Address(network)) + inner)
-    # The ranges that some versions of Python call private as a whole are left to the embedded address.
-    monkeypatch.setattr(ipaddress.IPv6Address, "is_global", True)
     found = [(0, 0, 0, "", (str(outer), 80, 0, 0))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
     private = address.startswith("10.")
     with pytest.raises(FetchError, match="private") if private else contextlib.nullcontext():
         assert Fetch().addresses("http://looks-public.example/1.jpg") == [str(outer)]
+
+
+SPECIAL = (
+    "0.0.0.0 0.1.2.3 10.255.255.255 100.64.0.1 100.127.255.255 127.0.0.1 127.255.0.1 169.254.169.254 172.16.0.1 "
+    "172.31.255.255 192.0.0.8 192.0.0.170 192.0.2.1 192.88.99.1 192.168.255.255 198.18.0.1 198.19.255.255 "
+    "198.51.100.7 203.0.113.255 224.0.0.1 239.255.255.250 240.0.0.1 255.255.255.255 "
+    # Loopback, unspecified, link-local and site-local, unique local, multicast, discard-only, documentation.
+    ":: ::1 fe80::1 fe80::1%eth0 febf::1 fec0::1 feff::1 fc00::1 fdff::1 ff02::1 ff0e::1 100::1 2001:db8::1 3fff::1 "
+    # Teredo, benchmarks, ORCHID, segment routing, a zone on a public address.
+    "2001:0:4136:e378:8000:63bf:3fff:fdd2 2001:2::1 2001:10::1 2001:20::1 5f00::1 2606:4700::1111%1 "
+    # IPv4 inside IPv6: mapped, compatible, NAT64 of both kinds, 6to4, translated, ISATAP.
+    "::ffff:127.0.0.1 ::ffff:169.254.169.254 ::ffff:224.0.0.1 ::ffff:100.64.0.1 ::127.0.0.1 64:ff9b::10.0.0.1 "
+    "64:ff9b::a9fe:a9fe 64:ff9b:1::1 64:ff9b:1::8.8.8.8 2002:7f00:1:: 2002:a00:1::1 2002:e000:1::1 "
+    "::ffff:0:8.8.8.8 2607:f8b0::5efe:10.0.0.1 2607:f8b0::200:5efe:127.0.0.1"
+)
+GLOBAL = (
+    "1.1.1.1 8.8.8.8 9.255.255.255 11.0.0.0 100.63.255.255 100.128.0.0 126.255.255.255 128.0.0.0 169.253.255.255 "
+    "172.15.255.255 172.32.0.0 192.0.1.0 192.167.255.255 192.169.0.0 198.17.255.255 198.20.0.0 223.255.255.255 "
+    "2606:4700::1111 2a00:1450:4001::1 2001:4860:4860::8888 2001:200::1 2003::1 ::ffff:8.8.8.8 64:ff9b::8.8.8.8 "
+    "2002:808:808::1 2607:f8b0::5efe:8.8.8.8"
+)
+
+
+@pytest.mark.parametrize("address", SPECIAL.split())
+def test_an_address_that_is_not_public(address):
+    assert not web._is_public(address)
+
+
+@pytest.mark.parametrize("address", GLOBAL.split())
+def test_a_public_address(address):
+    assert web._is_public(address)
+
+
+@pytest.mark.parametrize("text", ["", "localhost", "127.1", "0x7f000001", "1.2.3", "::g", "a b"])
+def test_what_is_no_address_is_not_public(text):
+    assert not web._is_public(text)
+
+
+def test_the_decision_asks_nothing_of_python(monkeypatch):
+    """Releases of Python differ in what `ipaddress` calls global and private."""
+    for kind in (ipaddress.IPv4Address, ipaddress.IPv6Address):
+        for name in ("is_global", "is_private", "is_reserved", "is_multicast", "is_link_local"):
+            monkeypatch.delattr(kind, name)
+    assert web._is_public("8.8.8.8") and not web._is_public("fec0::1")
 
 
 # Servers that never come to an end

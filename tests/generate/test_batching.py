@@ -10,7 +10,7 @@ import pangea_jax
 from pangea_jax.generate import batching
 from pangea_jax.generate.batching import StopStrings, part_size
 from pangea_jax.generate.decode import Sampling
-from pangea_jax.sample import emoji
+from pangea_jax.sample.sample_store import SampleStore
 
 NEW = 40
 QUESTIONS = (
@@ -31,9 +31,9 @@ def sample():
 
 @pytest.fixture(scope="module")
 def asked():
-    cat = emoji.open_store().image("twemoji/1f408")
+    pictures = [SampleStore().image(f"twemoji/{code}") for code in ("1f408", "1f34c", "1f339")]
     return [
-        [{"role": "user", "content": text} | ({"images": [cat]} if i % 3 == 0 else {})]
+        [{"role": "user", "content": text} | ({"images": [pictures[i // 3]]} if i % 3 == 0 else {})]
         for i, text in enumerate(QUESTIONS)
     ]
 
@@ -141,9 +141,13 @@ def test_no_more_answers_are_under_way_than_asked_for(sample, asked, rows):
 
 def test_a_row_less_than_one_is_no_batch(sample, asked):
     for batch_size in (0, -1):
-        with pytest.raises(ValueError, match=f"batch_size must be at least 1, not {batch_size}"):
+        with pytest.raises(
+            ValueError, match=f"batch_size must be a whole number of at least 1, not {batch_size}"
+        ):
             sample.generate(asked, NEW, batch_size=batch_size)
-        with pytest.raises(ValueError, match=f"batch_size must be at least 1, not {batch_size}"):
+        with pytest.raises(
+            ValueError, match=f"batch_size must be a whole number of at least 1, not {batch_size}"
+        ):
             sample.loglikelihood([], batch_size=batch_size)
         with pytest.raises(ValueError, match=f"rows must be at least 1, not {batch_size}"):
             next(sample.serve([], NEW, rows=batch_size, width=64))
@@ -167,7 +171,7 @@ def test_part_sizes():
     assert part_size([long] * 3, 20, 4) == 3
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, "auto"])
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 4}, "auto"])
 def test_a_mesh_says_the_same(sample, asked, free, sizes):
     """Eight devices; the cache over them, rows and key heads, and answers and scores as on one."""
     spread = pangea_jax.load("sample", mesh=sizes)

@@ -20,6 +20,7 @@ from pangea_jax.generate import engine as engine_module
 from pangea_jax.generate.engine import Engine, bucket
 from pangea_jax.model.vision import normalize
 from pangea_jax.sample import emoji
+from pangea_jax.sample.sample_store import SampleStore
 
 NEW, IMAGE_ID, VOCABULARY = 64, 96, 97
 
@@ -190,7 +191,7 @@ def test_text_is_streamed_in_whole_characters(engine):
 
 
 def test_streams_of_the_sample_are_whole_text(sample):
-    messages = [user(emoji.open_store().image("twemoji/1f408"), "这是什么？")]
+    messages = [user(SampleStore().image("twemoji/1f408"), "这是什么？")]
     for seed in range(4):
         pieces = list(sample.stream(messages, 24, temperature=2.0, seed=seed))
         (whole,) = sample.generate([messages], 24, temperature=2.0, seed=seed)
@@ -280,6 +281,28 @@ def test_a_context_overflow_is_refused_before_anything_runs(engine, monkeypatch)
         ({"temperature": -0.1}, "temperature -0.1"),
         ({"seed": [1, 2, 3]}, "seed: 3 values for 1 rows"),
         ({"stop": "."}, "stop '.' is not a list of token ids"),
+        ({"stop": [2**40]}, "is not a list of token ids"),
+        ({"stop": [-(2**31) - 1]}, "is not a list of token ids"),
+        ({"stop": [10**5000]}, "is not a list of token ids"),
+        ({"stop": [True]}, "is not a list of token ids"),
+        ({"stop": [None]}, "is not a list of token ids"),
+        ({"stop": 5}, "stop 5 is not a list of token ids"),
+        ({"stop": {1: 2}}, "is not a list of token ids"),
+        ({"stop": b"ab"}, "is not a list of token ids"),
+        ({"stop_strings": 5}, "stop_strings 5 is not a list of texts"),
+        ({"stop_strings": [5]}, "is not a list of texts"),
+        ({"max_new_tokens": "5"}, "max_new_tokens must be a whole number"),
+        ({"max_new_tokens": None}, "max_new_tokens must be a whole number"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens must be a whole number"),
+        ({"max_new_tokens": 2**70}, "exceed the model's context"),
+        ({"batch_size": None}, "batch_size must be a whole number"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number"),
+        ({"seed": 2**70}, "seed"),
+        ({"seed": None}, "seed"),
+        ({"top_k": 2**40}, "top_k"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": [[0.0]]}, "temperature"),
+        ({"top_p": float("nan")}, "top_p"),
     ],
 )
 def test_bad_settings(engine, settings, message):
@@ -291,6 +314,18 @@ def test_bad_settings(engine, settings, message):
 def test_a_stream_refuses_its_length_at_once(engine, new, error):
     with pytest.raises(error):
         engine.stream([user("x")], new)
+
+
+@pytest.mark.parametrize("asked", [5, None, b"x", 1.5, {"role": "user"}])
+def test_what_is_no_list_of_conversations(engine, asked):
+    with pytest.raises(ValueError, match="conversations is one"):
+        engine.generate(asked)
+
+
+@pytest.mark.parametrize("texts", ["abc", 5, [5], None, ["a", b"b"], ["\ud800"]])
+def test_continuations_that_are_no_texts(engine, texts):
+    with pytest.raises(ValueError, match="continuations"):
+        engine.candidates([user("x")], texts)
 
 
 def test_numbers_of_numpy_are_numbers(engine):
@@ -349,12 +384,12 @@ def test_no_conversations(engine):
 
 def test_a_folder_loads_over_a_mesh(sample):
     """Logits and answers on eight devices equal those on one."""
-    mesh = sharding.make_mesh(2, 2, 2)
+    mesh = sharding.make_mesh(2, 4, 1)
     spread = pangea_jax.load("sample", mesh=mesh)
     kernels = [x for x in jax.tree.leaves(spread._programs.params) if x.ndim == 4]
     assert all(len(x.sharding.device_set) == 8 for x in kernels)
     assert any(not x.sharding.is_fully_replicated for x in kernels)
-    messages = [user(emoji.open_store().image("twemoji/1f408"), "What is this?")]
+    messages = [user(SampleStore().image("twemoji/1f408"), "What is this?")]
     np.testing.assert_allclose(spread.logits(messages), sample.logits(messages), atol=1e-4)
     asked = [messages, [user("What?")], messages]
     assert spread.generate(asked, 8) == sample.generate(asked, 8)
@@ -364,7 +399,7 @@ def test_a_folder_loads_over_a_mesh(sample):
 def test_dtypes():
     engine = pangea_jax.load("sample", dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(engine._programs.params)} == {jnp.dtype("bfloat16")}
-    messages = [user(emoji.open_store().image("twemoji/1f98b"), "What is this?")]
+    messages = [user(SampleStore().image("twemoji/1f98b"), "What is this?")]
     assert engine.generate([messages]) == ["butterfly"]
     with pytest.raises(ValueError, match="dtype int8 is not float32, bfloat16 or float16"):
         pangea_jax.load("sample", dtype="int8")

@@ -125,7 +125,7 @@ def test_short_and_unlike_prompts_are_read_whole(sample, pictures, reads):
 
 def test_a_mesh_says_the_same_after_a_row(sample):
     asked = [ask(f"{STORY}{i}") for i in range(12)]
-    spread = pangea_jax.load("sample", mesh={"data": 4, "tensor": 2})
+    spread = pangea_jax.load("sample", mesh={"data": 4, "fsdp": 2})
     assert spread.generate(asked, NEW, stop=[], batch_size=6) == alone(sample, asked)
 
 

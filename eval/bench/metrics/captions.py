@@ -11,6 +11,7 @@ import regex
 from jaxtyping import Float
 
 from eval.bench.metrics import ptb
+from eval.bench.reading.text import shorten
 
 Tokens = Sequence[str]
 ROUGE_BETA = 1.2
@@ -37,14 +38,16 @@ def rouge_l(candidate: Tokens, references: Sequence[Tokens]) -> float:
 
 
 def _common_subsequence(first: Tokens, second: Tokens) -> int:
-    row = [0] * (len(second) + 1)
-    for token in first:
-        diagonal = 0
-        for j, other in enumerate(second, 1):
-            above = row[j]
-            row[j] = diagonal + 1 if token == other else max(above, row[j - 1])
-            diagonal = above
-    return row[-1]
+    """Its length; a bit for each token of `first`, as in Hyyrö 2004: a zero where the length grows."""
+    places: dict[str, int] = {}
+    for place, token in enumerate(first):
+        places[token] = places.get(token, 0) | 1 << place
+    ones = (1 << len(first)) - 1
+    row = ones
+    for token in second:
+        same = row & places.get(token, 0)
+        row = (row + same | row - same) & ones
+    return len(first) - row.bit_count()
 
 
 def cider(
@@ -104,7 +107,7 @@ def caption_tokens(text: str, language: str) -> list[str]:
     response and reference in the same way; words of other scripts stay whole. All other languages have the tokens of
     the COCO metrics.
     """
-    text = unicodedata.normalize("NFC", text)
+    text = shorten(unicodedata.normalize("NFC", text), ptb.LIMIT)
     if language not in UNSEGMENTED:
         return ptb.tokenize(text)
     spaceless = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Myanmar}\p{Khmer}\p{Lao}]"

@@ -24,10 +24,16 @@ def paper_letter(response: str, options: Sequence[str], *, seed: str) -> tuple[s
     if match := re.search("[ABCD]", response, re.IGNORECASE):
         return match.group().upper(), False
     texts = [re.sub(r"^[A-D]\.\s*", "", option).strip() for option in options]
-    ratios = [difflib.SequenceMatcher(None, response, text).ratio() for text in texts]
+    ratios = [_ratio(response, text) for text in texts]
     if ratios and max(ratios) > 0.7:
         return LETTERS[ratios.index(max(ratios))], False
     return random.Random(seed).choice("ABCD"), True
+
+
+def _ratio(first: str, second: str) -> float:
+    """The ratio of difflib, or 0 if the lengths alone keep it at 0.7 or below, since it takes quadratic time."""
+    matcher = difflib.SequenceMatcher(None, first, second)
+    return matcher.ratio() if matcher.real_quick_ratio() > 0.7 else 0.0
 
 
 def wrong_letter(answer: str, options: Sequence[str]) -> str | None:

@@ -70,8 +70,9 @@ def _key_parts(response: str) -> list[str]:
 def extract_numbers(text: str) -> list[str]:
     """Numbers with thousands commas, in scientific notation, and plain ones, in this order."""
     with_commas = re.findall(r"-?\b\d{1,3}(?:,\d{3})+\b", text)
-    scientific = re.findall(r"-?\d+(?:\.\d+)?[eE][+-]?\d+", text)
-    plain = re.findall(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])", text)
+    # Without the look behind, each digit of an endless number would begin a search through the rest.
+    scientific = re.findall(r"-?(?<!\d)\d+(?:\.\d+)?[eE][+-]?\d+", text)
+    plain = re.findall(r"-?(?:(?<!\d)\d+\.\d+|\.\d+|(?<!\d)\d+\b)(?![eE][+-]?\d+)(?![,\d])", text)
     return with_commas + scientific + plain
 
 

@@ -197,6 +197,8 @@ def _number(match: regex.Match, language: str | None) -> str:
     digits = match.group(2)
     if (digits.startswith("0") and digits[1:2].isdigit()) or len(digits) > 40:
         return match.group()
+    if digits.isdecimal():
+        return sign + digits
     try:
         value = numbers.parse(digits, language)
     except ValueError:

@@ -177,7 +177,11 @@ def _options(options: list[str]) -> list[str]:
 
 def _gold(answer: str) -> str:
     bare = answer.strip().strip("()（）.．").upper()
-    return LETTERS[int(bare) - 1] if bare.isdecimal() and 0 < int(bare) <= len(LETTERS) else bare
+    return (
+        LETTERS[int(bare) - 1]
+        if bare.isdecimal() and len(bare) < 3 and 0 < int(bare) <= len(LETTERS)
+        else bare
+    )
 
 
 DATASET = M3Exam()

@@ -4,6 +4,7 @@ neulab/PangeaBench-multilingual-llava-bench. The judge (gpt-4-0613 in the paper'
 from captions of the picture. The score is the ratio of the means in percent; it can exceed 100.
 """
 
+import math
 import re
 
 import numpy as np
@@ -100,9 +101,11 @@ def paper_scores(reply: str) -> tuple[float, float]:
     """The parser of the paper's harness: the first line is two numbers with one space between, else both are -1."""
     parts = reply.strip().partition("\n")[0].replace(",", " ").split(" ")
     try:
-        return (float(parts[0]), float(parts[1])) if len(parts) == 2 else (-1.0, -1.0)
+        first, second = map(float, parts)
     except ValueError:
         return -1.0, -1.0
+    # One "nan" or "inf" would otherwise be the score of the whole subset.
+    return (first, second) if math.isfinite(first + second) else (-1.0, -1.0)
 
 
 def _paper_scores(document, response, reply) -> tuple[float, float]:

@@ -214,6 +214,40 @@ def test_unreadable_judgements_are_failures_not_scores(endpoint, data_dir, tmp_p
     assert results["tasks"]["xchat_en"]["fixed"]["failed"] == 4
     assert len(endpoint.requests) == 3  # tried again before giving up
     assert "en" not in results["datasets"]["xchat"]["fixed"]
+    assert "I would rather not say" in results["failures"][0]["reason"]
+    rescore = ["rescore", str(tmp_path / "out"), *judge]
+    assert run.main(rescore) == 1
+    assert len(endpoint.requests) == 6  # by each run
+    endpoint.answer = lambda body: "Fine. [RESULT] 4"
+    assert run.main(rescore) == run.main(rescore) == 0
+    assert len(endpoint.requests) == 7  # and a readable reply is kept
+    assert _results(tmp_path / "out")["tasks"]["xchat_en"]["fixed"]["score"] == 75
+
+
+def test_an_unreadable_reply_that_an_earlier_version_stored_is_asked_for_again(
+    endpoint, data_dir, tmp_path, write_jsonl
+):
+    endpoint.answer = lambda body: "Fine. [RESULT] 4"
+    judge = ["--judge=openai:j", f"--judge_base_url={endpoint.url}"]
+    flags, cache = (
+        _judge_flags(data_dir, tmp_path, write_jsonl, judge),
+        tmp_path / "out" / "judge.jsonl",
+    )
+    assert run.main(flags) == 0
+    row = json.loads(cache.read_text("utf-8"))
+    write_jsonl(cache, [row | {"reply": "I would rather not say."}])
+    assert run.main(flags) == 0
+    assert len(endpoint.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "row", [[], {"key": "a"}, {"key": ["a"], "reply": "x"}, {"key": "a", "reply": 5}]
+)
+def test_a_damaged_cache_of_the_judge_is_named(data_dir, tmp_path, write_jsonl, capsys, row):
+    write_jsonl(tmp_path / "out" / "judge.jsonl", [row])
+    judge = ["--judge=openai:j", "--judge_base_url=http://127.0.0.1:9/v1"]
+    assert run.main(_judge_flags(data_dir, tmp_path, write_jsonl, judge)) == 2
+    assert "judge.jsonl, line 1: expected the texts key and reply" in capsys.readouterr().err
 
 
 def test_replayed_judge_with_a_missing_reply(data_dir, tmp_path, write_jsonl):

@@ -494,3 +494,59 @@ def test_log_has_the_field_names_of_lm_eval(data_dir, tmp_path):
 def test_report_of_a_folder_without_results(tmp_path):
     with pytest.raises(DataError, match="is no output folder"):
         report.read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "likelihoods",
+    [
+        "[1e100, -1]",
+        "[" + "9" * 400 + ", -1]",
+        "[Infinity, -1]",
+        "[NaN, -1]",
+        "[true, -1]",
+        "[null, -1]",
+        "[[-1], -1]",
+        "[-1]",
+        "5",
+        '{"a": 1}',
+        '"-1, -2"',
+    ],
+)
+def test_a_log_likelihood_that_is_none_costs_only_its_document(data_dir, tmp_path, likelihoods):
+    lines = [
+        f'{{"task": "xstorycloze_sw", "doc_id": "{i}", "response": {likelihoods if i == 2 else "[-3, -2.5]"}}}'
+        for i in range(4)
+    ]
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    flags = ["--tasks=xstorycloze_sw", f"--responses={tmp_path / 'r.jsonl'}"]
+    flags += [f"--data_dir={data_dir}", f"--output_path={tmp_path / 'out'}"]
+    assert run.main(flags) == 1
+    results = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
+    assert results["tasks"]["xstorycloze_sw"]["fixed"]["n"] == 3
+    assert results["tasks"]["xstorycloze_sw"]["fixed"]["score"] == 100
+    (failure,) = results["failures"]
+    assert failure["doc_id"] == "2" and "expected 2 log-likelihoods" in failure["reason"]
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["9" * 5_000, "[" * 100_000, '"\\ud800"', "[1", '{"a": ' * 50_000],
+)
+def test_a_line_that_cannot_be_read_is_named(data_dir, tmp_path, capsys, response):
+    line = '{"task": "mgsm_en", "doc_id": "0", "response": '
+    (tmp_path / "r.jsonl").write_text(f'{line}"18"}}\n{line}{response}}}\n')
+    flags = ["--tasks=mgsm_en", f"--responses={tmp_path / 'r.jsonl'}"]
+    assert run.main([*flags, f"--data_dir={data_dir}", f"--output_path={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr().err
+    assert "r.jsonl, line 2" in said and len(said) < 400 and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--output_path", "--data_dir", "--responses"])
+def test_an_address_as_a_folder_is_refused(data_dir, tmp_path, capsys, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    flags = {"--output_path": "out", "--data_dir": data_dir, "--responses": "r.jsonl"}
+    flags[flag] = "gs://bucket/run"
+    assert run.main(["--tasks=mgsm_en", *(f"{name}={value}" for name, value in flags.items())]) == 2
+    said = capsys.readouterr().err
+    assert f"{flag} is" in said and "gs:// is not supported" in said and said.count("\n") == 1
+    assert not (tmp_path / "gs:").exists()

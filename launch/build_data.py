@@ -3,6 +3,7 @@
 python launch/build_data.py emoji                       # rebuild the embedded sample in place
 python launch/build_data.py emoji --out=/data/emoji --packages=/data/npm
 python launch/build_data.py pangeains --source=/data/PangeaInstruct --out=/data/pangeains --tokenizer=/data/Pangea-7B-hf
+python launch/build_data.py own --source=my_data --out=/data/mine --tokenizer=/data/Pangea-7B-hf
 """
 
 import argparse
@@ -16,7 +17,6 @@ if not __package__:  # run as a file of a clone
     import _clone  # noqa: F401
 
 import pyarrow.parquet as pq
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -33,17 +33,17 @@ from rich.text import Text
 
 from pangea_jax import languages
 from pangea_jax.data import image
-from pangea_jax.data.build import pangeains, rejections
+from pangea_jax.data.build import own_records, pangeains, rejections
 from pangea_jax.data.build.write_store import Picture, write_store
-from pangea_jax.data.store import INDEX, RecordStore
-from pangea_jax.figures import composition
+from pangea_jax.data.store import IMAGE_INDEX, INDEX, RecordStore
+from pangea_jax.figures import composition, inert
 from pangea_jax.sample import emoji, licences, sources, vocabulary
 from pangea_jax.sample.emoji import Concept
 from pangea_jax.sample.sources import ARTISTS, Annotations, Artwork
 from pangea_jax.work import runners
 from pangea_jax.work.restart import WorkError
 
-console = Console()
+console = inert.console()
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,7 +55,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "emoji",
         help="the embedded sample: emoji artwork and its names in 38 languages",
         description="Builds the embedded sample: drawings of five artists, their Unicode CLDR "
-        "names in 38 languages, the records made of them and the vocabulary. About half a minute.",
+        "names and keywords in 38 languages, and the vocabulary. About half a minute.",
     )
     sample.add_argument(
         "--out", type=Path, default=emoji.DIRECTORY, help="where to write (default: the package)"
@@ -66,7 +66,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder of already downloaded npm archives (.tgz); default: download with npm pack",
     )
     sample.set_defaults(run=build_emoji)
-    add_pangeains(commands)
+    add_builds(commands)
     arguments, rest = parser.parse_known_args(argv)
     if rest and not getattr(arguments, "runner", None):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -74,15 +74,36 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def add_pangeains(commands) -> None:
-    real = commands.add_parser(
-        "pangeains",
-        help="PangeaIns as it is released, or any records in its form",
-        description="Makes a store of PangeaIns.json (or *.jsonl, *.parquet) and its pictures, read from "
-        "folders, tar files (split ones too) and zip files. If it is killed, the same command continues.",
+def add_builds(commands) -> None:
+    """`pangeains` and `own`: they differ in how pictures are known and seen."""
+    pictures = (
+        "Pictures are read from folders, tar files (split ones too) and zip files. If the command is "
+        "killed, the same command continues."
     )
-    add = real.add_argument
-    add("--source", type=Path, required=True, help="folder of the release, or a file of records")
+    release = commands.add_parser(
+        "pangeains",
+        help="PangeaIns as it is released, or records that refer to its pictures",
+        description=f"Makes a store of PangeaIns.json and its pictures. {pictures}",
+    )
+    release.set_defaults(run=build_pangeains, own="", orientation="stored")
+    own = commands.add_parser(
+        "own",
+        help="your own data: JSON, JSON lines, CSV, TSV, Parquet, a data set of `datasets`",
+        description="Makes a store of your own records: LLaVA's or ShareGPT's JSON, OpenAI messages, tables of "
+        f"questions and answers, a data set saved by `datasets` (docs/data.md, Your own data). {pictures}",
+    )
+    own.set_defaults(run=build_pangeains, orientation="upright")
+    own.add_argument("--own", metavar="NAME", dest="own", type=name, default="own", help=OWN_HELP)
+    for command in (release, own):
+        add_build_flags(command)
+
+
+OWN_HELP = "source of the records that name none, for reports (default: own)"
+
+
+def add_build_flags(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--source", type=Path, required=True, help="folder of the data, or a file of records")
     add("--out", type=Path, required=True, help="folder of the store")
     add("--images", type=Path, help="folder of the pictures (default: that of the records)")
     add("--workers", type=positive, default=os.cpu_count(), help="processes (default: one a core)")
@@ -92,6 +113,33 @@ def add_pangeains(commands) -> None:
         "--default_language",
         type=language_code,
         help="language of records without one (default: identified from their words)",
+    )
+    add(
+        "--strict_language",
+        action="store_true",
+        help="reject records whose language is neither given nor identified (default: keep them as und)",
+    )
+    add(
+        "--columns",
+        type=column_names,
+        default={},
+        metavar="OURS=YOURS,...",
+        help="names of your fields, such as image=path,question=q,answer=a "
+        f"(ours: {', '.join(own_records.FIELDS)})",
+    )
+    add("--question", help="question of records that have only an answer, such as captions")
+    add("--split", help="the split to take, if the source has several")
+    add(
+        "--unmarked",
+        choices=own_records.UNMARKED,
+        default=own_records.UNMARKED[0],
+        help="pictures without <image> in the text: put them in front (default), or reject the record",
+    )
+    add(
+        "--orientation",
+        choices=image.ORIENTATIONS,
+        help="upright turns pictures as their EXIF tag says, stored does not "
+        "(default: own upright, pangeains stored)",
     )
     add(
         "--max_bad_fraction",
@@ -104,14 +152,43 @@ def add_pangeains(commands) -> None:
     )
     add("--max_pixels", type=positive, default=image.MAX_PIXELS, help="reject larger pictures")
     add(
+        "--follow_links",
+        action="store_true",
+        help="also read what symbolic links outside of the source lead to (default: refuse them)",
+    )
+    add(
         "--runner",
         help="run as an Apache Beam pipeline (DirectRunner, DataflowRunner, FlinkRunner, ...); further "
         "flags are its pipeline options",
     )
-    real.set_defaults(run=build_pangeains)
+
+
+def name(text: str) -> str:
+    if not text.strip("/ "):
+        raise argparse.ArgumentTypeError("expected a name, got an empty text")
+    return text.strip("/ ")
+
+
+def column_names(text: str) -> dict[str, str]:
+    """
+    >>> column_names("image=path,answer=a")
+    {'image': 'path', 'answer': 'a'}
+    """
+    found = {}
+    for pair in text.split(","):
+        ours, equals, theirs = (part.strip() for part in pair.partition("="))
+        if ours not in own_records.FIELDS or not equals or not theirs:
+            known = ", ".join(own_records.FIELDS)
+            raise argparse.ArgumentTypeError(
+                f"expected OURS=YOURS,..., OURS one of {known}, got {pair!r}"
+            )
+        found[ours] = theirs
+    return found
 
 
 def language_code(tag: str) -> str:
+    if tag == languages.UNDETERMINED:
+        return tag
     try:
         return languages.get(tag).code
     except KeyError as error:
@@ -170,6 +247,14 @@ def build_pangeains(arguments: argparse.Namespace) -> None:
         default_language=arguments.default_language,
         limit=arguments.limit,
         max_pixels=arguments.max_pixels,
+        follow_links=arguments.follow_links,
+        split=arguments.split,
+        columns=arguments.columns,
+        question=arguments.question,
+        unmarked=arguments.unmarked,
+        strict_language=arguments.strict_language,
+        orientation=arguments.orientation,
+        own=arguments.own,
     )
     allowed = arguments.max_bad_fraction
     with progress_bar() as bar:
@@ -189,8 +274,15 @@ def build_pangeains(arguments: argparse.Namespace) -> None:
         f"{summary['picture_bytes'] / 1e9:,.2f} GB in {build.out}"
     )
     if summary["rejected"]:
-        print(f"dropped (the first of them: {build.out / pangeains.REJECTED}):")
-        print(rejections.table(summary["rejected"]))
+        print(f"dropped (listed in {build.out / pangeains.REJECTED}):")
+        print(inert.visible(rejections.table(summary["rejected"])))
+    if summary["languages_identified"] or summary["languages_undetermined"]:
+        print(
+            f"language identified from the words of {summary['languages_identified']:,} records, and of "
+            f"{summary['languages_undetermined']:,} not (und); --default_language=TAG gives one instead"
+        )
+    for what, count in summary["notes"].items():
+        print(inert.visible(f"{count:>10,}  {what}"))
     print(f"report: {report}")
 
 
@@ -207,19 +299,16 @@ def build_emoji(arguments: argparse.Namespace) -> None:
         concepts = sources.select_concepts(annotations, artworks)
         pictures = draw(concepts, artworks)
 
-    (out / emoji.CONCEPTS).write_text(emoji.dump_concepts(concepts), encoding="utf-8")
+    emoji.save_concepts(concepts, out)
     with console.status("training the vocabulary"):
         (out / emoji.TOKENIZER).write_bytes(vocabulary.train(concepts))
-    drawings = {picture.key for some in pictures.values() for picture in some}
-    splits = dict.fromkeys(emoji.SPLIT_OF_ARTIST.values())
-    with console.status("writing records and drawings"):
+    with console.status("writing drawings"):
         write_store(
             out,
             name="emoji",
             build="python launch/build_data.py emoji",
-            records={split: emoji.split_records(split, concepts, drawings) for split in splits},
+            records={},  # they are made when they are read
             images=pictures,
-            columns=emoji.INDEX_COLUMNS,
             extra_files=[out / emoji.CONCEPTS, out / emoji.TOKENIZER],
         )
     licences.write(out, annotations.licence)
@@ -255,13 +344,10 @@ def summarise(out: Path, concepts: list[Concept]) -> None:
     for collection in store.collections:
         count = store.image_index["collection"].to_pylist().count(collection)
         add(f"drawings of {collection}", count, out / f"images_{collection}")
-    for split in store.splits:
-        shards = (out / "records").rglob(f"*-{split}.array_record*")
-        add(f"records of {split}", len(store.records(split)), *shards)
-    add("index", store.index.num_rows, out / "index.parquet", out / "images.parquet")
+    add("index of drawings", store.image_index.num_rows, out / IMAGE_INDEX)
     add("concepts", len(concepts), out / emoji.CONCEPTS)
     add("vocabulary", vocabulary.SIZE, out / emoji.TOKENIZER)
-    add("all", store.index.num_rows, out)
+    add("all", store.image_index.num_rows, out)
     console.print(table)
 
 
@@ -272,7 +358,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("build_data.py: stopped; run the same command again to go on")
     except (sources.SourceError, WorkError, OSError, sqlite3.Error, ValueError) as error:
-        sys.exit(f"build_data.py: {error}")
+        sys.exit(f"build_data.py: {inert.visible(str(error))}")
 
 
 if __name__ == "__main__":

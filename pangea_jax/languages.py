@@ -96,6 +96,9 @@ PANGEAINS: tuple[str, ...] = tuple(
     language.code for language in _TABLE if language.pangeains_thousands is not None
 )
 
+UNDETERMINED = "und"
+"""The tag (ISO 639-2) of a text whose language is not known. It is no language of the table."""
+
 # fmt: off
 XM100: tuple[str, ...] = (
     "ar", "bn", "cs", "da", "de", "el", "en", "es", "fa", "fi", "fil", "fr", "he", "hi", "hr", "hu",
@@ -110,6 +113,12 @@ PANGEABENCH: tuple[str, ...] = tuple(
 
 # Unicode CLDR has no Sundanese emoji names.
 EMOJI: tuple[str, ...] = tuple(code for code in PANGEAINS if code != "su")
+
+
+def name(code: str) -> str:
+    """The English name of a canonical code, or of `UNDETERMINED`."""
+    return "not identified" if code == UNDETERMINED else LANGUAGES[code].english_name
+
 
 _BY_TAG = {
     tag.lower(): language for language in _TABLE for tag in (language.code, *language.aliases)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from pangea_jax.data.record import IMAGE_MARKER, Turn
+from pangea_jax.data.record import IMAGE_MARKER, LITERAL_MARK, Turn
 from pangea_jax.data.tokenizer import Tokenizer
 
 SYSTEM_PROMPT = "You are a helpful assistant."
@@ -32,6 +32,18 @@ LOSS_MASKS = ("answer", "pangea")
 
 # Short messages often repeat, such as questions and names; long messages do not.
 _CACHED_CHARACTERS, _CACHED_MESSAGES = 256, 16_384
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, value, level):
+        try:
+            return super().repr_int(value, level)
+        except ValueError:  # Python writes no number of thousands of digits
+            return f"<a number of {value.bit_length():,} bits>"
+
+
+shown = _Short().repr
+"""Any value in an error message: short, and without raising an error itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +90,8 @@ def render(
       move_marker_first: put the only marker of a message before its words, see `marker_first`.
 
     Raises:
-      ValueError: the numbers of markers and layouts differ, or the loss mask is unknown.
+      ValueError: the numbers of markers and layouts differ, a marker is within another one, or the
+        loss mask is unknown.
     """
     if loss_mask not in LOSS_MASKS:
         raise ValueError(f"loss_mask {loss_mask!r} is not one of {LOSS_MASKS}")
@@ -89,7 +102,8 @@ def render(
         )
     if move_marker_first:
         turns = [Turn(turn.role, marker_first(turn.text)) for turn in turns]
-    messages = [("system", system)] if system else []
+    # A marker in the system prompt is a text: no image belongs to it.
+    messages = [("system", system.replace(IMAGE_MARKER, LITERAL_MARK))] if system else []
     messages += [(turn.role, turn.text) for turn in turns]
     spans = []
     for role, text in messages:
@@ -124,8 +138,8 @@ def from_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Turn
     for i, message in enumerate(messages):
         role = message.get("role")
         if role not in ("system", "user", "assistant"):
-            raise ValueError(f"messages[{i}].role is {role!r}, not system, user or assistant")
-        read = _marked if message.get("images") else _parts
+            raise ValueError(f"messages[{i}].role is {shown(role)}, not system, user or assistant")
+        read = _parts if _is_empty(message.get("images")) else _marked
         text, found = read(message, f"messages[{i}]")
         if not text:
             raise ValueError(f"messages[{i}].content is empty")
@@ -141,19 +155,21 @@ def from_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Turn
     return system, turns, pictures
 
 
+def _is_empty(images: Any) -> bool:
+    return images is None or (isinstance(images, Sequence) and len(images) == 0)
+
+
 def _parts(message: Mapping[str, Any], name: str) -> tuple[str, list[Any]]:
     """The text with markers, and the images, of a message that consists of parts."""
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
     if not (isinstance(parts, Sequence) and all(isinstance(part, Mapping) for part in parts)):
-        raise ValueError(
-            f"{name}.content must be a text or a list of parts, not {reprlib.repr(content)}"
-        )
+        raise ValueError(f"{name}.content must be a text or a list of parts, not {shown(content)}")
     lines, pictures = [], []
     for j, part in enumerate(parts):
         if part.get("type") == "text" and isinstance(part.get("text"), str):
             # The user wrote this marker as text. It is not an image.
-            lines.append(part["text"].replace(IMAGE_MARKER, "<image\u200b>"))
+            lines.append(part["text"].replace(IMAGE_MARKER, LITERAL_MARK))
         else:
             pictures.append(_picture(part, f"{name}.content[{j}]"))
             lines.append(IMAGE_MARKER)
@@ -162,9 +178,12 @@ def _parts(message: Mapping[str, Any], name: str) -> tuple[str, list[Any]]:
 
 def _marked(message: Mapping[str, Any], name: str) -> tuple[str, list[Any]]:
     """The text with markers, and the images, of a message with `images`."""
-    text, pictures = message.get("content"), list(message["images"])
+    text, pictures = message.get("content"), message["images"]
     if not isinstance(text, str):
         raise ValueError(f"{name} has images, so its content must be a text")
+    if isinstance(pictures, str | bytes | bytearray) or not isinstance(pictures, Sequence):
+        raise ValueError(f"{name}.images must be a list of images, not {shown(pictures)}")
+    pictures = list(pictures)
     marks = text.count(IMAGE_MARKER)
     if not marks:
         text = " ".join([IMAGE_MARKER] * len(pictures)) + "\n" + text
@@ -188,7 +207,7 @@ def _picture(part: Mapping[str, Any], name: str) -> Any:
         if found is not None:
             return found
     raise ValueError(
-        f"{name} is neither a text nor an image: {sorted(part)}; expected "
+        f"{name} is neither a text nor an image: {shown(sorted(map(str, part)))}; expected "
         '{"type": "text", "text": ...}, {"type": "image", "image": PIL image, path or bytes} or '
         '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
     )
@@ -207,7 +226,7 @@ def _from_data_url(url: str, name: str) -> bytes:
 def _from_base64(data: str, name: str) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
-    except ValueError as error:  # binascii.Error is one
+    except (TypeError, ValueError) as error:  # binascii.Error is a ValueError
         raise ValueError(f"{name}: the image is not valid base64 ({error})") from None
 
 
@@ -216,12 +235,18 @@ def marker_first(text: str) -> str:
 
     A text with no marker, with several, or with one at its start does not change.
 
+    Raises:
+      ValueError: what is left without the marker makes another one, as `<ima<image>ge>` does.
+
     >>> marker_first("What is this?\\n<image>")
     '<image>\\nWhat is this?'
     """
     if text.count(IMAGE_MARKER) != 1 or text.startswith(IMAGE_MARKER):
         return text
-    return f"{IMAGE_MARKER}\n{text.replace(IMAGE_MARKER, '').strip()}".strip()
+    rest = text.replace(IMAGE_MARKER, "").strip()
+    if IMAGE_MARKER in rest:
+        raise ValueError(f"an {IMAGE_MARKER} marker within another one")
+    return f"{IMAGE_MARKER}\n{rest}".strip()
 
 
 class _Span(NamedTuple):
@@ -270,6 +295,9 @@ def _span(tokenizer, loss_mask, tokens, trained) -> _Span:
 
 def _assemble(messages, layouts, image_id) -> Rendered:
     """Joins the spans of all messages, with the images between them, into new arrays."""
+    places = sum(len(spans) - 1 for spans in messages)
+    if places != len(layouts):
+        raise ValueError(f"{places} {IMAGE_MARKER} markers in all messages, {len(layouts)} images")
     layouts = iter(layouts)
     tokens, trained, image_index = [], [], []
     for spans in messages:

@@ -44,7 +44,8 @@ class ReadingPolicy:
         in Pangea's evaluation.
       marker_first: put the only `<image>` of a message before its words, as in Pangea's training.
       orientation: "stored" keeps the pixels as they are in the file, as the reference does.
-        "upright" rotates them as the EXIF tag says.
+        "upright" rotates them as the EXIF tag says. The pictures of a store that was built to be
+        seen upright are rotated with both.
       template: the chat template, one of `TEMPLATES`.
 
     Raises:
@@ -153,6 +154,16 @@ class Tiles:
         self.geometry, self.policy, self._store = geometry, policy, store
         self.patches = geometry.patches
         self.shape, self.dtype = (geometry.tile_size, geometry.tile_size, 3), np.uint8
+        upright = "upright" in (
+            policy.orientation,
+            store.orientation if store is not None else "stored",
+        )
+        self._stored_orientation = "upright" if upright else "stored"
+
+    @property
+    def sizes_are_indexed(self) -> bool:
+        """Whether the store's index has the sizes of its pictures as this reader sees them."""
+        return self._store is None or self._store.orientation == self._stored_orientation
 
     def stored(self, key: str, several: bool, rng: np.random.Generator | None = None) -> Look:
         """A picture of the store. `rng` is not used; only `CachedFeatures` needs it.
@@ -160,7 +171,7 @@ class Tiles:
         Raises:
           ImageError: the picture is missing or cannot be decoded.
         """
-        return self.given(self._encoded(key), key, several)
+        return self._look(self._encoded(key), key, several, self._stored_orientation)
 
     def given(self, picture: Any, name: str, several: bool) -> Look:
         """A picture in any form that `pangea_jax.data.image.decode` accepts.
@@ -172,13 +183,15 @@ class Tiles:
         Raises:
           ImageError: the picture cannot be decoded, or has no pixels.
         """
-        policy = self.policy
+        return self._look(picture, name, several, self.policy.orientation)
+
+    def _look(self, picture, name, several, orientation) -> Look:
         decoded = image.decode(
-            picture, name=name, background=policy.background, orientation=policy.orientation
+            picture, name=name, background=self.policy.background, orientation=orientation
         )
         if min(decoded.size) < 1:
             raise image.ImageError(name, "{} x {} has no pixels".format(*decoded.size))
-        padded = several and policy.multi_image == "padded"
+        padded = several and self.policy.multi_image == "padded"
         place = self.place(decoded.size, several)
         return Look(place, functools.partial(self._cut, decoded, padded))
 
@@ -188,7 +201,7 @@ class Tiles:
         Raises:
           ImageError: the picture is missing.
         """
-        if self.policy.orientation == "upright":  # the index has sizes before rotation
+        if not self.sizes_are_indexed:
             size = image.header_size(self._encoded(key), name=key, orientation="upright")
         elif key in self._sizes:
             size = self._sizes[key]
@@ -246,6 +259,7 @@ class CachedFeatures:
     """
 
     field = "features"
+    sizes_are_indexed = True  # the sizes do not matter
 
     def __init__(
         self,

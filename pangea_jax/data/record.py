@@ -10,8 +10,8 @@ Values in PangeaIns.json, and how each field is read:
                   resolves absolute paths
     language      `iw`, `zh_simplified`, `urdu`, `kr` are aliases; if absent or null, see
                   `Conversation.from_pangeains`
-    conversations a first turn that is not "human" is dropped, as in LLaVA-NeXT's
-                  `preprocess_qwen`; the text is not changed
+    conversations a first turn of "system" is the system prompt; another first turn that is not
+                  "human" is dropped, as in LLaVA-NeXT's `preprocess_qwen`; the text is not changed
     source        if absent, the first two folders of the image, else the start of the id
     others        (`url`, `model`) are not kept
 """
@@ -27,9 +27,14 @@ from typing import Any, Literal
 from pangea_jax import language_id, languages
 
 IMAGE_MARKER = "<image>"
+UNREADABLE = "<unreadable>"
+"""The key that marks a record of which a reader of files could read no more than the id; its value says why."""
+LITERAL_MARK = "<image\u200b>"
+"""The marker where it is part of a text, and stands for no image."""
 
 _ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant"}
 _SPEAKER_OF_ROLE = {role: speaker for speaker, role in _ROLE_OF_SPEAKER.items()}
+_SYSTEM = "system"
 _TEXT_ONLY = "text-only"
 # With less confidence, the identifier only guesses (it says that "42" is English with 0.12).
 _MIN_CONFIDENCE = 0.4
@@ -68,10 +73,11 @@ class Conversation:
     Attributes:
       id: as in the dataset. In PangeaIns several records may share an id.
       source: such as `emoji/noto` or a PangeaIns source folder.
-      language: canonical code (`pangea_jax.languages`).
+      language: canonical code (`pangea_jax.languages`), or "und" if it is not known.
       category: any label for reports; may be empty.
       images: keys of the image store, in the order of the `<image>` markers.
       turns: user and assistant in alternation, user first, assistant last.
+      system: system prompt; empty: the one of the chat template.
     """
 
     id: str
@@ -80,6 +86,7 @@ class Conversation:
     category: str
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
+    system: str = ""
 
     @property
     def kind(self) -> Literal["image", "text"]:
@@ -90,10 +97,13 @@ class Conversation:
 
         Raises:
           RecordError: the language is unknown, the turns are in the wrong order, a text is empty,
-            or the number of markers is wrong.
+            the number of markers is wrong, or one is within another.
         """
-        if self.language not in languages.LANGUAGES:
+        if self.language not in (*languages.LANGUAGES, languages.UNDETERMINED):
             raise RecordError("unknown language", "language", repr(self.language), self.id)
+        if IMAGE_MARKER in self.system:
+            where = "conversations[0].value"
+            raise RecordError("marker in the system prompt", where, record_id=self.id)
         self._validate_turns()
         markers = sum(turn.text.count(IMAGE_MARKER) for turn in self.turns)
         if markers != len(self.images):
@@ -116,6 +126,8 @@ class Conversation:
             if turn.role == "assistant" and IMAGE_MARKER in turn.text:
                 detail = f"{IMAGE_MARKER} in an answer"
                 raise RecordError("marker in an answer", f"{where}.value", detail, self.id)
+            if IMAGE_MARKER in turn.text.replace(IMAGE_MARKER, ""):
+                raise RecordError("marker within a marker", f"{where}.value", record_id=self.id)
         if self.turns[-1].role != "assistant":
             where = f"conversations[{len(self.turns) - 1}].from"
             raise RecordError("last turn is not an answer", where, record_id=self.id)
@@ -148,9 +160,12 @@ class Conversation:
             said = f": {record:.80}" if isinstance(record, str) else ""
             detail = f"expected an object, got {type(record).__name__}{said}"
             raise RecordError("wrong type", "record", detail)
+        if UNREADABLE in record:
+            detail, id = str(record[UNREADABLE])[:200], str(record.get("id", ""))[:200]
+            raise RecordError("cannot be read", "record", detail, id)
         record_id = _id(record.get("id"))
         images = image_paths(record.get("image"), record_id)
-        turns = _turns(record.get("conversations"), record_id)
+        system, turns = _turns(record.get("conversations"), record_id)
         source = source or str(record.get("source") or data_set(images, record_id))
         category = category or str(record.get("category") or source.partition("/")[0])
         return cls(
@@ -160,6 +175,7 @@ class Conversation:
             category=_text(category, "category", record_id),
             images=images,
             turns=turns,
+            system=system,
         ).validate()
 
     def to_pangeains(self) -> dict[str, Any]:
@@ -168,7 +184,8 @@ class Conversation:
         if self.images:
             record["image"] = self.images[0] if len(self.images) == 1 else list(self.images)
         record["conversations"] = [
-            {"from": _SPEAKER_OF_ROLE[turn.role], "value": turn.text} for turn in self.turns
+            *([{"from": _SYSTEM, "value": self.system}] if self.system else []),
+            *({"from": _SPEAKER_OF_ROLE[turn.role], "value": turn.text} for turn in self.turns),
         ]
         # PangeaIns uses the older tag of Hebrew.
         record["language"] = "iw" if self.language == "he" else self.language
@@ -233,16 +250,24 @@ def identify_language(text: str) -> str | None:
     return best.label if best.score >= _MIN_CONFIDENCE else None
 
 
+def identify_or_und(text: str) -> str:
+    """The language of a text as `identify_language` finds it; "und" if it finds none of ours."""
+    found = identify_language(text)
+    return found if found in languages.LANGUAGES else languages.UNDETERMINED
+
+
 def _language(tag: Any, turns: tuple[Turn, ...], record_id: str) -> str:
     if tag is None:
         detail = "pass default_language if it is known"
         raise RecordError("field is missing", "language", detail, record_id)
     if callable(tag):
         found = tag("\n".join(turn.text for turn in turns))
-        if found is None or found not in languages.LANGUAGES:
+        if found not in (*languages.LANGUAGES, languages.UNDETERMINED):
             detail = f"the field is missing and the text looks like {found or 'no known language'}"
             raise RecordError("language not identified", "language", detail, record_id)
         return found
+    if tag == languages.UNDETERMINED:
+        return tag
     try:
         return languages.get(str(tag)).code
     except KeyError as error:
@@ -259,23 +284,28 @@ def _text(value: str, field: str, record_id: str) -> str:
     return value
 
 
-def _turns(value: Any, record_id: str) -> tuple[Turn, ...]:
+def _turns(value: Any, record_id: str) -> tuple[str, tuple[Turn, ...]]:
+    """The system prompt (empty if there is none) and the turns."""
     if not isinstance(value, list | tuple):
         detail = f"expected a list of turns, got {type(value).__name__}"
         raise RecordError("wrong type", "conversations", detail, record_id)
-    turns = []
+    system, turns = "", []
     for position, turn in enumerate(value):
         where = f"conversations[{position}]"
         if not isinstance(turn, Mapping):
             detail = f"expected an object, got {type(turn).__name__}"
             raise RecordError("wrong type", where, detail, record_id)
         speaker = turn.get("from")
-        if not isinstance(speaker, str) or speaker not in _ROLE_OF_SPEAKER:
+        is_system = speaker == _SYSTEM and position == 0
+        if not is_system and (not isinstance(speaker, str) or speaker not in _ROLE_OF_SPEAKER):
             detail = f"expected 'human' or 'gpt', got {speaker!r:.80}"
             raise RecordError("unknown speaker", f"{where}.from", detail, record_id)
         if not isinstance(turn.get("value"), str):
             detail = f"expected text, got {type(turn.get('value')).__name__}"
             raise RecordError("wrong type", f"{where}.value", detail, record_id)
         text = _text(turn["value"], f"{where}.value", record_id)
-        turns.append(Turn(_ROLE_OF_SPEAKER[speaker], text))
-    return tuple(turns[1:] if turns and turns[0].role != "user" else turns)
+        if is_system:
+            system = text
+        else:
+            turns.append(Turn(_ROLE_OF_SPEAKER[speaker], text))
+    return system, tuple(turns[1:] if turns and turns[0].role != "user" else turns)

@@ -9,6 +9,8 @@ A store is a directory written by `pangea_jax.data.build.write_store`:
     images_<collection>/<version>/   TFDS ArrayRecord, one folder per collection of pictures
                              (`images/<version>/` in PangeaIns, whose pictures are one collection)
 
+A store of pictures alone has neither index nor records.
+
 A picture is stored once, and records refer to it by its key `<collection>/<name>`, because
 translations of a record share its picture. Each collection has its own folder, with the licence
 beside the files. The record folders are ordinary TFDS data sets
@@ -17,8 +19,7 @@ directly into `Conversation`.
 """
 
 import hashlib
-import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -29,6 +30,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64, UInt64
 
 from pangea_jax.data.record import Conversation, Turn
+from pangea_jax.work.untrusted import parse_json
 
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
@@ -57,14 +59,13 @@ def parse_example(raw: bytes) -> Conversation:
         name: feature[name].bytes_list.value[0].decode()
         for name in ("id", "source", "language", "category")
     }
-    return Conversation(
-        **text,
-        images=tuple(key.decode() for key in values["images"]),
-        turns=tuple(
-            Turn(role.decode(), message.decode())
-            for role, message in zip(values["roles"], values["texts"], strict=True)
-        ),
-    )
+    turns = [
+        Turn(role.decode(), message.decode())
+        for role, message in zip(values["roles"], values["texts"], strict=True)
+    ]
+    system = turns.pop(0).text if turns and turns[0].role == "system" else ""
+    images = tuple(key.decode() for key in values["images"])
+    return Conversation(**text, images=images, turns=tuple(turns), system=system)
 
 
 def parse_picture(raw: bytes) -> tuple[str, bytes]:
@@ -105,6 +106,19 @@ class ShardReader:
             problem = f"is damaged at record {local} ({_first_line(error)})"
             raise StoreError(self._paths[shard], problem, self._remedy) from None
 
+    def parsed(self, position: int, parse: Callable[[bytes], Any]) -> Any:
+        """`parse` of a record. Bytes that it cannot parse are a damaged shard."""
+        raw = self.read(position)
+        try:
+            return parse(raw)
+        except Exception as error:  # protobuf has its own base class
+            shard = int(np.searchsorted(self._ends, position, side="right"))
+            problem = (
+                f"is damaged at position {position}: no {parse.__name__.removeprefix('parse_')}"
+            )
+            problem += f" ({type(error).__name__}: {_first_line(error)})"
+            raise StoreError(self._paths[shard], problem, self._remedy) from None
+
     def _open(self, shard: int) -> Any:
         from array_record.python import array_record_module
 
@@ -137,7 +151,7 @@ class RecordSource(Sequence[Conversation]):
         index = position.__index__()
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of split {self.split!r}, which has {len(self)}")
-        return parse_example(self._shards.read(index % len(self)))
+        return self._shards.parsed(index % len(self), parse_example)
 
     def __repr__(self) -> str:
         return f"RecordSource(split={self.split!r}, len={len(self)})"
@@ -163,7 +177,7 @@ class RecordStore:
         if not path.is_file():
             raise StoreError(path, "is missing", build)
         try:
-            self._manifest = json.loads(path.read_text(encoding="utf-8"))
+            self._manifest = parse_json(path.read_text(encoding="utf-8"))
             version, self._build = self._manifest["format"], self._manifest["build"]
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(path, f"is not a manifest ({_first_line(error)})", build) from None
@@ -174,6 +188,14 @@ class RecordStore:
     @property
     def _remedy(self) -> str:
         return f"rebuild the store with `{self._build} --out={self.directory}`"
+
+    @property
+    def orientation(self) -> str:
+        """How the pictures are meant to be seen, see `pangea_jax.data.image.ORIENTATIONS`.
+
+        The widths and heights in the index are those of pictures that are seen so.
+        """
+        return self._manifest.get("orientation", "stored")
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -208,7 +230,8 @@ class RecordStore:
         for position in positions[first:last] if collection in self.collections else ():
             if collection not in self._pictures:
                 self._pictures[collection] = self._reader("images", collection)
-            stored, encoded = parse_picture(self._pictures[collection].read(int(position)))
+            shards = self._pictures[collection]
+            stored, encoded = shards.parsed(int(position), parse_picture)
             if stored == key:
                 return encoded
         if stored is None or key_hash(stored) == wanted:

@@ -1,14 +1,17 @@
 """One interface for two kinds of tokenizers: SentencePiece models and Hugging Face's tokenizer.json."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
+
+from pangea_jax.work.untrusted import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 IMAGE = "<image>"
+# The files of a tokenizer in a folder; the first one that is there is read.
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 # Qwen2 splits a text into these words; BPE merges do not cross their borders.
@@ -196,7 +199,7 @@ def _read_bpe(vocabulary: str):
     )
     model.decoder = decoders.ByteLevel()
     added = folder / "added_tokens.json"
-    ids = json.loads(added.read_text(encoding="utf-8")) if added.is_file() else {}
+    ids = parse_json(added.read_text(encoding="utf-8")) if added.is_file() else {}
     tokens = sorted(ids, key=ids.get)
     model.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in tokens])
     moved = [token for token in tokens if model.token_to_id(token) != ids[token]]
@@ -216,8 +219,7 @@ def load_tokenizer(path: str | Path, image_id: int | None = None) -> Tokenizer:
       FileNotFoundError: no such file; the message lists the paths that were tried.
     """
     path = Path(path)
-    known = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    candidates = [path / name for name in known] if path.is_dir() else [path]
+    candidates = [path / name for name in FILES] if path.is_dir() else [path]
     for candidate in candidates:
         if candidate.is_file() and candidate.suffix == ".model":
             return SentencePieceTokenizer(candidate)

@@ -15,7 +15,10 @@ pictures; null if no tokenizer was given), `image_sizes` (list of [width, height
 """
 
 import json
+import os
 import shutil
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
@@ -28,7 +31,7 @@ from pangea_jax.data.build.plan import ARCHIVES, SUMMARY, WORK, Build, BuildErro
 from pangea_jax.data.build.records import KEPT_EXAMPLES, Records
 from pangea_jax.data.build.rejections import Reasons
 from pangea_jax.work import restart
-from pangea_jax.work.atomic import read_json, write_json
+from pangea_jax.work.atomic import partial_path, read_json, write_json
 from pangea_jax.work.runners import Run
 
 __all__ = ["ARCHIVES", "REJECTED", "WORK", "Build", "BuildError", "TooManyRejected", "build"]
@@ -40,17 +43,18 @@ class TooManyRejected(BuildError):
     """More records were rejected than allowed.
 
     Attributes:
-      reasons: reason -> (records, id of the first one).
+      reasons: reason -> (records, what is wrong with the first one).
       total: records read.
     """
 
-    def __init__(self, reasons: Reasons, total: int, allowed: float):
+    def __init__(self, reasons: Reasons, total: int, allowed: float, listed: Path):
         self.reasons, self.total = dict(reasons), total
         rejected = sum(count for count, _ in self.reasons.values())
         super().__init__(
             f"{rejected:,} of {total:,} records ({rejected / max(1, total):.1%}) cannot be used, more "
             f"than --max_bad_fraction={allowed:g}:\n{rejections.table(self.reasons)}\n"
-            "correct the records or pictures, or raise --max_bad_fraction; then run the same command again"
+            f"{listed} has them (at most {KEPT_EXAMPLES:,}). Correct the records or pictures, or raise "
+            "--max_bad_fraction; then run the same command again"
         )
 
 
@@ -91,7 +95,7 @@ def _build(build: Build, run: Run, max_bad_fraction: float, progress: Progress) 
     build.forget_other_archives()
     for _ in run(records.parse, records.split(progress)):
         pass
-    _check(build, records.rejected({}), max_bad_fraction)
+    _check(build, {}, max_bad_fraction)
     shards = pictures.plan()
     task = progress.add_task("storing pictures", total=shards, unit="shards")
     faults, checked = 0, max_bad_fraction * build.total
@@ -100,27 +104,40 @@ def _build(build: Build, run: Run, max_bad_fraction: float, progress: Progress) 
         faults += pictures.num_faults(shard)
         # Only to stop early. It reads all parsed records, so it is not done at every fault.
         if faults > checked:
-            _check(build, records.rejected(pictures.faults()), max_bad_fraction)
+            _check(build, pictures.faults(), max_bad_fraction)
             checked = 2 * faults
-    reasons = records.rejected(pictures.faults())
-    _check(build, reasons, max_bad_fraction)
+    reasons = _check(build, pictures.faults(), max_bad_fraction)
     task = progress.add_task("storing records", total=build.chunks, unit="shards")
     for _ in run(records.store, range(build.chunks)):
         progress.advance(task)
     _finish(build, shards, reasons)
 
 
-def _check(build: Build, reasons: Reasons, allowed: float) -> None:
-    """Raises TooManyRejected, and first removes what was made from the records and pictures at fault."""
-    total = build.total
+def _check(build: Build, faults: Mapping[str, tuple[str, str]], allowed: float) -> Reasons:
+    """Writes the rejected records and returns their number by reason.
+
+    Args:
+      faults: see `Pictures.faults`.
+
+    Raises:
+      TooManyRejected: what was made from the records and pictures at fault is removed first.
+    """
+    records, pictures, total = Records(build), Pictures(build), build.total
+    reasons = records.rejected(faults)
+    partial = partial_path(build.out / REJECTED)
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(example) + "\n" for example in records.examples(faults))
+    os.replace(partial, build.out / REJECTED)
     if sum(count for count, _ in reasons.values()) <= allowed * total:
-        return
-    records, pictures = Records(build), Pictures(build)
+        return reasons
+    if build.own:  # pictures are known by their bytes, and these will change
+        build.forget_all_but_raw()
+        raise TooManyRejected(reasons, total, allowed, build.out / REJECTED)
     pictures.forget_faults()
     shutil.rmtree(build.work / RECORDS.name, ignore_errors=True)
     if not pictures.planned:
         records.forget_rejected()
-    raise TooManyRejected(reasons, total, allowed)
+    raise TooManyRejected(reasons, total, allowed, build.out / REJECTED)
 
 
 def _finish(build: Build, shards: int, reasons: Reasons) -> None:
@@ -129,15 +146,14 @@ def _finish(build: Build, shards: int, reasons: Reasons) -> None:
     files: dict[str, Any] = {}
     placed_records = RECORDS.place(build, build.chunks, files)
     placed_images = IMAGES.place(build, shards, files)
-    examples = [example for chunk in chunks for example in chunk["examples"]]
-    lines = [json.dumps(example) + "\n" for example in examples[:KEPT_EXAMPLES]]
-    (build.out / REJECTED).write_text("".join(lines), encoding="utf-8")
     summary = {
         "plan": build.as_plan(),
         "total": build.total,
         "kept": sum(chunk["count"] for chunk in chunks),
         "rejected": reasons,
         "languages_identified": sum(chunk["identified"] for chunk in chunks),
+        "languages_undetermined": sum(chunk["undetermined"] for chunk in chunks),
+        "notes": Records(build).notes(),
         "pictures": sum(shard["count"] for shard in images),
         "picture_bytes": sum(shard["num_bytes"] for shard in images),
     }
@@ -145,7 +161,8 @@ def _finish(build: Build, shards: int, reasons: Reasons) -> None:
     manifest = {
         "format": store.FORMAT_VERSION,
         "name": NAME,
-        "build": f"python launch/build_data.py pangeains --source={build.source}",
+        "build": f"python launch/build_data.py {'own' if build.own else NAME} --source={build.source}",
+        "orientation": build.orientation,
         "records": {SPLIT: placed_records},
         "images": {COLLECTION: placed_images} if placed_images else {},
         "files": dict(sorted(files.items())),

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pangea_jax.data import store
 from pangea_jax.data.build import write_store
 from pangea_jax.data.build.plan import Build
-from pangea_jax.work.atomic import read_json, write_json, write_parquet
+from pangea_jax.work.atomic import read_json, read_parquet, write_json, write_parquet
 
 NAME, SPLIT, COLLECTION = "pangeains", "train", "images"
 
@@ -83,7 +82,7 @@ class Part:
                     os.replace(shard, build.out / path)
                 placed.append({"path": path, "num_records": made[old]["count"]})
                 files[path] = {key: made[old][key] for key in ("bytes", "sha256")}
-                for row in pq.read_table(build.path(self.name, old, "parquet")).to_pylist():
+                for row in read_parquet(build.path(self.name, old, "parquet")):
                     index.add(row | {"shard": new, "position": next(positions)})
         written = [self.index]
         if placed:

@@ -9,25 +9,25 @@ import sqlite3
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
 from pangea_jax.data import image, store
-from pangea_jax.data.build import archives, write_store
+from pangea_jax.data.build import archives, embedded, write_store
 from pangea_jax.data.build.parts import COLLECTION, IMAGES
 from pangea_jax.data.build.plan import Build
 from pangea_jax.data.build.write_store import Picture
 from pangea_jax.data.image import ImageError
-from pangea_jax.work.atomic import read_json, write_json, write_parquet
+from pangea_jax.work.atomic import read_json, read_parquet, write_json, write_parquet
 
 PLACE = [
     ("archive", pa.string()),
     ("name", pa.string()),
     ("offset", pa.int64()),
     ("size", pa.int64()),
-    ("deflated", pa.int8()),
+    ("deflated", pa.int64()),
 ]
 """The fields of `archives.Place`."""
 _PLAN = pa.schema([("key", pa.string()), *PLACE])
@@ -72,7 +72,7 @@ class Pictures:
         )
         for chunk in range(self.build.chunks):
             parsed = self.build.path("parsed", chunk, "parquet")
-            for row in pq.read_table(parsed, columns=["keys", "places"]).to_pylist():
+            for row in read_parquet(parsed, ["keys", "places"]):
                 pairs = zip(row["keys"] or (), row["places"] or (), strict=True)
                 database.executemany(
                     "INSERT OR IGNORE INTO pictures VALUES (?, ?, ?, ?, ?, ?)",
@@ -85,7 +85,7 @@ class Pictures:
         if IMAGES.is_stored(self.build, shard):
             return
         rows, faults = [], {}
-        plan = pq.read_table(self.build.path("plan", shard, "parquet")).to_pylist()
+        plan = read_parquet(self.build.path("plan", shard, "parquet"))
         with warnings.catch_warnings(action="ignore"):  # Pillow warns of pictures that it can read
             examples = self._checked(plan, rows, faults)
             IMAGES.store(self.build, shard, examples, rows, {"faults": faults})
@@ -95,12 +95,17 @@ class Pictures:
         for entry in plan:
             key = entry.pop("key")
             try:
-                encoded = self.build.pictures().read(archives.Place(**entry))
-                width, height = image.check(encoded, name=key, max_pixels=self.build.max_pixels)
+                encoded = self.build.read_picture(archives.Place(**entry))
+                width, height = image.check(
+                    encoded,
+                    name=key,
+                    max_pixels=self.build.max_pixels,
+                    orientation=self.build.orientation,
+                )
             except ImageError as error:
-                faults[key] = (error.fault, error.reason)
+                faults[key] = (error.fault, f"{_named(entry)}: {error.reason}")
             except OSError as error:
-                faults[key] = ("picture cannot be read", str(error))
+                faults[key] = ("picture cannot be read", f"{_named(entry)}: {error}")
             else:
                 row = {"key": key, "collection": COLLECTION, "key_hash": int(store.key_hash(key))}
                 size = {"width": width, "height": height, "num_bytes": len(encoded)}
@@ -134,6 +139,13 @@ class Pictures:
         for path in (self.build.work / "images").glob("*.json"):
             if read_json(path)["faults"]:
                 path.unlink()
+
+
+def _named(entry: dict[str, Any]) -> str:
+    """A picture of `_PLAN` by its path and archive."""
+    if entry["archive"] == embedded.ARCHIVE:
+        return "a picture inside the record"
+    return " of ".join(filter(None, (entry["name"], entry["archive"])))
 
 
 def _by_size(rows: Iterable[tuple], limit: int) -> Iterator[list[tuple]]:

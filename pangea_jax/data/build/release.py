@@ -3,24 +3,20 @@
 The memory that is needed does not depend on the size of the file. `archives` finds the pictures.
 """
 
-import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ijson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pangea_jax.data.build import json_records
+from pangea_jax.work import untrusted
 from pangea_jax.work.restart import WorkError
 
 RECORD_SUFFIXES = (".json", ".jsonl", ".parquet")
 RELEASED_NAME = "PangeaIns.json"
-_BLOCK = 1 << 18
 _PARQUET_BATCH = 1024
-_MAX_NESTING = 100  # records of PangeaIns have 3 levels
-_TOO_DEEP = f"nested more than {_MAX_NESTING} levels deep"
 
 
 class ReleaseError(WorkError):
@@ -61,128 +57,61 @@ def record_files(source: Path) -> list[Path]:
     return found
 
 
-def read_records(path: Path, on_bytes: Callable[[int], Any] = lambda count: None) -> Iterator[Any]:
+def read_records(
+    path: Path, on_bytes: Callable[[int], Any] = lambda count: None, form: str | None = None
+) -> Iterator[Any]:
     """Streams the records of one file in their order.
 
     Args:
       path: `.json` (one array), `.jsonl` (one object a line) or `.parquet`.
       on_bytes: called with the number of bytes read since the last call.
+      form: one of these suffixes, if the name of the file does not say its form.
 
     Yields:
-      the values in the file, also those that are not records. A text instead of a value that is nested too deeply.
+      the values in the file, also those that are not records. What cannot be read gives an object, see `json_records`.
 
     Raises:
       ReleaseError: the file is broken or ends too early; names the byte.
     """
     readers = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
+    form = form or path.suffix
+    if form not in readers:
         raise ReleaseError(path, f"is not one of {', '.join(RECORD_SUFFIXES)}")
-    return readers[path.suffix](path, on_bytes)
-
-
-def _json_parser():
-    # By itself ijson would use a parser in Python, 20 times slower, if the C parser is missing.
-    try:
-        return ijson.get_backend("yajl2_c")
-    except ImportError as error:
-        raise ReleaseError("ijson", f"has no C parser here ({error}); reinstall ijson") from None
-
-
-class _Counted:
-    """A file that reports the number of bytes read, and knows where the last block began."""
-
-    def __init__(self, file: BinaryIO, on_bytes: Callable[[int], Any]):
-        self._file, self._on_bytes, self.start, self.end = file, on_bytes, 0, 0
-
-    def read(self, size: int = -1) -> bytes:
-        block = self._file.read(size)
-        if block:
-            self.start, self.end = self.end, self.end + len(block)
-            self._on_bytes(len(block))
-        return block
+    return readers[form](path, on_bytes)
 
 
 def _read_json(path, on_bytes):
-    parser = _json_parser()
-    with path.open("rb") as file:
-        first = file.read(4096).lstrip()[:1]
-        if first != b"[":
-            raise ReleaseError(path, f"expected an array of records, found {first!r}", 0)
-        file.seek(0)
-        counted, number = _Counted(file, on_bytes), 0
+    number = 0
+    with _opened(path) as file:
         try:
-            for record in parser.items(counted, "item", use_float=True, buf_size=_BLOCK):
-                yield record if _is_shallow(record) else _TOO_DEEP
+            for record in json_records.read_array(file, on_bytes):
+                yield record
                 number += 1
-        except ijson.JSONError as error:
-            offset = _offset_of_error(path, counted.start)
-            ended = offset == path.stat().st_size
-            problem = "ends inside the array" if ended else f"is not JSON ({_line(error)})"
-            raise ReleaseError(path, f"{problem}, after {number:,} records", offset) from None
-
-
-def _offset_of_error(path: Path, block: int) -> int:
-    """Parses the file again, the last block byte by byte, since the parser does not say where the error is."""
-    parser = _json_parser()
-    events = _Sink()
-    feed = parser.basic_parse_coro(events, use_float=True)
-    with path.open("rb") as file:
-        while file.tell() < block:
-            feed.send(file.read(min(_BLOCK, block - file.tell())))
-        while byte := file.read(1):
-            try:
-                feed.send(byte)
-            except ijson.JSONError:
-                return file.tell() - 1
-        return file.tell()
-
-
-class _Sink:
-    def send(self, event: Any) -> None:
-        pass
+        except json_records.Malformed as error:
+            if error.offset or error.ended:
+                problem = (
+                    "ends inside the array" if error.ended else f"is not JSON ({error.problem})"
+                )
+                raise ReleaseError(
+                    path, f"{problem}, after {number:,} records", error.offset
+                ) from None
+            raise ReleaseError(path, error.problem, 0) from None
 
 
 def _read_jsonl(path, on_bytes):
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            on_bytes(len(line))
-            if line.strip():
-                try:
-                    yield _loaded(line)
-                except json.JSONDecodeError as error:
-                    place = offset + len(error.doc[: error.pos].encode("utf-8", "surrogatepass"))
-                    raise ReleaseError(path, f"line {number}: {error.msg}", place) from None
-                except UnicodeDecodeError as error:
-                    problem = f"line {number}: not UTF-8 ({error.reason})"
-                    raise ReleaseError(path, problem, offset + error.start) from None
-            offset += len(line)
+    with _opened(path) as file:
+        try:
+            for _, record in json_records.read_lines(file, on_bytes):
+                yield record
+        except json_records.Malformed as error:
+            raise ReleaseError(path, error.problem, error.offset) from None
 
 
-def _loaded(line: bytes) -> Any:
-    """The value of a line of JSON. If it is nested too deeply: a text with its beginning, which is not a record."""
+def _opened(path: Path) -> BinaryIO:
     try:
-        record = json.loads(line)
-        if line.count(b"[") + line.count(b"{") <= _MAX_NESTING or _is_shallow(record):
-            return record
-    except RecursionError:
-        pass
-    return f"{_TOO_DEEP}: {line[:40].decode('utf-8', 'replace')}"
-
-
-def _is_shallow(record: Any) -> bool:
-    """Whether a record is nested so little that every writer and worker can handle it."""
-    level = [record]
-    for _ in range(_MAX_NESTING + 1):
-        level = [value for value in level if isinstance(value, dict | list)]
-        if not level:
-            return True
-        level = [
-            part
-            for value in level
-            for part in (value.values() if isinstance(value, dict) else value)
-        ]
-    return False
+        return untrusted.open_regular(path)
+    except untrusted.NotRegular as error:
+        raise ReleaseError(path, str(error).partition(" is ")[2]) from None
 
 
 def _read_parquet(path, on_bytes):
@@ -193,13 +122,11 @@ def _read_parquet(path, on_bytes):
                 on_bytes(round(share * len(batch)))
                 # A record has null in the columns of the fields that it lacks.
                 for row in batch.to_pylist():
-                    yield {name: value for name, value in row.items() if value is not None}
-    except (pa.ArrowInvalid, OSError) as error:
+                    record = {name: value for name, value in row.items() if value is not None}
+                    yield json_records.within_depth(record)
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise ReleaseError(path, f"is not a complete Parquet file ({_line(error)})") from None
 
 
 def _line(error: Exception) -> str:
-    text = str(error)
-    # If a text cannot be decoded, ijson gives the message of the C parser as the repr of bytes.
-    text = text[2:] if text.startswith("b'") else text
-    return re.split(r"\n|\\n", text.strip())[0][:120]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

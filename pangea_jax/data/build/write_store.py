@@ -67,7 +67,8 @@ def write_store(
       directory: made if missing. Other files in it are kept.
       name: TFDS name of the data set, snake_case.
       build: command that rebuilds it; the reader's errors quote it.
-      records: split -> stream of (conversation, values of `columns`).
+      records: split -> stream of (conversation, values of `columns`); empty: the store has only
+        pictures, and neither `index.parquet` nor `records/`.
       images: collection -> stream of pictures, whose keys begin with `<collection>/`.
       columns: further text columns of the index.
       extra_files: further files in `directory` whose checksums the manifest holds.
@@ -76,19 +77,23 @@ def write_store(
     manifest: dict[str, Any] = {"format": store.FORMAT_VERSION, "name": name, "build": build}
     with tempfile.TemporaryDirectory(dir=directory, prefix=".incomplete-") as scratch:
         work = Path(scratch)
-        with IndexWriter(work / store.INDEX, record_schema(columns)) as index:
-            examples = {
-                split: _record_examples(split, rows, index) for split, rows in records.items()
-            }
-            manifest["records"] = _write_folder(work, "records", name, examples, RECORD_FEATURES)
-        manifest["images"] = {}
+        manifest["records"], manifest["images"] = {}, {}
+        if records:
+            with IndexWriter(work / store.INDEX, record_schema(columns)) as index:
+                examples = {
+                    split: _record_examples(split, rows, index) for split, rows in records.items()
+                }
+                manifest["records"] = _write_folder(
+                    work, "records", name, examples, RECORD_FEATURES
+                )
         with IndexWriter(work / store.IMAGE_INDEX, PICTURE_SCHEMA) as index:
             for collection, pictures in images.items():
                 examples = {collection: _picture_examples(collection, pictures, index)}
                 manifest["images"] |= _write_folder(
                     work, f"images_{collection}", name, examples, PICTURE_FEATURES
                 )
-        made = [store.INDEX, store.IMAGE_INDEX, "records", *(f"images_{c}" for c in images)]
+        made = [store.IMAGE_INDEX, *(f"images_{c}" for c in images)]
+        made += [store.INDEX, "records"] if records else []
         files = sorted(p for part in made for p in _files(work / part))
         manifest["files"] = {p.relative_to(work).as_posix(): fingerprint(p) for p in files}
         for path in sorted(extra_files):
@@ -188,7 +193,13 @@ def index_row(split: str, position: int, conversation: Conversation) -> dict[str
 
 
 def serialize(conversation: Conversation) -> bytes:
-    """A conversation as the `tf.train.Example` that `store.parse_example` reads."""
+    """A conversation as the `tf.train.Example` that `store.parse_example` reads.
+
+    A system prompt is the first of the texts, with the role "system".
+    """
+    turns = [(turn.role, turn.text) for turn in conversation.turns]
+    if conversation.system:
+        turns.insert(0, ("system", conversation.system))
     return _example(
         {
             "id": [conversation.id],
@@ -196,8 +207,8 @@ def serialize(conversation: Conversation) -> bytes:
             "language": [conversation.language],
             "category": [conversation.category],
             "images": conversation.images,
-            "roles": [turn.role for turn in conversation.turns],
-            "texts": [turn.text for turn in conversation.turns],
+            "roles": [role for role, _ in turns],
+            "texts": [text for _, text in turns],
         }
     )
 
@@ -317,6 +328,9 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 def _replace(made: list[str], work: Path, directory: Path) -> None:
     (directory / store.MANIFEST).unlink(missing_ok=True)
+    if store.INDEX not in made:  # an earlier store may have had records
+        (directory / store.INDEX).unlink(missing_ok=True)
+        shutil.rmtree(directory / "records", ignore_errors=True)
     for part in made:
         target = directory / part
         if target.is_dir():

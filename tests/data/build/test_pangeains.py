@@ -1,7 +1,10 @@
 """Building a store of PangeaIns: what goes in, what is left out, and what a kill leaves behind."""
 
+import io
 import json
 import os
+import re
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from PIL import Image
 from pangea_jax.data import chat
 from pangea_jax.data.build import pangeains
 from pangea_jax.data.build.pangeains import Build, BuildError, TooManyRejected
+from pangea_jax.data.build.records import Records
 from pangea_jax.data.image import decode
 from pangea_jax.data.store import RecordStore
 from pangea_jax.data.tokenizer import load_tokenizer
@@ -160,6 +164,27 @@ def test_killed_while_moving_into_place_it_goes_on(source, out, tmp_path, monkey
     assert digests(tmp_path / "o") == digests(out)
 
 
+@pytest.mark.parametrize("name", ["raw/00001.jsonl.zst", "parsed/00001.parquet", "raw.json"])
+@pytest.mark.parametrize("flip", [True, False])
+def test_a_damaged_file_of_a_killed_build_is_named(source, out, tmp_path, name, flip):
+    build = Build(source, tmp_path / "o", tokenizer=emoji.DIRECTORY, **SMALL)
+    with pytest.raises(Killed):
+        pangeains.build(build, KilledAfter(8, build))
+    file = build.work / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 8] ^= 1  # in a page of Parquet, not in the description at its end
+    file.write_bytes(content if flip and name != "raw.json" else content[:-9])
+    with pytest.raises((WorkError, ValueError), match=rf"{name} is damaged.*remove it, and run"):
+        if name.startswith("parsed"):
+            list(map(Records(build).store, range(2)))
+        else:
+            (build.work / "parsed/00001.parquet").unlink()
+            make(source, tmp_path / "o", tokenizer=emoji.DIRECTORY, **SMALL)
+    file.unlink()
+    make(source, tmp_path / "o", tokenizer=emoji.DIRECTORY, **SMALL)
+    assert digests(tmp_path / "o") == digests(out)
+
+
 def test_what_is_done_is_not_done_again(source, tmp_path):
     build = Build(source, tmp_path / "o", **SMALL)
     with pytest.raises(Killed):
@@ -218,7 +243,9 @@ def test_record_with_several_bad_pictures_is_one_bad_record(tmp_path):
     assert make(tmp_path / "s", tmp_path / "o", 0.05, **SMALL)["kept"] == 19
     with pytest.raises(TooManyRejected, match="1 of 20 records") as caught:
         make(tmp_path / "s", tmp_path / "other", 0.04, **SMALL)
-    assert caught.value.reasons == {"picture of no known format": (1, "bad")}
+    assert caught.value.reasons.keys() == {"picture of no known format"}
+    count, first = caught.value.reasons["picture of no known format"]
+    assert (count, first[:41]) == (1, "PangeaIns.json, record 20 ('bad'), field ")
 
 
 # Bad input. A good record stands before and after, and must come out unharmed.
@@ -299,22 +326,13 @@ def test_bad_pictures_are_left_out_and_counted(tmp_path, data, reason, detail):
 @pytest.mark.parametrize(
     ("bad", "reason", "detail"),
     [
-        (
-            record("bad", "a/good.jpg", "no marker"),
-            "markers and images differ in number",
-            "0 <image>",
-        ),
         (record("bad", question="<image>?"), "markers and images differ in number", "0 in `image`"),
         (record("bad", ["a/good.jpg"] * 2), "markers and images differ in number", "1 <image>"),
         (record("bad", "a/good.jpg", answer=" \n"), "empty answer", ""),
         (record("bad", "../../etc/passwd"), "path is not allowed", "passwd"),
         (record("bad", "a/good.jpg", language="tlh"), "unknown language", "tlh"),
-        (
-            record("bad", "a/good.jpg", "<image> 4", "5", language=None),
-            "language not identified",
-            "",
-        ),
-        ({"id": "bad"}, "wrong type", "expected a list of turns"),
+        ({"id": "bad"}, "field is missing", "no question and no answer, and no conversations"),
+        (record("bad") | {"conversations": "hi"}, "wrong type", "expected a list of turns"),
         ("bad", "wrong type", "expected an object"),
     ],
 )
@@ -322,12 +340,62 @@ def test_bad_records_are_left_out_and_counted(tmp_path, bad, reason, detail):
     check_rejected(*build_one(tmp_path, bad, {}), bad, reason, detail)
 
 
+def firsts(summary):
+    """Reason -> (number of records, id of the first one)."""
+    found = summary["rejected"].items()
+    return {reason: (count, re.search(r"\('(.*?)'\)", said)[1]) for reason, (count, said) in found}
+
+
+def test_records_that_break_a_limit_are_left_out_and_counted(tmp_path):
+    good = json.dumps(record("good", question="a?"))
+    deep = '{"id": "deep", "conversations": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    broken = json.dumps(record("half", question="a\ud800?"))
+    numbers = [good[:-1] + f', "n": {number}}}' for number in ("9" * 5_000, "NaN", 1 << 64)]
+    source = write_source(tmp_path / "s", [], {})
+    records = [good, deep, broken, *numbers, good]
+    (source / "PangeaIns.json").write_text("[" + ", ".join(records) + "]")
+    summary = make(source, tmp_path / "o", max_bad_fraction=0.9)
+    assert firsts(summary) == {"cannot be read": (4, "deep"), "not valid Unicode": (1, "half")}
+    assert (summary["total"], summary["kept"]) == (7, 2)
+    lines = (tmp_path / "o" / "rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["deep", "half", "good", "good", "good"]
+
+
+def test_bombs_links_and_pipes_are_left_out_and_counted(tmp_path):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.png", bytes(20 << 20))
+    (tmp_path / "secret.png").write_bytes(_GOOD)
+    source = tmp_path / "s"
+    names = ("bomb.png", "a/link.png", "a/pipe.png", "a/good.png")
+    write_source(
+        source,
+        [record(name, name) for name in names],
+        {"b.zip": stream.getvalue(), "a/good.png": _GOOD},
+    )
+    (source / "a/link.png").symlink_to(tmp_path / "secret.png")
+    os.mkfifo(source / "a/pipe.png")
+    summary = make(source, tmp_path / "o", max_bad_fraction=0.9)
+    assert firsts(summary) == {
+        "picture cannot be read": (1, "bomb.png"),
+        "picture is outside of the source": (1, "a/link.png"),
+        "picture is not a regular file": (1, "a/pipe.png"),
+    }
+    assert make(source, tmp_path / "all", max_bad_fraction=0.9, follow_links=True)["kept"] == 2
+    (source / "PangeaIns.json").rename(tmp_path / "records.json")
+    (source / "PangeaIns.json").symlink_to(tmp_path / "records.json")
+    with pytest.raises(BuildError, match=r"PangeaIns\.json is a symbolic link out of the source"):
+        make(source, tmp_path / "other", max_bad_fraction=0.9)
+
+
 def check_rejected(store, summary, rejected, bad, reason, detail):
     assert store.index["id"].to_pylist() == ["first", "last"]
     assert [r.id for r in store.records("train")] == ["first", "last"]
     assert {name: count for name, (count, _) in summary["rejected"].items()} == {reason: 1}
     assert len(rejected) == 1
-    assert (rejected[0]["number"], rejected[0]["reason"]) == (1, reason)
+    place = rejected[0]["file"], rejected[0]["number"]
+    assert (*place, rejected[0]["reason"]) == ("PangeaIns.json", 2, reason)
+    assert rejected[0]["remedy"]
     assert any(part in rejected[0]["detail"] for part in detail.split("|"))
     assert rejected[0]["record"] == bad
 
@@ -344,6 +412,23 @@ def test_very_long_turns_are_kept_and_counted(tmp_path):
     assert rejected == []
     assert store.index["num_tokens"].to_pylist()[1] > 40_000
     assert store.records("train")[1].turns[1].text == "dog " * 20_000
+
+
+def test_pictures_without_a_marker_are_put_in_front(tmp_path):
+    odd = record("odd", "a/good.jpg", "no marker")
+    store, summary, rejected = build_one(tmp_path, odd, {})
+    assert rejected == []
+    assert store.records("train")[1].turns[0].text == "<image>\nno marker"
+    assert summary["notes"] == {"pictures without <image> in the text; put in front": 1}
+
+
+def test_language_that_is_not_identified_is_kept_or_refused(tmp_path):
+    odd = record("odd", "a/good.jpg", "<image> 4", "5", language=None)
+    store, summary, rejected = build_one(tmp_path / "kept", odd, {})
+    assert (store.index["language"].to_pylist(), rejected) == (["en", "und", "en"], [])
+    assert (summary["languages_undetermined"], summary["languages_identified"]) == (1, 0)
+    strict = build_one(tmp_path / "strict", odd, {}, strict_language=True)
+    check_rejected(*strict, odd, "language not identified", "")
 
 
 def test_missing_language_is_identified(tmp_path):
@@ -369,27 +454,34 @@ def test_too_many_bad_records_stop_the_build_until_put_right(tmp_path):
     write_source(tmp_path / "s", records, broken)
     with pytest.raises(TooManyRejected, match=r"2 of 20 records \(10\.0%\)") as caught:
         make(tmp_path / "s", tmp_path / "o", 0.05, **SMALL)
-    assert caught.value.reasons == {"picture is missing": (2, "r17")}
+    count, first = caught.value.reasons["picture is missing"]
+    assert (count, first.startswith("PangeaIns.json, record 18 ('r17'), field image")) == (2, True)
+    assert f"looked for {tmp_path}/s/a/17.jpg; put the file there" in first
+    lines = (tmp_path / "o" / "rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["record"]["id"] for line in lines] == ["r17", "r18"]
     assert not (tmp_path / "o" / "manifest.json").exists()
     for name in ("a/17.jpg", "a/18.jpg"):
         (tmp_path / "s" / name).write_bytes(pictures[name])
     with pytest.raises(TooManyRejected) as caught:
         make(tmp_path / "s", tmp_path / "o", 0.05, **SMALL)
-    assert "1  picture is damaged, e.g. 'r4'" in str(caught.value)
+    assert "1  picture is damaged: PangeaIns.json, record 5 ('r4'), field image: a/4.jpg" in str(
+        caught.value
+    )
     assert "--max_bad_fraction=0.05" in str(caught.value)
     assert make(tmp_path / "s", tmp_path / "o", 0.1, **SMALL)["kept"] == 18
     assert len(RecordStore(tmp_path / "o").index) == 18
 
 
-def test_first_twenty_rejected_records_are_written_out(tmp_path):
+def test_rejected_records_are_written_out(tmp_path):
     bad = [record(f"bad{n}", f"a/missing{n}.jpg") for n in range(50)]
     good = [record(f"good{n}", "a/good.jpg") for n in range(50)]
     mixed = [r for pair in zip(good, bad, strict=True) for r in pair]
     write_source(tmp_path / "s", mixed, {"a/good.jpg": encoded(noise(20, 10))})
     summary = make(tmp_path / "s", tmp_path / "o", 0.5, **SMALL)
     lines = (tmp_path / "o" / "rejected.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines] == [f"bad{n}" for n in range(20)]
-    assert summary["rejected"] == {"picture is missing": [50, "bad0"]}
+    assert [json.loads(line)["id"] for line in lines] == [f"bad{n}" for n in range(50)]
+    count, first = summary["rejected"]["picture is missing"]
+    assert (count, first[:36]) == (50, "PangeaIns.json, record 2 ('bad0'), f")
     assert make(tmp_path / "s", tmp_path / "o", 0.5, **SMALL) == summary
     store = RecordStore(tmp_path / "o")
     assert [r.id for r in store.records("train")] == [f"good{n}" for n in range(50)]

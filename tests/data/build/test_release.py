@@ -1,15 +1,18 @@
 """Reading the records of the release: JSON, JSONL and Parquet."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pangea_jax.data.build import json_records
 from pangea_jax.data.build.release import ReleaseError, read_records, record_files
 from pangea_jax.data.record import Conversation, RecordError
 
@@ -93,11 +96,11 @@ def test_parquet_has_no_null_fields(tmp_path):
 @pytest.mark.parametrize(
     ("text", "offset", "problem"),
     [
-        (b'[{"id": 1}, {"id": nul}]', 22, "is not JSON .*after 1 records"),
+        (b'[{"id": 1}, {"id": nul}]', 19, "is not JSON .*after 1 records"),
         (b'[{"id": 1}, {"id": "x', 21, "ends inside the array, after 1 records"),
         (b'[{"id": 1} {"id": 2}]', 11, "is not JSON"),
         (b'[{"id": 1}', 10, "ends inside"),
-        (b'[{"id": "\xff"}]', 9, "is not JSON .*UTF8"),
+        (b'[{"id": 1}, ', 12, "ends inside"),
         (b'[{"id": 1}] x', 12, "is not JSON .*trailing garbage"),
         (b'{"id": 1}', 0, "expected an array"),
         (b"", 0, "expected an array"),
@@ -132,26 +135,99 @@ def test_broken_lines_name_the_byte(tmp_path):
     path.write_bytes(text)
     with pytest.raises(ReleaseError, match=rf"byte {text.index(b'3')}: line 2: "):
         list(read_records(path))
-    path.write_bytes(b'{"id": 1}\n{"id": "\xff"}\n')
-    with pytest.raises(ReleaseError, match=r"byte 18: line 2: not UTF-8"):
+    path.write_bytes(b'{"id": 1}\n{"id": 2} {"id": 3}\n')
+    with pytest.raises(ReleaseError, match=r"byte 20: line 2: Extra data"):
         list(read_records(path))
+
+
+def write_both(folder, records):
+    """The same records as an array and as lines."""
+    (folder / "r.jsonl").write_bytes(b"\n".join(records))
+    (folder / "r.json").write_bytes(b"[" + b", ".join(records) + b"]")
+    return folder / "r.jsonl", folder / "r.json"
 
 
 @pytest.mark.parametrize("depth", [100, 5_000, 200_000])
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
-def test_what_is_nested_too_deeply_is_a_record_of_the_wrong_type(tmp_path, depth, opening, closing):
+def test_what_is_nested_too_deeply_is_a_record_that_cannot_be_read(
+    tmp_path, depth, opening, closing
+):
     deep = f'{{"id": "deep", "conversations": {opening * depth}0{closing * depth}}}'
     text = {"id": "code", "conversations": "[" * 2_000 + "{" * 2_000}  # in a text they nest nothing
     shallow = json.loads(f'{{"id": "shallow", "conversations": {"[" * 99}{"]" * 99}}}')
-    records = [deep, json.dumps(text), json.dumps(shallow)]
-    (tmp_path / "r.jsonl").write_text("\n".join(records))
-    (tmp_path / "r.json").write_text(f"[{', '.join(records)}]")
-    # ijson's memory grows with the square of the depth.
-    for name in ("r.jsonl", "r.json")[: 2 if depth <= 5_000 else 1]:
-        first, *others = read_records(tmp_path / name)
+    records = [record.encode() for record in (deep, json.dumps(text), json.dumps(shallow))]
+    for path in write_both(tmp_path, records):
+        first, *others = read_records(path)
         assert others == [text, shallow]
-        with pytest.raises(RecordError, match=r"wrong type.*nested more than 100 levels deep"):
+        with pytest.raises(RecordError, match=r"'deep'.* be read .nested more than 100 levels"):
             Conversation.from_pangeains(first)
+
+
+def test_a_nested_record_takes_no_memory(tmp_path):
+    deep = b'{"id": "deep", "c": ' + b'{"a":' * 300_000 + b"1" + b"}" * 300_000 + b"}"
+    for path in write_both(tmp_path, [deep] * 3):
+        tracemalloc.start()
+        assert len(list(read_records(path))) == 3
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 40 << 20
+
+
+@pytest.mark.parametrize(
+    "number",
+    [b"1" * 5_000, b"-" + b"9" * 20, b"18446744073709551616", b"NaN", b"-Infinity", b"1e999"],
+)
+def test_a_number_that_others_cannot_read_rejects_its_record(tmp_path, number):
+    good = b'{"id": 18446744073709551615, "x": [1e300, -9223372036854775808, 0]}'
+    for path in write_both(tmp_path, [good, b'{"id": "bad", "x": [%s]}' % number, good]):
+        first, bad, last = read_records(path)
+        assert first == last == json.loads(good)
+        with pytest.raises(RecordError, match=r"'bad'.* cannot be read .holds the number"):
+            Conversation.from_pangeains(bad)
+
+
+@pytest.mark.parametrize("broken", [rb"\ud800", b"\xed\xa0\x80", b"\xff", rb"\udc00\ud800"])
+def test_half_a_surrogate_pair_rejects_its_record(tmp_path, broken):
+    turns = b'[{"from": "human", "value": "%s"}, {"from": "gpt", "value": "x"}]'
+    record = b'{"id": "%s", "language": "en", "conversations": ' + turns + b"}"
+    records = [record % (b"first", b"a"), record % (b"bad", broken), record % (b"last", b"b")]
+    for path in write_both(tmp_path, records):
+        first, bad, last = read_records(path)
+        assert [Conversation.from_pangeains(r).id for r in (first, last)] == ["first", "last"]
+        with pytest.raises(RecordError, match=r"'bad'.*not valid Unicode"):
+            Conversation.from_pangeains(bad)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    for path in write_both(tmp_path, [b'{"id": 1}']):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert list(read_records(path)) == [{"id": 1}]
+
+
+def test_a_record_that_is_too_long_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_records, "MAX_BYTES", 1 << 20)
+    long = json.dumps({"id": "long", "text": ['\\"]}' * 300_000, {}]}).encode()
+    for path in write_both(tmp_path, [b'{"id": 1}', long, b'{"id": 2}']):
+        first, bad, last = read_records(path)
+        assert (first, last) == ({"id": 1}, {"id": 2})
+        with pytest.raises(RecordError, match=r"'long'.* cannot be read .longer than"):
+            Conversation.from_pangeains(bad)
+
+
+def test_what_blocks_cut_is_joined(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_records, "_BLOCK", 1)
+    values = [{"t": '\\"]}é\n😀', "n": [-1.5e-7, None, True, False, {}, []]}, "s", 12, -3.25]
+    for ascii in (True, False):
+        text = json.dumps(values, ensure_ascii=ascii).replace("\\ud83d", "\\uD83D")
+        (tmp_path / "r.json").write_text(text, encoding="utf-8")
+        assert list(read_records(tmp_path / "r.json")) == values
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_named_pipe_is_refused_at_once(tmp_path, suffix):
+    os.mkfifo(tmp_path / f"r{suffix}")
+    with pytest.raises(ReleaseError, match="a named pipe, not a regular file"):
+        list(read_records(tmp_path / f"r{suffix}"))
 
 
 def test_broken_parquet_is_named(tmp_path):

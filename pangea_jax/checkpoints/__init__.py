@@ -1,8 +1,10 @@
 """Reads and writes checkpoints of models: the public Hugging Face layouts and our own form."""
 
-from pangea_jax.checkpoints.config import SpecialTokens, config_from_folder
+from pangea_jax.checkpoints.adapted import AdapterFolder
+from pangea_jax.checkpoints.config import SpecialTokens
 from pangea_jax.checkpoints.files import CheckpointError
 from pangea_jax.checkpoints.folder import (
+    config_from_folder,
     load,
     load_model,
     load_policy,
@@ -13,6 +15,7 @@ from pangea_jax.checkpoints.folder import (
 from pangea_jax.checkpoints.huggingface import save
 
 __all__ = [
+    "AdapterFolder",
     "CheckpointError",
     "SpecialTokens",
     "config_from_folder",

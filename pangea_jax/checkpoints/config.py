@@ -2,7 +2,7 @@
 
 import ast
 import dataclasses
-import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 from pangea_jax.checkpoints import orbax
 from pangea_jax.checkpoints.files import CheckpointError, TensorFiles
 from pangea_jax.data.tokenizer import Tokenizer
-from pangea_jax.model import PINPOINTS, LanguageConfig, PangeaConfig, VisionConfig
+from pangea_jax.model import PINPOINTS, LanguageConfig, PangeaConfig, RopeScaling, VisionConfig
+from pangea_jax.work import untrusted
 
 # transformers does not write values to config.json that equal these defaults.
 _VISION_DEFAULTS = {
@@ -72,6 +73,18 @@ _DECODER_KEYS = {
     "max_positions": "max_position_embeddings",
 }
 
+# Kinds of rotary scaling that are computed, and their keys. The frequencies of transformers' "dynamic" and "longrope"
+# depend on the longest prompt of a batch.
+_CONTEXT = "original_max_position_embeddings"
+_YARN_KEYS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _CONTEXT),
+    "proportional": ("factor",),
+    "yarn": ("factor", _CONTEXT, *_YARN_KEYS),
+}
+
 # LLaVA's own layout has the name of the tower instead of its sizes.
 _TOWERS = {
     "openai/clip-vit-large-patch14-336": VisionConfig(),
@@ -95,10 +108,17 @@ class SpecialTokens:
 PANGEA_TOKENS = SpecialTokens(image=151646, end=151645, pad=151643)
 
 
+_MOST_BYTES = 16 << 20  # of config.json
+_MOST_TEXT = 1 << 16  # of a list of canvases that is written as a text
+
+
 class _Fields:
     """One section of config.json. Reads it with defaults, and refuses values that the model does not support."""
 
     def __init__(self, file: Path, section: str, values: dict, defaults: dict | None = None):
+        if not isinstance(values, dict):
+            kind = type(values).__name__
+            raise CheckpointError(f"{file}: {section.removesuffix('.')} is a {kind}, not an object")
         self.file, self.section = file, section
         self.values = (defaults or {}) | values
 
@@ -112,7 +132,8 @@ class _Fields:
 
     def number(self, key: str) -> int | float:
         value = self.require(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and 0 < value < math.inf):
             raise self.refuse(key, value, "a positive number")
         return value
 
@@ -123,7 +144,7 @@ class _Fields:
 
     def refuse(self, key: str, value: Any, supported: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.file}: {self.section}{key} is {value!r}, but only {supported} is supported"
+            f"{self.file}: {self.section}{key} is {value!r:.200}, but only {supported} is supported"
         )
 
 
@@ -143,6 +164,18 @@ def config_from_folder(path: str | os.PathLike) -> PangeaConfig:
       CheckpointError: the model is no LLaVA or LLaVA-NeXT, or has a part that is not supported.
     """
     file, values = read_config(path)
+    try:
+        config = _from_values(file, values, Path(path))
+    except CheckpointError:
+        raise
+    # A field of another type than any version of any layout has.
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise CheckpointError(f"{file} is no config of this model ({error})") from None
+    _check_ranges(file, config)
+    return config
+
+
+def _from_values(file: Path, values: dict, path: Path) -> PangeaConfig:
     if isinstance(values.get("model"), dict):
         return _from_run(file, values["model"])
     if "mm_vision_tower" in values:
@@ -155,7 +188,55 @@ def config_from_folder(path: str | os.PathLike) -> PangeaConfig:
             "to load a decoder or a tower alone, pass config= and only=('language',) or "
             "only=('vision',)"
         )
-    return _with_vocabulary_of_tensor(config, Path(path))
+    return _with_vocabulary_of_tensor(config, path)
+
+
+# The largest sizes of a model. Without them, a config alone could take all memory.
+_MOST = {
+    "image_size": 1 << 14,
+    "patch_size": 1 << 14,
+    "width": 1 << 18,
+    "layers": 1 << 10,
+    "heads": 1 << 12,
+    "kv_heads": 1 << 12,
+    "head_width": 1 << 14,
+    "mlp": 1 << 21,
+    "vocab_size": 1 << 23,
+    "max_positions": 1 << 28,
+    "scan_unroll": 1 << 10,
+}
+_MOST_REAL = {"norm_eps": 1.0, "rope_theta": 1e15, "final_norm_scale": 1e6}
+_MOST_CANVASES, _MOST_CANVAS = 1 << 10, 1 << 17
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _check_ranges(file: Path, config: PangeaConfig) -> None:
+    """Raises CheckpointError if a size is no whole number within its range. Nothing is allocated before."""
+
+    def refuse(name: str, value: Any, wanted: str):
+        raise CheckpointError(f"{file}: {name} is {value!r:.80}, expected {wanted}")
+
+    for section, part in (("vision", config.vision), ("language", config.language)):
+        for name, value in vars(part).items():
+            if name in _MOST and not _is_size(value, _MOST[name]):
+                refuse(f"{name} of {section}", value, f"a whole number from 1 to {_MOST[name]:,}")
+            if name in _MOST_REAL:
+                real = isinstance(value, int | float) and not isinstance(value, bool)
+                if not (real and 0 < value <= _MOST_REAL[name]):
+                    limit = f"a number above 0, up to {_MOST_REAL[name]:g}"
+                    refuse(f"{name} of {section}", value, limit)
+    sides = [side for canvas in config.pinpoints for side in canvas]
+    if len(config.pinpoints) > _MOST_CANVASES:
+        refuse("the number of canvases", len(config.pinpoints), f"at most {_MOST_CANVASES:,}")
+    for side in sides:
+        if not _is_size(side, _MOST_CANVAS):
+            refuse("a side of a canvas", side, f"a whole number from 1 to {_MOST_CANVAS:,}")
+    if config.dtype not in _DTYPES:
+        refuse("dtype", config.dtype, " or ".join(_DTYPES))
+
+
+def _is_size(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
 def read_config(path: str | os.PathLike) -> tuple[Path, dict]:
@@ -163,7 +244,9 @@ def read_config(path: str | os.PathLike) -> tuple[Path, dict]:
     location = orbax.find(path)
     file = location.config if location else Path(path) / "config.json"
     try:
-        values = json.loads(file.read_text())
+        values = untrusted.parse_json(untrusted.read_regular(file, _MOST_BYTES))
+    except (untrusted.NotRegular, untrusted.TooLarge) as error:
+        raise CheckpointError(str(error)) from None
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"no config.json in {file.parent}; give the folder of a model, or for weights alone "
@@ -191,7 +274,7 @@ def _from_run(file: Path, model: dict) -> PangeaConfig:
         language = LanguageConfig(**parts.pop("language"))
         pinpoints = tuple((int(w), int(h)) for w, h in parts.pop("pinpoints", PINPOINTS))
         return PangeaConfig(vision=vision, language=language, pinpoints=pinpoints, **parts)
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(f"{file}: `model` is no config of this model ({error})") from None
 
 
@@ -231,9 +314,11 @@ def _from_llava(fields: _Fields) -> PangeaConfig:
 def _pinpoints(fields, value):
     """The pairs of a list. In some LLaVA checkpoints the list is a text."""
     try:
-        pairs = ast.literal_eval(value) if isinstance(value, str) else value
+        pairs = ast.literal_eval(value[:_MOST_TEXT]) if isinstance(value, str) else value
+        if not all(isinstance(part, list | tuple) for part in (pairs, *pairs)):
+            raise TypeError
         return tuple((int(first), int(second)) for first, second in pairs)
-    except (ValueError, TypeError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError):
         raise fields.refuse("image_grid_pinpoints", value, "a list of pairs") from None
 
 
@@ -242,7 +327,7 @@ def _from_transformers(fields: _Fields) -> PangeaConfig:
     fields.expect("multimodal_projector_bias", True, default=True)
     fields.expect("vision_feature_select_strategy", "default", default="default")
     text = fields("text_config") or {}
-    kind = text.get("model_type", "llama")
+    kind = _Fields(fields.file, "text_config.", text)("model_type", "llama")
     if kind not in _DECODER_DEFAULTS:
         raise fields.refuse("text_config.model_type", kind, " or ".join(_DECODER_DEFAULTS))
     # Depending on the version, a tie is written at the top, in text_config, or in both.
@@ -295,22 +380,80 @@ def _decoder(fields: _Fields, kind: str) -> LanguageConfig:
         **sizes,
         kv_heads=fields("num_key_value_heads") or sizes["heads"],
         head_width=fields("head_dim") or sizes["width"] // sizes["heads"],
-        rope_theta=_rope_theta(fields),
+        **_rope(fields, sizes["max_positions"]),
         qkv_bias=kind == "qwen2",
         tied_head=bool(fields("tie_word_embeddings", False)),
     )
 
 
-def _rope_theta(fields: _Fields) -> float:
-    """transformers 5 writes `rope_parameters`; earlier versions write `rope_theta` and `rope_scaling`."""
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = fields(key) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise fields.refuse(f"{key}.rope_type", kind, "'default'")
-        if "rope_theta" in rope:
-            return float(rope["rope_theta"])
-    return float(fields.number("rope_theta"))
+def _rope(fields: _Fields, max_positions: int) -> dict[str, Any]:
+    """Base and scaling of the rotary positions, as `LanguageConfig` has them.
+
+    transformers 5 writes `rope_parameters`; earlier versions write `rope_theta` and `rope_scaling`. If both are there,
+    transformers takes `rope_scaling`, and of `rope_parameters` not even the base.
+    """
+    key = "rope_scaling" if fields("rope_scaling") else "rope_parameters"
+    values = fields(key) or {}
+    if not isinstance(values, dict):
+        raise fields.refuse(key, values, "an object")
+    defaults = {name: fields(name) for name in ("rope_theta", "partial_rotary_factor")}
+    rope = _Fields(fields.file, f"{fields.section}{key}.", values, defaults)
+    kind = rope("rope_type", rope("type", "default"))
+    if kind not in _ROPE_KEYS:
+        raise rope.refuse("rope_type", kind, " or ".join(map(repr, _ROPE_KEYS)))
+    found = {"rope_theta": float(rope.number("rope_theta"))}
+    if kind == "default":
+        return found
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_KEYS[kind]}
+    for unknown in sorted(set(values) - known):
+        raise rope.refuse(unknown, values[unknown], f"{kind!r} without this key")
+    # A field beside the section counts more than the one within it.
+    original = fields(_CONTEXT) or rope(_CONTEXT) or max_positions
+    try:
+        scaling = _rope_scaling(rope, kind, original, max_positions)
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{fields.file}: {fields.section}{key}: {error}") from None
+    return found | {"rope_scaling": scaling}
+
+
+def _rope_scaling(rope: _Fields, kind: str, original: int, max_positions: int) -> RopeScaling:
+    share = rope("partial_rotary_factor") or 1.0
+    if kind == "proportional":
+        return RopeScaling(kind, float(rope("factor", 1.0)), rotary_share=float(share))
+    if share != 1:
+        raise rope.refuse("partial_rotary_factor", share, "1")
+    if kind == "yarn" and rope("factor", "none") is None:
+        factor = max_positions / original
+    else:
+        factor = float(rope.number("factor"))
+    if kind == "linear":
+        return RopeScaling(kind, factor)
+    if kind == "llama3":
+        ends = {name: float(rope.number(name)) for name in ("low_freq_factor", "high_freq_factor")}
+        return RopeScaling(kind, factor, original, **ends)
+    return RopeScaling(
+        kind,
+        factor,
+        original,
+        attention_factor=_yarn_attention(rope, factor),
+        beta_fast=float(rope("beta_fast") or 32),
+        beta_slow=float(rope("beta_slow") or 1),
+        truncate=bool(rope("truncate", True)),
+    )
+
+
+def _yarn_attention(rope: _Fields, factor: float) -> float:
+    """YaRN's factor of cosines and sines, from `mscale` and `mscale_all_dim` if they are there (DeepSeek)."""
+    if rope("attention_factor") is not None:
+        return float(rope("attention_factor"))
+
+    def scale(weight):
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    both = rope("mscale"), rope("mscale_all_dim")
+    return scale(both[0]) / scale(both[1]) if all(both) else scale(1)
 
 
 def to_transformers(config: PangeaConfig, dtype: str, tokens: SpecialTokens) -> dict:
@@ -363,16 +506,17 @@ def _vision_section(vision: VisionConfig, dtype: str) -> dict:
 
 
 def _text_section(language: LanguageConfig, dtype: str, tokens: SpecialTokens) -> dict:
-    kind = "qwen2" if language.qkv_bias else "llama"
+    kind, rope = "qwen2" if language.qkv_bias else "llama", _rope_section(language.rope_scaling)
     section = {
         "model_type": kind,
         "architectures": [{"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[kind]],
         **{theirs: getattr(language, ours) for ours, theirs in _DECODER_KEYS.items()},
         "num_key_value_heads": language.kv_heads,
         "hidden_act": "silu",
-        # transformers 4 reads the first of these two, transformers 5 reads both.
+        # transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 reads all.
         "rope_theta": language.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
+        "rope_parameters": rope | {"rope_theta": language.rope_theta},
+        **({"rope_scaling": rope} if language.rope_scaling.kind != "default" else {}),
         "tie_word_embeddings": language.tied_head,
         "eos_token_id": tokens.end,
         "pad_token_id": tokens.pad,
@@ -381,6 +525,18 @@ def _text_section(language: LanguageConfig, dtype: str, tokens: SpecialTokens) -
     if language.head_width * language.heads != language.width:
         section["head_dim"] = language.head_width
     return section
+
+
+def _rope_section(scaling: RopeScaling) -> dict:
+    """`rope_scaling` of config.json, without the base."""
+    values = dataclasses.asdict(scaling) | {
+        _CONTEXT: scaling.original_positions,
+        "partial_rotary_factor": scaling.rotary_share,
+    }
+    keys = [key for key in _ROPE_KEYS[scaling.kind] if key in values]
+    if scaling.kind == "proportional":
+        keys.append("partial_rotary_factor")
+    return {"rope_type": scaling.kind} | {key: values[key] for key in keys}
 
 
 def generation_config(tokens: SpecialTokens) -> dict:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pangea_jax.checkpoints import config as config_file
 from pangea_jax.checkpoints import huggingface, names, orbax, processor
-from pangea_jax.checkpoints.config import config_from_folder
+from pangea_jax.checkpoints.adapted import AdapterFolder
 from pangea_jax.checkpoints.files import (
     CheckpointError,
     Planned,
@@ -19,7 +19,7 @@ from pangea_jax.checkpoints.files import (
     require_new,
     write,
 )
-from pangea_jax.checkpoints.folder import load_policy, open_weights
+from pangea_jax.checkpoints.folder import config_from_folder, load_policy, open_weights
 from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.model import PangeaConfig
 from pangea_jax.work.atomic import write_json
@@ -31,7 +31,7 @@ PART_BYTES = 2**26
 
 
 def convert(
-    source: Path,
+    source: Path | AdapterFolder,
     target: Path,
     tokenizer: Tokenizer,
     *,
@@ -47,7 +47,8 @@ def convert(
     call left such a folder, it is removed first. The parameters are the flags of launch/convert.py.
 
     Args:
-      source: a folder in any form that `pangea_jax.checkpoints.load` reads.
+      source: a folder in any form that `pangea_jax.checkpoints.load` reads; adapters are merged into
+        the model below them.
       target: a new or empty folder.
       tokenizer: the model's; its special tokens go into config.json.
       tokenizer_files: the folder or file of the tokenizer.
@@ -110,7 +111,8 @@ def _open(source: Path):
 
 
 def _check_vocabulary(source: Path, config: PangeaConfig, tokenizer: Tokenizer):
-    named = config_file.image_token(source)
+    below = source.base if isinstance(source, AdapterFolder) else source
+    named = config_file.image_token(below)
     if named not in (None, tokenizer.image_id):
         raise CheckpointError(
             f"{source}: config.json has <image> at {named}, the tokenizer at "

@@ -7,16 +7,18 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from pangea_jax.work import untrusted
 from pangea_jax.work.atomic import write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_MOST_INDEX = 256 << 20  # bytes
 
 _DTYPE_NAMES = {
     np.dtype(np.float32): "F32",
@@ -115,11 +117,14 @@ class TensorFiles:
 def _header(file: Path) -> list[Tensor]:
     """The tensors of one file. The library checks first that header and bytes are complete."""
     try:
+        untrusted.require_regular(file)
         safe_open(file, framework="numpy")
     except FileNotFoundError:
         raise CheckpointError(
             f"{file} is named by {INDEX} but is not there; copy it here"
         ) from None
+    except untrusted.NotRegular as error:
+        raise CheckpointError(str(error)) from None
     except SafetensorError as error:
         raise CheckpointError(
             f"{file} is truncated or no safetensors file ({error}); fetch it again"
@@ -161,16 +166,27 @@ _CONVERT = (
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads((path / INDEX).read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        content = untrusted.parse_json(untrusted.read_regular(path / INDEX, _MOST_INDEX))
+        weight_map = content["weight_map"]
+        if not isinstance(weight_map, dict):
+            raise TypeError(f"weight_map is a {type(weight_map).__name__}, not an object")
+    except (ValueError, KeyError, TypeError, untrusted.NotRegular, untrusted.TooLarge) as error:
         raise CheckpointError(f"{path / INDEX} is no index of tensors ({error!r})") from None
     for name, file in weight_map.items():
-        if Path(file).name != file or not file.endswith(".safetensors"):
+        if not _is_plain_name(file):
             raise CheckpointError(
                 f"{path / INDEX}: tensor {name!r} is placed in {file!r}, which is not a "
                 ".safetensors file of this folder"
             )
     return weight_map
+
+
+def _is_plain_name(file: Any) -> bool:
+    """Whether a value is the name of a .safetensors file without a folder."""
+    if not isinstance(file, str) or not file.endswith(".safetensors") or not file.isprintable():
+        return False
+    # Systems have a limit of 255 bytes. Half a surrogate pair is not printable.
+    return Path(file).name == file and len(file.encode()) <= 255
 
 
 class Planned(NamedTuple):
@@ -251,6 +267,34 @@ def write(
         weight_map = {planned.name: name for name, shard in zip(names, shards) for planned in shard}
         size = sum(planned.nbytes for planned in tensors)
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+# The exponent of NaN and infinity, by dtype.
+_NOT_FINITE = {
+    np.dtype(np.float16): np.uint16(0x7C00),
+    np.dtype(ml_dtypes.bfloat16): np.uint16(0x7F80),
+    np.dtype(np.float32): np.uint32(0x7F800000),
+}
+_CHECKED = 1 << 20  # values at once, so that the check takes little memory
+
+
+def check_finite(x: np.ndarray, file: Path, name: str) -> np.ndarray:
+    """Returns `x`. It reads the bits, which is several times as fast as `np.isfinite`.
+
+    Raises:
+      CheckpointError: a value is NaN or infinite; the message names the tensor.
+    """
+    mask = _NOT_FINITE.get(x.dtype)
+    if mask is None:
+        return x
+    bits = np.ascontiguousarray(x).reshape(-1).view(mask.dtype)
+    for start in range(0, bits.size, _CHECKED):
+        part = bits[start : start + _CHECKED]
+        if ((part & mask) == mask).any():
+            raise CheckpointError(
+                f"{file}: {name} has values that are NaN or infinite; fetch it again"
+            )
+    return x
 
 
 def cast(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

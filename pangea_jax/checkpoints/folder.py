@@ -1,6 +1,5 @@
 """Finds the folder of a model, and loads parameters, tokenizer and reading policy from it."""
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -13,33 +12,84 @@ from absl import logging
 from flax import nnx
 
 from pangea_jax import assets
-from pangea_jax.checkpoints import huggingface, orbax
-from pangea_jax.checkpoints.config import (
-    PANGEA_TOKENS,
-    config_from_folder,
-    image_token,
-    read_config,
-)
+from pangea_jax.checkpoints import adapted, huggingface, orbax
+from pangea_jax.checkpoints import config as config_file
+from pangea_jax.checkpoints.adapted import AdapterFolder
+from pangea_jax.checkpoints.config import PANGEA_TOKENS, image_token, read_config
 from pangea_jax.checkpoints.files import CheckpointError
 from pangea_jax.data import tokenizer as tokenizers
 from pangea_jax.data.reader import POLICY_FILE, ReadingPolicy
 from pangea_jax.model import Pangea, PangeaConfig
 from pangea_jax.model.params import flatten, unflatten
+from pangea_jax.work.untrusted import parse_json
 
+# The files of the model in the package, and the parts of the model in each.
+SAMPLE_FILES = {
+    "tower.safetensors": ("vision",),
+    "model.safetensors": ("projector", "newline", "language"),
+}
 # Pickled weights are not fetched: unpickling runs code.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
 
 
-def resolve(name_or_path: str | os.PathLike) -> Path:
+def resolve(
+    name_or_path: str | os.PathLike, base: str | os.PathLike | None = None
+) -> Path | AdapterFolder:
     """The folder of a model; downloads a model of the Hugging Face hub.
 
     Args:
-      name_or_path: a folder (or .safetensors file), or `owner/name` on the hub.
+      name_or_path: a folder (or .safetensors file), or `owner/name` on the hub. It may hold
+        adapters of peft instead of a whole model.
+      base: the model below the adapters, in the same forms, or "sample" for the model in the
+        package; by default the one that the adapters name.
 
     Raises:
       FileNotFoundError: there is no such folder, and the name is not a hub name.
-      CheckpointError: the hub cannot be reached, does not have the model, or asks for a login.
+      CheckpointError: the hub cannot be reached, does not have the model, or asks for a login; or
+        adapters name no base.
+      ValueError: `base` is given for a whole model.
     """
+    path = _fetched(name_or_path)
+    if adapted.is_adapter(path):
+        return _with_base(path, base)
+    if base:
+        raise ValueError(
+            f"{name_or_path} is a whole model, so it takes no base; leave out base={base}"
+        )
+    return path
+
+
+def _with_base(folder: Path, base: str | os.PathLike | None = None) -> AdapterFolder:
+    values = adapted.read_adapter_config(folder)
+    named = base or values.get("base_model_name_or_path")
+    if not named:
+        raise CheckpointError(
+            f"{folder / adapted.CONFIG} names no base_model_name_or_path; give the model below the "
+            "adapters with base="
+        )
+    if not base and values.get("revision"):
+        raise CheckpointError(
+            f"{folder / adapted.CONFIG} names revision {values['revision']!r} of {named}; download that "
+            "revision and give its folder with base="
+        )
+    if str(named) == "sample":
+        return AdapterFolder(folder, assets.SAMPLE_MODEL)
+    try:
+        return AdapterFolder(folder, _fetched(named))
+    except (FileNotFoundError, CheckpointError) as error:
+        raise CheckpointError(
+            f"{folder} holds adapters of {named}: {error}; give another place with base="
+        ) from None
+
+
+def _adapters_at(path: str | os.PathLike) -> AdapterFolder | None:
+    """The adapters at a path and their base; None if there is a whole model."""
+    if isinstance(path, AdapterFolder):
+        return path
+    return _with_base(Path(path)) if adapted.is_adapter(path) else None
+
+
+def _fetched(name_or_path: str | os.PathLike) -> Path:
     # A shell does not expand the ~ in --model=~/DIR.
     path = Path(name_or_path).expanduser()
     if path.exists():
@@ -99,14 +149,48 @@ def load(
     )
 
 
+def config_from_folder(path: str | os.PathLike) -> PangeaConfig:
+    """The sizes of a model, see `pangea_jax.checkpoints.config`; for adapters those of their base."""
+    found = _adapters_at(path)
+    return config_file.config_from_folder(found.base if found else path)
+
+
 def open_weights(
     path: str | os.PathLike, config: PangeaConfig | None, only: Sequence[str] | None = None
-) -> huggingface.PublicWeights | orbax.OrbaxArrays:
+) -> adapted.Weights:
     """Opens a model's parameters to read any part of them; arguments and errors as for `load`."""
-    location, config = orbax.find(path), config or config_from_folder(path)
-    if location is None:
-        return huggingface.PublicWeights(path, config, only)
-    return orbax.OrbaxArrays(location, huggingface.shapes_of(config, only))
+    config = config or config_from_folder(path)
+    found = _adapters_at(path)
+    if found:
+        below = open_weights(found.base, config, only)
+        adapters = adapted.Adapters(found.folder, config, huggingface.kernel_shapes(config))
+        return adapted.AdaptedWeights(below, adapters, config)
+    location = orbax.find(path)
+    if location is not None:
+        return orbax.OrbaxArrays(location, huggingface.shapes_of(config, only))
+    if Path(path) == assets.SAMPLE_MODEL:
+        return _SampleWeights(config, only)
+    return huggingface.PublicWeights(path, config, only)
+
+
+class _SampleWeights:
+    """The model in the package, whose parts are in two files. See `adapted.Weights`."""
+
+    threads = 2
+
+    def __init__(self, config: PangeaConfig, only: Sequence[str] | None):
+        wanted, self._files, self.shapes = huggingface.checked_parts(only), {}, {}
+        for file, parts in SAMPLE_FILES.items():
+            if chosen := [part for part in parts if part in wanted]:
+                opened = huggingface.PublicWeights(assets.SAMPLE_MODEL / file, config, chosen)
+                self._files |= dict.fromkeys(opened.shapes, opened)
+                self.shapes |= opened.shapes
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._files[name].dtype(name)
+
+    def read(self, name: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        return self._files[name].read(name, index, dtype)
 
 
 def _place(weights, name, dtype, sharding) -> jax.Array:
@@ -132,8 +216,14 @@ def load_model(path: str | os.PathLike, config: PangeaConfig | None = None, **kw
 def tokenizer_files(path: str | os.PathLike) -> Path:
     """The folder or file of a model's tokenizer.
 
-    The config of a training run names it; for other models it is the model's own folder.
+    The config of a training run names it; for other models it is the model's own folder. Adapters
+    may have their own, else it is that of their base.
     """
+    if found := _adapters_at(path):
+        own = any((found.folder / name).is_file() for name in tokenizers.FILES)
+        return found.folder if own else tokenizer_files(found.base)
+    if Path(path) == assets.SAMPLE_MODEL:
+        return assets.EMOJI
     data = read_config(path)[1].get("data")
     named = data.get("tokenizer") if isinstance(data, dict) else None
     if named is None:
@@ -150,11 +240,13 @@ def load_policy(path: str | os.PathLike) -> ReadingPolicy:
     Raises:
       ValueError: the saved policy is damaged; the message names the file.
     """
-    path = Path(path)
+    adapters, path = _adapters_at(path), Path(path)
     file = (path if path.is_dir() else path.parent) / POLICY_FILE
+    if adapters and not file.is_file():
+        return load_policy(adapters.base)
     if file.is_file():
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = parse_json(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{file}: not JSON ({error})") from None
         return ReadingPolicy.from_json(content, str(file))
@@ -186,6 +278,8 @@ def load_tokenizer(
       ValueError: the tokenizer cannot be used, or disagrees with config.json.
     """
     files = Path(files or tokenizer_files(path))
+    if found := _adapters_at(path):
+        return load_tokenizer(found.base, files)
     try:
         return tokenizers.load_tokenizer(files, image_token(path))
     except tokenizers.NoImageToken:

@@ -21,6 +21,7 @@ from pangea_jax.checkpoints.files import (
     Planned,
     TensorFiles,
     cast,
+    check_finite,
     check_fit,
     write,
 )
@@ -65,6 +66,7 @@ class PublicWeights:
         for i, layer in enumerate(layers):
             theirs = entry.names[layer]
             piece = names.read_part(self._files.tensor(theirs), entry.axes, entry.layer_shape, rest)
+            check_finite(piece, self._files.tensor(theirs).file, theirs)
             if out is None:
                 out = _empty((len(layers), *piece.shape), dtype)
             out[i] = cast(piece, dtype, theirs)
@@ -147,6 +149,11 @@ def shapes_of(config: PangeaConfig, only: Sequence[str] | None = None) -> dict[s
         for dotted, value in flatten(abstract_state(config)).items()
         if names.part_of_path(dotted) in parts
     }
+
+
+def kernel_shapes(config: PangeaConfig) -> dict[str, tuple]:
+    """Shape of every parameter that public checkpoints of whole models have."""
+    return shapes_of(without_adapters(config))
 
 
 def checked_parts(only: Sequence[str] | None) -> tuple[str, ...]:

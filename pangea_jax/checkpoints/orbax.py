@@ -6,7 +6,6 @@ has a checksum, so a part can be read or written without the rest.
 """
 
 import dataclasses
-import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,8 @@ import numpy as np
 import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
-from pangea_jax.checkpoints.files import CheckpointError, cast, check_fit
+from pangea_jax.checkpoints.files import CheckpointError, cast, check_finite, check_fit
+from pangea_jax.work.untrusted import parse_json
 
 PARAMS = "params"
 _ITEM = "state"  # Orbax's name for the only tree of a checkpoint
@@ -72,14 +72,14 @@ class OrbaxArrays:
     def __init__(self, location: Location, shapes: Mapping[str, tuple[int, ...]]):
         self.path = location.arrays
         try:
-            metadata = json.loads((self.path / "_METADATA").read_text())
+            metadata = parse_json((self.path / "_METADATA").read_text())
             paths = [
                 tuple(str(key["key"]) for key in leaf["key_metadata"])
                 for leaf in metadata["tree_metadata"].values()
                 if leaf["value_metadata"]["value_type"] in ("jax.Array", "np.ndarray")
             ]
             use_ocdbt, use_zarr3 = metadata["use_ocdbt"], metadata["use_zarr3"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CheckpointError(
                 f"{self.path / '_METADATA'} is no metadata of Orbax ({error!r})"
             ) from None
@@ -130,7 +130,7 @@ class OrbaxArrays:
                 f"{self.path}: {name} is damaged or incomplete ({_short(error)}); "
                 "copy or convert it again"
             ) from None
-        return cast(part, dtype, name)
+        return cast(check_finite(part, self.path, name), dtype, name)
 
     def _read(self, name, array, index):
         if array.chunk_layout.read_chunk.shape != array.shape:

@@ -1,6 +1,5 @@
 """Writes the files that transformers and vLLM need with the weights: tokenizer, picture processor, chat template."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from pangea_jax.data.tokenizer import (
 from pangea_jax.model import PangeaConfig
 from pangea_jax.model.vision import CLIP_MEAN, CLIP_STD
 from pangea_jax.work.atomic import write_json
+from pangea_jax.work.untrusted import parse_json
 
 # ChatML as `pangea_jax.data.chat` renders it: a system message comes first, and each picture is on its own line.
 CHAT_TEMPLATE = """\
@@ -104,9 +104,9 @@ def _processor(config: PangeaConfig) -> dict:
 def _write_tokenizer(folder: Path, config, tokenizer: TokenizerJson, files: Path):
     """Writes tokenizer.json with `<image>`, and tokenizer_config.json that agrees with it."""
     tokenizer.save(folder / "tokenizer.json")
-    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    added = parse_json((folder / "tokenizer.json").read_text())["added_tokens"]
     beside = (files if files.is_dir() else files.parent) / "tokenizer_config.json"
-    content = json.loads(beside.read_text()) if beside.is_file() else {}
+    content = parse_json(beside.read_text()) if beside.is_file() else {}
     defaults = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": IM_END,

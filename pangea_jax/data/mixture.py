@@ -37,7 +37,8 @@ class Mixture:
     """The examples to draw. The natural mixture is `Mixture(None, language_alpha=1.0, text_ratio=None)`.
 
     Attributes:
-      num_examples: the total, see `design`; None: as many as there are records.
+      num_examples: the total, see `design`; None: as many as there are records, `epochs` times.
+      epochs: passes over the records, if `num_examples` is None. Their examples are shuffled together.
       en_ratio: share of English in [0, 1]; None treats English like any other language.
       languages: canonical codes to draw from; None means all in the index.
       sources: record sources to draw from, with `*` and `?` as in file names; None means all. If
@@ -71,6 +72,7 @@ class Mixture:
     exclude_sources: tuple[str, ...] = ()
     exclude_categories: tuple[str, ...] = ()
     exclude_ids: tuple[str, ...] = ()
+    epochs: int = 1
 
     def __post_init__(self):
         for name in _NAMES:
@@ -103,6 +105,10 @@ class Mixture:
             raise ValueError(f"mixture.text_ratio must be in [0, 1], not {self.text_ratio}")
         if self.num_examples is not None and self.num_examples < 1:
             raise ValueError(f"mixture.num_examples must be positive, not {self.num_examples}")
+        if self.epochs < 1 or (self.epochs > 1 and self.num_examples is not None):
+            raise ValueError(
+                f"mixture.epochs is {self.epochs}; expected 1 or more, and 1 beside num_examples"
+            )
         if self.design not in DESIGNS:
             raise ValueError(f"mixture.design {self.design!r} is not one of {DESIGNS}")
         if self.design == "fixed_multilingual" and (self.en_ratio is None or self.en_ratio == 1):
@@ -121,6 +127,8 @@ class Mixture:
 
 
 def _code(field: str, tag: str) -> str:
+    if tag == language_table.UNDETERMINED:
+        return tag
     try:
         return language_table.get(tag).code
     except KeyError as error:
@@ -133,6 +141,7 @@ class Choice:
 
     Attributes:
       repeat_factor: drawn examples per available record, by `language/kind`.
+      held_back: rows of the index for validation; None if none are held back.
     """
 
     rows: Int[np.ndarray, " num_examples"]
@@ -140,9 +149,11 @@ class Choice:
     kinds: dict[str, int]
     repeat_factor: dict[str, float]
     examples_per_source: dict[str, int] = dataclasses.field(default_factory=dict)
+    held_back: Int[np.ndarray, " held_back"] | None = None
 
     def summary(self) -> dict:
-        return {
+        held = {} if self.held_back is None else {"held_back": len(self.held_back)}
+        return held | {
             "num_examples": len(self.rows),
             "examples_per_language": self.examples_per_language,
             "examples_per_source": self.examples_per_source,
@@ -247,7 +258,22 @@ def counts(mixture: Mixture, total: int, available: Mapping[str, int]) -> dict[s
     return ({"en": english} if "en" in table else {}) | result
 
 
-def choose(index: pa.Table, mixture: Mixture, seed: int = 0) -> Choice:
+def usable(index: pa.Table, mixture: Mixture) -> Bool[np.ndarray, " n"]:
+    """A mask of the rows that the mixture may draw."""
+    drawn = np.any(list(_pools(index, mixture).values()), axis=0)
+    if mixture.languages is not None:
+        language, codes = column_codes(index, "language")
+        drawn &= np.array([*(code in mixture.languages for code in codes), False], bool)[language]
+    return drawn
+
+
+def choose(
+    index: pa.Table,
+    mixture: Mixture,
+    seed: int = 0,
+    *,
+    left_out: Bool[np.ndarray, " n"] | None = None,
+) -> Choice:
     """Draws exactly the numbers of rows that the mixture asks for.
 
     The order of the records of a language depends only on the seed. So a smaller total draws a
@@ -257,6 +283,7 @@ def choose(index: pa.Table, mixture: Mixture, seed: int = 0) -> Choice:
       index: the store's index, with the columns `language`, `kind` and `source`, and with
         `category` and `id` if the mixture names any. If it has `source_language`, text records that
         translate from a language outside the mixture are left out.
+      left_out: a mask of rows that are not drawn, such as those of `pangea_jax.data.holdout`.
 
     Raises:
       ValueError: a language has no record of a requested kind, or its records would repeat more
@@ -264,15 +291,18 @@ def choose(index: pa.Table, mixture: Mixture, seed: int = 0) -> Choice:
     """
     language, codes = column_codes(index, "language")
     pools = _pools(index, mixture)
-    usable = np.any(list(pools.values()), axis=0)
-    found = np.bincount(language[usable & (language >= 0)], minlength=len(codes))
+    if left_out is not None:
+        pools = {kind: mask & ~left_out for kind, mask in pools.items()}
+    drawable = np.any(list(pools.values()), axis=0)
+    found = np.bincount(language[drawable & (language >= 0)], minlength=len(codes))
     available = {code: int(n) for code, n in zip(codes, found, strict=True) if n}
     if not available:
         raise ValueError(f"mixture: no records from {_described(mixture)}")
     weighted = {code for code, weight in (mixture.weights or {}).items() if weight}
     wanted = mixture.languages or tuple(sorted(available.keys() | weighted))
     mixture._check_english(wanted)
-    total = mixture.num_examples or sum(available.get(code, 0) for code in wanted)
+    everything = mixture.epochs * sum(available.get(code, 0) for code in wanted)
+    total = mixture.num_examples or everything
     per_language = counts(dataclasses.replace(mixture, languages=wanted), total, available)
     rows, repeats = [], {}
     for code, examples in per_language.items():
@@ -283,7 +313,8 @@ def choose(index: pa.Table, mixture: Mixture, seed: int = 0) -> Choice:
             pool = np.flatnonzero(pools[kind] & here)
             _check_pool(pool, count, kind, code, mixture)
             repeats[f"{code}/{kind}"] = round(count / len(pool), 3)
-            number = sorted(language_table.LANGUAGES).index(code)
+            # "und" comes last, so that it does not change the seeds of the languages.
+            number = [*sorted(language_table.LANGUAGES), language_table.UNDETERMINED].index(code)
             rows.append(_draw(pool, count, (seed, number, _KINDS.index(kind))))
     rows = np.concatenate(rows)
     kinds = {"image": 0, "text": 0} | _count(index, "kind", rows)

@@ -9,6 +9,7 @@ from pangea_jax.model.attention import AttentionImpl
 from pangea_jax.model.language import Decoder, KVCache, LanguageConfig
 from pangea_jax.model.lora import LoraConfig
 from pangea_jax.model.pangea import PINPOINTS, Pangea, PangeaConfig
+from pangea_jax.model.rope import RopeScaling
 from pangea_jax.model.vision import VisionConfig, VisionTower
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LoraConfig",
     "Pangea",
     "PangeaConfig",
+    "RopeScaling",
     "VisionConfig",
     "VisionTower",
 ]

@@ -26,6 +26,7 @@ from pangea_jax.model.layers import (
     zeros,
 )
 from pangea_jax.model.lora import Lora, LoraConfig
+from pangea_jax.model.rope import RopeScaling, rope_angles, rotate
 from pangea_jax.sharding import BATCH_SPEC, constrain
 
 
@@ -45,6 +46,7 @@ class LanguageConfig:
     head_width: int = 128
     mlp: int = 18944
     rope_theta: float = 1e6
+    rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-6
     qkv_bias: bool = True
     tied_head: bool = False
@@ -56,6 +58,8 @@ class LanguageConfig:
     def __post_init__(self):
         if isinstance(self.lora, Mapping):  # of a config file
             object.__setattr__(self, "lora", LoraConfig(**self.lora))
+        if isinstance(self.rope_scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"language: {self.heads} heads do not divide over {self.kv_heads} kv_heads"
@@ -109,28 +113,6 @@ def _of_layer(cache, layer):
     if isinstance(cache, tuple):
         return cache[layer]
     return jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
-
-
-def rope_angles(
-    positions: Int[Array, "B T"], head_width: int, theta: float
-) -> tuple[Float[Array, "B T C2"], Float[Array, "B T C2"]]:
-    """cos and sin of the rotary angles (Su et al. 2021), float32, one per pair of channels."""
-    inverse_frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequency
-    angles = jnp.cos(angles), jnp.sin(angles)
-    # Without the barrier XLA's CPU backend computes the angles again for every head of every unrolled layer. Only for a
-    # single token is that cheaper than the barrier.
-    return angles if positions.shape[1] == 1 else jax.lax.optimization_barrier(angles)
-
-
-def rotate(
-    x: Float[Array, "B T H C"], cos: Float[Array, "B T C2"], sin: Float[Array, "B T C2"]
-) -> Float[Array, "B T H C"]:
-    """Rotates channel pairs (c, c + C/2), the half-split pairing of the public checkpoints."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
 
 
 class DecoderBlock(nnx.Module):
@@ -239,7 +221,7 @@ class Decoder(nnx.Module):
         impl: AttentionImpl | str = "auto",
     ) -> Float[Array, "B T D"]:
         """Hidden states after the final norm, for training and scoring (no cache); `keep`: a key of `layers.KEEP`."""
-        cos, sin = rope_angles(positions, self.config.head_width, self.config.rope_theta)
+        cos, sin = self._angles(positions)
 
         def body(x, block, _layer):
             x = constrain(x, BATCH_SPEC)
@@ -256,6 +238,10 @@ class Decoder(nnx.Module):
 
         x = run_blocks(checkpoint(body, keep), x, self.blocks, unroll=self.config.scan_unroll)
         return constrain(self.final_norm(x), BATCH_SPEC)
+
+    def _angles(self, positions: Int[Array, "B T"]):
+        c = self.config
+        return rope_angles(positions, c.head_width, c.rope_theta, c.rope_scaling)
 
     def empty_cache(self, batch: int, slots: int, dtype) -> KVCache:
         """A cache with room for `slots` tokens in each row."""
@@ -285,7 +271,7 @@ class Decoder(nnx.Module):
           first: the cache is empty, so the tokens see only each other, and `impl` says which code mixes the values.
             Otherwise they also see the cache, and plain JAX mixes the values.
         """
-        cos, sin = rope_angles(positions, self.config.head_width, self.config.rope_theta)
+        cos, sin = self._angles(positions)
         start = (0, cache.length)
         kv_segment_ids = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, start)
         kv_positions = jax.lax.dynamic_update_slice(cache.positions, positions, start)

@@ -14,6 +14,7 @@ from pangea_jax.train.guards import Guard
 from pangea_jax.train.resume import Checkpoints
 from pangea_jax.train.state import TrainState
 from pangea_jax.train.telemetry import Profiler, Speed, StepTimer, Telemetry, Window, gather
+from pangea_jax.train.validation import Validator
 
 
 @dataclasses.dataclass
@@ -32,6 +33,8 @@ class Loop:
         processes is equal in two runs that saw the same rows at the same steps.
       on_first_batch: called with this process's rows of the very first batch of a run.
       stop: all processes call it with the number of each finished step. If it returns true, the loop saves and ends.
+      validator: scores held-back examples before the first step, when it is due, and after the last step. The
+        checkpoint of the best step is kept.
       stopped: whether `stop` ended the loop, even after the last step.
     """
 
@@ -50,6 +53,7 @@ class Loop:
     stop: Callable[[int], bool]
     profiler: Profiler
     window: Window = dataclasses.field(default_factory=Window)
+    validator: Validator | None = None
 
     def __post_init__(self):
         self._unread = collections.deque()
@@ -61,13 +65,16 @@ class Loop:
 
         Raises:
           BadStepsError: see `Guard`.
+          ValueError: the data ended before the last step.
         """
         first = int(jax.device_get(state.step))
         with self.checkpoints, self.profiler, jax.transfer_guard("disallow"):
+            if self.validator and first == 0:
+                self._validate(state, -1)
             for step in range(first, self.total_steps):
                 self.profiler.at(step, state)
                 with self.timer.data():
-                    rows = next(data)
+                    rows = self._next(data, step)
                     with jax.transfer_guard("allow"):
                         batch = rows.place(self.mesh)
                 self._digest += sum(zlib.crc32(row.tobytes(), step) for row in rows.tokens)
@@ -82,15 +89,26 @@ class Loop:
                     self.speed.flush()  # the first batch also waits for the start of the data workers
                 last = step + 1 == self.total_steps
                 self.stopped = self.stop(step)
-                if last or (step + 1) % self.log_every == 0:
-                    self._log(step)
-                if last or self.stopped or (step + 1) % self.save_every == 0:
+                due = bool(self.validator) and (last or self.validator.due(step))
+                found = self._validate(state, step) if due else {}
+                if last or due or (step + 1) % self.log_every == 0:
+                    self._log(step, found)
+                is_best = due and self.validator.best_step == step + 1
+                if last or is_best or self.stopped or (step + 1) % self.save_every == 0:
                     self._save(state, data)
                 if self.stopped:
                     break
             with self.timer.phase("checkpoint"):
                 self.checkpoints.close()
         return state
+
+    def _next(self, data: Iterator[Batch], step: int) -> Batch:
+        try:
+            return next(data)
+        except StopIteration:
+            raise ValueError(
+                f"the data ended before step {step} of {self.total_steps}; lower config.steps"
+            ) from None
 
     def _read(self, ahead: int = 0, *, timed: bool = True) -> None:
         """Waits for all steps except the last `ahead`; checks their metrics and adds them to the log line."""
@@ -102,12 +120,21 @@ class Loop:
             if timed:
                 self.speed.add(metrics)
 
-    def _log(self, step):
+    def _validate(self, state, step) -> dict[str, float]:
+        with self.timer.step():
+            self._read()
+        with self.timer.phase("validation"), jax.transfer_guard("allow"):
+            found = self.validator.run(state, step)
+        self.checkpoints.keep_best(self.validator.best_step)
+        self.telemetry.print(self.validator.describe(found))
+        return found
+
+    def _log(self, step, found):
         with self.timer.step():
             self._read()
         with jax.transfer_guard("allow"):
             metrics = self.window.flush() | self.speed.flush()
-            metrics |= self.extra(step, self._digest)
+            metrics |= self.extra(step, self._digest) | found
         self._digest = 0
         self.telemetry.log(step, metrics)
 
@@ -119,6 +146,7 @@ class Loop:
                 "clock": self.timer.seconds,
                 "window": self.window.get_state(),
                 "guard": self.guard.get_state(),
+                "validation": self.validator and self.validator.results(),
                 "digest": gather({"digest": self._digest})["digest"],
             }
             self.checkpoints.save(state, data, progress)
@@ -127,4 +155,7 @@ class Loop:
         """Restores the progress of a checkpoint, except the clock, which the caller gives to the timer."""
         self.window.set_state(progress["window"])
         self.guard.set_state(progress["guard"])
+        if self.validator and progress.get("validation"):
+            self.validator.set_state(progress["validation"])
+            self.checkpoints.keep_best(self.validator.best_step)
         self._digest = int(progress["digest"]) if jax.process_index() == 0 else 0

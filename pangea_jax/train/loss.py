@@ -24,7 +24,8 @@ def cross_entropy(
     weights: Float[Array, "B T"],
     *,
     max_targets: int | None = None,
-) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    per_row: bool = False,
+) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
     """Sum of weighted losses, sum of weights, and weighted number of correct top-1 predictions.
 
     The head runs on `chunk_places` of every row at a time and is recomputed in the backward pass, so no [B, T, V] array
@@ -34,11 +35,13 @@ def cross_entropy(
       max_targets: the head, the widest layer of the model, runs on at most this many places of a row. Most places of a
         multimodal row are picture features, which are never targets. The result is exact if no row has more targets;
         the data pipeline guarantees this.
+      per_row: give the sums of each row, [B], instead of one sum.
     """
     if max_targets is not None and max_targets < targets.shape[1]:
         order = jnp.argsort(weights == 0, axis=1, stable=True)[:, :max_targets]
         hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
         targets, weights = (jnp.take_along_axis(x, order, axis=1) for x in (targets, weights))
+    axis, start = (1, jnp.zeros(len(hidden))) if per_row else (None, jnp.float32(0))
     chunk = min(chunk_places(decoder.config.vocab_size), targets.shape[1])
     # The head is gathered once, and its gradient scattered once, not for every chunk: together 2 GiB for Qwen2.
     head = decoder.head(hidden.dtype)
@@ -55,10 +58,10 @@ def cross_entropy(
         losses = jax.nn.logsumexp(logits, axis=-1) - right
         # The true token is at the maximum: cheaper than argmax, and ties count as right.
         hits = right >= logits.max(axis=-1)
-        added = (jnp.sum(x * weights) for x in (losses, jnp.ones_like(losses), hits))
+        added = (jnp.sum(x * weights, axis=axis) for x in (losses, jnp.ones_like(losses), hits))
         return tuple(map(jnp.add, sums, added)), None
 
     chunks = tuple(map(split, (hidden, targets, weights)))
     # The logits of a single chunk are small enough to keep.
     body = jax.checkpoint(body) if len(chunks[0]) > 1 else body
-    return jax.lax.scan(body, (jnp.float32(0),) * 3, chunks)[0]
+    return jax.lax.scan(body, (start,) * 3, chunks)[0]

@@ -2,11 +2,13 @@
 
 They are saved in the background. A checkpoint appears under its name only when it is complete. A kill during the save
 leaves a temporary folder, which the next start removes. Reading a checkpoint detects later damage: metadata and arrays
-must decode, and the sums of the arrays' bits must equal those on the devices before the save.
+must decode, the sums of the arrays' bits must equal those on the devices before the save, and the data's position and
+the progress must have the checksums that were written with them.
 """
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,15 +22,29 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
 from pangea_jax.checkpoints import CheckpointError
+from pangea_jax.data.feed import check_saved
 from pangea_jax.train.state import TrainState
+from pangea_jax.work.atomic import json_sum
 
 SET_ASIDE = ".damaged"
 # Errors from reading incomplete or overwritten files. Missing memory and missing permission raise others.
 _UNREADABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError, FileNotFoundError)
+_UNREADABLE += (IsADirectoryError, NotADirectoryError)
 
 
 class _Damaged(Exception):
     """A checkpoint's files are not what was written."""
+
+
+@dataclasses.dataclass
+class _Chosen:
+    """A policy of Orbax that preserves the checkpoint of one step."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -45,7 +61,8 @@ class Checkpoints:
     def __init__(self, directory: str | Path, *, keep: int, keep_every: int | None = None):
         self._directory = Path(directory).absolute()
         policies = ocp.training.preservation_policies
-        kept = [policies.LatestN(keep)]
+        self._best = _Chosen()
+        kept = [policies.LatestN(keep), self._best]
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
         self._orbax = ocp.training.Checkpointer(
@@ -71,10 +88,15 @@ class Checkpoints:
         if step == self.latest_step:
             return
         sums = [int(n) for n in jax.device_get(bit_sums(state))]
-        text = json.dumps({"progress": dict(progress), "bit_sums": sums})
+        written = {"progress": dict(progress), "bit_sums": sums}
+        text = json.dumps(written | {"sha256": json_sum(written)})
         parts = {"state": state, "data": data, "progress": {"json": text}}
         # Without force Orbax skips a save, even a run's last one, while it still writes another.
         self._orbax.save_checkpointables_async(step, parts, force=True)
+
+    def keep_best(self, step: int | None) -> None:
+        """Keeps the checkpoint of this step, and no longer the one that was kept before it."""
+        self._best.step = step
 
     def restore(
         self, abstract_state: TrainState, data: Iterator
@@ -121,12 +143,10 @@ class Checkpoints:
         try:
             wanted = {"state": abstract_state, "progress": {"json": ""}}
             found = self._orbax.load_checkpointables(step, wanted)
-            progress = json.loads(found["progress"]["json"])
+            progress = _checked(json.loads(found["progress"]["json"]))
             written, state = progress["bit_sums"], found["state"]
-            for file in (folder / "data").glob("process_*.json"):
-                json.loads(file.read_text(encoding="utf-8"))
-            next((folder / "data").glob("process_*.json"))
-        except (*_UNREADABLE, StopIteration) as error:
+            check_saved(folder / "data")
+        except _UNREADABLE as error:
             raise _Damaged(_first_line(error)) from error
         if written != [int(n) for n in jax.device_get(bit_sums(state))]:
             raise _Damaged("the sums of its arrays' bits differ from those at the time of the save")
@@ -166,6 +186,15 @@ class Checkpoints:
             raise CheckpointError(f"{said}; start the job again to continue from the one before")
         logging.error("%s; the run continues from the one before", said)
         self._orbax.reload()
+
+
+def _checked(progress: Any) -> dict[str, Any]:
+    """Raises ValueError if the progress is not what was written. Earlier versions wrote no checksum."""
+    if progress.keys() != {"progress", "bit_sums"}:
+        written = {name: value for name, value in progress.items() if name != "sha256"}
+        if progress["sha256"] != json_sum(written):
+            raise ValueError("its progress does not have its checksum")
+    return progress
 
 
 async def _load_data(data, folder):

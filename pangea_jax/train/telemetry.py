@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import (
@@ -31,6 +32,7 @@ from rich.progress import (
 )
 
 from pangea_jax.work.atomic import write_bytes
+from pangea_jax.work.untrusted import parse_json
 
 METRICS_FILE = "metrics.jsonl"
 STARTS_FILE = "starts.jsonl"
@@ -39,6 +41,7 @@ PLAIN_LINES_PER_RUN = 10
 # Metrics on the console.
 SHOWN = {
     "loss": "loss {:.3f}",
+    "validation/loss": "validation {:.3f}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "examples_per_second": "{:,.0f} examples/s",
     "mfu": "MFU {:.1%}",
@@ -192,8 +195,9 @@ class Speed:
         if peak := max(stat.get("peak_bytes_in_use", 0) for stat in stats):
             values["device_memory_gib"] = peak / 2**30
         if self._started is not None:
-            wall = max(time.time() - self._started, 1e-9)
-            values["goodput"] = now.get("train step", 0.0) / wall
+            # A clock that was set back may say that less time has passed than the timer has counted.
+            wall = max(time.time() - self._started, sum(now.values()))
+            values["goodput"] = now.get("train step", 0.0) / wall if wall else 0.0
         if counts["steps"] and seconds:
             step = seconds / counts["steps"]
             values["seconds_per_step"] = step
@@ -223,15 +227,38 @@ def gather(metrics: Mapping[str, float], *, mean: Collection[str] = ()) -> dict[
     return {name: total[name] / (len(parts) if name in mean else 1) for name in total}
 
 
-def record_start(workdir: Path, step: int) -> float:
-    """Adds a line to starts.jsonl: the run starts or continues at `step`. Returns `time.time()` of its first start."""
-    path = workdir / STARTS_FILE
-    line = {"time": time.time(), "step": step}
+def record_start(workdir: Path, step: int) -> float | None:
+    """Adds a line to starts.jsonl: the run starts or continues at `step`.
+
+    Returns:
+      `time.time()` of its first start; now if that lies in the future, because a clock was wrong; None, with a warning,
+      if the first line is damaged.
+    """
+    path, now = workdir / STARTS_FILE, time.time()
+    line = {"time": now, "step": step}
     line |= {"processes": jax.process_count(), "devices": jax.device_count()}
+    # A kill may have left a line without its end.
+    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    with path.open(encoding="utf-8") as file:
-        return json.loads(file.readline())["time"]
+        file.write("\n" * torn + json.dumps(line) + "\n")
+    with path.open("rb") as file:
+        return _first_start(path, file.readline(), now)
+
+
+def _first_start(path: Path, line: bytes, now: float) -> float | None:
+    try:
+        started = parse_json(line)["time"]
+        if isinstance(started, bool) or not math.isfinite(started):
+            raise ValueError(started)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        logging.warning("%s, line 1: no start of a run (%.60r); goodput is not logged", path, line)
+        return None
+    if started > now:
+        ahead = timedelta(seconds=round(min(started - now, 1e9)))
+        said = "%s: the run began %s in the future, as a clock was wrong; goodput counts from this start on"
+        logging.warning(said, path, ahead)
+        return now
+    return started
 
 
 class Profiler:
@@ -315,6 +342,7 @@ class Telemetry:
         )
         self._wandb = _start_wandb(workdir, wandb) if wandb else None
         self._console = console or Console()
+        self._latest: dict[str, float] = {}  # shown until the next validation
         display = _LiveLine if self._console.is_terminal else _PlainLines
         self._display = display(self._console, total_steps, start_step)
 
@@ -347,7 +375,8 @@ class Telemetry:
             self._events.add_scalar(name, value, global_step=step)
         if self._wandb:
             self._wandb.log(values, step=step)
-        self._display.update(step, values)
+        self._latest |= {name: value for name, value in values.items() if name == "validation/loss"}
+        self._display.update(step, self._latest | values)
 
     def print(self, message: str) -> None:
         """Prints one line without disturbing the live one."""
@@ -377,7 +406,10 @@ def trim_metrics(path: Path, start_step: int) -> None:
     """
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    text = path.read_bytes().decode(
+        "utf-8", "replace"
+    )  # what is replaced is named as a damaged line
+    lines = text.splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     kept = [line for i, line in enumerate(lines, 1) if _line_step(path, i, line) < start_step]
@@ -386,7 +418,7 @@ def trim_metrics(path: Path, start_step: int) -> None:
 
 def _line_step(path: Path, number: int, line: str) -> int:
     try:
-        step = json.loads(line)["step"]
+        step = parse_json(line)["step"]
         if isinstance(step, int):
             return step
     except (ValueError, KeyError, TypeError):

@@ -136,6 +136,44 @@ def test_the_adapters_of_a_run_are_converted(adapted, run, tmp_path):
         adapter.convert(run, tmp_path / "out")
 
 
+def test_the_base_is_the_model_that_the_run_started_from(adapted, run, tmp_path):
+    _, config, _, _ = adapted
+    model = dataclasses.asdict(config)
+
+    def base(**values):
+        return adapter.base_of({"model": model} | values)
+
+    assert base(pretrained=["neulab/Pangea-7B-hf"]) == "neulab/Pangea-7B-hf"
+    assert base(pretrained=["tower", "model"]) == "sample"
+    assert base(pretrained=["DIR:vision", "DIR:language"]) == ""
+    # The run below names no model; adapters that train on have its base, others its merged model.
+    assert base(init_from=str(run)) == ""
+    other = dataclasses.replace(config.language, lora=LoraConfig(rank=9))
+    changed = dataclasses.asdict(dataclasses.replace(config, language=other))
+    assert base(init_from=str(run), model=changed) == str(run / "model")
+
+
+def test_adapters_are_read_to_train_on(adapted, tmp_path):
+    reference, config, _, params = adapted
+    adapter.save(params, config.language.lora, tmp_path, base=str(reference.folder))
+    found = adapter.load(tmp_path, config)
+    wanted, _ = divide(params)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    other = dataclasses.replace(config.language, lora=LoraConfig(rank=2))
+    with pytest.raises(CheckpointError, match="has rank and scale"):
+        adapter.load(tmp_path, dataclasses.replace(config, language=other))
+    fewer = dataclasses.replace(config.language.lora, targets=("q",))
+    with pytest.raises(
+        CheckpointError, match=r"which config.model.language.lora.targets does not train"
+    ):
+        adapter.load(
+            tmp_path,
+            dataclasses.replace(config, language=dataclasses.replace(config.language, lora=fewer)),
+        )
+
+
 def test_what_has_no_adapters_is_refused(adapted, tmp_path):
     reference, _, _, params = adapted
     with pytest.raises(CheckpointError, match="is no training run with adapters"):

@@ -39,7 +39,7 @@ from tests.checkpoints.tiny import (
 )
 
 TOKENIZER = emoji.DIRECTORY / emoji.TOKENIZER
-CONFIG = with_language(vocab_size=4501)
+CONFIG = with_language(vocab_size=5201)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def test_a_training_run_becomes_a_public_folder(state, run, tmp_path):
     for source in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "10"):
         assert checkpoints.config_from_folder(source) == CONFIG
         assert_same_state(checkpoints.load(source), _unflat(trainable | frozen))
-    assert checkpoints.load_tokenizer(tmp_path / "run").vocab_size == 4500
+    assert checkpoints.load_tokenizer(tmp_path / "run").vocab_size == 5200
     run(tmp_path / "run", tmp_path / "hf", form="hf", dtype=np.dtype("float32"))
     widened = {k: v.astype(jnp.float32) for k, v in (trainable | frozen).items()}
     assert_same_state(checkpoints.load(tmp_path / "hf"), _unflat(widened))
@@ -340,7 +340,7 @@ def test_bad_sources_are_named_before_anything_is_written(public, run, tmp_path)
     content = load_file(head)
     content["language_model.lm_head.weight"] = content["language_model.lm_head.weight"][:-1]
     save_file(content, head)
-    with pytest.raises(CheckpointError, match=r"lm_head.weight is \(4500, 32\).*\(4501, 32\)"):
+    with pytest.raises(CheckpointError, match=r"lm_head.weight is \(5200, 32\).*\(5201, 32\)"):
         run(source, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [source]
 
@@ -352,7 +352,7 @@ def test_vocabulary_must_be_the_models(public, tokenizer, tmp_path):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), abstract_state(small))
     tokens = SpecialTokens.of(tokenizer)
     checkpoints.save(zeros, small, tmp_path / "small", tokens=tokens)
-    with pytest.raises(CheckpointError, match="tokenizer has 4500 tokens, the embedding only 1000"):
+    with pytest.raises(CheckpointError, match="tokenizer has 5200 tokens, the embedding only 1000"):
         convert.convert(tmp_path / "small", tmp_path / "x", tokenizer, tokenizer_files=TOKENIZER)
     shutil.copytree(public, tmp_path / "other")
     values = json.loads((public / "config.json").read_text())

@@ -434,7 +434,7 @@ def test_vocabulary_is_that_of_the_tensor(saved, tmp_path):
             PANGEA_7B | {"use_sliding_window": True, "sliding_window": 4096},
             "sliding_window is 4096",
         ),
-        (PANGEA_7B | {"rope_scaling": {"type": "yarn", "factor": 4}}, "rope_type is 'yarn'"),
+        (PANGEA_7B | {"rope_scaling": {"type": "dynamic", "factor": 4}}, "rope_type is 'dynamic'"),
         (
             PANGEA_7B_HF | {"vision_feature_select_strategy": "full"},
             "vision_feature_select_strategy is 'full'",

@@ -234,7 +234,7 @@ def chosen(monkeypatch, caplog):
 def test_auto_takes_the_kernel_of_the_device(chosen):
     assert chosen("tpu")[0] == "splash"
     assert chosen("gpu")[0] == "triton"
-    assert chosen("cpu", T=129)[0] == "blockwise"
+    assert chosen("cpu", T=385)[0] == "blockwise"
     name, logged = chosen("tpu")
     assert name == "splash"
     assert len(logged) == 3  # each choice is logged once
@@ -245,7 +245,7 @@ def test_auto_takes_the_kernel_of_the_device(chosen):
     ("platform", "arguments", "reason"),
     [
         ("rocm", {}, "there is no kernel for rocm"),
-        ("cpu", {"T": 128}, "plain JAX is faster for rows of 128 tokens"),
+        ("cpu", {"T": 384}, "plain JAX is faster for rows of 384 tokens"),
         ("tpu", {"segment_ids": None, "positions": None}, "it takes segment_ids"),
         ("tpu", {"C": 8}, "head width 8"),
         ("tpu", {"devices": 4}, "no mesh in context"),

@@ -39,6 +39,9 @@ class Saves:
     def __init__(self):
         self.saved, self.closed = [], 0
 
+    def keep_best(self, step):
+        self.best = step
+
     def save(self, state, data, progress):
         self.saved.append((int(state.step), float(state.total), next(iter(data.left)), progress))
 
@@ -191,3 +194,68 @@ def test_after_an_error_what_is_being_written_is_waited_for(make):
     with pytest.raises(KeyError):
         loop.run(start(), Data())
     assert loop.checkpoints.closed == 1
+
+
+def test_data_that_end_early_are_an_error(make, tmp_path):
+    class Short(Data):
+        def __next__(self):
+            return super().__next__() if self.left else next(iter(()))
+
+    with pytest.raises(ValueError, match=r"the data ended before step 4 of 7; lower config\.steps"):
+        make().run(start(), Short([1, 2, 3, 4]))
+
+
+class Scores:
+    """Replaces `Validator`: gives one loss after another."""
+
+    def __init__(self, losses, every):
+        self.left, self.every, self.seen, self.best = list(losses), every, [], None
+
+    def due(self, step):
+        return (step + 1) % self.every == 0
+
+    def run(self, state, step):
+        loss = self.left.pop(0)
+        self.seen.append((step, int(state.step)))
+        if step >= 0 and (self.best is None or loss < self.best[0]):
+            self.best = loss, step + 1
+        return {"validation/loss": loss}
+
+    @property
+    def best_step(self):
+        return self.best and self.best[1]
+
+    def describe(self, found):
+        return "said"
+
+    def results(self):
+        return {"best": self.best}
+
+    def set_state(self, state):
+        self.best = state["best"]
+
+
+def test_validates_before_when_due_and_at_the_end_and_keeps_the_best(make, tmp_path):
+    validator = Scores([5.0, 3.0, 2.0, 2.5, 2.4], every=2)
+    loop = make(validator=validator, save_every=100, log_every=100)
+    loop.run(start(), Data())
+    assert validator.seen == [(-1, 0), (1, 2), (3, 4), (5, 6), (6, 7)]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["step"], line["validation/loss"]) for line in lines]
+    assert found == [(1, 3.0), (3, 2.0), (5, 2.5), (6, 2.4)]
+    assert all("loss" in line for line in lines)
+    # A better loss is saved at once; the best of all is kept.
+    assert [step for step, *_ in loop.checkpoints.saved] == [2, 4, 7]
+    assert loop.checkpoints.best == 4
+    assert loop.timer.summary()["validation"]["seconds"] >= 0
+
+
+def test_a_resumed_run_remembers_its_best(make):
+    loop = make(validator=Scores([5.0, 3.0], every=2), stop=lambda step: step == 1)
+    loop.run(start(), Data())
+    progress = loop.checkpoints.saved[-1][-1]
+    resumed = make(validator=Scores([4.0] * 3, every=2), first=2)
+    resumed.set_progress(json.loads(json.dumps(progress)))
+    resumed.run(start(2, 18.0), Data(range(3, 100)))
+    assert resumed.validator.seen[0] == (3, 4)  # not again before the first step
+    assert resumed.checkpoints.best == 2

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -134,6 +135,16 @@ def test_the_newest_and_every_nth_are_kept(run, tmp_path, keep_every, left):
     assert Checkpoints(tmp_path, keep=2).latest_step == 6
 
 
+def test_the_best_is_kept_until_another_is(run, tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in range(1, 7):
+        run.state = run.state.replace(step=jax.device_put(np.int32(step), run.shardings.step))
+        checkpoints.keep_best(2 if step < 5 else 5)
+        checkpoints.save(run.state, run.data, PROGRESS)
+    checkpoints.close()
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [5, 6]
+
+
 @pytest.fixture(scope="module")
 def run(tiny_config, letters):
     return Run(tiny_config, letters)
@@ -265,3 +276,64 @@ def test_bit_sums_are_those_of_the_bits(run):
     assert [int(n) for n in bit_sums(half)] == [
         int(np.asarray(x).view(f"u{x.dtype.itemsize}").sum()) for x in half.values()
     ]
+
+
+def one_bit(text):
+    return lambda content: content.replace(text, bytes([text[0] ^ 1]) + text[1:], 1)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("data", one_bit(b'0,\n    "stream"')),  # the number of batches
+        ("data", one_bit(b"batches")),
+        ("data", one_bit(b"source")),
+        ("data", one_bit(b"sha256")),
+        ("data", one_bit(b"3,")),  # the format
+        ("data", lambda content: b"null"),
+        ("data", lambda content: b"[" * 100_000),
+        ("progress", one_bit(b"20.25")),
+        ("progress", one_bit(b"clock")),
+        ("progress", one_bit(b"bit_sums")),
+    ],
+)
+def test_one_bit_of_position_or_progress_is_damage(run, two_steps, tmp_path, part, change, caplog):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, folder)
+    file = PARTS[part](folder / "2")
+    changed = change(file.read_bytes())
+    assert changed != file.read_bytes()
+    file.write_bytes(changed)
+    state, progress = Checkpoints(folder, keep=2).restore(run.abstract, run.data)
+    assert (int(state.step), progress) == (1, PROGRESS)
+    assert f"checkpoint {folder / '2'} is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("named", ["process_0-of-2.json", "process_1-of-1.json"])
+def test_a_position_of_another_process_alone_is_damage(run, two_steps, tmp_path, named):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, folder)
+    file = PARTS["data"](folder / "2")
+    file.rename(file.with_name(named))
+    assert int(Checkpoints(folder, keep=2).restore(run.abstract, run.data)[0].step) == 1
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_folder_in_place_of_a_file_is_damage(run, two_steps, tmp_path, part):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, folder)
+    file = PARTS[part](folder / "2")
+    file.unlink()
+    file.mkdir()
+    assert int(Checkpoints(folder, keep=2).restore(run.abstract, run.data)[0].step) == 1
+
+
+def test_checkpoints_of_the_version_before_are_read(run, two_steps, tmp_path):
+    """Without checksums of position and progress."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, folder)
+    file = PARTS["data"](folder / "2")
+    state = json.loads(file.read_text())
+    del state["sha256"]
+    file.write_text(json.dumps(state | {"format": 2}))
+    assert int(Checkpoints(folder, keep=2).restore(run.abstract, run.data)[0].step) == 2

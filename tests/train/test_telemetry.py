@@ -287,3 +287,37 @@ def test_weights_and_biases_goes_on_with_its_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="wandb is not installed: pip install"):
         Telemetry(tmp_path, 2, wandb={"project": "pangea"})
+
+
+@pytest.mark.parametrize("line", [b"{", b"null", b'{"time": "x"}', b'{"time": NaN}', b"\xff" * 9])
+def test_a_first_start_that_cannot_be_read_is_said(tmp_path, line, caplog):
+    (tmp_path / "starts.jsonl").write_bytes(line)
+    assert telemetry.record_start(tmp_path, 3) is None
+    assert "line 1: no start of a run" in caplog.text
+    lines = (tmp_path / "starts.jsonl").read_bytes().splitlines()
+    assert lines[0] == line and json.loads(lines[1])["step"] == 3
+
+
+def test_goodput_survives_a_clock_that_was_wrong(clock, monkeypatch, tmp_path, caplog):
+    def set_clock(ahead):
+        monkeypatch.setattr(telemetry.time, "time", lambda: clock() + ahead)
+
+    set_clock(1e6)
+    telemetry.record_start(tmp_path, 0)
+    set_clock(0)
+    started = telemetry.record_start(tmp_path, 60)
+    assert started == clock()
+    assert "the run began 11 days, 13:46:40 in the future" in caplog.text
+    for ahead in (0, -1e5):  # and it is set back once more
+        set_clock(ahead)
+        timer = StepTimer({"train step": 600.0, "data": 200.0})
+        speed = Speed(timer, started=started)
+        with timer.step():
+            clock.run(200)
+        assert speed.flush()["goodput"] == pytest.approx(0.8)
+
+
+def test_metrics_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: expected a JSON object"):
+        telemetry.trim_metrics(tmp_path / "metrics.jsonl", 5)

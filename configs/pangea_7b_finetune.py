@@ -12,8 +12,8 @@ gradients clipped at norm 1, rows of 8,192 tokens, and any-resolution tiles on f
 `:num_examples=` takes fewer examples.
 
 `lora=RANK` instead fine-tunes the published model: it trains adapters of that rank on all kernels
-of the decoder, at 2e-4. Everything else is frozen in bfloat16. This is the place to start with your
-own data in `config.data.store`:
+of the decoder, at 2e-4. Everything else is frozen in bfloat16. For your own data, and for other models,
+configs/finetune.py is the place to start:
 
     python launch/train.py --config=configs/pangea_7b_finetune.py:lora=16 --config.data.store=DIR --workdir=runs/lora
 

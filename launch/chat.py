@@ -3,8 +3,9 @@
     python launch/chat.py --model=sample --image=cat.png
     python launch/chat.py --model=DIR --image=cat.png --prompt="Apa ini?"    # prints one answer
 
-The model is "sample", a folder with a checkpoint, or a name on the Hugging Face hub. `/image FILE` adds a picture to
-the next question, `/reset` starts a new conversation, `/quit` or Ctrl-D ends the program, and Ctrl-C stops an answer.
+The model is "sample", a folder with a checkpoint or with adapters of peft, or a name on the Hugging Face hub.
+`/image FILE` adds a picture to the next question, `/reset` starts a new conversation, `/quit` or Ctrl-D ends the
+program, and Ctrl-C stops an answer.
 """
 
 import os
@@ -18,8 +19,12 @@ from absl import flags, logging
 import pangea_jax
 from launch import common
 from pangea_jax.data import image
+from pangea_jax.figures import inert
 
 _MODEL = flags.DEFINE_string("model", "sample", 'Folder, hub name, or "sample".')
+_BASE = flags.DEFINE_string(
+    "base", None, "If --model holds adapters: the model below them; by default the one they name."
+)
 _IMAGE = flags.DEFINE_multi_string("image", [], "Picture for the first question; may be repeated.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Answer this one question and exit.")
 _SYSTEM = flags.DEFINE_string("system", None, "System prompt; the model's own by default.")
@@ -29,6 +34,12 @@ _SAMPLING = (
     flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens with this probability."),
     flags.DEFINE_integer("top_k", 0, "Sample from this number of likeliest tokens; 0 for all."),
     flags.DEFINE_integer("seed", 0, "Seed of the sampling."),
+)
+_ORIENTATION = flags.DEFINE_enum(
+    "orientation",
+    "upright",
+    image.ORIENTATIONS,
+    "upright turns a picture as its EXIF tag says, as phones mean it; stored does not.",
 )
 _DTYPE = flags.DEFINE_string(
     "dtype", None, "Type of parameters and activations: bfloat16, float32 or float16."
@@ -87,7 +98,13 @@ def main(argv):
     common.use_compile_cache()
 
     try:
-        chat = Chat(pangea_jax.load(_MODEL.value, dtype=_DTYPE.value), _SYSTEM.value, settings)
+        engine = pangea_jax.load(
+            _MODEL.value,
+            base=_BASE.value,
+            dtype=_DTYPE.value,
+            orientation=_ORIENTATION.value,
+        )
+        chat = Chat(engine, _SYSTEM.value, settings)
         for path in _IMAGE.value:
             chat.add_image(path)
         if _PROMPT.value is None:
@@ -117,7 +134,7 @@ def converse(chat: Chat) -> None:
         except KeyboardInterrupt:
             print()
         except (common.UserError, OSError, ValueError) as error:
-            print("error:", *str(error).split(), file=sys.stderr)
+            print("error:", *inert.visible(str(error)).split(), file=sys.stderr)
 
 
 def obey(chat: Chat, line: str) -> None:
@@ -137,7 +154,7 @@ def obey(chat: Chat, line: str) -> None:
 
 def write_answer(chat: Chat, text: str) -> None:
     for piece in chat.ask(text):
-        print(piece, end="", flush=True)
+        print(inert.visible(piece), end="", flush=True)
     print()
 
 

@@ -274,7 +274,7 @@ def main(argv):
             "learning rate is part of the program"
         )
     if OUTPUT.value:
-        _prepare(Path(OUTPUT.value))
+        _prepare(common.local_folder(OUTPUT.value, "--output"))
     if SEARCH.value:
         found = search(exp, TOPOLOGY.value, SLICES.value)
     else:

@@ -3,13 +3,15 @@
     python launch/convert.py --from=neulab/Pangea-7B-hf --to=checkpoints/pangea-7b
     python launch/convert.py --from=checkpoints/pangea-7b --to=Pangea-7B-hf --format=hf --dtype=bfloat16
     python launch/convert.py --from=runs/finetune --to=My-Pangea-hf --format=hf
-    python launch/convert.py --from=runs/lora --to=My-adapters --format=peft --base=neulab/Pangea-7B-hf
+    python launch/convert.py --from=runs/lora --to=My-adapters --format=peft
+    python launch/convert.py --from=My-adapters --to=My-Pangea-hf --format=hf      # merged into their base
 
 `--from` is a folder in any layout, the work directory of a training run (its newest step), or a name on the Hugging
 Face hub. The result holds weights, config, tokenizer, processor and `reading.json`, which says how the model reads a
 conversation. `pangea_jax.load` reads both forms; transformers and vLLM read `--format=hf`. The conversion never holds
 the whole model in memory. If it is stopped, only `<to>.partial` is left; repeat the command. `--format=peft` writes
-only the adapters of a run, for the peft library; `--base` names the model that the run started from.
+only the adapters of a run, for the peft library. `--from` may also hold such adapters, ours or peft's. `--base` names
+the model below the adapters, if it is not the one that the run or the adapters name.
 """
 
 import sys
@@ -22,11 +24,11 @@ import jax
 import numpy as np
 from absl import flags, logging
 from rich import progress
-from rich.console import Console
 
 from launch import common
 from pangea_jax import checkpoints
 from pangea_jax.checkpoints import adapter, convert
+from pangea_jax.figures import inert
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -53,7 +55,8 @@ TOKENIZER = flags.DEFINE_string(
 BASE = flags.DEFINE_string(
     "base",
     "",
-    "For --format=peft: folder or hub name of the model that the run started from, to write into the config.",
+    "Folder or hub name of the model below adapters, instead of the one that --from names: read with it, or with "
+    "--format=peft written into their config.",
 )
 
 
@@ -72,16 +75,13 @@ def main(argv):
         )
     if LAYOUT.present and FORMAT.value != "hf":
         raise common.UserError(f"--layout is only for --format=hf, not for --format={FORMAT.value}")
-    if BASE.value and FORMAT.value != "peft":
-        raise common.UserError(
-            "--base is only for --format=peft: it names the model under the adapters"
-        )
     if FORMAT.value == "peft" and (DTYPE.value or TOKENIZER.value):
         raise common.UserError("--format=peft takes neither --dtype nor --tokenizer")
-    target = Path(TO.value).expanduser()
+    target = common.local_folder(TO.value, "--to").expanduser()
     try:
-        source = checkpoints.resolve(FROM.value)
-        if FORMAT.value == "peft":
+        is_peft = FORMAT.value == "peft"
+        source = checkpoints.resolve(FROM.value, None if is_peft else BASE.value)
+        if is_peft:
             adapter.convert(source, target, base=BASE.value)
         else:
             convert_model(source, target)
@@ -107,9 +107,9 @@ def convert_model(source: Path, target: Path) -> None:
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
+    console = inert.console(stderr=True)
     with progress.Progress(*columns, console=console) as bar:
-        task = bar.add_task(f"{source.name} to {FORMAT.value}", total=None)
+        task = bar.add_task(f"{Path(source).name} to {FORMAT.value}", total=None)
         notes = convert.convert(
             source,
             target,

@@ -25,15 +25,15 @@ if not __package__:  # run as a file of a clone
 
 from absl import app, flags, logging
 from ml_collections import config_flags
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from pangea_jax import typed_config
 from pangea_jax.curation import reply_store, workflow
 from pangea_jax.data.store import StoreError
-from pangea_jax.work.restart import WorkError
+from pangea_jax.figures import inert
+from pangea_jax.work.restart import WorkError, check_local
 
-console = Console(soft_wrap=True)
+console = inert.console(soft_wrap=True)
 
 # Command -> the dataclass of its config. Each command imports only its own module, pangea_jax.curation.COMMAND, so it
 # does not need the packages of the others.
@@ -64,6 +64,7 @@ def run_pipeline(command: str, arguments: list[str]) -> None:
             f"--config=configs/curation/{command}.py --out=FOLDER"
         )
     options = [f"--runner={_RUNNER.value or 'DirectRunner'}", *arguments]
+    check_local(_OUT.value, "--out")
     out = Path(_OUT.value)
     module, kind = _pipeline(command)
     report = module.run(typed_config.build(kind, _CONFIG.value), out, options)
@@ -88,6 +89,7 @@ def run_statistics(arguments: list[str]) -> None:
         raise UsageError(f"{data}: no such folder or file of records")
     if arguments.images is not None and not arguments.images.is_dir():
         raise UsageError(f"--images={arguments.images}: no such folder")
+    check_local(_OUT.value, "--out")
     out = Path(_OUT.value or (data if data.is_dir() else data.parent) / "statistics")
     out.mkdir(parents=True, exist_ok=True)  # an error here comes before the long work
     benchmarks = None
@@ -162,7 +164,7 @@ def _guarded(argv: list[str]) -> None:
     except (UsageError, WorkError, ImportError, OSError, sqlite3.Error, ValueError) as error:
         if "PANGEA_DEBUG" in os.environ:
             raise
-        print(f"error: {error}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)
+        print(f"error: {inert.visible(str(error))}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)
         sys.exit(EXIT_ERROR)
 
 

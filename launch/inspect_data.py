@@ -10,17 +10,16 @@ as batch.png. If training uses cached features of augmented views, the pictures 
 import dataclasses
 import itertools
 import json
-from pathlib import Path
 
 if not __package__:  # run as a file of a clone
     import _clone  # noqa: F401
 
 from absl import flags, logging
-from rich.console import Console
 
 from launch import common
 from pangea_jax import experiment
 from pangea_jax.data import batch_view
+from pangea_jax.figures import inert
 
 CONFIG = common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string(
@@ -49,8 +48,8 @@ def main(argv):
             f"{'fewer' if known is None else known} batches of {exp.pipeline.rows} rows; lower --skip or "
             "config.pipeline.rows, or raise config.mixture.num_examples"
         )
-    workdir = Path(WORKDIR.value or common.default_workdir())
-    console = Console()
+    workdir = common.local_folder(WORKDIR.value or common.default_workdir(), "--workdir")
+    console = inert.console()
     batch_view.print_batch(batch, tokenizer, patches, console, rows=ROWS.value)
     batch_view.save_batch(batch, tokenizer, patches, workdir, rows=ROWS.value, name="batch")
     steps = "an unknown number of" if known is None else known

@@ -44,6 +44,7 @@ from eval.ablation.intervals import RESULTS_FILE, SWEEP_FILE
 from launch import common, distributed
 from pangea_jax import typed_config
 from pangea_jax.experiment import Experiment
+from pangea_jax.figures import inert
 from pangea_jax.work import atomic, restart
 
 common.define_config("configs/ablate_en_ratio.py")
@@ -135,7 +136,7 @@ def make_plan() -> Plan:
     unknown = [point for point in POINTS.value if point not in known]
     if unknown:
         raise common.UserError(f"--points: {unknown[0]!r} is not one of {', '.join(known)}")
-    workdir = Path(WORKDIR.value or common.default_workdir())
+    workdir = common.local_folder(WORKDIR.value or common.default_workdir(), "--workdir")
     jobs = []
     for seed in range(SEEDS.value):
         for point in dict.fromkeys(POINTS.value or known):
@@ -395,7 +396,7 @@ def run_sweep(plan: Plan, console: Console) -> None:
 
 
 def main(argv):
-    console = Console()
+    console = inert.console()
     if argv[1:2] == ["report"]:
         report(argv[2:], PAGE.value, console)
         return

@@ -4,8 +4,9 @@
     python launch/train.py --config=configs/ablate_en_ratio.py:en_ratio=0.8 --workdir=runs/en_080
     python launch/train.py --config=configs/sample.py --config.optimizer.learning_rate=1e-3
 
-The work directory gets config.json, checkpoints/, metrics.jsonl, tensorboard/, results.json, model/, and figures as
-PNG and SVG: loss, and with an evaluation also languages and sheet. The same command continues a run that was stopped.
+The work directory gets config.json, checkpoints/, metrics.jsonl, tensorboard/, results.json, model/, adapter/ if
+adapters train, and figures as PNG and SVG: loss, and with an evaluation also languages, tasks and sheet. The same
+command continues a run that was stopped. `--init_from=DIR` starts a new run from the weights of a finished one.
 """
 
 import dataclasses
@@ -21,11 +22,10 @@ from rich.console import Console
 
 from launch import common, distributed, executable
 from pangea_jax import experiment, sharding
-from pangea_jax.checkpoints import SpecialTokens, huggingface, processor, tokenizer_files
 from pangea_jax.data import batch_view, feed
 from pangea_jax.experiment import Experiment
-from pangea_jax.model import params as model_params
-from pangea_jax.sample import naming
+from pangea_jax.figures import inert
+from pangea_jax.sample import evaluation
 from pangea_jax.train import optimizer as optim
 from pangea_jax.train.flops import PEAK_FLOPS
 from pangea_jax.train.guards import Guard, dump_batch
@@ -47,6 +47,9 @@ APPROXIMATE = flags.DEFINE_bool(
 )
 EXECUTABLE = flags.DEFINE_string(
     "executable", None, "File of launch/compile.py --output, to run instead of compiling the step."
+)
+INIT_FROM = flags.DEFINE_string(
+    "init_from", "", "A finished run, a model or adapters whose weights this run starts from."
 )
 PROFILE = flags.DEFINE_string(
     "profile", "", "Steps to trace into <workdir>/profile, as START:STOP, such as 20:25."
@@ -120,8 +123,11 @@ def restore(run, checkpoints, abstract, state, data, total_steps):
     return state, progress
 
 
-def train(run, step, state, abstract, batches, total_steps, reader):
-    """Trains from the newest checkpoint, or from the beginning; returns the state after the last step.
+def train(run, step, state, abstract, batches, total_steps, reader, validator):
+    """Trains from the newest checkpoint, or from the beginning.
+
+    Returns:
+      The state after the last step, and the number of examples seen per language.
 
     Raises:
       Interrupted: a signal stopped the run, and the run has saved itself.
@@ -160,6 +166,7 @@ def train(run, step, state, abstract, batches, total_steps, reader):
             on_first_batch=show,
             stop=stop.reached,
             profiler=run.profiler,
+            validator=validator,
         )
         if progress is not None:
             loop.set_progress(progress)
@@ -167,7 +174,8 @@ def train(run, step, state, abstract, batches, total_steps, reader):
     data.close()
     if loop.stopped:
         raise common.Interrupted(int(state.step), total_steps, stop.number)
-    return state
+    seen = {code: int(n) for code, n in gather(data.counters.seen()).items()}
+    return state, {"num_examples": sum(seen.values()), "examples_per_language": seen}
 
 
 def evaluate(run, graphdef, params, store, tokenizer):
@@ -175,7 +183,7 @@ def evaluate(run, graphdef, params, store, tokenizer):
     exp = run.exp
     if exp.eval is None:
         return {}, {}
-    return naming.evaluate(
+    return evaluation.evaluate(
         graphdef,
         params,
         store,
@@ -190,40 +198,28 @@ def evaluate(run, graphdef, params, store, tokenizer):
     )
 
 
-def save_model(run, params, tokenizer):
-    """Writes model/: weights, config, tokenizer, processor, and how the model reads a conversation.
-
-    If no public layout can hold the tokenizer, it warns and leaves out tokenizer and processor.
-    """
-    folder = run.workdir / "model"
-    tokens = SpecialTokens.of(tokenizer)
-    huggingface.save(model_params.unflatten(params), run.exp.model, folder, tokens=tokens)
-    if not run.is_main:
-        return
-    run.exp.reading.save(folder)
-    try:
-        for note in processor.write(folder, run.exp.model, tokenizer, tokenizer_files(run.workdir)):
-            logging.info("%s: %s", folder, note)
-    except ValueError as error:
-        logging.warning("%s has no tokenizer: %s", folder, error)
-
-
 def write_report(run, results, answers, store):
     """Draws the figures and prints the tables."""
-    from pangea_jax.sample import figures  # takes a second to import
+    # These take a second to import.
+    from pangea_jax.sample import answer_sheet, figures, loss_curve, tables
 
-    figures.plot_loss(run.workdir / "metrics.jsonl", run.workdir)
+    loss_curve.plot_loss(run.workdir / "metrics.jsonl", run.workdir)
     if answers:
         figures.plot_languages(results, run.workdir, run.exp.title)
+        figures.plot_tasks(results, run.workdir, run.exp.title)
         unseen = answers["unseen_artwork"]
-        examples = naming.sheet_examples(
+        examples = evaluation.sheet_examples(
             unseen, store, run.exp.reading, count=24, seed=run.exp.seed
         )
         title = f"{run.exp.title}: drawings by an artist never trained on"
-        figures.answer_sheet(examples, run.workdir / "sheet", title)
-        run.console.print(figures.results_table(results))
-    run.console.print(figures.timing_table(results["timing"]))
-    names = sorted(path.name for path in run.workdir.iterdir() if path.suffix != ".svg")
+        answer_sheet.answer_sheet(examples, run.workdir / "sheet", title)
+        run.console.print(tables.results_table(results))
+    run.console.print(tables.timing_table(results["timing"]))
+    names = sorted(
+        path.name
+        for path in run.workdir.iterdir()
+        if path.suffix != ".svg" and path.name != common.LOCK
+    )
     run.console.print(f"All results are in {run.workdir}/: {', '.join(names)}")
 
 
@@ -234,7 +230,7 @@ def execute(run):
     if run.is_main:
         common.claim_workdir(run.workdir, exp)
         logging.info("mixture: %s", json.dumps(choice.summary()))
-    pretrained = experiment.load_pretrained(exp.model, exp.pretrained, run.mesh)
+    pretrained = experiment.load_initial(exp, run.mesh)
     features = None
     if exp.augmented_views:
         with run.timer.phase("features"):
@@ -256,15 +252,19 @@ def execute(run):
     table = sharding.table(dict(sorted(abstract.params.items())), shardings.params)
     logging.info("parameters on mesh %s\n%s", dict(run.mesh.shape), table)
     step = make_step(run, graphdef, optimizer, abstract, shardings, steps)
-    state = train(run, step, state, abstract, batches, steps, reader)
+    parts = graphdef, shardings, run.mesh, steps
+    validator = experiment.make_validator(exp, store, choice, reader, *parts)
+    state, seen = train(run, step, state, abstract, batches, steps, reader, validator)
     with run.timer.phase("evaluate"):
         splits, answers = evaluate(run, graphdef, state.params, store, tokenizer)
-    save_model(run, state.params, tokenizer)
+    experiment.save_model(exp, state.params, tokenizer, run.workdir)
     if run.is_main:
         results = {
             "splits": splits,
             "mixture": choice.summary(),
+            "seen": seen,
             "steps": steps,
+            **({"validation": validator.results()} if validator else {}),
             "parameters": {"trained": _count(state.trainable), "frozen": _count(state.frozen)},
             "timing": run.timer.summary(),
         }
@@ -279,12 +279,14 @@ def _count(params) -> int:
 def main(argv):
     common.no_arguments(argv)
     exp = CONFIG()
-    workdir = Path(WORKDIR.value or common.default_workdir())
+    exp = dataclasses.replace(exp, init_from=INIT_FROM.value or exp.init_from)
+    workdir = common.local_folder(WORKDIR.value or common.default_workdir(), "--workdir")
     distributed.initialize()
     common.use_compile_cache()
     mesh = sharding.make_mesh(**dataclasses.asdict(exp.mesh))
     profiler = Profiler(PROFILE.value, workdir / "profile")
-    execute(Run(exp, workdir, mesh, StepTimer(), profiler, Console()))
+    with common.only_run(workdir):
+        execute(Run(exp, workdir, mesh, StepTimer(), profiler, inert.console()))
 
 
 def cli():

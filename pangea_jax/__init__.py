@@ -15,13 +15,22 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(name: str | os.PathLike, *, dtype=None, mesh: "MeshChoice" = None, **kwargs) -> "Engine":
+def load(
+    name: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    dtype=None,
+    mesh: "MeshChoice" = None,
+    **kwargs,
+) -> "Engine":
     """A model ready to answer.
 
     Args:
       name: "sample" for the model in the package; a folder with a checkpoint in one of the forms of
         `pangea_jax.checkpoints` and its tokenizer (tokenizer.json or tokenizer.model); or the name
-        of a model on the Hugging Face hub.
+        of a model on the Hugging Face hub. A folder may also hold adapters of peft, which are merged
+        into the model below them.
+      base: the model below adapters, in the same forms; by default the one that they name.
       dtype: of parameters and activations; by default bfloat16, for the sample float32.
       mesh: devices that hold the model: a mesh, `{"tensor": 4}`, or "auto" for all devices of this
         process, see `pangea_jax.generate.engine.choose_mesh`. None: one device.
@@ -33,9 +42,9 @@ def load(name: str | os.PathLike, *, dtype=None, mesh: "MeshChoice" = None, **kw
       FileNotFoundError: there is no such model.
     """
     # Imported here, because `import pangea_jax.languages` must not load JAX.
+    from pangea_jax.assets import SAMPLE_MODEL
     from pangea_jax.checkpoints import resolve
-    from pangea_jax.generate.engine import load_folder, load_sample
+    from pangea_jax.generate.engine import load_folder
 
-    if name == "sample":
-        return load_sample(dtype=dtype, mesh=mesh, **kwargs)
-    return load_folder(resolve(name), dtype=dtype, mesh=mesh, **kwargs)
+    folder = SAMPLE_MODEL if name == "sample" and not base else resolve(name, base)
+    return load_folder(folder, dtype=dtype, mesh=mesh, **kwargs)

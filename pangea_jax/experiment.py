@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from flax import nnx
 from jaxtyping import Float
 
 from pangea_jax import assets, checkpoints, sharding
 from pangea_jax.batch import Batch
-from pangea_jax.checkpoints import huggingface
-from pangea_jax.data import mixture, pipeline
+from pangea_jax.checkpoints import adapter, huggingface, processor
+from pangea_jax.data import holdout, mixture, pipeline
 from pangea_jax.data.feed import Feed
 from pangea_jax.data.mixture import Choice, Mixture
 from pangea_jax.data.pipeline import PipelineConfig
@@ -29,17 +30,22 @@ from pangea_jax.data.tokenizer import Tokenizer, load_tokenizer
 from pangea_jax.model import AttentionImpl, Pangea, PangeaConfig, VisionTower
 from pangea_jax.model import params as model_params
 from pangea_jax.sample import emoji
+from pangea_jax.sample.conversations import Plan
+from pangea_jax.sample.evaluation import Evaluation
 from pangea_jax.sample.features import frozen_features
-from pangea_jax.sample.naming import Evaluation
+from pangea_jax.sample.sample_store import SampleStore
 from pangea_jax.sharding import MeshConfig
 from pangea_jax.train.flops import train_flops
 from pangea_jax.train.guards import GuardConfig
 from pangea_jax.train.optimizer import OptimizerConfig
+from pangea_jax.train.state import TrainState
 from pangea_jax.train.step import make_train_step
+from pangea_jax.train.validation import Validator, make_score
 
 # Weights in the package: their name in `Experiment.pretrained` -> (file, parts of the model in it).
 PRETRAINED = {
     "tower": ("tower.safetensors", ("vision",)),
+    "model": ("model.safetensors", ("projector", "newline", "language")),
     "stage1": ("stage1.safetensors", ("projector", "newline", "language")),
 }
 
@@ -53,12 +59,14 @@ class DataConfig:
       tokenizer: folder or file of the tokenizer; "emoji" is the sample's.
       image_id: token id of `<image>`, if the tokenizer does not define it.
       verify: check the store's checksums before training.
+      plan: which conversations the embedded sample has; other stores have their own records.
     """
 
     store: str
     tokenizer: str
     image_id: int | None = None
     verify: bool = False
+    plan: Plan = Plan()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +85,52 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """Which records are held back from training, and how often the loss on them is computed.
+
+    At most one of `fraction`, `number`, `ids` and `store` is set; without any, nothing is held back.
+    No picture is on both sides: records that share pictures stay together.
+
+    Attributes:
+      fraction: share of the records that the mixture may draw.
+      number: number of these records.
+      ids: ids of records.
+      store: a folder with another store. Training leaves out records that show one of its pictures
+        (the same key and the same bytes).
+      every: steps between two validations, besides those before the first and after the last step;
+        None: ten in a run.
+
+    Raises:
+      ValueError: a value is out of range, or two ways are set.
+    """
+
+    fraction: float = 0.0
+    number: int = 0
+    ids: tuple[str, ...] = ()
+    store: str = ""
+    every: int | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.fraction < 1:
+            raise ValueError(
+                f"config.validation.fraction is {self.fraction}; expected a share of at least 0 and below 1"
+            )
+        if self.number < 0 or (self.every is not None and self.every < 1):
+            raise ValueError(
+                f"config.validation.number {self.number} must be 0 or more, and every {self.every} 1 or more"
+            )
+        if isinstance(self.ids, str):  # would become a tuple of letters
+            raise ValueError(f"config.validation.ids must be a tuple of ids, not {self.ids!r}")
+        ways = [name for name in ("fraction", "number", "ids", "store") if getattr(self, name)]
+        if len(ways) > 1:
+            raise ValueError(f"config.validation.{ways[0]} and {ways[1]} are both set; unset one")
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.fraction or self.number or self.ids or self.store)
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """Everything that a config of launch/train.py declares.
 
@@ -87,13 +141,16 @@ class Experiment:
         training, for a frozen tower and few pictures; 0: the tower runs at every step.
       pretrained: weights to start from, loaded in this order: names of `PRETRAINED`, folders, or
         names on the Hugging Face hub. "NAME:vision+language" loads only these parts.
+      init_from: a finished run, a model or adapters to start from, instead of `pretrained`: weights
+        only, with a fresh optimiser. `launch/train.py --init_from` sets it.
       frozen: patterns of parameters that do not train.
       keep: what blocks keep for the backward pass, see `pangea_jax.model.layers.KEEP`.
       accumulation: number of parts of a batch, computed one after the other.
       steps: number of steps; None: one epoch.
       log_every: steps between two log lines.
       wandb: project name of Weights & Biases; "": it is not used.
-      eval: settings of the sample's naming task at the end; None: no evaluation.
+      validation: the part of the records that is held back, and how often it is scored.
+      eval: settings of the sample's evaluation at the end; None: no evaluation.
 
     Raises:
       ValueError: values contradict each other, or a count is below 1.
@@ -108,6 +165,7 @@ class Experiment:
     seed: int = 0
     augmented_views: int = 0
     pretrained: tuple[str, ...] = ()
+    init_from: str = ""
     frozen: tuple[str, ...] = ()
     optimizer: OptimizerConfig = OptimizerConfig()
     attention: AttentionImpl = AttentionImpl()
@@ -120,6 +178,7 @@ class Experiment:
     guards: GuardConfig = GuardConfig()
     wandb: str = ""
     eval: Evaluation | None = None
+    validation: ValidationConfig = ValidationConfig()
 
     def __post_init__(self):
         counts = {name: getattr(self, name) for name in ("steps", "log_every", "accumulation")}
@@ -134,6 +193,11 @@ class Experiment:
                 "config.augmented_views works only with one tile per picture; set "
                 'config.model.pinpoints=() and config.reading.multi_image="anyres", or augmented_views=0'
             )
+        if self.augmented_views and self.validation.store:
+            raise ValueError(
+                "config.validation.store needs the tower at every step; set config.augmented_views=0, or hold "
+                "back a fraction"
+            )
 
 
 def open_data(exp: Experiment) -> tuple[RecordStore, Tokenizer]:
@@ -143,7 +207,7 @@ def open_data(exp: Experiment) -> tuple[RecordStore, Tokenizer]:
       ValueError: the model's vocabulary is smaller than the tokenizer's.
     """
     data = exp.data
-    store = emoji.open_store() if data.store == "emoji" else RecordStore(data.store)
+    store = SampleStore(data.plan) if data.store == "emoji" else RecordStore(data.store)
     if data.verify:
         store.verify()
     path = assets.EMOJI if data.tokenizer == "emoji" else Path(data.tokenizer)
@@ -158,8 +222,71 @@ def open_data(exp: Experiment) -> tuple[RecordStore, Tokenizer]:
 
 
 def choose_records(exp: Experiment, store: RecordStore) -> Choice:
-    """The records to train on."""
-    return mixture.choose(store.index, exp.mixture, exp.seed)
+    """The records to train on, and those that `config.validation` holds back.
+
+    Raises:
+      ValueError: see `pangea_jax.data.holdout` and `pangea_jax.data.mixture.choose`.
+    """
+    wanted, left_out, held = exp.validation, None, None
+    if wanted.is_on:
+        usable = mixture.usable(store.index, exp.mixture)
+        if wanted.store:
+            left_out = holdout.shared_with(store, usable, RecordStore(wanted.store))
+        else:
+            if wanted.ids:
+                found = holdout.by_ids(store, usable, wanted.ids)
+            else:
+                number = wanted.number or max(1, round(wanted.fraction * int(usable.sum())))
+                found = holdout.draw(store, usable, number=number, seed=exp.seed)
+            held, left_out = found.rows, found.left_out
+    choice = mixture.choose(store.index, exp.mixture, exp.seed, left_out=left_out)
+    return dataclasses.replace(choice, held_back=held)
+
+
+def make_validator(
+    exp: Experiment,
+    store: RecordStore,
+    choice: Choice,
+    reader: Reader,
+    graphdef: nnx.GraphDef,
+    shardings: TrainState,
+    mesh: jax.sharding.Mesh,
+    steps: int,
+) -> Validator | None:
+    """What scores the held-back records; None without `config.validation`.
+
+    It has many parameters because it joins the data, the step and the mesh.
+
+    Args:
+      reader: of the training.
+      steps: of the whole run.
+    """
+    wanted = exp.validation
+    if not wanted.is_on:
+        return None
+    rows = choice.held_back
+    if wanted.store:
+        store = RecordStore(wanted.store)
+        rows = np.arange(len(store.index))
+        reader = make_reader(exp, store, reader.tokenizer)
+    processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    held = holdout.HeldBack(store, rows, reader, exp.pipeline, **processes)
+    logging.info(
+        "%d of %d held-back records are scored: %s",
+        held.examples,
+        len(rows),
+        ", ".join(held.languages),
+    )
+    score = make_score(
+        graphdef,
+        shardings,
+        mesh,
+        len(held.languages),
+        max_targets=exp.pipeline.max_targets,
+        impl=exp.attention,
+    )
+    every = wanted.every or max(1, steps // 10)
+    return Validator(score, held, held.languages, mesh, every)
 
 
 def make_reader(
@@ -229,6 +356,35 @@ def load_pretrained(
         loaded = checkpoints.load(path, model, only=parts, shardings=shardings)
         params |= model_params.flatten(loaded)
     return params
+
+
+def load_initial(exp: Experiment, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """The parameters from which a run starts, by name: those of `config.init_from`, else pretrained ones.
+
+    Adapters start again if a run or a peft folder has the same (rank, alpha, targets) as the config.
+    Otherwise they are merged into their kernels, if the config has none or others.
+
+    Raises:
+      CheckpointError: the weights do not fit the config.
+    """
+    if not exp.init_from:
+        return load_pretrained(exp.model, exp.pretrained, mesh)
+    path, model = checkpoints.resolve(exp.init_from), exp.model
+    if isinstance(path, checkpoints.AdapterFolder) and model.language.lora.rank:
+        params = load_pretrained(model, (str(path.base),), mesh)
+        return params | adapter.load(path.folder, model)
+    theirs = checkpoints.config_from_folder(path).language.lora
+    if theirs.rank and theirs != model.language.lora:
+        path = Path(path) / "model"  # with the adapters merged
+        if not path.is_dir():
+            raise checkpoints.CheckpointError(
+                f"{exp.init_from} trains adapters of {theirs}, the config has {model.language.lora}; let that "
+                "run end, so that it writes model/ with the adapters merged, or set "
+                "config.model.language.lora as there"
+            )
+    shapes = model_params.abstract(lambda: Pangea(model, rngs=nnx.Rngs(0)))[1]
+    shardings = model_params.unflatten(sharding.param_shardings(shapes, mesh))
+    return model_params.flatten(checkpoints.load(path, model, shardings=shardings))
 
 
 def frozen_tower(exp: Experiment, pretrained: Mapping[str, jax.Array]) -> VisionTower:
@@ -350,3 +506,28 @@ def batch_shapes(exp: Experiment, mesh: jax.sharding.Mesh) -> Batch:
         return Batch(**fields, features=array(features, exp.model.dtype))
     tiles = (rows, config.row_tiles, vision.image_size, vision.image_size, 3)
     return Batch(**fields, tiles=array(tiles, jnp.uint8))
+
+
+def save_model(
+    exp: Experiment, params: Mapping[str, jax.Array], tokenizer: Tokenizer, workdir: Path
+) -> None:
+    """Writes model/: weights, config, tokenizer, processor, reading policy; and adapters alone into adapter/.
+
+    If no public layout can hold the tokenizer, it warns and leaves out tokenizer and processor. All
+    processes must call it.
+    """
+    folder, lora = workdir / "model", exp.model.language.lora
+    tokens = checkpoints.SpecialTokens.of(tokenizer)
+    huggingface.save(model_params.unflatten(params), exp.model, folder, tokens=tokens)
+    if lora.rank:
+        base = adapter.base_of(dataclasses.asdict(exp))
+        adapter.save(params, lora, workdir / "adapter", base=base, policy=exp.reading)
+    if jax.process_index():
+        return
+    exp.reading.save(folder)
+    try:
+        files = checkpoints.tokenizer_files(workdir)
+        for note in processor.write(folder, exp.model, tokenizer, files):
+            logging.info("%s: %s", folder, note)
+    except ValueError as error:
+        logging.warning("%s has no tokenizer: %s", folder, error)

@@ -21,7 +21,7 @@ class ConfigError(ValueError):
     """A key of a config is unknown or missing, or its value has the wrong type; names the key."""
 
 
-def section(kind: type, **values: Any) -> ConfigDict:
+def section(kind: type, /, **values: Any) -> ConfigDict:
     """A config with all keys and defaults of a dataclass, and of the dataclasses in it.
 
     A key without a default has no value until it is set.

@@ -174,9 +174,9 @@ def tiny_model(tiny_config):
 
 @pytest.fixture(scope="session")
 def emoji_store():
-    from pangea_jax.sample import emoji
+    from pangea_jax.sample.sample_store import SampleStore
 
-    return emoji.open_store()
+    return SampleStore()
 
 
 @pytest.fixture(scope="session")

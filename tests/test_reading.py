@@ -27,11 +27,14 @@ from tests.data import test_golden as golden
 CONFIGS = [
     "sample",
     "rehearsal",
+    "finetune",
     "pangea_7b_finetune",
     "pangea_7b_pretrain",
     *(f"ablate_{name}" for name in ("en_ratio", "language_popularity", "num_samples")),
+    "ablate_num_languages",
     *(f"ablate_{name}" for name in ("vision_tower", "loss_mask", "anyres", "data_origin")),
 ]
+ARGUMENTS = {"finetune": "model=sample,data=emoji"}
 POLICIES = {
     "reference": REFERENCE,
     "background": ReadingPolicy(background=(255, 255, 255)),
@@ -140,7 +143,8 @@ def assert_alike(exp, store, tokenizer, records=None, **sources):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_config_trains_as_it_answers(name, store, emoji_tokenizer):
-    exp = build(Experiment, importlib.import_module(f"configs.{name}").get_config())
+    arguments = () if name not in ARGUMENTS else (ARGUMENTS[name],)
+    exp = build(Experiment, importlib.import_module(f"configs.{name}").get_config(*arguments))
     assert_alike(exp, store, emoji_tokenizer)
 
 

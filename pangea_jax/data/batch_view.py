@@ -14,6 +14,7 @@ from rich.text import Text
 
 from pangea_jax.batch import Batch
 from pangea_jax.data.tokenizer import Tokenizer
+from pangea_jax.figures import inert
 
 TRAINED, CONTEXT, PICTURE = "bold green", "dim", "cyan"
 _SHEET_WIDTH, _GAP = 1600, 4
@@ -49,7 +50,7 @@ def render_row(row: Batch, tokenizer: Tokenizer, patches: int) -> Iterator:
                 )
             else:
                 words = tokenizer.decode(row.tokens[run].tolist(), skip_special=False)
-                text.append(words, style=TRAINED if is_trained else CONTEXT)
+                text.append(inert.visible(words), style=TRAINED if is_trained else CONTEXT)
         yield text
 
 
@@ -119,7 +120,7 @@ def save_batch(
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / f"{name}.html").open("w", encoding="utf-8") as file:
-        console = Console(record=True, file=io.StringIO(), width=160)
+        console = inert.console(record=True, file=io.StringIO(), width=160)
         print_batch(batch, tokenizer, patches, console, rows=rows)
         file.write(console.export_html())
     if batch.tiles is not None:

@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -12,8 +13,12 @@ import numpy as np
 from absl import logging
 
 from pangea_jax.batch import Batch
+from pangea_jax.work.atomic import json_sum
+from pangea_jax.work.untrusted import parse_json
 
-_STATE_FORMAT = 2
+_STATE_FORMAT = 3
+# Format 2 had no checksum, and these fields.
+_FORMAT_2 = {"format", "identity", "batches", "stream", "counters"}
 # The limit is a share of at least this many records, so that one early bad record does not exceed it.
 _BUDGET_FROM = 1_000
 # Largest number of bad records that the log names, per run and process.
@@ -22,6 +27,10 @@ _NAMED = 20
 
 class RestartError(RuntimeError):
     """A saved position does not belong to this pipeline; the message says what differs."""
+
+
+class DamagedState(ValueError):
+    """A saved position is not what was written."""
 
 
 class BadRecordsError(RuntimeError):
@@ -129,6 +138,10 @@ class Counters:
             "total_examples": total["examples"],
         }
 
+    def seen(self) -> dict[str, int]:
+        """Number of examples per language since the start of training."""
+        return dict(sorted(self._total["languages"].items()))
+
     def check(self, max_bad_fraction: float) -> None:
         """Raises BadRecordsError once more than this fraction of the records was bad."""
         total = self._total
@@ -221,7 +234,14 @@ class FeedIterator(grain.DatasetIterator):
         self._stream = iter(self._feed._open_stream(start))
 
     def __next__(self) -> dict[str, np.ndarray]:
-        batch, notes = next(self._stream)
+        try:
+            batch, notes = next(self._stream)
+        except StopIteration:
+            planned = self._feed.num_batches
+            if planned is not None and self._batches < planned:
+                message = f"the data ended after {self._batches} of {planned} planned batches"
+                raise RuntimeError(message) from None
+            raise
         self._batches += 1
         for _, message in notes.bad[: _NAMED - self._named]:
             self._named += 1
@@ -232,24 +252,23 @@ class FeedIterator(grain.DatasetIterator):
 
     def get_state(self) -> dict[str, Any]:
         stream = None if self._feed._seekable else self._stream.get_state()
-        return {
+        state = {
             "format": _STATE_FORMAT,
             "identity": self._feed._identity,
             "batches": self._batches,
             "stream": stream,
             "counters": self.counters.get_state(),
         }
+        return state | {"sha256": json_sum(state)}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues at the position of `state`.
 
         Raises:
           RestartError: `state` comes from a pipeline with another order of examples.
+          DamagedState: see `check_state`.
         """
-        if state.get("format") != _STATE_FORMAT:
-            raise RestartError(
-                f"the data state has format {state.get('format')!r}; this version reads {_STATE_FORMAT}"
-            )
+        check_state(state)
         feed = self._feed
         differing = [
             f"{name} was {state['identity'].get(name)!r} and is {feed._identity.get(name)!r}"
@@ -303,13 +322,52 @@ class FeedIterator(grain.DatasetIterator):
                 raise RestartError(f"{directory} has no saved position of the data")
             if mine in paths:
                 paths = [mine]
-            states = [json.loads(await asyncio.to_thread(path.read_text)) for path in paths]
+            states = [parse_json(await asyncio.to_thread(path.read_text)) for path in paths]
             self.set_state(states[0])
             if mine not in paths:
                 counts = [state["counters"] for state in states]
                 self.counters = Counters() if index else Counters.of_all(counts)
 
         return read()
+
+
+def check_state(state: Any) -> None:
+    """
+    Raises:
+      DamagedState: a saved position is not what was written.
+      RestartError: another version wrote it.
+    """
+    if not isinstance(state, Mapping):
+        raise DamagedState(f"the position of the data is a {type(state).__name__}")
+    format = state.get("format")
+    if format == 2 and state.keys() == _FORMAT_2:
+        return  # it cannot be checked
+    written = {name: value for name, value in state.items() if name != "sha256"}
+    if "sha256" in state and state["sha256"] != json_sum(written):
+        raise DamagedState("the position of the data does not have its checksum")
+    if format != _STATE_FORMAT:
+        raise RestartError(
+            f"the data state has format {format!r}; this version reads {_STATE_FORMAT}"
+        )
+    if "sha256" not in state:
+        raise DamagedState("the position of the data has no checksum")
+
+
+def check_saved(directory: Path) -> None:
+    """Checks the positions that all processes saved into a folder, without using them.
+
+    Raises:
+      DamagedState: one is missing, or not what was written.
+      RestartError: another version wrote them.
+      ValueError, OSError: one is not JSON, or cannot be read.
+    """
+    names = sorted(path.name for path in directory.glob("process_*-of-*.json"))
+    wanted = sorted(f"process_{index}-of-{len(names)}.json" for index in range(len(names)))
+    if not names or names != wanted:
+        found = ", ".join(names) or "none"
+        raise DamagedState(f"the positions of the data are not those of all processes: {found}")
+    for name in names:
+        check_state(parse_json((directory / name).read_text(encoding="utf-8")))
 
 
 def _process() -> tuple[int, int]:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import grain
 import numpy as np
@@ -18,7 +18,7 @@ from absl import flags, logging
 from jaxtyping import Int
 
 from pangea_jax.batch import Batch, Example
-from pangea_jax.data import image
+from pangea_jax.data import chat, image
 from pangea_jax.data.feed import Feed, Notes
 from pangea_jax.data.mixture import column_codes
 from pangea_jax.data.packing import plan_batches, plan_rows
@@ -90,7 +90,8 @@ class PipelineConfig:
     workers: int = 0
 
     def __post_init__(self):
-        for name, known in (("packing", PACKINGS), ("overlong", OVERLONG)):
+        choices = {"packing": PACKINGS, "overlong": OVERLONG, "loss_mask": chat.LOSS_MASKS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"pipeline.{name} {getattr(self, name)!r} is not one of {known}")
         for name in _POSITIVE:
@@ -149,8 +150,8 @@ class RowSource(Sequence[Conversation]):
         """
         index = self._store.index
         known = {"num_tokens", "image_sizes"} <= set(index.column_names)
-        # The index has picture sizes without EXIF rotation.
-        if not known or reader.policy.orientation != "stored":
+        # The index has the sizes of pictures as the store means them to be seen.
+        if not known or not reader.pictures.sizes_are_indexed:
             return None
         chosen = index.select(["num_tokens", "image_sizes"]).take(self._rows)
         if chosen["num_tokens"].null_count or config.max_targets is not None:
@@ -229,7 +230,14 @@ def measure(
 
 def _words(conversation, places, reader, config):
     """An example without pictures, the number of tiles that it keeps, and whether it was cut."""
-    rendered = reader.words(conversation.turns, places, loss_mask=config.loss_mask)
+    system = conversation.system or chat.SYSTEM_PROMPT
+    try:
+        rendered = reader.words(
+            conversation.turns, places, loss_mask=config.loss_mask, system=system
+        )
+    except ValueError as error:
+        id = conversation.id
+        raise RecordError("cannot be rendered", "conversations", str(error), id) from None
     length = len(rendered.tokens)
     targets = np.empty_like(rendered.tokens)
     targets[:-1], targets[-1] = rendered.tokens[1:], reader.tokenizer.pad_id
@@ -300,12 +308,27 @@ class _Read:
     dropped: bool = False
 
 
+def _never_ends(method: Callable) -> Callable:
+    """Turns StopIteration into an error. Grain would take it for the end of the data, and training would end early."""
+
+    @functools.wraps(method)
+    def guarded(self, *args):
+        try:
+            return method(self, *args)
+        except StopIteration as error:
+            # A fault of ours: an iterator that ended too early.
+            raise RuntimeError(f"{method.__name__}{args!r:.200} ended an iterator") from error
+
+    return guarded
+
+
 class _Batcher:
     """Reads, renders and batches. Every worker process has a copy."""
 
     def __init__(self, source, reader, config):
         self.source, self.reader, self.config = source, reader, config
 
+    @_never_ends
     def read(self, position: int, rng: np.random.Generator) -> _Read:
         try:
             conversation = self.source[position]
@@ -317,6 +340,7 @@ class _Batcher:
             return _Read(None, error=error, dropped=dropped)
         return _Read(example, conversation.language, conversation.source, cut)
 
+    @_never_ends
     def planned_row(self, positions: Sequence[int], seed: int) -> list[_Read]:
         """Reads the examples of a row. If the planned sizes were wrong, drops those that do not fit."""
         row, room = [], np.asarray(self.config.capacity)
@@ -330,6 +354,7 @@ class _Batcher:
             row.append(read)
         return row
 
+    @_never_ends
     def batch(self, rows: Sequence[Sequence[_Read]]) -> tuple[Batch, Notes]:
         config, notes = self.config, Notes()
         for read in (read for row in rows for read in row):

@@ -1,5 +1,6 @@
 """Writes files completely or not at all, even if the process is killed; and compares JSON values."""
 
+import hashlib
 import json
 import os
 import uuid
@@ -8,6 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from pangea_jax.work.untrusted import parse_json
+
+REMOVE = "remove it, and run the same command again"
 
 
 def partial_path(path: Path) -> Path:
@@ -34,12 +39,44 @@ def write_json(path: Path, value: Any, *, ensure_ascii: bool = True) -> None:
 
 def write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     partial = partial_path(path)
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), partial, compression="zstd")
+    table = pa.Table.from_pylist(rows, schema=schema)
+    pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
     os.replace(partial, path)
 
 
+def read_parquet(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    """The rows that `write_parquet` has written.
+
+    Raises:
+      ValueError: the file is damaged; the message names it.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read(columns).to_pylist()
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{path} is damaged ({said:.120}); {REMOVE}") from None
+
+
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value in a JSON file.
+
+    Raises:
+      JSONDecodeError: it is not JSON; the message names the file.
+    """
+    try:
+        return parse_json(path.read_bytes().decode("utf-8"))
+    except ValueError as error:
+        said = f"{path} is damaged: not JSON ({error}); {REMOVE}"
+        raise json.JSONDecodeError(said, "", 0) from None
+
+
+def json_sum(value: Any) -> str:
+    """A checksum of a JSON value, equal after it was written and read again."""
+    again = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(again, sort_keys=True).encode()).hexdigest()
 
 
 def as_json(value: Any) -> Any:

@@ -21,6 +21,19 @@ class WorkError(RuntimeError):
     """The work cannot start or continue; the message says what to do."""
 
 
+def check_local(path: Path | str | None, flag: str) -> None:
+    """Refuses an address such as gs://bucket/run as a folder: `Path` would make a local folder `gs:` of it.
+
+    Raises:
+      WorkError: `path` is an address; the message names `flag`.
+    """
+    if path is not None and (scheme := re.match(r"([A-Za-z][\w+.-]+):/", str(path))):
+        raise WorkError(
+            f"{flag} is {str(path)!r}, but {scheme[1]}:// is not supported yet; give a local folder, or mount the "
+            "bucket (gcsfuse) and give the folder of the mount"
+        )
+
+
 @contextlib.contextmanager
 def claim(lock: Path, *, on_wait: Callable[[], Any] | None = None) -> Iterator[IO]:
     """Keeps other processes out of a folder. The claim ends with the process, even a killed one.
@@ -35,6 +48,7 @@ def claim(lock: Path, *, on_wait: Callable[[], Any] | None = None) -> Iterator[I
     Raises:
       WorkError: another process has claimed the folder.
     """
+    check_local(lock.parent, "the folder")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         try:
@@ -68,6 +82,7 @@ def compare(
     holds: str = "results of other settings",
     flag: str = "--out",
     free: re.Pattern[str] | None = None,
+    more: str = "",
 ) -> dict[str, tuple[Any, Any]]:
     """Compares the plan of the earlier work in a folder with the present plan.
 
@@ -75,6 +90,7 @@ def compare(
       holds: what the error says that the folder holds.
       flag: the flag that names the folder.
       free: matches the keys that may differ.
+      more: another remedy, added to the error.
 
     Returns:
       The differences in free keys, as `differences` gives them.
@@ -87,7 +103,7 @@ def compare(
     if differing:
         raise WorkError(
             f"{folder} holds {holds} ({'; '.join(clauses(differing)[:_MOST_CLAUSES])}); "
-            f"give another {flag}, or remove that one"
+            f"give another {flag}, or remove that one{f'; {more}' if more else ''}"
         )
     return found
 

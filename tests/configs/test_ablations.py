@@ -16,7 +16,7 @@ from pangea_jax.data.mixture import Mixture, choose
 from pangea_jax.experiment import Experiment, choose_records
 from pangea_jax.model import Pangea
 from pangea_jax.model import params as model_params
-from pangea_jax.sample import emoji
+from pangea_jax.sample.sample_store import SampleStore
 from pangea_jax.train.optimizer import make_schedule
 from pangea_jax.typed_config import build
 
@@ -24,6 +24,7 @@ ABLATIONS = (
     "en_ratio",
     "language_popularity",
     "num_samples",
+    "num_languages",
     "vision_tower",
     "loss_mask",
     "anyres",
@@ -70,7 +71,7 @@ def test_an_argument_without_effect_is_an_error(make, arg, says):
 
 def counts(config, index=None):
     exp = build(Experiment, config)
-    chosen = choose(index or emoji.open_store().index, exp.mixture, exp.seed)
+    chosen = choose(index or SampleStore().index, exp.mixture, exp.seed)
     assert len(chosen.rows) == sum(chosen.examples_per_language.values())
     return chosen.examples_per_language
 
@@ -88,6 +89,7 @@ VARIED = {
     ("language_popularity", "rotate"): {".mixture.rotate"},
     ("num_samples", "separate"): {".mixture.num_examples"},
     ("num_samples", "one_run"): {".steps"},
+    **{("num_languages", f"languages_{n}"): {".mixture.num_examples"} for n in (8, 16, 38)},
     ("vision_tower", "tower"): {".frozen", ".optimizer.lr_scale"},
     ("loss_mask", "mask"): {".pipeline.loss_mask"},
     ("anyres", "tiles"): {".model.pinpoints"},
@@ -113,7 +115,7 @@ def test_points_differ_in_what_is_varied_alone(name, scale, design):
 
 @pytest.mark.parametrize("scale", scales.SCALES)
 def test_en_ratio_counts(scale):
-    index = emoji.open_store().index if scale == "sample" else published_index()
+    index = SampleStore().index if scale == "sample" else published_index()
     total = get("en_ratio", scale=scale).mixture.num_examples
     others = len(get("en_ratio", scale=scale).mixture.languages) - 1
     assert others == {"sample": 7, "pangea_7b": 17}[scale]
@@ -180,7 +182,7 @@ def test_rotation_is_a_latin_square():
 
 
 def test_samples_are_nested():
-    store = emoji.open_store()
+    store = SampleStore()
     chosen = []
     for point, percent in module("num_samples").points().items():
         config = get("num_samples", point, seed=2)
@@ -205,6 +207,25 @@ def test_one_run_stops_on_the_way():
     assert float(alone(part.steps)) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match=r"schedule_steps is .*, but the run has"):
         make_schedule(optimizer(part), whole.steps + 1)
+
+
+def test_every_language_has_the_same_number_of_examples():
+    drawn = {}
+    for number in (8, 16, 38):
+        design = f"languages_{number}"
+        for point, examples in module("num_languages").points(f"design={design}").items():
+            drawn[number] = counts(get("num_languages", point, design=design))
+            assert set(drawn[number].values()) == {examples}
+            assert len(drawn[number]) == number
+    assert set(drawn[8]) == set(get("en_ratio").mixture.languages)
+    assert set(drawn[8]) < set(drawn[16]) < set(drawn[38]) == set(languages.EMOJI)
+    config = get("num_languages", examples=300, design="languages_16")
+    assert config.mixture.num_examples == 16 * 300
+    for argument in ("languages=all", "num_examples=100"):
+        with pytest.raises(
+            ValueError, match=f"remove the config argument {argument.split('=')[0]}="
+        ):
+            module("num_languages").get_config(argument)
 
 
 def published_index():

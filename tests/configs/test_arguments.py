@@ -60,4 +60,4 @@ def test_arguments_reach_the_experiment():
 def test_a_language_has_as_many_examples_in_company(chosen, number):
     mixture = sample.get_config(f"languages={chosen}").mixture
     assert len(mixture.languages) == number
-    assert mixture.num_examples == 2_000 * number
+    assert mixture.num_examples == 6_000 * number

@@ -129,6 +129,12 @@ def test_marker_first(text, moved):
     assert marker_first(text) == moved
 
 
+def test_a_marker_in_the_system_prompt_is_a_text(emoji_tokenizer):
+    with_marker = render(TURNS, emoji_tokenizer, [LAYOUT], system="a <image> b")
+    without = render(TURNS, emoji_tokenizer, [LAYOUT], system="a <image\u200b> b")
+    assert np.array_equal(with_marker.tokens, without.tokens)
+
+
 def test_markers_move_only_on_request(letters):
     turns = [Turn("user", "Q\n<image>"), Turn("assistant", "b")]
     moved = render(turns, letters, [LAYOUT], move_marker_first=True)
@@ -224,3 +230,48 @@ def test_a_result_can_be_changed_without_changing_the_next(letters):
     first = render(TURNS, letters, [LAYOUT])
     first.tokens[:], first.trained[:], first.image_index[:] = 0, True, 7
     assert render(TURNS, letters, [LAYOUT]).tokens.tolist() == spans(EXPECTED, letters, 1)[0]
+
+
+def test_a_marker_that_removing_one_makes_is_refused(letters):
+    layout = np.arange(1, 3, dtype=np.int32)
+    turns = [Turn("user", "<ima<image>ge>"), Turn("assistant", "a")]
+    with pytest.raises(ValueError, match="an <image> marker within another one"):
+        chat.render(turns, letters, [layout], move_marker_first=True)
+    assert np.count_nonzero(chat.render(turns, letters, [layout]).image_index >= 0) == 2
+
+
+@pytest.mark.parametrize(
+    "images",
+    [5, pytest.param(10**5000, id="huge"), True, "cat.png", b"png", {"a": 1}, 1.5, {"cat.png"}],
+)
+def test_images_that_are_no_list_are_refused(images):
+    message = {"role": "user", "content": "What is this?", "images": images}
+    with pytest.raises(ValueError, match=r"messages\[0\]\.images must be a list of images"):
+        chat.from_messages([message])
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "base64": 5},
+        {"type": "image", "base64": ["a"]},
+        {"type": "image", 5: 6},
+        {"type": "image_url", "image_url": {"url": 5}},
+        {"type": "image_url", "image_url": 5},
+        {"type": ["text"], "text": "x"},
+        {"type": "text", "text": 5},
+        {},
+    ],
+)
+def test_odd_parts_are_refused_by_their_place(part):
+    with pytest.raises(ValueError, match=r"messages\[0\]\.content\[0\]"):
+        chat.from_messages([{"role": "user", "content": [part]}])
+
+
+@pytest.mark.parametrize(
+    "role", [5, pytest.param(10**5000, id="huge"), None, ["user"], "x" * 10_000]
+)
+def test_odd_roles_are_refused(role):
+    with pytest.raises(ValueError, match=r"messages\[0\]\.role") as caught:
+        chat.from_messages([{"role": role, "content": "x"}])
+    assert len(str(caught.value)) < 200

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from pangea_jax.data import image
-from pangea_jax.data.build.write_store import write_store
+from pangea_jax.data import image, pipeline
+from pangea_jax.data.build.write_store import write_shard, write_store
 from pangea_jax.data.feed import BadRecordsError
 from pangea_jax.data.pipeline import PipelineConfig, RowSource, measure, render_example
 from pangea_jax.data.record import Conversation, RecordError, Turn
-from pangea_jax.data.store import RecordStore
+from pangea_jax.data.store import RecordStore, StoreError
 from tests.data.made import (
     BALANCED,
     CONFIG,
@@ -203,3 +203,79 @@ def test_an_impossible_packing_is_an_error():
         PipelineConfig(rows=1, row_tokens=8, row_tiles=1, packing="dense")
     with pytest.raises(ValueError, match="examples_per_row needs"):
         PipelineConfig(rows=1, row_tokens=8, row_tiles=1, examples_per_row=2)
+
+
+NESTED = "<ima<image>ge> what?"
+
+
+def stored(directory, faulty):
+    """A store of 24 conversations, of which number 7 has been replaced."""
+    records = [*CONVERSATIONS[:7], faulty, *CONVERSATIONS[8:]]
+    pictures = {"made": iter([picture(i, size) for i, size in enumerate(SIZES)])}
+    with pytest.MonkeyPatch.context() as patch:  # as an earlier version wrote it, without checks
+        patch.setattr(Conversation, "validate", lambda self: self)
+        write_store(
+            directory,
+            name="made",
+            build="python launch/build_data.py made",
+            records={"train": ((record, {}) for record in records)},
+            images=pictures,
+        )
+    return RecordStore(directory)
+
+
+@CONFIGS
+def test_a_marker_within_a_marker_is_a_bad_record(tmp_path, tiny_config, letters, config):
+    turns = (Turn("user", NESTED), Turn("assistant", "a"))
+    faulty = dataclasses.replace(CONVERSATIONS[1], id="faulty", turns=turns)
+    with pytest.raises(RecordError, match=r"'faulty', .*\[0\]\.value: marker within a marker"):
+        faulty.validate()
+    store = stored(tmp_path, faulty)
+    reader = reader_of(tiny_config, letters, store, marker_first=True)
+    source = RowSource(store, np.arange(24))
+    lenient = dataclasses.replace(config, rows=1, max_bad_fraction=0.1)
+    data = iter(dataset(source, reader, lenient))
+    assert len(conversations(list(data), letters)) == 23
+    assert data.counters.flush()["bad_records"] == {"cannot be rendered": 1}
+    with pytest.raises(
+        RecordError, match=r"'faulty'.* cannot be rendered .an <image> marker within"
+    ):
+        list(dataset(source, reader, dataclasses.replace(lenient, max_bad_fraction=0.0)))
+
+
+@CONFIGS
+def test_what_ends_an_iterator_does_not_end_the_epoch(source, reader, monkeypatch, config):
+    sizes = measure(source, reader, config)
+    render = pipeline._render
+
+    def ending(conversation, *args):
+        return next(iter(())) if conversation.id == "c5" else render(conversation, *args)
+
+    monkeypatch.setattr(pipeline, "_render", ending)
+    with pytest.raises(RuntimeError, match="ended an iterator"):
+        list(dataset(source, reader, config, sizes=sizes))
+
+
+def test_a_stream_that_is_shorter_than_its_plan_is_an_error(source, reader):
+    feed = dataset(source, reader)
+    assert len(list(feed)) == feed.num_batches == 12
+    feed.num_batches += 1
+    with pytest.raises(RuntimeError, match="the data ended after 12 of 13 planned batches"):
+        list(feed)
+
+
+def test_an_unknown_loss_mask():
+    with pytest.raises(ValueError, match=r"loss_mask 'all' is not one of \('answer', 'pangea'\)"):
+        dataclasses.replace(CONFIG, loss_mask="all")
+
+
+def test_a_record_that_does_not_parse_names_its_shard(tmp_path):
+    stored(tmp_path, CONVERSATIONS[7])
+    (shard,) = (tmp_path / "records").rglob("*.array_record-*")
+    shard.unlink()
+    write_shard(shard, [b"\xff\xff", *[b""] * 23], "uncompressed")
+    for position, problem in ((0, "DecodeError"), (1, "IndexError")):
+        with pytest.raises(
+            StoreError, match=rf"damaged at position {position}: no example .{problem}"
+        ):
+            RecordStore(tmp_path).records("train")[position]

@@ -44,7 +44,9 @@ def golden(name):
 
 
 class Folder:
-    """A folder of pictures with the one method of a store that `Tiles` needs."""
+    """A folder of pictures with the part of a store that `Tiles` needs."""
+
+    orientation = "stored"
 
     def image(self, key):
         return (SAMPLE / key).read_bytes()
@@ -52,6 +54,8 @@ class Folder:
 
 class Index:
     """Has only the sizes of the records' pictures."""
+
+    orientation = "stored"
 
     def __init__(self, records):
         keys = [key for record in records for key in record.images]

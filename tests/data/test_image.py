@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pangea_jax.anyres import layout
-from pangea_jax.data.image import ImageError, check, decode, resize_and_pad, views
+from pangea_jax.data.image import ImageError, check, decode, header_size, resize_and_pad, views
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
@@ -150,6 +150,39 @@ def test_check_refuses_the_same_files_as_decode(picture, data, fault):
             read(data, name="x.jpg")
         assert caught.value.fault == fault
         assert pickle.loads(pickle.dumps(caught.value)).fault == fault
+
+
+def turned(orientation, format="JPEG", size=(40, 20)):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+    return encoded(Image.fromarray(pixels), format, exif=exif)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_upright_is_what_transformers_sees(tmp_path, orientation, format):
+    load_image = pytest.importorskip("transformers.image_utils").load_image
+    path = tmp_path / "phone"
+    path.write_bytes(turned(orientation, format))
+    found = decode(path, orientation="upright")
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(load_image(str(path))))
+    assert check(path, orientation="upright") == found.size == ((40, 20), (20, 40))[orientation > 4]
+    assert header_size(path, orientation="upright") == found.size
+    # Pillow itself turns a TIFF; the reference sees it so, too.
+    stored = found.size if format == "TIFF" else (40, 20)
+    assert check(path) == decode(path).size == header_size(path) == stored
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF:UserWarning", "ignore:Truncated:UserWarning")
+@pytest.mark.parametrize("damage", [b"????", b"MM\0*\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff"])
+def test_damaged_exif_data_are_read_in_one_way(damage):
+    data = turned(6)
+    begin = data.index(b"Exif\0\0") + 6
+    data = data[:begin] + damage + data[begin + len(damage) :]
+    sizes = [read(data, orientation="upright") for read in (check, header_size)]
+    assert [decode(data, orientation="upright").size] * 2 == sizes
+    assert decode(data).size == (40, 20)
 
 
 def test_postscript_and_float_pictures_are_refused():

@@ -11,6 +11,7 @@ from pangea_jax.data.record import (
     RecordError,
     Turn,
     identify_language,
+    identify_or_und,
     image_paths,
 )
 
@@ -62,8 +63,13 @@ def test_parses_pangeains():
         pangeains_record(language="iw"),
         pangeains_record(image=["a/1.jpg", "a/2.jpg"], conversations=said("<image><image>?", "x")),
         {"id": "t", "conversations": said("2+2?", "4"), "language": "sw"},
+        {
+            "id": "t",
+            "conversations": [{"from": "system", "value": "Sums."}, *said("2+2?", "4")],
+            "language": "und",
+        },
     ],
-    ids=["turns", "hebrew", "two images", "text"],
+    ids=["turns", "hebrew", "two images", "text", "system"],
 )
 def test_round_trip(record):
     conversation = Conversation.from_pangeains(record)
@@ -109,10 +115,16 @@ def test_hebrew_becomes_he():
         ({"language": None}, "field is missing", "language"),
         ({"language": ""}, "field is missing", "language"),
         (
-            {"conversations": [{"from": "system", "value": "x"}]},
+            {"conversations": [*said("<image>", "x"), {"from": "system", "value": "x"}]},
             "unknown speaker",
-            "conversations[0].from",
+            "conversations[2].from",
         ),
+        (
+            {"conversations": [{"from": "system", "value": "<image>"}, *said("x", "y")]},
+            "marker in the system prompt",
+            "conversations[0].value",
+        ),
+        ({"conversations": [{"from": "system", "value": "x"}]}, "no turns", "conversations"),
         (
             {"conversations": [{"from": ["human"], "value": "x"}]},
             "unknown speaker",
@@ -312,6 +324,13 @@ def test_identified_language_must_be_one_of_ours():
     record = pangeains_record(language=None)
     with pytest.raises(RecordError, match="text looks like is"):
         Conversation.from_pangeains(record, default_language=lambda text: "is")
+
+
+@pytest.mark.parametrize("text", ["42", "Það er köttur í stólnum, og hann sefur."])
+def test_language_that_is_not_found_is_undetermined(text):
+    record = pangeains_record(conversations=said("<image>", text), language=None)
+    found = Conversation.from_pangeains(record, default_language=identify_or_und)
+    assert found.language == languages.UNDETERMINED
 
 
 def test_language_is_identified_without_a_network(monkeypatch):

@@ -202,6 +202,16 @@ def test_sound_store_verifies(directory):
     RecordStore(directory).verify()
 
 
+def test_a_store_of_pictures_alone_replaces_one_with_records(scratch):
+    build = "python launch/build_data.py made"
+    write_store(scratch, name="made", build=build, records={}, images={"blue": iter(PICTURES)})
+    assert not (scratch / "index.parquet").exists() and not (scratch / "records").exists()
+    store = RecordStore(scratch)
+    store.verify()
+    assert (store.splits, store.collections) == ((), ("blue",))
+    assert store.image("blue/2") == PICTURES[2].encoded
+
+
 def test_bad_record_stops_the_writer_and_leaves_no_store(tmp_path):
     bad = Conversation(
         "x", "made", "sw", "", ("blue/1",), (Turn("user", "?"), Turn("assistant", "!"))

@@ -2,10 +2,13 @@ import json
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 
+from configs import sample
 from pangea_jax import languages
+from pangea_jax.data.chat import SYSTEM_PROMPT
 from pangea_jax.data.tokenizer import (
     NoImageToken,
     SentencePieceTokenizer,
@@ -13,7 +16,8 @@ from pangea_jax.data.tokenizer import (
     TokenizerJson,
     load_tokenizer,
 )
-from pangea_jax.sample import emoji, questions, vocabulary
+from pangea_jax.sample import emoji, vocabulary
+from pangea_jax.sample.questions import PHRASES
 
 QWEN3 = Path(__file__).parents[2].parent / "shared" / "data" / "tokenizer_qwen3"
 MARKERS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
@@ -51,8 +55,8 @@ def tokenizer(request, tmp_path_factory) -> Tokenizer:
 
 
 def texts(language):
-    yield from questions.IMAGE[language]
-    yield from questions.TEXT[language]
+    yield from PHRASES[language].name
+    yield from PHRASES[language].translate
     yield from (concept.names[language] for concept in emoji.load_concepts()[::29])
 
 
@@ -177,14 +181,31 @@ def test_files_that_are_not_tokenizers_are_named(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_sample_vocabulary_is_economical():
-    tokenizer = SentencePieceTokenizer(emoji.DIRECTORY / emoji.TOKENIZER)
+@pytest.fixture(scope="module")
+def sample_tokenizer():
+    return SentencePieceTokenizer(emoji.DIRECTORY / emoji.TOKENIZER)
+
+
+def test_sample_vocabulary_is_economical(sample_tokenizer):
+    def mean(texts):
+        return np.mean([len(sample_tokenizer.encode(text)) for text in texts])
+
     concepts = emoji.load_concepts()
-    lengths = [len(tokenizer.encode(n)) for concept in concepts for n in concept.names.values()]
-    assert sum(lengths) / len(lengths) <= 4.5
-    phrases = ["You are a helpful assistant.", "system", "user", "assistant"]
-    phrases += [text for language in languages.EMOJI for text in questions.IMAGE[language]]
-    assert all(len(tokenizer.encode(phrase)) <= 2 for phrase in phrases)
+    names = {code: mean(c.names[code] for c in concepts) for code in languages.EMOJI}
+    assert np.mean([names[code] for code in sample.LANGUAGES]) < 1.1
+    assert np.mean(list(names.values())) < 5.0
+    assert mean(part for code in sample.LANGUAGES for part in PHRASES[code].name) < 1.5
+    assert mean(part for code in languages.EMOJI for part in PHRASES[code].name) < 7
+    assert sample_tokenizer.vocab_size == vocabulary.SIZE
+
+
+@pytest.mark.parametrize("answer", ["cat", "B", "A. cat", "", " x", "assistant", "香蕉", "user"])
+def test_headers_and_options_are_single_tokens_whatever_follows(sample_tokenizer, answer):
+    encode = sample_tokenizer.encode
+    for text in (f"system\n{SYSTEM_PROMPT}", "user\n", "assistant\n", "A. ", "D. "):
+        assert len(encode(text)) == 1, text
+        assert encode(text + answer) == encode(text) + encode(answer)
+        assert sample_tokenizer.decode(encode(text + answer)) == text + answer
 
 
 def test_training_the_vocabulary_is_reproducible():

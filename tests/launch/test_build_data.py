@@ -1,4 +1,4 @@
-"""`python launch/build_data.py pangeains`, as a user calls it."""
+"""`python launch/build_data.py pangeains` and `own`, as a user calls them."""
 
 import io
 import json
@@ -61,14 +61,16 @@ def test_makes_a_store_and_a_report(source, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "19 of 20 records, 19 pictures" in done.stdout
-    assert "1  picture is missing, e.g. '3'" in done.stdout
+    said = "picture is missing: PangeaIns.json, record 4 ('3'), field image: looked for"
+    assert f"1  {said}" in done.stdout
     store = RecordStore(out)
     store.verify()
     assert len(store.records("train")) == 19
     assert store.index["num_tokens"].null_count == 0
     for name in ("report.md", "composition.csv", "composition.png", "composition.svg"):
         assert (out / "report" / name).stat().st_size > 40
-    assert "| picture is missing | 1 | 5.00% | `3` |" in (out / "report/report.md").read_text()
+    report = (out / "report/report.md").read_text()
+    assert "| picture is missing | 1 | 5.00% | `PangeaIns.json, record 4 ('3'), field" in report
 
 
 def errors(capsys, *arguments):
@@ -95,13 +97,41 @@ def test_faults_are_told_in_a_sentence(source, tmp_path, capsys, monkeypatch):
         path.unlink()
     message = errors(capsys, *common)
     assert "11 of 30 records (36.7%) cannot be used, more than --max_bad_fraction=0.01" in message
-    assert "11  picture is missing, e.g. '1'" in message
+    assert "11  picture is missing: PangeaIns.json, record 2 ('1'), field image: looked" in message
+    assert len((tmp_path / "out/rejected.jsonl").read_text().splitlines()) == 11
     text = (source / "PangeaIns.json").read_text()
     (source / "PangeaIns.json").write_text(text[:700])
     elsewhere = (*common[:2], f"--out={tmp_path / 'other'}", "--workers=1")
     assert "PangeaIns.json, byte 700: ends inside the array" in errors(capsys, *elsewhere)
     (source / "PangeaIns.json").unlink()
     assert "holds no PangeaIns.json" in errors(capsys, *elsewhere)
+
+
+def test_own_data_from_a_table(tmp_path, capsys, monkeypatch):
+    (tmp_path / "pics").mkdir()
+    for n in range(3):
+        (tmp_path / f"pics/{n}.jpg").write_bytes(jpeg(n))
+    rows = [f"pics/{n}.jpg,Hii ni rangi gani?,Ni nyekundu.,note {n}" for n in range(3)]
+    (tmp_path / "mine.csv").write_text("\n".join(["path,q,a,remark", *rows]))
+    common = ("own", f"--source={tmp_path}", f"--out={tmp_path / 'out'}", "--workers=1")
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    message = errors(capsys, *common)
+    assert "mine.csv, byte 0: line 1: none of the columns path, q, a, remark is known" in message
+    assert "expected OURS=YOURS,..., OURS one of id, image," in errors(
+        capsys, *common, "--columns=picture=path"
+    )
+    sys.argv = ["build_data.py", *common, "--columns=image=path,question=q,answer=a", "--own=team"]
+    build_data.main()
+    said = capsys.readouterr().out
+    assert "3 of 3 records, 3 pictures" in said
+    assert "language identified from the words of 0 records, and of 3 not (und)" in said
+    assert "3  field remark is not used\n" in said
+    report = (tmp_path / "out/report/report.md").read_text()
+    assert "| field remark is not used | 3 |" in report
+    assert "| not identified (und) | 3 | 100.00% |" in report
+    store = RecordStore(tmp_path / "out")
+    assert store.orientation == "upright"
+    assert [r.source for r in store.records("train")] == ["team"] * 3
 
 
 def test_killed_and_called_again_it_goes_on(source, tmp_path):

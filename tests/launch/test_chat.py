@@ -1,14 +1,16 @@
 """The terminal chat with the sample model, as a process of its own."""
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import pangea_jax
-from pangea_jax.sample import emoji
+from pangea_jax.sample.sample_store import SampleStore
 from tests.launch.conftest import run_interrupted
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def butterfly(tmp_path_factory):
     path = tmp_path_factory.mktemp("pictures") / "butterfly.png"
-    path.write_bytes(emoji.open_store().image("twemoji/1f98b"))
+    path.write_bytes(SampleStore().image("twemoji/1f98b"))
     return str(path)
 
 
@@ -75,6 +77,22 @@ def test_flags_reach_the_engine(butterfly):
     messages = [{"role": "system", "content": "Be odd."}, {"role": "user", "content": asked}]
     (expected,) = pangea_jax.load("sample").generate([messages], **settings)
     assert done.stdout == f"{expected}\n"
+
+
+def test_a_phone_photograph_is_seen_upright(tmp_path):
+    """The model takes this kangaroo for something else if it lies on its side."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    drawing = SampleStore().image("twemoji/1f998")
+    (tmp_path / "drawing.png").write_bytes(drawing)
+    lying = Image.open(io.BytesIO(drawing)).convert("RGBA").transpose(Image.Transpose.ROTATE_90)
+    lying.save(tmp_path / "phone.png", exif=exif)
+    ask = "--prompt=What is this?"
+    upright = chat(f"--image={tmp_path / 'drawing.png'}", ask).stdout
+    assert upright == "kangaroo\n"
+    assert chat(f"--image={tmp_path / 'phone.png'}", ask).stdout == upright
+    stored = chat(f"--image={tmp_path / 'phone.png'}", "--orientation=stored", ask).stdout
+    assert stored != upright
 
 
 def test_ctrl_c_while_the_model_loads_ends_quietly():

@@ -18,7 +18,7 @@ from tests.checkpoints.tiny import random_state, with_language, write_run
 from tests.launch.conftest import call, run_interrupted
 
 ROOT = Path(__file__).parents[2]
-CONFIG = with_language(vocab_size=4500)
+CONFIG = with_language(vocab_size=5200)
 
 
 def convert(*flags):
@@ -107,7 +107,10 @@ def test_adapters_name_the_model_under_them(tmp_path, flags, base):
             ("--from={public}", "--to=x", "--format=peft", "--dtype=float32"),
             "takes neither --dtype",
         ),
-        (("--from={public}", "--to=x", "--base=owner/name"), "--base is only for --format=peft"),
+        (
+            ("--from={public}", "--to=x", "--base=owner/name"),
+            "is a whole model, so it takes no base",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(public, tmp_path, flags, message):

@@ -96,15 +96,15 @@ def test_the_command(tmp_path):
 
     done = run("--skip=3")
     assert done.returncode == 0, done.stderr
-    assert "8 rows of 144 tokens and 3 tiles: 16 conversations" in " ".join(done.stdout.split())
+    assert "16 rows of 208 tokens and 6 tiles: 64 conversations" in " ".join(done.stdout.split())
     assert "row 1" in done.stdout
     assert "row 2" not in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"batch.html", "batch.png"}
     assert Image.open(tmp_path / "batch.png").width > 100
     wrong = run("--skip=9999")
     assert wrong.returncode == 1
-    assert "after --skip=9999: the chosen examples make 1000 batches of 8 rows" in wrong.stderr
+    assert "after --skip=9999: the chosen examples make 750 batches of 16 rows" in wrong.stderr
     streamed = ("--config.pipeline.packing=best_fit", "--config.pipeline.examples_per_row=1")
     wrong = run("--skip=9", "--config.mixture.num_examples=60", *streamed)
     assert wrong.returncode == 1
-    assert "after --skip=9: the chosen examples make fewer batches of 8 rows" in wrong.stderr
+    assert "after --skip=9: the chosen examples make fewer batches of 16 rows" in wrong.stderr

@@ -106,7 +106,7 @@ def test_not_finite(runs, tmp_path):
     assert "Traceback" not in said
     (file,) = (tmp_path / "run").glob("bad_batch_*.npz")
     batch = np.load(file, allow_pickle=False)
-    assert batch["tokens"].shape == (8, 128)
+    assert batch["tokens"].shape == (8, 224)
     assert str(file) in said
     assert "&lt;|im_start|&gt;assistant" in file.with_suffix(".html").read_text()
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

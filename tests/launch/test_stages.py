@@ -15,14 +15,14 @@ ROOT = Path(__file__).parents[2]
 SMALL = {
     "data.store": "emoji",
     "data.tokenizer": "emoji",
-    "model.vision.image_size": 48,
-    "model.vision.patch_size": 8,
-    "model.vision.width": 128,
+    "model.vision.image_size": 64,
+    "model.vision.patch_size": 16,
+    "model.vision.width": 160,
     "model.vision.layers": 4,
-    "model.vision.heads": 4,
-    "model.vision.mlp": 512,
+    "model.vision.heads": 5,
+    "model.vision.mlp": 640,
     "model.vision.feature_layer": -1,
-    "model.language.vocab_size": 4500,
+    "model.language.vocab_size": 5200,
     "model.language.width": 64,
     "model.language.layers": 2,
     "model.language.heads": 2,
@@ -54,17 +54,17 @@ def test_projector_first_then_everything(tmp_path):
         **{"pipeline.rows": 4},
     )
     second = train(
-        "configs/pangea_7b_finetune.py:num_examples=64",
+        "configs/pangea_7b_finetune.py:num_examples=512",
         two,
         pretrained=f"('{one / 'model'}:vision+projector+language',)",
-        **{"pipeline.rows": 4, "model.pinpoints": "((48,96),(96,48))"},
+        **{"pipeline.rows": 4, "model.pinpoints": "((64,128),(128,64))"},
     )
     results = [json.loads((w / "results.json").read_text()) for w in (one, two)]
     assert results[0]["steps"] == 64 // 16
     assert results[0]["splits"] == {}
     projector = [name for name in first if "projector" in name]
     trained = sum(first[name].size for name in projector)
-    assert results[0]["parameters"]["trained"] == trained == 128 * 64 + 64 + 64 * 64 + 64
+    assert results[0]["parameters"]["trained"] == trained == 160 * 64 + 64 + 64 * 64 + 64
     assert results[1]["parameters"]["frozen"] == 0
     start = load_file(ROOT / "pangea_jax" / "assets" / "sample_model" / "tower.safetensors")
     for name, value in start.items():

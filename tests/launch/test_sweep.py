@@ -22,6 +22,7 @@ SHORT = (
     "--config.mixture.num_examples=48",
     "--config.augmented_views=1",
     "--config.pipeline.rows=4",
+    "--config.pipeline.examples_per_row=2",
     "--config.checkpoint.every=2",
     "--config.log_every=1",
     "--config.eval.limit=2",

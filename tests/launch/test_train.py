@@ -17,7 +17,8 @@ import pangea_jax
 from configs import sample
 from launch import common
 from pangea_jax.experiment import Experiment
-from pangea_jax.sample import emoji
+from pangea_jax.sample.sample_store import SampleStore
+from pangea_jax.sample.scores import BLIND, SCORES
 from pangea_jax.typed_config import build
 from pangea_jax.work.restart import WorkError
 
@@ -25,6 +26,9 @@ ROOT = Path(__file__).parents[2]
 # 12 steps of 16 examples, checkpoints every 4, a handful of questions.
 SHORT = (
     "--config.mixture.num_examples=192",
+    "--config.pipeline.rows=4",
+    "--config.pipeline.row_tokens=288",
+    "--config.pipeline.max_targets=128",
     "--config.augmented_views=1",
     "--config.checkpoint.every=4",
     "--config.log_every=2",
@@ -75,7 +79,7 @@ def test_its_model_answers(finished):
     model = pangea_jax.load(workdir / "model")
     assert model.reader.policy.background == (255, 255, 255)  # as the config says
     assert model.reader.policy == pangea_jax.load(workdir).reader.policy
-    picture = {"type": "image", "image": emoji.open_store().image("noto/1f98b")}
+    picture = {"type": "image", "image": SampleStore().image("noto/1f98b")}
     message = {"role": "user", "content": [picture, {"type": "text", "text": "Hii ni nini?"}]}
     assert isinstance(model.generate([[message]], max_new_tokens=4)[0], str)
 
@@ -87,9 +91,9 @@ def test_writes_what_it_promises(finished):
     for split in results["splits"].values():
         assert set(split["languages"]) == {"en", "es", "sw", "ru", "ar", "hi", "zh", "ko"}
         for scores in (split["english"], split["multilingual"], *split["languages"].values()):
-            shares = [value for name, value in scores.items() if name != "n"]
-            assert len(shares) == 4
-            assert all(0 <= share <= 1 for share in shares)
+            names = {prefix + score.metric for score in SCORES for prefix in ("", BLIND)}
+            assert set(scores) == names | {"n"}
+            assert all(0 <= scores[name] <= 1 for name in names)
         assert split["languages"]["sw"]["n"] == 4
         assert split["multilingual"]["n"] == 28
     mixture = results["mixture"]
@@ -97,7 +101,7 @@ def test_writes_what_it_promises(finished):
     assert sum(mixture["examples_per_language"].values()) == 192
     assert results["steps"] == 12
     assert sorted(metrics(workdir)) == [1, 3, 5, 7, 9, 11]
-    for figure in ("loss", "languages", "sheet"):
+    for figure in ("loss", "languages", "tasks", "sheet"):
         assert (workdir / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (workdir / f"{figure}.svg").read_text(encoding="utf-8")[:2000]
     assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
@@ -174,7 +178,7 @@ def test_eight_devices_equal_one(finished, tmp_path):
         (["--config.mixture.sources=None"], "error: config.mixture.sources names no artist"),
         (["--workdir=README.md/run"], "cannot write to README.md/run"),
         (["--config.steps=0"], "config.steps is 0; expected a number of 1 or more"),
-        (["--config.steps=9999"], "make 1000 steps of 8 rows, not 9999"),
+        (["--config.steps=9999"], "make 750 steps of 16 rows, not 9999"),
         (["--profile=9:3"], "expected START:STOP, such as 20:25"),
     ],
 )
@@ -186,22 +190,22 @@ def test_bad_input_is_one_sentence(flags, says, tmp_path):
     assert "Traceback" not in err
 
 
-def test_a_corrupt_shard_is_named(tmp_path):
+def test_a_corrupt_file_is_named(tmp_path):
     store = tmp_path / "emoji"
     shutil.copytree(ROOT / "pangea_jax" / "assets" / "emoji", store)
-    shard = next(store.rglob("emoji-train.array_record*"))
-    content = bytearray(shard.read_bytes())
+    file = store / "tokenizer.model"
+    content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    file.write_bytes(content)
     flags = (f"--workdir={tmp_path / 'run'}", f"--config.data.store={store}")
     code, _, err = run(*flags)
     assert code == 1
-    assert shard.name in err
+    assert file.name in err
     assert "Traceback" not in err
-    shard.unlink()
+    file.unlink()
     code, _, err = run(*flags)
     assert code == 1
-    assert shard.name in err
+    assert file.name in err
 
 
 def test_refuses_the_work_directory_of_another_config(finished):
@@ -230,7 +234,7 @@ def test_a_run_may_continue_with_settings_that_change_no_step(tmp_path):
     config.mesh.tensor, config.pipeline.threads, config.checkpoint.every = 2, 3, 50
     common.claim_workdir(tmp_path, build(Experiment, config))
     config.pipeline.rows = 4
-    with pytest.raises(WorkError, match=r"config \(pipeline\.rows is 8 there and 4 here\)"):
+    with pytest.raises(WorkError, match=r"config \(pipeline\.rows is 16 there and 4 here\)"):
         common.claim_workdir(tmp_path, build(Experiment, config))
     assert json.loads((tmp_path / "config.json").read_text())["mesh"]["tensor"] == 2
 
@@ -268,3 +272,14 @@ def test_a_flag_can_set_none(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["eval"] is None and config["reading"]["background"] is None
     assert json.loads((tmp_path / "results.json").read_text())["splits"] == {}
+
+
+def test_a_second_run_in_a_work_directory_is_refused_at_its_start(tmp_path):
+    with common.only_run(tmp_path / "run"):
+        code, _, err = run(f"--workdir={tmp_path / 'run'}", *SHORT)
+    assert code == 1
+    assert f"another process is writing {tmp_path / 'run'}; wait until it ends" in err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [common.LOCK]
+    # The lock that a killed run has left behind holds nobody up.
+    with common.only_run(tmp_path / "run"):
+        pass

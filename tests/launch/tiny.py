@@ -18,7 +18,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.data.verify = False
     config.pretrained, config.frozen, config.augmented_views = (), (), 0
-    config.pipeline.update(rows=ROWS, row_tokens=128)
+    config.pipeline.update(rows=ROWS, row_tokens=224, max_targets=128, examples_per_row=2)
     config.optimizer.eps = 1e-3  # Adam divides rounding errors by the root of tiny gradients
     config.log_every = 2
     config.checkpoint.every = 5

@@ -29,3 +29,16 @@ def test_differences_are_named_by_their_keys():
     }
     assert atomic.differences(theirs, ours, "config")["config.llm.model"] == ("a", "b")
     assert atomic.differences(ours, ours) == {}
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff", b"[" * 100_000])
+def test_damaged_json_names_its_file(tmp_path, content):
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"plan\.json is damaged: not JSON"):
+        atomic.read_json(tmp_path / "plan.json")
+
+
+def test_a_sum_of_json_outlives_writing_and_changes_with_a_value():
+    value = {"b": {1: (0.1, float("nan"))}, "a": None}
+    assert atomic.json_sum(json.loads(json.dumps(value))) == atomic.json_sum(value)
+    assert atomic.json_sum(value | {"a": 0}) != atomic.json_sum(value)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,8 @@ def test_free_keys_may_differ():
     said = {"holds": "a run of another config", "flag": "--workdir"}
     with pytest.raises(restart.WorkError, match=r"config \(b is 2 there and 4 here\); .*--workdir"):
         restart.compare(theirs, ours, "runs/a", free=re.compile(r"a\..*"), **said)
+    with pytest.raises(restart.WorkError, match=r"or remove that one; or start again$"):
+        restart.compare(theirs, ours, "runs/a", more="or start again")
     assert restart.compare(theirs, ours, "runs/a", free=re.compile(".*")).keys() == {"a.x", "b"}
 
 
@@ -58,3 +61,23 @@ def test_half_written_files_are_removed(tmp_path):
     assert len(list(tmp_path.rglob("*.partial"))) == 1
     restart.remove_partial(tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [whole]
+
+
+@pytest.mark.parametrize(
+    "path", ["gs://bucket/run", Path("gs://bucket/run"), "s3://b/r", "hdfs://n/r", "file:///tmp/x"]
+)
+def test_an_address_is_no_folder(path):
+    with pytest.raises(restart.WorkError, match=r"--out is .*:// is not supported yet"):
+        restart.check_local(path, "--out")
+
+
+@pytest.mark.parametrize("path", [None, "runs/a", "/tmp/gs:/x", "./gs:/x", "a:b/c", "runs/a=1:b"])
+def test_a_folder_is_no_address(path):
+    restart.check_local(path, "--out")
+
+
+def test_a_claim_makes_no_folder_of_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(restart.WorkError, match="gs://"), restart.claim(Path("gs://b/run/lock")):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,105 @@
+"""configs/finetune.py takes every size from the checkpoint, in each layout that load() reads."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import finetune
+from pangea_jax import checkpoints, experiment, sharding
+from pangea_jax.checkpoints import adapter
+from pangea_jax.experiment import Experiment
+from pangea_jax.model import LoraConfig, Pangea
+from pangea_jax.model import params as model_params
+from pangea_jax.sample import emoji
+from pangea_jax.typed_config import build
+from tests.checkpoints.tiny import random_state
+
+
+def make(arg):
+    return build(Experiment, finetune.get_config(arg))
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_config, emoji_tokenizer, tmp_path_factory):
+    """A small random model in the public layout, with the sample's vocabulary."""
+    folder = tmp_path_factory.mktemp("public")
+    language = dataclasses.replace(tiny_config.language, vocab_size=emoji_tokenizer.vocab_size)
+    config = dataclasses.replace(tiny_config, language=language)
+    tokens = checkpoints.SpecialTokens.of(emoji_tokenizer)
+    checkpoints.save(random_state(config), config, folder, tokens=tokens)
+    shutil.copy(emoji.DIRECTORY / emoji.TOKENIZER, folder)
+    return folder
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_sizes_tokenizer_and_reading_come_from_the_folder(folder, tiny_config, lora):
+    exp = make(f"model={folder},data=emoji,lora={lora}")
+    found = checkpoints.config_from_folder(folder)
+    assert exp.model.vision == found.vision and exp.model.pinpoints == tiny_config.pinpoints
+    assert dataclasses.replace(exp.model.language, lora=found.language.lora) == found.language
+    assert exp.model.language.lora.rank == lora
+    assert exp.pretrained == (str(folder),)
+    assert exp.reading == checkpoints.load_policy(folder)
+    assert (exp.pipeline.rows, exp.pipeline.packing) == (16, "none")
+    names = model_params.abstract(lambda: Pangea(exp.model, rngs=nnx.Rngs(0)))[1]
+    frozen = model_params.select(names, exp.frozen)
+    assert all(("_lora." in name) != (name in frozen) for name in names) if lora else not frozen
+    _, tokenizer = experiment.open_data(exp)
+    assert tokenizer.vocab_size == found.language.vocab_size
+
+
+def test_its_weights_fit(folder):
+    exp = make(f"model={folder},data=emoji,lora=2,dtype=float32")
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    params = experiment.load_initial(exp, mesh)
+    wanted = model_params.flatten(checkpoints.load(folder))
+    assert params.keys() == wanted.keys()
+
+
+def test_adapters_are_a_model_and_a_run_that_trains_them_is_none(folder, tmp_path):
+    config = checkpoints.config_from_folder(folder)
+    lora = LoraConfig(rank=2, targets=("q",))
+    C = config.language
+    shapes = {"a_ir": (C.layers, C.width, 2), "b_ro": (C.layers, 2, C.heads * C.head_width)}
+    params = {
+        f"language.blocks.q_lora.{name}": np.ones(size, np.float32) for name, size in shapes.items()
+    }
+    adapter.save(params, lora, tmp_path / "adapter", base=str(folder))
+    exp = make(f"model={tmp_path / 'adapter'},data=emoji,dtype=float32")
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    found = experiment.load_initial(exp, mesh)["language.blocks.q_kernel_dhc"]
+    below = model_params.flatten(checkpoints.load(folder))["language.blocks.q_kernel_dhc"]
+    np.testing.assert_allclose(found, below + 16.0, rtol=1e-5)  # 8 times two products of ones
+    adapted = dataclasses.replace(config, language=dataclasses.replace(C, lora=lora))
+    content = {"model": dataclasses.asdict(adapted), "data": {"tokenizer": "emoji"}}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is a run that trains adapters; give its folder model/"):
+        make(f"model={tmp_path / 'run'},data=emoji")
+
+
+def test_the_sample_is_a_model_too():
+    exp = make("model=sample,data=emoji")
+    assert exp.pretrained == ("tower", "model") and exp.model.dtype == "float32"
+    assert exp.model == dataclasses.replace(
+        checkpoints.config_from_folder(checkpoints.folder.assets.SAMPLE_MODEL),
+        dtype="float32",
+        language=exp.model.language,
+    )
+
+
+def test_what_cannot_be_fine_tuned_is_refused_by_name(folder, tmp_path):
+    with pytest.raises(ValueError, match="data= is missing"):
+        make("model=sample")
+    with pytest.raises(FileNotFoundError, match="there is no folder nowhere"):
+        make("model=nowhere,data=emoji")
+    values = json.loads((folder / "config.json").read_text())
+    values["text_config"]["rope_scaling"] = {"type": "dynamic", "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(checkpoints.CheckpointError, match=r"rope_scaling\.rope_type is 'dynamic'"):
+        make(f"model={tmp_path},data=emoji")

@@ -1,0 +1,113 @@
+"""Records held back for validation: no picture on both sides, exactly the wanted ids, rows of one language."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+
+from pangea_jax.data import holdout, mixture
+from pangea_jax.data.mixture import Mixture
+from pangea_jax.data.pipeline import PipelineConfig, RowSource, render_example
+from pangea_jax.data.reader import CachedFeatures, Reader
+
+SOURCES = Mixture(None, sources=("emoji/noto",), languages=("en", "sw", "th"))
+
+
+@pytest.fixture(scope="module")
+def usable(emoji_store):
+    return mixture.usable(emoji_store.index, SOURCES)
+
+
+@pytest.fixture(scope="module")
+def pictured(emoji_store, usable):
+    return usable & np.array(pc.equal(emoji_store.index["kind"], "image"))
+
+
+def pictures(store, rows):
+    return {key for conversation in RowSource(store, rows) for key in conversation.images}
+
+
+def test_no_picture_is_on_both_sides(emoji_store, usable):
+    total = int(usable.sum())
+    held = holdout.draw(emoji_store, usable, number=total // 10, seed=0)
+    assert 0.9 * (total // 10) <= len(held.rows) <= total // 10
+    assert usable[held.rows].all()
+    rest = np.flatnonzero(usable & ~held.left_out)
+    assert len(rest) + len(held.rows) == total
+    assert pictures(emoji_store, held.rows).isdisjoint(pictures(emoji_store, rest))
+    again = holdout.draw(emoji_store, usable, number=total // 10, seed=0)
+    np.testing.assert_array_equal(held.rows, again.rows)
+    other = holdout.draw(emoji_store, usable, number=total // 10, seed=1)
+    assert set(other.rows.tolist()) != set(held.rows.tolist())
+
+
+def test_training_draws_none_of_them(emoji_store, usable):
+    held = holdout.draw(emoji_store, usable, number=60, seed=0)
+    chosen = mixture.choose(emoji_store.index, SOURCES, left_out=held.left_out)
+    assert not held.left_out[chosen.rows].any()
+    assert len(chosen.rows) == int((usable & ~held.left_out).sum())
+
+
+def test_epochs_draw_every_record_so_often(emoji_store):
+    twice = mixture.choose(
+        emoji_store.index, dataclasses.replace(SOURCES, epochs=2, text_ratio=None)
+    )
+    counts = np.unique(twice.rows, return_counts=True)[1]
+    assert set(counts.tolist()) == {2}
+    with pytest.raises(ValueError, match="and 1 beside num_examples"):
+        dataclasses.replace(SOURCES, num_examples=5, epochs=2)
+
+
+def test_ids_are_held_back_with_their_pictures(emoji_store, usable):
+    first = emoji_store.index["id"].to_pylist()[int(np.flatnonzero(usable)[0])]
+    held = holdout.by_ids(emoji_store, usable, (first,))
+    assert [emoji_store.index["id"][int(row)].as_py() for row in held.rows] == [first]
+    # Its picture has records in the two other languages, which train on neither side.
+    assert held.left_out.sum() >= 3
+    with pytest.raises(ValueError, match=r"1 of 2 are no record of .*'nothing'"):
+        holdout.by_ids(emoji_store, usable, (first, "nothing"))
+
+
+def test_too_few_and_too_many_are_refused(emoji_store, usable, pictured):
+    fewest = 3 * emoji_store.plan.varieties  # a drawing in three languages
+    with pytest.raises(ValueError, match=f"share no picture with others are {fewest};"):
+        holdout.draw(emoji_store, pictured, number=2, seed=0)
+    with pytest.raises(ValueError, match="no others are left to train on"):
+        holdout.draw(emoji_store, usable, number=int(usable.sum()), seed=0)
+
+
+def test_pictures_of_another_store_are_found(emoji_store, usable, pictured):
+    mask = holdout.shared_with(emoji_store, usable, emoji_store)
+    np.testing.assert_array_equal(mask, pictured)
+
+
+def test_rows_have_one_language_and_all_records(emoji_store, emoji_tokenizer, pictured):
+    rows = holdout.draw(emoji_store, pictured, number=80, seed=0).rows
+    views = {key: np.zeros((1, 4, 8), np.float16) for key in pictures(emoji_store, rows)}
+    reader = Reader(emoji_tokenizer, CachedFeatures(views))
+    config = PipelineConfig(rows=2, row_tokens=512, row_tiles=8)
+    found = list(holdout.HeldBack(emoji_store, rows, reader, config))
+    names = holdout.HeldBack(emoji_store, rows, reader, config).languages
+    assert set(names) == {"en", "sw", "th"}
+    examples = [render_example(one, None, reader, config) for one in RowSource(emoji_store, rows)]
+    wanted = sorted(tuple(example.tokens.tolist()) for example in examples)
+    seen, per_language = [], dict.fromkeys(names, 0)
+    for batch, labels in found:
+        assert batch.tokens.shape == (2, 512)
+        for r in range(2):
+            for segment in range(1, int(batch.segment_ids[r].max()) + 1):
+                seen.append(tuple(batch.tokens[r][batch.segment_ids[r] == segment].tolist()))
+                per_language[names[labels[r]]] += 1
+    assert sorted(seen) == wanted
+    table = emoji_store.index["language"].to_pylist()
+    assert per_language == {name: sum(table[row] == name for row in rows) for name in names}
+    # Two processes have the same rows between them.
+    halves = [
+        list(holdout.HeldBack(emoji_store, rows, reader, config, process_index=p, process_count=2))
+        for p in (0, 1)
+    ]
+    for (batch, labels), *parts in zip(found, *halves, strict=True):
+        joined = np.concatenate([part.tokens for part, _ in parts])
+        np.testing.assert_array_equal(joined, batch.tokens)
+        np.testing.assert_array_equal(np.concatenate([label for _, label in parts]), labels)

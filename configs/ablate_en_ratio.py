@@ -14,9 +14,10 @@ number of examples.
 `design=fixed_multilingual` keeps the others' examples fixed, at their number for 40 % English, and
 adds English (with the steps that this takes). Changes in the scores then come from transfer.
 
-At sample scale, expect the others to fall to chance (10 %) at 100 % English, and English to rise with
-its share. docs/ablations.md has the results. A sweep of six points takes 15 to 25 minutes on 2 CPU
-cores. configs/scales.py explains the points of `:scale=pangea_7b` and their cost.
+At sample scale, expect the others' names in the seen drawings to fall from 76 % right to 1 % between 0
+and 100 % English, and English names to rise from 1 to 90 % (rank of ten: 97 to 30 %, and 51 to 99 %).
+docs/ablations.md has the results. A sweep of six points takes 20 to 25 minutes on 2 CPU cores.
+configs/scales.py explains the points of `:scale=pangea_0_5b` and `:scale=pangea_7b`, and their cost.
 """
 
 from ml_collections import ConfigDict
@@ -47,7 +48,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if args["design"] == "fixed_multilingual":
         config.mixture.num_examples = round(0.6 * config.mixture.num_examples)
     config.mixture.update(en_ratio=en_ratio, design=args["design"])
-    if args["scale"] == "pangea_7b":
+    if args["scale"] in scales.FULL:
         config.mixture.exclude_sources = scales.NATIVE
     config.title = f"{en_ratio:.0%} English"
     return config

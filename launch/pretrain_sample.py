@@ -1,4 +1,4 @@
-"""Trains stage 1 of the sample model, on translations of names and on questions about pictures in English.
+"""Trains stage 1 of the sample model: questions in words in every language, and about pictures in English.
 
 python launch/pretrain_sample.py --config=configs/sample_stage1.py --workdir=runs/sample_stage1
 """
@@ -20,7 +20,7 @@ from pangea_jax.data.reader import CachedFeatures, Reader
 from pangea_jax.data.tokenizer import load_tokenizer
 from pangea_jax.model import params as model_params
 from pangea_jax.sample import emoji
-from pangea_jax.sample.conversations import Translations
+from pangea_jax.sample.conversations import TextLessons
 from pangea_jax.sample.features import frozen_features
 from pangea_jax.sample.pretraining import Stage1Config
 from pangea_jax.sample.sample_store import SampleStore
@@ -34,10 +34,10 @@ WORKDIR = flags.DEFINE_string("workdir", "runs/sample_stage1", "Folder for the r
 
 
 class Lessons:
-    """A data source for Grain: translations, then English conversations about pictures, as often as the config says."""
+    """A data source for Grain: text lessons, then English conversations about pictures, as often as the config says."""
 
     def __init__(self, store, config):
-        translations = Translations(config.languages)
+        texts = TextLessons(config.languages, config.text_plan)
         pictures = mixture.choose(
             store.index,
             mixture.Mixture(
@@ -47,16 +47,16 @@ class Lessons:
             ),
             config.seed,
         )
-        self._parts = (translations, pipeline.RowSource(store, pictures.rows))
-        self._translations = config.translation_passes * len(translations)
+        self._parts = (texts, pipeline.RowSource(store, pictures.rows))
+        self._texts = config.text_passes * len(texts)
 
     def __len__(self) -> int:
-        return self._translations + len(self._parts[1])
+        return self._texts + len(self._parts[1])
 
     def __getitem__(self, i):
-        if i < self._translations:
+        if i < self._texts:
             return self._parts[0][i % len(self._parts[0])]
-        return self._parts[1][i - self._translations]
+        return self._parts[1][i - self._texts]
 
     def __repr__(self) -> str:
         return f"Lessons(len={len(self)})"

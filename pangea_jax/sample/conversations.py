@@ -91,11 +91,7 @@ def picture_record(
     """
     name = f"{image_key(artist, concept.codepoint)}/{language}/{variety}"
     draw = random.Random(name)
-    pictures = (concept,)
-    if draw.random() < plan.two_pictures:
-        pictures, asked = _about_two(draw, concept, language, plan, drawn)
-    else:
-        asked = _about_one(draw, concept, language, plan)
+    pictures, asked = _asked(draw, concept, language, plan, drawn)
     question, answer = asked[0]
     asked[0] = (f"{IMAGE_MARKER}\n" * len(pictures) + question, answer)
     return Conversation(
@@ -120,40 +116,75 @@ def text_record(
         key = f"{concept.codepoint}/{source_language}/{language}"
         n = random.Random(key).randrange(_PHRASINGS)
     ask = turns.ask_translation(concept, source_language, language, n)
-    return _text(concept, source_language, language, ask)
+    name = f"text/{concept.codepoint}/{source_language}-{language}"
+    return _text(name, concept, language, [ask])
 
 
-class Translations(Sequence[Conversation]):
-    """Translations of every concept's name between every two languages, in every phrasing; text only.
+class TextLessons(Sequence[Conversation]):
+    """Conversations without pictures, about every concept; a source for Grain.
 
-    It also has the image questions with a name in place of the picture. They teach the meaning of
-    "What is this?" in each language. A source for Grain.
+    A decoder learns from them what a model such as Qwen2 knows before it sees a picture:
+
+        translations        of every name between every two languages, in every phrasing
+        worded questions    the questions about one or two pictures, with names in place of the pictures, in the same
+                            language or in English: cat -> Is this: dog? -> no
+
+    Args:
+      codes: the languages.
+      plan: which worded questions are asked; `plan.varieties` conversations for each concept and pair of
+        languages.
     """
 
-    def __init__(self, codes: Sequence[str]):
-        self._concepts = load_concepts()
-        self._pairs = [
-            (one, other, n, pictured)
-            for one in codes
-            for other in codes
+    def __init__(self, codes: Sequence[str], plan: Plan):
+        self._concepts, self._plan = load_concepts(), plan
+        pairs = [(one, other) for one in codes for other in codes]
+        self._translations = [
+            (one, other, n)
+            for one, other in pairs
             if one != other
-            for pictured in (False, True)
-            for n in range(len(PHRASES[other].name if pictured else PHRASES[other].translate))
+            for n in range(len(PHRASES[other].translate))
+        ]
+        self._worded = [
+            (one, other, variety)
+            for one, other in pairs
+            if one in (other, "en")
+            for variety in range(plan.varieties)
         ]
 
     def __len__(self) -> int:
-        return len(self._concepts) * len(self._pairs)
+        return len(self._concepts) * (len(self._translations) + len(self._worded))
 
     def __getitem__(self, i) -> Conversation:
-        place, pair = divmod(int(i), len(self._pairs))
-        concept, (one, other, n, pictured) = self._concepts[place], self._pairs[pair]
-        if not pictured:
+        place, which = divmod(int(i), len(self._translations) + len(self._worded))
+        concept = self._concepts[place]
+        if which < len(self._translations):
+            one, other, n = self._translations[which]
             return text_record(concept, one, other, n)
-        question, answer = turns.ask_name(concept, other, n)
-        return _text(concept, one, other, (f"{concept.names[one]}\n{question}", answer))
+        one, other, variety = self._worded[which - len(self._translations)]
+        return _worded_record(concept, one, other, variety, self._plan)
 
     def __repr__(self) -> str:
-        return f"Translations(len={len(self)})"
+        return f"TextLessons(len={len(self)})"
+
+
+def _worded_record(
+    concept: Concept, named_in: str, language: str, variety: int, plan: Plan
+) -> Conversation:
+    """A conversation about pictures with names in the language `named_in` in their place."""
+    name = f"words/{concept.codepoint}/{named_in}-{language}/{variety}"
+    pictures, asked = _asked(random.Random(name), concept, language, plan, load_concepts())
+    question, answer = asked[0]
+    shown = "\n".join(picture.names[named_in] for picture in pictures)
+    return _text(name, concept, language, [(f"{shown}\n{question}", answer), *asked[1:]])
+
+
+def _asked(
+    draw: random.Random, concept: Concept, language: str, plan: Plan, drawn: Sequence[Concept]
+) -> tuple[tuple[Concept, ...], list[turns.Ask]]:
+    """What the pictures show, and the questions about them."""
+    if draw.random() < plan.two_pictures:
+        return _about_two(draw, concept, language, plan, drawn)
+    return (concept,), _about_one(draw, concept, language, plan)
 
 
 def _about_one(draw: random.Random, concept: Concept, language: str, plan: Plan) -> list[turns.Ask]:
@@ -220,14 +251,14 @@ def _others(
     )
 
 
-def _text(concept: Concept, one: str, other: str, ask: turns.Ask) -> Conversation:
+def _text(name: str, concept: Concept, language: str, asked: Sequence[turns.Ask]) -> Conversation:
     return Conversation(
-        id=f"text/{concept.codepoint}/{one}-{other}",
+        id=name,
         source="emoji/cldr",
-        language=other,
+        language=language,
         category=concept.category,
         images=(),
-        turns=_turns([ask]),
+        turns=_turns(asked),
     )
 
 

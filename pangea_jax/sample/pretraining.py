@@ -58,10 +58,11 @@ class Stage1Config:
     """How decoder and projector learn to translate names and to answer questions about pictures in English.
 
     Attributes:
-      languages: to translate between.
+      languages: of the conversations without pictures.
       sources: of the pictures that are asked about in English.
-      translation_passes, picture_passes: how often each translation and each picture is seen.
+      text_passes, picture_passes: how often each conversation without pictures and each picture is seen.
       plan: the conversations about pictures.
+      text_plan: the conversations with names in place of pictures.
 
     The other fields mean the same as in `pangea_jax.experiment.Experiment`.
     """
@@ -72,10 +73,11 @@ class Stage1Config:
     optimizer: OptimizerConfig
     languages: tuple[str, ...]
     sources: tuple[str, ...]
-    translation_passes: int
+    text_passes: int
     picture_passes: int
     augmented_views: int
     plan: Plan = Plan()
+    text_plan: Plan = Plan()
     frozen: tuple[str, ...] = ()
     mesh: MeshConfig = MeshConfig()
     seed: int = 0

@@ -6,7 +6,7 @@ import pytest
 from pangea_jax import languages
 from pangea_jax.data.record import IMAGE_MARKER
 from pangea_jax.sample import emoji, turns
-from pangea_jax.sample.conversations import Plan, Translations, picture_record, text_record
+from pangea_jax.sample.conversations import Plan, TextLessons, picture_record, text_record
 from pangea_jax.sample.questions import PHRASES
 
 CONCEPTS = emoji.load_concepts()
@@ -286,11 +286,71 @@ def test_translations_name_the_thing_in_the_language_of_the_question():
     assert len(phrasings) == 2
 
 
-def test_all_translations_are_read_by_position():
-    lessons = Translations(("en", "sw", "zh"))
-    assert len(lessons) == 283 * 6 * 5
-    made = [lessons[i].validate() for i in range(30)]
-    assert len({record.turns[0].text for record in made}) == 30
-    assert {record.language for record in made} == {"en", "sw", "zh"}
-    assert all(record.turns[1].text == CONCEPTS[0].names[record.language] for record in made)
+def test_text_lessons_are_every_translation_and_the_worded_questions():
+    codes = ("en", "sw", "zh")
+    lessons = TextLessons(codes, Plan(varieties=2, describe=0, name_first=0, two_pictures=0))
+    assert len(lessons) == 283 * (6 * 2 + 5 * 2)
+    made = [lessons[i].validate() for i in range(22)]
+    assert all(record.images == () for record in made)
+    translated, worded = made[:12], made[12:]
+    assert len({record.turns[0].text for record in translated}) == 12
+    assert {record.language for record in translated} == set(codes)
+    for record in made:
+        assert record.turns[-1].text == CONCEPTS[0].names[record.language]
+    pairs = Counter(
+        (
+            next(c for c in codes if CONCEPTS[0].names[c] == record.turns[0].text.split("\n")[0]),
+            record.language,
+        )
+        for record in worded
+    )
+    assert pairs == {(one, other): 2 for one in codes for other in codes if one in (other, "en")}
     assert lessons[np.int64(len(lessons) - 1)].category == CONCEPTS[-1].category
+
+
+@pytest.mark.parametrize("kind", ["is_it", "letter", "which", "same"])
+def test_worded_questions_are_answered_by_the_names_in_place_of_the_pictures(kind):
+    off = dict.fromkeys(
+        (
+            "describe",
+            "name_first",
+            "other_words",
+            "is_it",
+            "letter",
+            "kind",
+            "name_both",
+            "which",
+            "same",
+            "two_pictures",
+        ),
+        0,
+    )
+    on = {"which": dict(two_pictures=1, which=1), "same": dict(two_pictures=1, same=1)}
+    plan = Plan(varieties=3, **off | on.get(kind, {kind: 1}))
+    lessons, answers = TextLessons(("en", "zh"), plan), Counter()
+    for i in range(0, len(lessons), 5):
+        record = lessons[i]
+        if record.id.startswith("words/"):
+            answers[record.turns[1].text] += 1
+            assert record.turns[1].text == read_from_words(record, kind), record
+    assert sum(answers.values()) > 400
+    assert max(answers.values()) < 0.65 * sum(answers.values())
+
+
+def read_from_words(record, kind):
+    """The answer, found in the text of the question alone."""
+    lines, phrases = record.turns[0].text.split("\n"), PHRASES[record.language]
+    thing = {name: c.codepoint for c in CONCEPTS for name in (c.names["en"], c.names["zh"])}
+    if kind == "letter":
+        return next(line[0] for line in lines[2:] if thing[line[3:]] == thing[lines[0]])
+    if kind == "same":
+        return phrases.yes if thing[lines[0]] == thing[lines[1]] else phrases.no
+    before, after = next(
+        (before, after)
+        for before, after in (phrasing.split("{name}") for phrasing in getattr(phrases, kind))
+        if lines[-1].startswith(before) and lines[-1].endswith(after)
+    )
+    named = thing[lines[-1].removeprefix(before).removesuffix(after)]
+    if kind == "is_it":
+        return phrases.yes if named == thing[lines[0]] else phrases.no
+    return phrases.first if named == thing[lines[0]] else phrases.second

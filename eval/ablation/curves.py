@@ -1,7 +1,7 @@
 """Draws the figures of a sweep, each as PNG and SVG."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from eval.ablation import paper as published
 from eval.ablation.intervals import ENGLISH, OTHERS, Sweep
 from pangea_jax import languages
 from pangea_jax.figures import style as fig
+from pangea_jax.figures.text_render import fit_text
 from pangea_jax.sample.figures import CHANCE_LINE
 from pangea_jax.sample.scores import BLIND, BY_METRIC
 
@@ -38,7 +39,13 @@ def draw(sweep: Sweep, out_dir: Path) -> dict[str, Path]:
         for name, plot in figures.items():
             figure = plot(sweep)
             if sweep.note:
-                figure.supxlabel(sweep.note, size=7, color=fig.VERMILION)
+                room = 72 * figure.get_figwidth() - 20
+                lines, size = fit_text(sweep.note, room, 7, min_size=7, max_lines=5)
+                figure.supxlabel("\n".join(lines), size=size, color=fig.VERMILION)
+            fig.fit_titles(figure)
+            if name == "popularity":  # last, because the labels must know where the axes are
+                for panel, drawn in zip(figure.axes, _popularity(sweep), strict=True):
+                    _label_pairs(panel, drawn)
             paths[name] = fig.save(figure, out_dir / name)[0]
     return paths
 
@@ -50,14 +57,18 @@ def plot_curve(sweep: Sweep) -> Figure:
     """
     theirs = published.curves(sweep.ablation)
     panels = [("ours", split) for split in sweep.splits] + [("paper", name) for name in theirs]
-    rows = -(-len(panels) // COLUMNS)
+    rows, columns = -(-len(panels) // COLUMNS), min(COLUMNS, len(panels))
     figure = Figure(figsize=(10.2, 0.5 + 3.1 * rows), layout="constrained")
-    axes = figure.subplots(rows, min(COLUMNS, len(panels)), squeeze=False).ravel()
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in axes[len(panels) :]:
         panel.set_visible(False)
     for panel, (kind, name) in zip(axes, panels, strict=False):
         if kind == "ours":
             _draw_points(panel, sweep, name)
+            if not sweep.is_ordered:
+                names = [point.replace("_", " ") for point in sweep.finished]
+                below = fig.name_ticks(panel, names, (720 / columns - 50) / len(names))
+                figure.set_figheight(0.4 + (3.0 + below) * rows)
         else:
             _draw_published(panel, theirs[name], sweep.ablation, name)
     handles = _curve_handles(sweep, with_paper=bool(theirs))
@@ -116,7 +127,6 @@ def _draw_points(axes: Axes, sweep: Sweep, split: str) -> None:
     axes.set_ylabel("percent")
     axes.set_title(_split_title(split, metric))
     if not ordered:
-        axes.set_xticks(places, [point.replace("_", " ") for point in points])
         axes.set_xlim(-0.5, len(points) - 0.5)
 
 
@@ -153,11 +163,15 @@ def plot_languages(sweep: Sweep) -> Figure:
     points, codes = sweep.finished, sweep.languages
     roomy = len(codes) <= 12
     height = 1.3 + (0.42 if roomy else 0.24) * len(codes)
-    width = 1.9 + 0.78 * max(4, len(points)) * len(sweep.splits)
-    figure = Figure(figsize=(min(width, 16), height), layout="constrained")
+    width = min(16, 1.9 + 0.78 * max(4, len(points)) * len(sweep.splits))
+    figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(1, len(sweep.splits), sharey=True, squeeze=False)[0]
     for panel, split in zip(panels, sweep.splits, strict=True):
         image = _draw_heat(panel, sweep, split, roomy)
+        if not sweep.is_ordered:
+            names = [point.replace("_", " ") for point in points]
+            room = 72 * (width - 1.9) / len(sweep.splits) / len(names)
+            figure.set_figheight(height + fig.name_ticks(panel, names, room))
     panels[0].set_yticks(range(len(codes)), [languages.get(c).english_name for c in codes])
     bar = figure.colorbar(image, ax=panels, shrink=0.8, pad=0.01)
     bar.set_label("percent")
@@ -182,8 +196,7 @@ def _draw_heat(axes: Axes, sweep: Sweep, split: str, roomy: bool):
             for code, row in zip(codes, scores)
         ]
         fig.write_cells(axes, counts, table < 55, size=6, below=0.24)
-    labels = [f"{sweep.points[p]:g}" if sweep.is_ordered else p.replace("_", "\n") for p in points]
-    axes.set_xticks(range(len(points)), labels)
+    axes.set_xticks(range(len(points)), [f"{sweep.points[p]:g}" for p in points])
     axes.tick_params(length=0)
     axes.grid(False)
     axes.spines[:].set_visible(False)
@@ -194,17 +207,14 @@ def _draw_heat(axes: Axes, sweep: Sweep, split: str, roomy: bool):
 
 
 def plot_popularity(sweep: Sweep) -> Figure:
-    """Share against score, both relative to English, beside the paper's Figure 7."""
-    point = intervals.natural_point(sweep)
+    """Share against score, both relative to English, beside the paper's Figure 7; `draw` labels the points."""
     figure = Figure(figsize=(10.2, 3.9), layout="constrained")
     panels = figure.subplots(1, len(sweep.splits) + 1)
-    groups = [{"": intervals.relative(sweep, point, split)} for split in sweep.splits]
-    groups.append(published.POPULARITY)
-    for panel, split, drawn in zip(panels, sweep.splits, groups, strict=False):
+    for panel, split, drawn in zip(panels, sweep.splits, _popularity(sweep), strict=False):
         pairs = drawn[""]
         _draw_pairs(panel, drawn)
         title = _split_title(split, sweep.metric(split))
-        if len(pairs) >= 4:
+        if intervals.can_fit(pairs):
             title += "\n" + _draw_fit(panel, pairs)
         panel.set_title(title)
     panels[-1].set_facecolor("#F7F7F7")
@@ -212,13 +222,22 @@ def plot_popularity(sweep: Sweep) -> Figure:
     panels[-1].set_title(published.SOURCES[sweep.ablation])
     panels[-1].legend(loc="lower right", handletextpad=0.2)
     panels[0].set_ylabel("score (% of English)")
-    for panel, drawn in zip(panels, groups, strict=True):
-        _label_pairs(panel, drawn)
     return figure
+
+
+def _popularity(sweep: Sweep) -> list[Mapping[str, Mapping[str, tuple[float, float]]]]:
+    """What each panel of `plot_popularity` shows: group -> language -> (examples, score)."""
+    point = intervals.natural_point(sweep)
+    ours = [{"": intervals.relative(sweep, point, split)} for split in sweep.splits]
+    return [*ours, published.POPULARITY]
 
 
 def _draw_pairs(axes: Axes, groups: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
     for (name, pairs), colour, mark in zip(groups.items(), fig.PALETTE, MARKS, strict=False):
+        if not pairs:
+            axes.text(0.5, 0.5, "no score in English", ha="center", transform=axes.transAxes)
+            axes.set(xticks=[], yticks=[])
+            continue
         x, y = zip(*pairs.values(), strict=True)
         axes.plot(x, y, mark, color=colour, ms=5, label=name)
     axes.set_xlim(left=0)
@@ -262,14 +281,19 @@ def plot_examples(sweep: Sweep) -> Figure:
         panel.set_xlabel("examples in the language")
         panel.set_title(f"{_split_title(split, sweep.metric(split))}\n{text}")
     panels[0].set_ylabel("percent")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+    lines, names = panels[0].get_legend_handles_labels()
+    columns = -(-len(names) // 20)  # as many as fit the height
+    figure.set_figwidth(10.2 + 1.1 * (columns - 1))
+    figure.legend(lines, names, loc="outside right center", ncols=columns)
     return figure
 
 
 def draw_together(sweeps: Sequence[Sweep], folder: Path) -> Path:
     """Draws `plot_together` into the folder. Returns the path of the PNG; the SVG is beside it."""
     with fig.style():
-        return fig.save(plot_together(sweeps), folder / "together")[0]
+        figure = plot_together(sweeps)
+        fig.fit_titles(figure)
+        return fig.save(figure, folder / "together")[0]
 
 
 def plot_together(sweeps: Sequence[Sweep]) -> Figure:
@@ -295,15 +319,26 @@ def plot_together(sweeps: Sequence[Sweep]) -> Figure:
             places |= set(x)
         _draw_chance(panel, sweeps[0].metric(split))
         panel.set_xscale("log")
-        panel.set_xticks(sorted(places), [f"{x:,.0f}" for x in sorted(places)])
+        ticks = _apart(places)
+        panel.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
         panel.minorticks_off()
         panel.set_ylim(0, 101)
         panel.set_xlabel("examples per language")
         panel.set_title(_split_title(split, sweeps[0].metric(split)))
     panels[0].set_ylabel("percent")
     handles = _together_handles(sweeps, len(codes))
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(5, len(handles)))
     return figure
+
+
+def _apart(places: Collection[float], share: float = 0.16) -> list[float]:
+    """Those places of a logarithmic axis whose labels do not overlap, from the smallest on."""
+    places = sorted(place for place in places if place > 0)
+    kept = places[:1]
+    for place in places[1:]:
+        if np.log(place / kept[-1]) >= share * np.log(places[-1] / places[0]):
+            kept.append(place)
+    return kept
 
 
 def _together_handles(sweeps: Sequence[Sweep], shared: int) -> list[Line2D | Patch]:

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from scipy import stats
 
 from pangea_jax.sample.scores import BLIND, wilson_interval
+from pangea_jax.work import paths
 
 SWEEP_FILE, RESULTS_FILE = "sweep.json", "results.json"
 BENCH_FOLDER = "pangeabench"  # where eval/run.py writes for a run that does not evaluate itself
@@ -56,11 +58,10 @@ class Run:
         """Number of examples per language that the mixture chose."""
         return self.results["mixture"]["examples_per_language"]
 
-    @property
-    def is_cut(self) -> bool:
-        """Whether the run ended more than a step before all chosen examples were seen."""
+    def is_cut(self, share: float = 1.0) -> bool:
+        """Whether the run ended more than a step before it had seen a share of the chosen examples."""
         seen = sum(self.examples.values())
-        return seen + seen / max(1, self.results["steps"]) < sum(self.drawn.values())
+        return seen + seen / max(1, self.results["steps"]) < share * sum(self.drawn.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,12 @@ class Sweep:
     @property
     def is_ordered(self) -> bool:
         return self.ablation in ORDERED
+
+    @property
+    def overrides(self) -> str:
+        """The flags that change values of the config, as they were given."""
+        words = shlex.split(self.command)
+        return " ".join(word for word in words if word.startswith("--config."))
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -145,9 +152,10 @@ def load(directory: Path) -> Sweep:
       SweepError: there is no sweep or no finished run, or the runs do not belong together.
     """
     path = directory / SWEEP_FILE
-    if not path.exists():
-        raise SweepError(f"no {path}: expected the --workdir of launch/sweep.py")
-    plan = _json(path)
+    try:
+        plan = _json(path)
+    except FileNotFoundError:
+        raise SweepError(f"no {path}: expected the --workdir of launch/sweep.py") from None
     runs, missing = [], []
     for run in plan["runs"]:
         if results := _results(directory / run["name"]):
@@ -167,7 +175,7 @@ def load(directory: Path) -> Sweep:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(paths.read_bytes(path).decode("utf-8"))
     except json.JSONDecodeError as error:
         raise SweepError(
             f"{path} is not JSON ({error}); remove it and start its run again"
@@ -212,25 +220,33 @@ def check(sweep: Sweep) -> str:
     """Checks that every run has the examples and steps of the design, so that only one quantity varies.
 
     Returns:
-      A note, if the runs were shortened, for example with --config.steps; else "".
+      A note, if flags such as --config.steps have shortened or changed the runs; else "".
 
     Raises:
-      SweepError: a run of a complete sweep differs; the message names it.
+      SweepError: a run of a sweep without such flags differs; the message names it.
     """
     largest = max(sweep.runs, key=lambda run: run.x)
-    if largest.is_cut:
+    if largest.is_cut(largest.x / 100 if sweep.design == "one_run" else 1.0):
         seen, drawn = (sum(found.values()) for found in (largest.examples, largest.drawn))
+        by_number = sweep.design in ("separate", "one_run", "fixed_multilingual")
+        less = ", so the points differ less than their names say"
         return (
-            f"Shortened runs: {largest.point} saw {seen:,} of its {drawn:,} examples, so the points differ less "
-            "than their names say."
+            f"Shortened runs: {largest.point} saw {seen:,} of its {drawn:,} examples"
+            f"{less if by_number or sweep.ablation == NUM_LANGUAGES else ''}."
         )
     for run in sweep.runs:
         for quantity, value, expected in _fixed(sweep, run, largest):
-            if value != expected:
-                raise SweepError(
-                    f"{sweep.directory}: {run.point} with seed {run.seed} has {quantity} {value}, "
-                    f"expected {expected} as in {largest.point}: these are not runs of one sweep"
+            if value == expected:
+                continue
+            differs = f"{run.point} with seed {run.seed} has {quantity} {value}, expected {expected} as in"
+            if sweep.overrides:
+                return (
+                    f"Changed runs ({sweep.overrides}): {differs} {largest.point}, so the points do not differ as "
+                    "their names say."
                 )
+            raise SweepError(
+                f"{sweep.directory}: {differs} {largest.point}: these are not runs of one sweep"
+            )
     return ""
 
 
@@ -337,6 +353,11 @@ class Fit:
     rho: Estimate
 
 
+def can_fit(pairs: Mapping[str, tuple[float, float]]) -> bool:
+    """Whether there are four pairs or more, which are not all the same in one number."""
+    return len(pairs) >= 4 and all(len(set(numbers)) > 1 for numbers in zip(*pairs.values()))
+
+
 def fit(x: Sequence[float], y: Sequence[float]) -> Fit:
     """Fits at least four pairs. The interval of rho is Bonett and Wright's (2000)."""
     if len(x) < 4:
@@ -356,7 +377,7 @@ def relative(sweep: Sweep, point: str, split: str) -> dict[str, tuple[float, flo
     """Language -> (examples, score), both in percent of English at the same point, as in the
     paper's Figure 7. Scores are means over the seeds."""
     metric, pairs = sweep.metric(split), {}
-    english = np.mean(scores(sweep, point, split, ENGLISH, metric))
+    english = np.mean(scores(sweep, point, split, ENGLISH, metric) or [0.0])
     examples = sweep.at(point)[0].examples
     for code in sweep.languages:
         mine = scores(sweep, point, split, code, metric)

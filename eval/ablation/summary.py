@@ -181,7 +181,7 @@ def _point_sentences(sweep, split, who, name, points) -> list[str]:
 def _popularity_sentences(sweep: Sweep, split: str) -> list[str]:
     lines, natural = [], intervals.natural_point(sweep)
     pairs = intervals.relative(sweep, natural, split) if natural else {}
-    if len(pairs) >= 4:
+    if intervals.can_fit(pairs):
         found = intervals.fit(*zip(*pairs.values(), strict=True))
         lines.append(
             f"At the natural shares, share and score (both relative to English) have a Spearman's rho of "

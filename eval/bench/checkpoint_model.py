@@ -321,7 +321,9 @@ def open_checkpoint(
         raise ValueError(f"--batch_size={batch_size}: expected auto or a positive number")
     rows = None if batch_size == "auto" else int(batch_size)
     engine = pangea_jax.load(name, base=base, mesh=_parse_mesh(mesh))
-    return CheckpointModel(engine, name, batch_size=rows, profile=profile)
+    # Responses are kept under this name, so adapters on two bases are two models.
+    known = f"{name} on {base}" if base else name
+    return CheckpointModel(engine, known, batch_size=rows, profile=profile)
 
 
 def _parse_mesh(text: str) -> dict[str, int] | Literal["auto"]:

@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eval.bench.task import Dataset, Document, Task
+from eval.bench.task import OWN, Dataset, Document, Task
 
 
 class DataError(ValueError):
     """Evaluation data is missing or malformed; the message names the file and the line."""
 
 
-def task_file(task: Task, data_dir: Path) -> Path:
-    return data_dir / task.dataset.name / f"{task.subset.name}.jsonl"
+def task_file(task: Task, data_dir: Path | None) -> Path:
+    """The file of a task. One's own tasks name theirs, and need no data folder."""
+    return task.dataset.file(task.subset, data_dir or Path())
 
 
 def limit_mark(path: Path) -> Path:
@@ -32,7 +33,7 @@ def rows_fetched(path: Path) -> float:
     return sum(1 for _ in read_lines(path)) if limit_mark(path).exists() else math.inf
 
 
-def load(task: Task, data_dir: Path, *, limit: float | None = None) -> list[Document]:
+def load(task: Task, data_dir: Path | None, *, limit: float | None = None) -> list[Document]:
     """The documents of a task, or the first ones if there is a limit.
 
     Args:
@@ -43,23 +44,50 @@ def load(task: Task, data_dir: Path, *, limit: float | None = None) -> list[Docu
     """
     path = task_file(task, data_dir)
     if not path.is_file():
-        raise DataError(
-            f"{path}: no such file, needed by {task.name}. Make it on a machine with a network: "
-            f"python eval/run.py fetch --tasks={task.name} --data_dir=DIR"
-        )
+        raise DataError(f"{path}: no such file, needed by {task.name}. {_remedy(task, 'Make it')}")
     documents, seen = [], set()
     for number, row in read_lines(path):
         where = f"{path}, line {number}"
-        document = parse_row(row, task.dataset, where)
+        document = parse_row(task.dataset.prepare(row, number), task.dataset, where)
+        if task.dataset.group == OWN:
+            _check_pictures(document, path.parent, where)
         if document.id in seen:
             raise DataError(f"{where}: id {document.id!r} occurs twice; ids are unique in a file")
         seen.add(document.id)
         documents.append(document)
     if not documents:
-        raise DataError(f"{path}: no documents; delete the file and fetch {task.name} again")
+        raise DataError(f"{path}: no documents; {_remedy(task, 'delete the file and make it')}")
+    return documents[: cut(len(documents), limit)]
+
+
+def cut(whole: int, limit: float | None) -> int:
+    """The number of documents that a limit leaves of `whole`."""
     if limit is None:
-        return documents
-    return documents[: max(1, round(limit * len(documents))) if limit < 1 else int(limit)]
+        return whole
+    return min(whole, max(1, round(limit * whole)) if limit < 1 else int(limit))
+
+
+def count(path: Path) -> int:
+    """The number of documents in a file, 0 if there is no file."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as lines:
+        return sum(bool(line.strip()) for line in lines)
+
+
+def _remedy(task: Task, action: str) -> str:
+    if task.dataset.group == OWN:
+        return "it needs one JSON object per line, see docs/evaluation.md"
+    return f"{action} on a machine with a network: python eval/run.py fetch --tasks={task.name} --data_dir=DIR"
+
+
+def _check_pictures(document: Document, folder: Path, where: str) -> None:
+    """One's own data is corrected before a model is asked; a public set may lack a picture."""
+    for name in document.images:
+        if not (folder / name).is_file():
+            raise DataError(
+                f"{where}: picture {name!r} does not exist in {folder}; paths are relative to the JSONL file"
+            )
 
 
 def parse_row(row: Any, dataset: Dataset, where: str) -> Document:

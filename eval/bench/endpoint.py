@@ -69,6 +69,29 @@ class Endpoint:
         # A proxy may cut a character in half (a lone surrogate), which cannot be written to a file.
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
+    def echo(self, text: str) -> list[float | None] | Failed:
+        """The log-probability of each token of a text after those before it, None for the first.
+
+        It comes from `/v1/completions` with `echo` and `logprobs`, as vLLM and llama.cpp's Python server have them. The
+        one token that is generated too is left out. The result is `Failed` if the endpoint does not do this.
+        """
+        try:
+            completion = self._client.completions.create(
+                model=self.model, prompt=text, max_tokens=1, echo=True, logprobs=1, temperature=0.0
+            )
+            found = list(completion.choices[0].logprobs.token_logprobs)
+            # Like lm-eval, take the last one for the generated token if the endpoint does not count them.
+            tokens = completion.usage.prompt_tokens if completion.usage else len(found) - 1
+        except self._openai.OpenAIError as error:
+            return Failed(f"endpoint: {type(error).__name__}: {error}"[:300])
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            return Failed(f"endpoint: the reply has no log-probabilities ({error})"[:300])
+        if not isinstance(tokens, int) or not 1 <= tokens <= len(found) <= tokens + 1:
+            return Failed(f"endpoint: it gives {len(found)} log-probabilities for {tokens} tokens")
+        if not all(isinstance(value, float | int) for value in found[1:tokens]):
+            return Failed("endpoint: a log-probability is no number")
+        return found[:tokens]
+
     def map(self, items: Sequence[Item], call: Callable[[Item], Any]) -> Iterator[tuple[Item, Any]]:
         """Yields `(item, call(item))` as each call finishes."""
         with ThreadPoolExecutor(self.concurrency) as pool:

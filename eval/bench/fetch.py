@@ -21,7 +21,7 @@ from rich.console import Console
 
 from eval.bench import documents
 from eval.bench.models import png
-from eval.bench.task import Source, Task
+from eval.bench.task import OWN, Source, Task
 from pangea_jax.data import image
 from pangea_jax.work import atomic
 
@@ -32,7 +32,7 @@ _CONVERTED = "hf://datasets/{}@refs%2Fconvert%2Fparquet"
 
 def fetch(
     tasks: Sequence[Task],
-    data_dir: Path,
+    data_dir: Path | None,
     *,
     console: Console,
     limit: float | None = None,
@@ -53,6 +53,9 @@ def fetch(
     files: dict[Source, list[_TaskFile]] = {}
     for task in tasks:
         path = documents.task_file(task, data_dir)
+        if task.dataset.group == OWN and not task.dataset.hub:
+            console.print(f"{task.name}: nothing to fetch; its documents are in {path}")
+            continue
         if path.exists() and (limit or math.inf) <= documents.rows_fetched(path):
             console.print(f"{task.name}: there already")
             continue

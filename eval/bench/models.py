@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,8 +92,16 @@ class ResponseFile:
         return sorted(set(self._responses) - self._used)
 
 
+_PROBE = "Nairobi is the capital of Kenya."
+
+
+def left_out(model: Model, requests: Sequence[Request]) -> dict[str, str]:
+    """Why the model cannot do some of the tasks, by their names."""
+    return model.unable(requests) if isinstance(model, EndpointModel) else {}
+
+
 class EndpointModel:
-    """A chat model behind an OpenAI-compatible endpoint."""
+    """A model behind an OpenAI-compatible endpoint: chats, and log-likelihoods if it echoes a text's tokens."""
 
     def __init__(self, endpoint: Endpoint):
         self.name, self._endpoint = endpoint.model, endpoint
@@ -101,11 +110,51 @@ class EndpointModel:
         yield from self._endpoint.map(requests, self._ask)
 
     def loglikelihood(self, requests: Sequence[Request]) -> Responses:
-        reason = (
-            "chat endpoints give no log-likelihood of a given text; run this task with a checkpoint"
-        )
-        for request in requests:
-            yield request, Failed(reason)
+        yield from self._endpoint.map(requests, self._score)
+
+    def unable(self, requests: Sequence[Request]) -> dict[str, str]:
+        """Why it cannot do some tasks, by their names; asks one short question if any needs log-likelihoods.
+
+        Raises:
+          ConnectionError: the endpoint does not answer.
+        """
+        needed = {r.task.name: r.generation.chat for r in requests if r.choices}
+        if not needed:
+            return {}
+        probe = self._endpoint.echo(_PROBE)
+        if not isinstance(probe, Failed) and len(probe) < 2:
+            probe = Failed(f"endpoint: it gives {len(probe)} log-probability for a whole sentence")
+        if isinstance(probe, Failed):
+            if "APIConnectionError" in probe.reason or "APITimeoutError" in probe.reason:
+                raise ConnectionError(f"no answer from {self.name}: {probe.reason}")
+            reason = (
+                "it needs log-likelihoods, and this endpoint gives none: /v1/completions with echo and logprobs failed "
+                f"({probe.reason}). Run this task with a checkpoint, or behind vLLM"
+            )
+            return dict.fromkeys(needed, reason)
+        pictures = "an endpoint gives no log-likelihoods after a chat or a picture; run it with a checkpoint"
+        return {name: pictures for name, chat in needed.items() if chat}
+
+    def _score(self, request: Request) -> list[float] | Failed:
+        """The log-likelihood of each choice, of the same tokens as in `Engine.candidates`.
+
+        As in lm-eval, a choice starts at token n of the whole text if the prompt alone has n tokens, also if the first
+        letters of the choice change the prompt's last token.
+        """
+        prompt = request.prompt.text
+        before = self._endpoint.echo(prompt)
+        if isinstance(before, Failed):
+            return before
+        totals = []
+        for choice in request.choices:
+            whole = self._endpoint.echo(prompt + choice)
+            if isinstance(whole, Failed):
+                return whole
+            own = whole[len(before) :]
+            if not own:
+                return Failed(f"choice {choice!r:.60} has no tokens after the prompt")
+            totals.append(math.fsum(own))
+        return totals
 
     def _ask(self, request: Request) -> str | Failed:
         try:

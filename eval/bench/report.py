@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,11 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from eval.bench import scoring
+from eval.bench import marks, scoring
 from eval.bench.documents import DataError
-from eval.bench.metrics import bootstrap
 from eval.bench.published import PUBLISHED
 from eval.bench.scoring import COLUMNS
-from eval.bench.task import PROFILES, Profile
+from eval.bench.task import OWN, PROFILES
 from eval.bench.tasks import ALL_TASKS, DATASETS, GROUPS
 from pangea_jax import languages
 from pangea_jax.figures import inert
@@ -29,7 +29,11 @@ from pangea_jax.figures import markdown as md
 from pangea_jax.figures import style as fig
 
 Results = Mapping[str, Any]
-_GROUP_TITLES = {"multimodal": "Multimodal (Table 2)", "text": "Text (Table 3)"}
+_GROUP_TITLES = {
+    "multimodal": "Multimodal (Table 2)",
+    "text": "Text (Table 3)",
+    OWN: "Own tasks (not in PangeaBench)",
+}
 _RADAR_MODEL = "PANGEA-7B"
 _HEAT = LinearSegmentedColormap.from_list("heat", ("#F3F7FB", fig.SKY, fig.BLUE, "#003A5D"))
 
@@ -52,7 +56,8 @@ def read_results(folder: Path) -> Results:
         }.items():
             if unknown := set(results.get(field, ())) - set(known):
                 raise ValueError(
-                    f"{field} has {min(unknown)!r:.80}, which is none of PangeaBench's"
+                    f"{field} has {min(unknown)!r:.80}, which is none of PangeaBench's; a task of your own needs "
+                    f"{_includes(results['config']):.200}"
                 )
     except FileNotFoundError:
         raise DataError(
@@ -61,6 +66,22 @@ def read_results(folder: Path) -> Results:
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: no results of eval/run.py ({error})") from error
     return results
+
+
+def _includes(config: Any) -> str:
+    """The flags with the files that declare the tasks of a run."""
+    given = config.get("include") if isinstance(config, dict) else None
+    files = given if given and isinstance(given, list) else ["FILE"]
+    return " ".join(f"--include={file}" for file in files)
+
+
+def distinct_names(runs: Sequence[Results], folders: Sequence[Path]) -> list[str]:
+    """The models' names; where two runs have the same one, each with its folder."""
+    names = [marks.name_of(run) for run in runs]
+    pairs = list(zip(names, folders, strict=True))
+    shown = [f"{n} ({folder})" if names.count(n) > 1 else n for n, folder in pairs]
+    seen = [shown[: i + 1].count(name) for i, name in enumerate(shown)]
+    return [name if count == 1 else f"{name} {count}" for name, count in zip(shown, seen)]
 
 
 def write(folder: Path, runs: Sequence[Results]) -> None:
@@ -77,8 +98,8 @@ def write(folder: Path, runs: Sequence[Results]) -> None:
 
 def _markdown(runs: Sequence[Results], figures: Sequence[str]) -> str:
     sections = ["# PangeaBench", *_about(runs), *(f"![{name}]({name}.png)" for name in figures)]
-    for group, average in scoring.AVERAGES.items():
-        names = [n for n in GROUPS[average] if any(n in run["datasets"] for run in runs)]
+    for group in _GROUP_TITLES:
+        names = [n for n in _members(group) if any(n in run["datasets"] for run in runs)]
         if names:
             sections += _dataset_section(runs, group, names)
     for run in runs:
@@ -91,6 +112,10 @@ def _markdown(runs: Sequence[Results], figures: Sequence[str]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _members(group: str) -> Sequence[str]:
+    return GROUPS.get(scoring.AVERAGES.get(group, group), ())
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(md.table(header, rows, words=2))
 
@@ -100,46 +125,55 @@ def _about(runs: Sequence[Results]) -> list[str]:
     for run in runs:
         counts = [str(sum(run["documents"].values())), str(len(run["failures"]))]
         git = run["environment"]["git_hash"] or "unknown"
-        rows.append([run["model"], run["judge"] or "none", run["profile"], *counts, git[:12]])
+        about = [marks.name_of(run), run["judge"] or "none", run["profile"], *counts, git[:12]]
+        rows.append(about)
     header = ["model", "judge", "headline", "documents", "without a score", "code"]
     text = (
         "Both profiles score the same responses: fixed has correct rules; paper repeats the scoring behind the printed "
         "tables, with its known faults. In fixed, a document without a response or a readable judgement has no score "
         "and is left out of the mean. Brackets are 95 % bootstrap intervals, clustered by picture or by translated "
-        "text."
+        "text. n is the number of documents with a score."
     )
-    return [_table(header, rows), text]
+    left_out = [
+        f"{md.cell(marks.name_of(run))}: {name} was left out: {md.cell(reason)}."
+        for run in runs
+        for name, reason in run["config"].get("left_out", {}).items()
+    ]
+    return [_table(header, rows), text, *map(md.cell, marks.legend(runs)), *left_out]
 
 
 def _dataset_section(runs: Sequence[Results], group: str, names: Sequence[str]) -> list[str]:
     """One row per model and profile with en and mul of every data set; then the paper's rows."""
-    header = ["model", "scores", "AVG en", "AVG mul"]
+    averaged = group in scoring.AVERAGES
+    header = ["model", "scores", *(("AVG en", "AVG mul") if averaged else ())]
     header += [f"{DATASETS[name].title} {column}" for name in names for column in COLUMNS]
     rows, incomplete = [], []
     for run in runs:
         for profile in _ordered(run["profile"]):
             average = run["averages"].get(profile, {}).get(group, {})
             cells = []
-            for column in COLUMNS:
-                members = GROUPS[scoring.AVERAGES[group]]
-                whole = all(_entry(run, name, profile, column) for name in members)
-                cells.append(_number(average.get(column)) + ("" if whole else "*"))
-            shown = [_entry(run, name, profile, column) for name in names for column in COLUMNS]
-            rows.append([run["model"], profile, *cells, *map(_with_interval, shown)])
+            for column in COLUMNS if averaged else ():
+                whole = all(_entry(run, name, profile, column) for name in _members(group))
+                signs = marks.join(marks.of_dataset(run, n, profile, column) for n in names)
+                text = _number(average.get(column)) + ("" if whole else marks.PART)
+                cells.append(text + (signs if column in average else ""))
+            cells += [_dataset_cell(run, n, profile, c) for n in names for c in COLUMNS]
+            rows.append([marks.name_of(run), profile, *cells])
         for name, column in itertools.product(names, COLUMNS):
             entry = _entry(run, name, run["profile"], column)
             if entry and entry["subsets"] < entry["of"]:
                 part = f"{entry['subsets']} of {entry['of']} subsets"
                 incomplete.append(
-                    f"{md.cell(run['model'])}, {DATASETS[name].title} {column}: {part}."
+                    f"{md.cell(marks.name_of(run))}, {DATASETS[name].title} {column}: {part}."
                 )
     text = []
-    if any("*" in "".join(row[2:4]) for row in rows):
+    if averaged and any("*" in "".join(row[2:4]) for row in rows):
         text.append(
             r"\* AVG over the data sets of the run only; not comparable with the published AVG."
         )
-    for model, scores in PUBLISHED[group].items():
-        cells = [f"{scores[name][c]:.1f}" for name in ("average", *names) for c in COLUMNS]
+    for model, scores in PUBLISHED.get(group, {_RADAR_MODEL: {}}).items():
+        shown = ("average", *names) if averaged else names
+        cells = [_number(scores.get(name, {}).get(c)) for name in shown for c in COLUMNS]
         rows.append([model, "published", *cells])
     return [f"## {_GROUP_TITLES[group]}", _table(header, rows), *text, *incomplete]
 
@@ -147,6 +181,13 @@ def _dataset_section(runs: Sequence[Results], group: str, names: Sequence[str]) 
 def _entry(run: Results, dataset: str, profile: str, column: str) -> dict[str, Any] | None:
     """A number of a table with its interval; None if the run does not have it."""
     return run["datasets"].get(dataset, {}).get(profile, {}).get(column)
+
+
+def _dataset_cell(run: Results, dataset: str, profile: str, column: str) -> str:
+    """A score of a data set with its signs, its interval and the number of documents."""
+    entry = _entry(run, dataset, profile, column)
+    text = _with_interval(entry, marks.of_dataset(run, dataset, profile, column))
+    return f"{text} n={entry['n']}" if entry and entry.get("n") else text
 
 
 def _language_section(run: Results, dataset: str) -> list[str]:
@@ -158,13 +199,19 @@ def _language_section(run: Results, dataset: str) -> list[str]:
     rows = []
     for name, task in tasks.items():
         main = task.get(headline, {})
-        cells = [_with_interval(task.get(profile)) for profile in profiles]
-        metrics = [_number(main.get("metrics", {}).get(metric), 3) for metric in extra]
+        signs = [marks.of_task(run, name, profile) for profile in profiles]
+        cells = [
+            _with_interval(task.get(profile), sign)
+            for profile, sign in zip(profiles, signs, strict=True)
+        ]
+        values = [main.get("metrics", {}).get(metric) for metric in extra]
+        metrics = ["–" if v is None else f"{v:.3f}{signs[0]}" for v in values]
         language = languages.get(task["language"]).english_name
         rows.append([name, language, str(main.get("n", 0)), *cells, *metrics])
     micro = run["datasets"][dataset].get(headline, {}).get("micro")
-    title = f"## {md.cell(run['model'])}: {DATASETS[dataset].title}"
-    return [title, _table(header, rows), f"All documents together: {_number(micro)}."]
+    title = f"## {md.cell(marks.name_of(run))}: {md.cell(DATASETS[dataset].title)}"
+    signs = "" if micro is None else marks.of_dataset(run, dataset, headline)
+    return [title, _table(header, rows), f"All documents together: {_number(micro)}{signs}."]
 
 
 def _notes(runs: Sequence[Results]) -> list[str]:
@@ -185,7 +232,11 @@ def _failure_section(run: Results) -> list[str]:
     rows = [[f["task"], f["doc_id"], f["stage"], f["reason"]] for f in run["failures"][:200]]
     total = len(run["failures"])
     text = f"{total} documents; the first {len(rows)} are shown, all are in results.json."
-    return [f"## {md.cell(run['model'])}: documents without a score", _table(header, rows), text]
+    return [
+        f"## {md.cell(marks.name_of(run))}: documents without a score",
+        _table(header, rows),
+        text,
+    ]
 
 
 def _ordered(headline: str) -> list[str]:
@@ -196,11 +247,11 @@ def _number(value: float | None, decimals: int = 1) -> str:
     return "–" if value is None else f"{value:.{decimals}f}"
 
 
-def _with_interval(entry: Mapping[str, Any] | None) -> str:
+def _with_interval(entry: Mapping[str, Any] | None, signs: str = "") -> str:
     if not entry or entry["score"] is None:
         return "–"
     low, high = entry["interval"]
-    return f"{entry['score']:.1f} [{_number(low)}, {_number(high)}]"
+    return f"{entry['score']:.1f}{signs} [{_number(low)}, {_number(high)}]"
 
 
 _STYLE = (
@@ -228,14 +279,16 @@ def _html(text: str, figures: Mapping[str, Path]) -> str:
 
 def console_table(run: Results) -> Table:
     """The scores of a run: a row per data set, with en and mul in both profiles."""
-    table = Table(title=inert.line(f"{run['model']} (headline: {run['profile']})"))
+    title = inert.line(f"{marks.name_of(run)} (headline: {run['profile']})")
+    legend = "\n".join(marks.legend([run])) or None
+    table = Table(title=title, caption=legend, caption_justify="left")
     table.add_column("data set")
     shown = list(itertools.product(_ordered(run["profile"]), COLUMNS))
     for profile, column in shown:
         table.add_column(f"{profile} {column}", justify="right")
     for name in run["datasets"]:
-        cells = [_with_interval(_entry(run, name, profile, column)) for profile, column in shown]
-        table.add_row(DATASETS[name].title, *cells)
+        cells = [_dataset_cell(run, name, profile, column) for profile, column in shown]
+        table.add_row(inert.line(DATASETS[name].title), *cells)
     return table
 
 
@@ -255,10 +308,20 @@ def plot_languages(runs: Sequence[Results]) -> Figure | None:
         texts = [[f"{value:.0f}" if np.isfinite(value) else "" for value in row] for row in values]
         fig.write_cells(axes, texts, values > 50, size=6)
         axes.set_xticks(range(len(codes)), codes)
-        axes.set_yticks(range(len(names)), [DATASETS[name].title for name in names])
+        axes.set_yticks(range(len(names)), [inert.label(DATASETS[n].title, 24) for n in names])
         axes.grid(False)
-        axes.set_title(inert.label(f"{run['model']}, {run['profile']} scores by language"))
+        said = f"{inert.line(marks.name_of(run), 40)}, {run['profile']} scores by language"
+        axes.set_title(inert.label(f"{said} {marks.of_run(run, run['profile'])}".strip()))
+    _footnote(drawn, runs)
     return drawn
+
+
+def _footnote(drawn: Figure, runs: Sequence[Results]) -> None:
+    """What the signs in the titles mean, below a figure."""
+    if lines := marks.legend(runs):
+        width = int(22 * drawn.get_figwidth())  # characters of 6 points
+        text = "\n".join(textwrap.fill(inert.label(line, 400), width) for line in lines)
+        drawn.supxlabel(text, fontsize=6, x=0.01, ha="left")
 
 
 def _language_grid(run: Results) -> dict[tuple[str, str], float]:
@@ -286,20 +349,29 @@ def plot_datasets(runs: Sequence[Results]) -> Figure | None:
     if len(names) < 3:
         return None
     published = {n: row["mul"] for g in PUBLISHED.values() for n, row in g[_RADAR_MODEL].items()}
-    lines = [(f"{_RADAR_MODEL}, published", [published[name] for name in names], fig.MUTED, "-")]
+    lines = [
+        (
+            f"{_RADAR_MODEL}, published",
+            [published.get(name, math.nan) for name in names],
+            fig.MUTED,
+            "-",
+        )
+    ]
     for run, colour in zip(runs, itertools.cycle(fig.SERIES)):
         for profile in _ordered(run["profile"]):
             style = "-" if profile == run["profile"] else (0, (4, 2))
             entries = [_entry(run, name, profile, "mul") for name in names]
             values = [entry["score"] if entry else math.nan for entry in entries]
-            lines.append((inert.label(f"{run['model']}, {profile}"), values, colour, style))
+            label = f"{inert.line(marks.name_of(run), 40)}, {profile}"
+            label = inert.label(f"{label} {marks.of_run(run, profile)}".strip())
+            lines.append((label, values, colour, style))
     drawn = Figure(figsize=(6.4, 5.6), layout="constrained")
     axes = drawn.add_subplot(projection="polar")
     angles = np.linspace(0, 2 * np.pi, len(names) + 1)
     for label, values, colour, style in lines:
         closed = [*values, values[0]]
         axes.plot(angles, closed, marker="o", ms=3, lw=1.4, ls=style, color=colour, label=label)
-    axes.set_xticks(angles[:-1], [DATASETS[name].title for name in names])
+    axes.set_xticks(angles[:-1], [inert.label(DATASETS[name].title, 24) for name in names])
     axes.tick_params(axis="x", pad=14)
     highest = max((v for _, values, *_ in lines for v in values if np.isfinite(v)), default=0)
     axes.set_ylim(0, max(100, highest))  # M-LlavaBench is a ratio to another model
@@ -307,39 +379,5 @@ def plot_datasets(runs: Sequence[Results]) -> Figure | None:
     axes.spines["polar"].set_visible(False)
     drawn.suptitle("multilingual score of each data set", size=9.5)
     drawn.legend(loc="outside lower center", ncols=2)
+    _footnote(drawn, runs)
     return drawn
-
-
-def comparison_table(first: Path, second: Path, profile: Profile) -> Table:
-    """Paired differences of two runs, per data set and column, on the documents both have scored."""
-    runs = [_load_scores(folder, profile) for folder in (first, second)]
-    table = Table(title=f"{first} minus {second}, {profile} scores")
-    for name in ("data set", "column", "documents", "difference", "95 % interval", "p"):
-        table.add_column(name, justify="left" if name in ("data set", "column") else "right")
-    common = {
-        name: runs[0][name].scored.keys() & runs[1][name].scored
-        for name in runs[0]
-        if name in runs[1]
-    }
-    for dataset in DATASETS.values():
-        names = [name for name, ids in common.items() if ids and ALL_TASKS[name].dataset is dataset]
-        if not names:
-            continue
-        sides = [[run[name].only(common[name]) for name in names] for run in runs]
-        sampled = [scoring.draws(side) for side in sides]
-        values = [
-            scoring.dataset_columns({s.task.subset.name: s.value for s in side}, dataset.name)
-            for side in sides
-        ]
-        for column in values[0]:
-            difference = values[0][column] - values[1][column]
-            (low, high), p_value = bootstrap.compare(*(side[column.upper()] for side in sampled))
-            size = sum(score.n for score in sides[0] if score.task.subset.column == column)
-            cells = [str(size), f"{difference:+.1f}", f"[{low:+.1f}, {high:+.1f}]"]
-            table.add_row(dataset.title, column, *cells, f"{p_value:.4f}")
-    return table
-
-
-def _load_scores(folder: Path, profile: Profile) -> dict[str, scoring.TaskScores]:
-    names = read_results(folder)["documents"]
-    return {name: scoring.read_scores(folder, ALL_TASKS[name], profile) for name in names}

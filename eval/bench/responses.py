@@ -33,7 +33,7 @@ class Failure:
 
 def make_requests(
     tasks: Sequence[Task],
-    data_dir: Path,
+    data_dir: Path | None,
     *,
     profile: Profile,
     limit: float | None = None,
@@ -42,7 +42,7 @@ def make_requests(
     """The requests of all tasks, and a failure for each document without one (a missing picture, for example)."""
     requests, failures = [], []
     for task in tasks:
-        folder = data_dir / task.dataset.name
+        folder = documents.task_file(task, data_dir).parent
         generation = dataclasses.replace(task.generation, **(overrides or {}))
         for document in documents.load(task, data_dir, limit=limit):
             try:

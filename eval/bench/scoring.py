@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from eval.bench.tasks import DATASETS, GROUPS
 from pangea_jax.work import atomic
 
 COLUMNS = ("en", "mul")
+Bounds = tuple[float, float]
 AVERAGES = {"multimodal": "pangeabench_multimodal", "text": "pangeabench_text"}
 _NOT_JUDGED = Failed("not judged; name a judge with --judge")
 
@@ -54,6 +56,11 @@ class TaskScores:
     def value(self) -> float:
         """The headline score on the scale of the paper's tables; NaN if no document has a score."""
         return micro_average([self]) if self.scored else float("nan")
+
+    @property
+    def clusters(self) -> int:
+        """The number of independent groups of documents."""
+        return len({cluster for cluster, _ in self.statistics})
 
     def metrics(self) -> dict[str, float]:
         """The mean of each metric, and the metrics that exist only for a whole subset."""
@@ -172,6 +179,39 @@ def draws(scores: Sequence[TaskScores], seed: int = 0) -> dict[str, np.ndarray]:
     return values
 
 
+def intervals(scores: Sequence[TaskScores]) -> dict[str, Bounds]:
+    """95 % intervals of a data set's tasks by subset, and of its columns under `EN` and `MUL`.
+
+    The bootstrap's, unless all documents of a subset have the same score, so that there is nothing to draw. Then the
+    interval is Wilson's for this score of as many cases as there are clusters, or unknown if scores have no largest
+    value. Such subsets widen the interval of their column as if they erred together.
+    """
+    scores = [s for s in scores if s.scored]
+    sampled = draws(scores)
+    found = {name: bootstrap.interval(values) for name, values in sampled.items()}
+    added = {}
+    for score in scores:
+        name = score.task.subset.name
+        if bootstrap.is_collapsed(found[name]):
+            low, high = _wilson(score)
+            added[name] = score.value - low, high - score.value
+            found[name] = low, high
+    for column in COLUMNS:
+        members = [s.task.subset.name for s in scores if s.task.subset.column == column]
+        slack = np.sum([added.get(name, (0, 0)) for name in members], axis=0) / max(1, len(members))
+        if members and added.keys() & members:
+            low, high = found[column.upper()]
+            found[column.upper()] = float(low - slack[0]), float(high + slack[1])
+    return found
+
+
+def _wilson(score: TaskScores) -> Bounds:
+    if not score.task.dataset.bounded:
+        return math.nan, math.nan
+    low, high = bootstrap.wilson(min(1.0, max(0.0, score.value / 100)), score.clusters)
+    return 100 * low, 100 * high
+
+
 def summarise(results: Mapping[Profile, Sequence[TaskScores]]) -> dict[str, Any]:
     """The scores of a run in the form of `results.json`."""
     summary: dict[str, Any] = {"tasks": {}, "datasets": {}, "averages": {}}
@@ -181,14 +221,14 @@ def summarise(results: Mapping[Profile, Sequence[TaskScores]]) -> dict[str, Any]
             members = [score for score in scores if score.task.dataset is dataset]
             if not members:
                 continue
-            sampled = draws(members)
+            bounds = intervals(members)
             columns[name] = dataset_columns({m.task.subset.name: m.value for m in members}, name)
             for member in members:
                 entry = summary["tasks"].setdefault(member.task.name, _about_task(member.task))
-                entry[profile] = _task_entry(member, sampled)
+                entry[profile] = _task_entry(member, bounds)
             about = {"title": dataset.title, "version": dataset.version}
             entry = summary["datasets"].setdefault(name, about)
-            entry[profile] = _dataset_entry(members, columns[name], sampled)
+            entry[profile] = _dataset_entry(members, columns[name], bounds)
         summary["averages"][profile] = {}
         for group, title in AVERAGES.items():
             if names := [name for name in GROUPS[title] if columns.get(name)]:
@@ -203,21 +243,22 @@ def _about_task(task: Task) -> dict[str, Any]:
     return names | {"version": dataset.version, "metric": dataset.metric}
 
 
-def _task_entry(score: TaskScores, sampled: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _task_entry(score: TaskScores, bounds: Mapping[str, Bounds]) -> dict[str, Any]:
     return {
         "score": _number(score.value),
-        "interval": _interval(sampled.get(score.task.subset.name, np.array([]))),
+        "interval": _interval(bounds.get(score.task.subset.name, (math.nan, math.nan))),
         "n": score.n,
         "failed": len(score.failures),
         "metrics": {name: _number(value) for name, value in score.metrics().items()},
     }
 
 
-def _dataset_entry(members, columns, sampled) -> dict[str, Any]:
+def _dataset_entry(members, columns, bounds) -> dict[str, Any]:
     entry = {
         column: {
             "score": _number(score),
-            "interval": _interval(sampled[column.upper()]),
+            "interval": _interval(bounds[column.upper()]),
+            "n": sum(m.n for m in members if m.task.subset.column == column),
             "subsets": sum(m.task.subset.column == column and m.n > 0 for m in members),
             "of": sum(s.column == column for s in members[0].task.dataset.subsets),
         }
@@ -227,8 +268,8 @@ def _dataset_entry(members, columns, sampled) -> dict[str, Any]:
     return entry | ({"micro": _number(micro_average(scored))} if scored else {})
 
 
-def _interval(values: np.ndarray) -> list[float | None]:
-    return [_number(bound) for bound in bootstrap.interval(values)]
+def _interval(bounds: Bounds) -> list[float | None]:
+    return [_number(bound) for bound in bounds]
 
 
 def _number(value: float) -> float | None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from jaxtyping import Float
 
 Profile = Literal["paper", "fixed"]
 PROFILES: tuple[Profile, ...] = ("paper", "fixed")
+OWN = "own"  # the group of data sets that PangeaBench does not have
 IMAGE_MARK = "<image>"
 
 
@@ -131,10 +133,12 @@ class Source(NamedTuple):
 
 
 class Dataset(abc.ABC):
-    """One data set of PangeaBench.
+    """One data set of PangeaBench, or one of your own (`own_tasks.OwnTask`).
 
     Attributes:
       name, title: the name in task names, and the name in the paper's tables.
+      group: `multimodal` (Table 2), `text` (Table 3) or `OWN`.
+      profiles: the rules by which its responses are scored.
       version: raised when prompt, settings or scores change; part of every result.
       changes: version -> what changed with it; `rescore` says it.
       metric: name of the headline metric among `Scored.metrics`.
@@ -142,6 +146,7 @@ class Dataset(abc.ABC):
       fields: the required fields of a row and their types.
       gold: the field with the gold answer.
       about: rough number of all documents, if the sources give no exact sizes of the subsets.
+      bounded: whether the headline score lies between 0 and 100.
       judged: whether scores need a judge's replies.
       paper_scores_failures: whether the paper's scorer gives a score even if the judge's reply is missing.
       structural_zeros: subset -> why its paper score is at or near 0 for every model.
@@ -149,7 +154,8 @@ class Dataset(abc.ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
-    group: ClassVar[Literal["multimodal", "text"]]
+    group: ClassVar[Literal["multimodal", "text", "own"]]
+    profiles: ClassVar[tuple[Profile, ...]] = PROFILES
     version: ClassVar[int] = 1
     changes: ClassVar[Mapping[int, str]] = MappingProxyType({})
     metric: ClassVar[str] = "acc"
@@ -161,9 +167,18 @@ class Dataset(abc.ABC):
     gold: ClassVar[str] = "answer"
     generation: ClassVar[Generation]
     about: ClassVar[int | None] = None
+    bounded: ClassVar[bool] = True
     judged: ClassVar[bool] = False
     paper_scores_failures: ClassVar[bool] = False
     structural_zeros: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    def file(self, subset: Subset, data_dir: Path) -> Path:
+        """The JSONL file of a subset; its pictures lie in the same folder."""
+        return data_dir / self.name / f"{subset.name}.jsonl"
+
+    def prepare(self, row: Any, number: int) -> Any:
+        """The row as it is checked and kept; `number` is its line in the file."""
+        return row
 
     def source(self, subset: Subset) -> Source:
         config = self.hub_config and self.hub_config.format(subset.name)

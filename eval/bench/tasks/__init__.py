@@ -1,9 +1,10 @@
-"""The 14 data sets of PangeaBench, and how their tasks are named."""
+"""The 14 data sets of PangeaBench, and how their tasks are named; for a while, tasks of one's own beside them."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
-from eval.bench.task import Dataset, Task
+from eval.bench.task import OWN, Dataset, Task
 from eval.bench.tasks import (
     cvqa,
     flores,
@@ -38,6 +39,27 @@ GROUPS = {
     "pangeabench_multimodal": tuple(n for n, d in DATASETS.items() if d.group == "multimodal"),
     "pangeabench_text": tuple(n for n, d in DATASETS.items() if d.group == "text"),
 }
+_PARTS = ("cvqa_local", "cvqa_translated")
+# Names that a task of one's own cannot have.
+TAKEN = frozenset((*DATASETS, *ALL_TASKS, *GROUPS, *_PARTS, OWN))
+
+
+@contextlib.contextmanager
+def included(datasets: Sequence[Dataset]) -> Iterator[None]:
+    """Has these data sets beside PangeaBench's, and as the group `own`, until the context ends."""
+    own = {dataset.name: dataset for dataset in datasets}
+    tasks = {t.name: t for d in datasets for t in (Task(d, subset) for subset in d.subsets)}
+    DATASETS.update(own)
+    ALL_TASKS.update(tasks)
+    GROUPS[OWN] = tuple(own)
+    try:
+        yield
+    finally:
+        del GROUPS[OWN]
+        for name in own:
+            del DATASETS[name]
+        for name in tasks:
+            del ALL_TASKS[name]
 
 
 class UnknownTaskError(ValueError):
@@ -68,7 +90,7 @@ def _matching(name: str) -> list[Task]:
         if not found:
             raise UnknownTaskError(f"no task is in {languages.get(code).english_name} ({code})")
         return found
-    if name in ("cvqa_local", "cvqa_translated"):
+    if name in _PARTS:
         column = "mul" if name == "cvqa_local" else "en"
         return [Task(cvqa.DATASET, s) for s in cvqa.DATASET.subsets if s.column == column]
     members = GROUPS.get(name, (name,) if name in DATASETS else ())

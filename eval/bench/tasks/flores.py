@@ -4,12 +4,8 @@ The paper says 18K items, which would be nine pairs. Its tables have ten languag
 paper does not print its prompt; ours is a plain one.
 """
 
-import functools
-
-import numpy as np
-from sacrebleu.metrics import CHRF
-
 from eval.bench import task
+from eval.bench.metrics import chrf
 from pangea_jax import languages
 
 CODES = {
@@ -26,12 +22,6 @@ CODES = {
     "tr": "tur_Latn",
 }
 _OTHERS = tuple(code for code in CODES if code != "en")
-
-
-@functools.cache
-def _chrf() -> CHRF:
-    # chrF, as in the paper and in lm-eval, although lm-eval's docstring says chrF++.
-    return CHRF()
 
 
 class Flores(task.Dataset):
@@ -67,18 +57,11 @@ class Flores(task.Dataset):
     def score(self, document: task.Document, response: str, subset, profile, reply=None):
         lines = [line.strip() for line in task.answer_text(response).splitlines() if line.strip()]
         hypothesis = lines[0] if lines else ""
-        # The score of a corpus follows from the summed n-gram counts, so a bootstrap draw only sums them.
-        counts = _chrf()._extract_corpus_statistics([hypothesis], [[document.row["target"]]])[0]
-        value = _chrf()._compute_score_from_stats(counts).score / 100
-        return task.Scored(hypothesis, {"chrf": value}, tuple(float(count) for count in counts))
+        counts = chrf.counts(hypothesis, [document.row["target"]])
+        return task.Scored(hypothesis, {"chrf": chrf.score(counts) / 100}, counts)
 
     def combine(self, sums, profile):
-        flat = np.asarray(sums).reshape(-1, np.shape(sums)[-1])
-        scores = [
-            _chrf()._compute_score_from_stats(row.tolist()).score if row.any() else np.nan
-            for row in flat
-        ]
-        return np.array(scores).reshape(np.shape(sums)[:-1])
+        return chrf.combine(sums)
 
 
 DATASET = Flores()

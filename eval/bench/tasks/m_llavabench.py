@@ -32,6 +32,7 @@ class MLlavaBench(task.Dataset):
     version = 2
     metric = "ratio"
     judged = True
+    bounded = False  # a ratio to another model's points
     paper_scores_failures = True
     subsets = task.language_subsets(dict.fromkeys(_LANGUAGES, 60))
     fields = task.schema(question=str, caption=str, gpt_answer=str, category=str, images=list)

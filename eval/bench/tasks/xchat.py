@@ -6,6 +6,7 @@ out Kinyarwanda.
 """
 
 import re
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from eval.bench import task
@@ -50,7 +51,7 @@ _FIRST_SCORE = re.compile(
     r"(\d+)(?:[\s)\]]|$|/\s*5|out\s*of\s*5)",
     re.IGNORECASE,
 )
-_RUBRIC_FIELDS = ("criteria", *(f"score{i}_description" for i in range(1, 6)))
+RUBRIC_FIELDS = ("criteria", *(f"score{i}_description" for i in range(1, 6)))
 
 
 class XChat(task.Dataset):
@@ -82,7 +83,7 @@ class XChat(task.Dataset):
         }
 
     def problem(self, row):
-        missing = [name for name in _RUBRIC_FIELDS if name not in row["rubric"]]
+        missing = [name for name in RUBRIC_FIELDS if name not in row["rubric"]]
         return f"the rubric has no {missing[0]!r}" if missing else None
 
     def prompt(self, document, subset, profile):
@@ -93,15 +94,7 @@ class XChat(task.Dataset):
 
     def judge_request(self, document, response):
         row = document.row
-        rubric = f"[{row['rubric']['criteria']}]"
-        for i in range(1, 6):
-            rubric += f"\nScore {i}: {row['rubric'][f'score{i}_description']}"
-        question, reference = row["input"], row["reference_answer"]
-        user = _JUDGE_USER.format(
-            instruction=question, response=response, reference=reference, rubric=rubric
-        )
-        params = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 1024}
-        return task.JudgeRequest(_JUDGE_SYSTEM, user, params)
+        return grading(row["input"], response, row["reference_answer"], row["rubric"])
 
     def readable(self, reply):
         return read_grade(reply) is not None
@@ -125,6 +118,21 @@ class XChat(task.Dataset):
             raw_points=points,
             points=points if in_language else 0,
         )
+
+
+def grading(
+    instruction: str, response: str, reference: str, rubric: Mapping[str, str]
+) -> task.JudgeRequest:
+    """The question to a judge for a grade of 1 to 5; `rubric` has the fields `RUBRIC_FIELDS`."""
+    text = f"[{rubric['criteria']}]"
+    for i in range(1, 6):
+        text += f"\nScore {i}: {rubric[f'score{i}_description']}"
+    user = _JUDGE_USER.format(
+        instruction=instruction, response=response, reference=reference, rubric=text
+    )
+    return task.JudgeRequest(
+        _JUDGE_SYSTEM, user, {"temperature": 1.0, "top_p": 0.9, "max_tokens": 1024}
+    )
 
 
 def read_grade(reply: str) -> int | None:

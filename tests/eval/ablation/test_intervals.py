@@ -12,6 +12,8 @@ from scipy import stats
 
 from eval.ablation import curves, intervals, paper, summary
 from eval.ablation.intervals import ENGLISH, OTHERS, SweepError
+from pangea_jax.work import paths
+from tests.launch.conftest import call
 
 CODES = ("en", "es", "sw", "ru", "ar", "hi", "zh", "ko")
 SHARES = {"en_000": 0.0, "en_040": 40.0, "en_100": 100.0}
@@ -461,6 +463,73 @@ def test_shortened_runs_get_a_note_and_are_no_error(tmp_path):
     assert sweep.note in page and "(checked)" not in page
 
 
+def sized(folder, examples, steps, *, design="separate", command="", name="ablate_num_samples"):
+    """A sweep whose points chose and saw these numbers of examples."""
+    runs = {}
+    for (point, _), (drawn, seen), one in zip(SIZES.items(), examples, steps, strict=True):
+        run = results(flat, dict.fromkeys(CODES, drawn // 8), steps=one)
+        seen = {"num_examples": seen, "examples_per_language": dict.fromkeys(CODES, seen // 8)}
+        runs[point, 0] = run | {"seen": seen}
+    write_sweep(folder, SIZES, runs, name=name, design=design)
+    plan = json.loads((folder / "sweep.json").read_text())
+    plan["command"] += command
+    (folder / "sweep.json").write_text(json.dumps(plan))
+    return folder
+
+
+SIZES = {"samples_010": 10.0, "samples_100": 100.0}
+
+
+def test_flags_that_make_the_points_equal_get_a_note_and_figures(tmp_path):
+    """--config.mixture.num_examples gives each point the same number, which the design varies."""
+    flag = " --config.mixture.num_examples=320"
+    same = ((320, 320), (320, 320)), (20, 20)
+    sweep = intervals.load(sized(tmp_path / "s", *same, command=flag))
+    assert sweep.note.startswith("Changed runs (--config.mixture.num_examples=320): samples_010")
+    assert "has examples 320, expected 32 as in samples_100" in sweep.note
+    page = summary.write(sweep, tmp_path / "s").read_text()
+    assert sweep.note in page and "(checked)" not in page
+    assert (tmp_path / "s" / "curve.png").is_file()
+    with pytest.raises(
+        SweepError, match="expected 32 as in samples_100: these are not runs of one"
+    ):
+        intervals.load(sized(tmp_path / "t", *same))
+
+
+def test_the_first_points_of_one_run_are_not_shortened(tmp_path):
+    """With --points: a tenth of one long run has seen a tenth of the examples."""
+    folder = sized(tmp_path, ((1600, 160), (1600, 1600)), (10, 100), design="one_run")
+    assert intervals.load(folder).note == ""
+    (folder / "samples_100_seed0" / "results.json").unlink()
+    sweep = intervals.load(folder)
+    assert sweep.note == "" and sweep.finished == ("samples_010",)
+    half = sized(tmp_path / "cut", ((1600, 160), (1600, 800)), (10, 50), design="one_run")
+    assert "samples_100 saw 800 of its 1,600 examples, so the points" in intervals.load(half).note
+
+
+def test_tables_and_figures_have_the_examples_that_were_seen(tmp_path):
+    """A run of 20 of 100 steps saw a fifth of what was drawn."""
+    sweep = intervals.load(sized(tmp_path, ((1600, 320), (16000, 3200)), (20, 200)))
+    page = summary.summary(sweep, {})
+    assert "| 10 % | 20 | 320 |" in page and "| 100 % | 200 | 3,200 |" in page
+    assert "1,600 |" not in page
+    texts = [text.get_text() for text in curves.plot_languages(sweep).axes[0].texts]
+    assert {"40", "400"} <= set(texts) and not {"200", "2,000"} & set(texts)
+    table = intervals.by_examples(sweep, "unseen_artwork")
+    assert [n for n, _ in table["sw"]] == [40, 400]
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5])
+def test_a_tiny_sweep_of_shares_is_drawn(tmp_path, level):
+    """English scores nothing, or all languages have the same share and score: no line can be fitted."""
+    run = results(lambda code: level, dict.fromkeys(CODES, 1))
+    name, points = "ablate_language_popularity", {"alpha_100": 1.0}
+    folder = write_sweep(tmp_path, points, {("alpha_100", 0): run}, name=name, design="alpha")
+    sweep = intervals.load(folder)
+    page = summary.write(sweep, folder).read_text()
+    assert "popularity.png" in page and "Spearman" not in page
+
+
 def test_a_last_incomplete_batch_is_no_difference(tmp_path):
     """40 and 400 examples in batches of 16: 2 and 25 steps."""
     runs = {}
@@ -477,3 +546,20 @@ def test_a_last_incomplete_batch_is_no_difference(tmp_path):
 
 def flat(code):
     return 0.5
+
+
+def test_a_sweep_in_a_bucket_is_reported_there(bucket, tmp_path):
+    local, remote = en_sweep(tmp_path / "a"), paths.path(f"{bucket.url}/sweep")
+    paths.store(remote).put(f"{local}/", f"{remote}/", recursive=True)
+    with pytest.raises(intervals.SweepError, match=r"no gs://pangea/none/sweep\.json: expected"):
+        intervals.load(paths.path(f"{bucket.url}/none"))
+    summary.write(intervals.load(local), local)
+    page = f"{bucket.url}/page/ablations.md"
+    for words in ([remote], [remote, f"--page={page}"]):
+        done = call("launch/sweep.py", "report", *map(str, words))
+        assert done.returncode == 0, done.stderr
+    assert f"written: {page}" in done.stdout
+    assert paths.sizes(remote).keys() == paths.sizes(local).keys()
+    for name in ("summary.md", *(n for n in paths.sizes(local) if n.endswith(".png"))):
+        assert paths.read_bytes(remote / name) == (local / name).read_bytes(), name
+    assert {"ablations.md", "figures"} == paths.children(paths.path(f"{bucket.url}/page"))

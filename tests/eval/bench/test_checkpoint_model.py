@@ -1,5 +1,6 @@
 """A checkpoint of ours under evaluation: the engine's own answers, in batches, whatever is asked beside."""
 
+import dataclasses
 import functools
 import json
 import random
@@ -7,6 +8,7 @@ import random
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 import pangea_jax
@@ -15,6 +17,9 @@ from eval.bench import checkpoint_model, responses, tasks
 from eval.bench.checkpoint_model import CheckpointModel
 from eval.bench.models import Request
 from eval.bench.task import Document, Failed, Generation, Prompt
+from pangea_jax.checkpoints import adapter
+from pangea_jax.model import LoraConfig, Pangea
+from pangea_jax.model import params as model_params
 
 NEW = 12
 
@@ -354,3 +359,48 @@ def test_the_command_runs_a_checkpoint(checkpoint, tmp_path, write_jsonl):
     assert results["tasks"]["mgsm_en"]["fixed"]["n"] == 3
     assert results["model"] == str(checkpoint)
     assert results["environment"]["packages"]["jax"] == jax.__version__
+
+
+@pytest.fixture
+def adapters(checkpoint, make_random_model, tmp_path):
+    """A folder of peft with random adapters, and one that names its base."""
+    model = make_random_model()
+    language = dataclasses.replace(model.config.language, lora=LoraConfig(rank=2))
+    config = dataclasses.replace(model.config, language=language)
+    _, shapes = model_params.abstract(lambda: Pangea(config, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    params = {n: rng.normal(size=x.shape).astype(np.float32) for n, x in shapes.items()}
+    for name, base in (("bare", ""), ("named", str(checkpoint))):
+        adapter.save(params, language.lora, tmp_path / name, base=base)
+    return tmp_path
+
+
+def test_adapters_are_evaluated_on_their_base(
+    adapters, checkpoint, data_dir, monkeypatch, capsys, read_jsonl
+):
+    monkeypatch.setattr(pangea_jax, "load", functools.partial(pangea_jax.load, dtype="float32"))
+
+    def ask(out, *words):
+        flags = ["--tasks=xstorycloze_sw,mgsm_en", "--limit=2", f"--data_dir={data_dir}"]
+        flags += ["--gen_kwargs=max_new_tokens=4", f"--output_path={adapters / out}", *words]
+        assert run.main(flags) == 0, capsys.readouterr().err
+        rows = read_jsonl(adapters / out / "samples" / "xstorycloze_sw.jsonl")
+        return np.array([row["resps"][0][0] for row in rows])
+
+    found = ask("a", f"--model={adapters / 'named'}")
+    np.testing.assert_allclose(
+        ask("b", f"--model={adapters / 'bare'}", f"--base={checkpoint}"), found
+    )
+    merged = pangea_jax.load(adapters / "named")
+    item = merged.candidates("A. B. C. D.", [" one", " two"])
+    wanted = [choice.total for choice in merged.loglikelihood([item])[0]]
+    np.testing.assert_allclose(found[0], wanted, rtol=0, atol=1e-3)
+    assert np.abs(found - ask("c", f"--model={checkpoint}")).max() > 0.1
+    results = json.loads((adapters / "b" / "results.json").read_text("utf-8"))
+    assert results["model"] == f"{adapters / 'bare'} on {checkpoint}"
+    assert results["config"]["base"] == str(checkpoint)
+    flags = ["--tasks=mgsm_en", f"--data_dir={data_dir}", f"--output_path={adapters / 'd'}"]
+    capsys.readouterr()
+    assert run.main([*flags, f"--model={adapters / 'bare'}"]) == 2
+    said = capsys.readouterr().err
+    assert "base" in said and said.count("\n") == 1

@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 import types
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +49,21 @@ def test_list_shows_14_data_sets(capsys):
         "2,750",
     ):
         assert count in shown
+
+
+def test_list_names_every_task(capsys):
+    assert run.main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    assert set(tasks.ALL_TASKS) <= set(shown.split())
+    assert max(map(len, shown.split("Tasks:")[1].splitlines())) <= 100
+
+
+def test_the_docs_name_the_file_of_every_task():
+    page = (Path(__file__).resolve().parents[3] / "docs" / "evaluation.md").read_text("utf-8")
+    (block,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    entries = re.findall(r"^(\w+): (.*(?:\n  .*)*)", block, re.MULTILINE)
+    known = {d.name: [subset.name for subset in d.subsets] for d in tasks.DATASETS.values()}
+    assert {name: files.split() for name, files in entries} == known
 
 
 def test_selection():
@@ -545,8 +562,8 @@ def test_a_line_that_cannot_be_read_is_named(data_dir, tmp_path, capsys, respons
 def test_an_address_as_a_folder_is_refused(data_dir, tmp_path, capsys, monkeypatch, flag):
     monkeypatch.chdir(tmp_path)
     flags = {"--output_path": "out", "--data_dir": data_dir, "--responses": "r.jsonl"}
-    flags[flag] = "gs://bucket/run"
+    flags[flag] = "hdfs://node/run"
     assert run.main(["--tasks=mgsm_en", *(f"{name}={value}" for name, value in flags.items())]) == 2
     said = capsys.readouterr().err
-    assert f"{flag} is" in said and "gs:// is not supported" in said and said.count("\n") == 1
-    assert not (tmp_path / "gs:").exists()
+    assert f"{flag}: " in said and "hdfs:// is not supported" in said and said.count("\n") == 1
+    assert not (tmp_path / "hdfs:").exists()

@@ -22,7 +22,7 @@ install() {
   # The Python of TPU VMs is too old.
   python3 -m pip install --quiet --user uv
   "$HOME/.local/bin/uv" venv --quiet --allow-existing --python 3.12 "$ENVIRONMENT"
-  "$HOME/.local/bin/uv" pip install --quiet --python "$ENVIRONMENT" -r requirements.txt 'jax[tpu]'
+  "$HOME/.local/bin/uv" pip install --quiet --python "$ENVIRONMENT" -r requirements.txt -r requirements-gcs.txt 'jax[tpu]'
   echo "${1:-}" >"$STATE/share"
   mount_share
   rm -f "$STATE/exit_code" "$STATE/pid" # of an earlier installation

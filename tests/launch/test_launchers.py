@@ -23,16 +23,25 @@ SCRIPTS = (POD, WORKER, SBATCH, NODE)
 PLACE = ("--name=pod", "--zone=us-east5-a", "--poll=0")
 FLAGS = ("--config=configs/sample.py", "--workdir=runs/it's a test")
 
-# The documented flags of the `gcloud compute tpus` commands in use (the general release, neither alpha nor beta).
+# The documented flags of the `gcloud compute tpus` commands in use, as `gcloud --help` of 528.0.0 prints them.
+EVERYWHERE = {"--zone", "--project", "--account", "--impersonate-service-account"}
+CONNECT = {"--worker", "--internal-ip", "--plain", "--ssh-key-file", "--strict-host-key-checking"}
+SSH = EVERYWHERE | CONNECT | {"--command", "--output-directory", "--ssh-flag"}
+SCP = EVERYWHERE | CONNECT | {"--scp-flag"}
+ONLY_ALPHA = {"--tunnel-through-iap", "--batch-size"}
 GCLOUD = {
-    "queued-resources create": {
-        *("--zone", "--project", "--accelerator-type", "--runtime-version", "--node-id"),
-        *("--node-count", "--node-prefix", "--spot", "--reserved"),
+    "queued-resources create": EVERYWHERE
+    | {
+        *("--accelerator-type", "--runtime-version", "--node-id", "--node-count", "--node-prefix"),
+        *("--spot", "--reserved", "--network", "--subnetwork", "--internal-ips", "--labels"),
+        *("--service-account", "--reservation-host-project"),
     },
-    "queued-resources describe": {"--zone", "--project", "--format"},
-    "queued-resources delete": {"--zone", "--project", "--force", "--quiet"},
-    "tpu-vm ssh": {"--zone", "--project", "--worker", "--command", "--output-directory"},
-    "tpu-vm scp": {"--zone", "--project", "--worker"},
+    "queued-resources describe": EVERYWHERE | {"--format"},
+    "queued-resources delete": EVERYWHERE | {"--force", "--quiet"},
+    "tpu-vm ssh": SSH,
+    "tpu-vm scp": SCP,
+    "alpha tpu-vm ssh": SSH | ONLY_ALPHA,
+    "alpha tpu-vm scp": SCP | ONLY_ALPHA,
 }
 
 # Records every call and answers with the next line of a file: `states` for describe, `jobs` for worker.sh status, and
@@ -69,6 +78,16 @@ def write_program(path, text):
     path.chmod(0o755)
 
 
+def printed(text):
+    """The gcloud commands that pod.sh printed: what gcloud is asked to do, and all words after that."""
+    lines = re.findall(r"^gcloud (alpha )?compute tpus (\S+ \S+)(.*)$", text, re.MULTILINE)
+    return [(track + command, shlex.split(words)) for track, command, words in lines]
+
+
+def names(words):
+    return {word.partition("=")[0] for word in words if word.startswith("--")}
+
+
 class Cloud:
     """A folder with the answers of an imitated gcloud and the calls that it recorded."""
 
@@ -96,10 +115,9 @@ class Cloud:
 
     def did(self):
         """The commands that the cloud received, except those that only read the state."""
-        inner = [re.search(r"worker\.sh (\w+)", " ".join(call)) for call in self.calls]
-        done = [
-            found[1] if found else call[3] for found, call in zip(inner, self.calls, strict=True)
-        ]
+        calls = [call[call.index("tpus") :] for call in self.calls]
+        inner = [re.search(r"worker\.sh (\w+)", " ".join(call)) for call in calls]
+        done = [found[1] if found else call[2] for found, call in zip(inner, calls, strict=True)]
         return [name for name in done if name not in ("describe", "status")]
 
 
@@ -270,16 +288,158 @@ def test_a_dry_run_prints_and_does_nothing(slices, cloud):
     assert sorted(cloud.folder.iterdir()) == before and cloud.calls == []
     for verb, run in said.items():
         assert run.returncode == 0, (verb, run.stderr)
-        asked = [shlex.split(x) for x in run.stdout.splitlines() if x.startswith("gcloud ")]
+        asked = printed(run.stdout)
         assert asked
-        for command in asked:
-            given = {word.partition("=")[0] for word in command[5:] if word.startswith("--")}
-            assert {"--zone", "--project"} <= given <= GCLOUD[" ".join(command[3:5])]
+        for command, given in asked:
+            assert {"--zone", "--project"} <= names(given) <= GCLOUD[command]
     targets = {"pod"} if slices == 1 else {"pod-0", "pod-1", "pod-2"}
     assert {shlex.split(line)[5] for line in said["run"].stdout.splitlines()} == targets
     assert "--runtime-version=v2-alpha-tpuv5 " in said["create"].stdout
     size = "--node-id=pod" if slices == 1 else "--node-count=3 --node-prefix=pod"
     assert size in said["create"].stdout
+
+
+PRIVATE = ("--network=n", "--subnetwork=s", "--internal-ips", "--labels=a=b,c=d", "--reserved")
+CONNECTION = ("--tunnel-through-iap", "--batch-size=8", "--ssh-key-file=a key")
+
+
+def test_flags_of_gcloud_reach_the_commands_that_take_them(cloud):
+    others = (
+        "--ssh-flag=-v",
+        "--scp-flag=-l 9",
+        "--account=me",
+        "--impersonate-service-account=sa",
+    )
+    words = ("--type=v5p-8", "--project=mine", *PRIVATE, *CONNECTION, *others)
+    asked = []
+    for verb in ("watch", "logs", "stop", "delete"):
+        request = words if verb == "watch" else [x for x in words if x not in PRIVATE[:-1]]
+        run = cloud.pod(verb, *request, "--dry_run", "--", *FLAGS)
+        assert run.returncode == 0, run.stderr
+        asked += printed(run.stdout)
+    assert {command for command, _ in asked} == {
+        *("queued-resources create", "queued-resources describe", "queued-resources delete"),
+        *("alpha tpu-vm ssh", "alpha tpu-vm scp"),
+    }
+    for command, given in asked:
+        assert names(given) <= GCLOUD[command], command
+        assert {"--account=me", "--impersonate-service-account=sa"} <= set(given)
+        assert (set(CONNECTION) <= set(given)) == ("tpu-vm" in command)
+        assert ("--ssh-flag=-v" in given) == (command == "alpha tpu-vm ssh")
+        assert ("--scp-flag=-l 9" in given) == (command == "alpha tpu-vm scp")
+        assert (set(PRIVATE) <= set(given)) == (command == "queued-resources create")
+
+
+def test_gclouds_own_error_stands(cloud):
+    cloud.answer(others=["fail unrecognized arguments: --netwrok=n"])
+    run = cloud.pod("create", "--type=v5p-8", "--netwrok=n")
+    assert run.returncode == 1
+    assert "unrecognized arguments: --netwrok=n" in run.stderr
+    (create,) = cloud.calls
+    assert "--netwrok=n" in create and "--netwrok=n" in run.stdout
+
+
+def test_every_connection_goes_through_the_tunnel(cloud):
+    states, jobs, _, (did, *_) = WATCH[
+        "taken away while it trains, then told to stop, then crashed"
+    ]
+    cloud.answer(states, jobs)
+    run = cloud.pod("watch", "--type=v5litepod-16", "--tunnel-through-iap", "--", *FLAGS)
+    assert run.returncode == 0, run.stderr
+    assert cloud.did() == did
+    cloud.answer(states=["ACTIVE", "v5litepod-16"], jobs=["running"])
+    for verb in ("install", "run", "status", "logs", "stop"):
+        words = (f"--logs={cloud.folder}/logs", "--tunnel-through-iap", "--", *FLAGS)
+        run = cloud.pod(verb, *words)
+        assert run.returncode == 0, (verb, run.stderr)
+    connections = [call for call in cloud.calls if "tpu-vm" in call]
+    assert {call[4] for call in connections} == {"ssh", "scp"}
+    for call in connections:
+        assert call[0] == "alpha" and "--tunnel-through-iap" in call
+    others = [call for call in cloud.calls if "tpu-vm" not in call]
+    assert others and all(call[0] == "compute" for call in others)
+
+
+@pytest.mark.parametrize(
+    ("zone", "words", "says"),
+    [
+        ("us-east5-a", ["--type=v5litepod-16"], "16 chips, 19.20 dollars an hour on demand (1.20"),
+        ("europe-west4-b", ["--type=v5litepod-16"], "16 chips, 24.96 dollars"),
+        ("us-east5-a", ["--type=v5p-128", "--slices=2"], "2 x v5p-128: 128 chips, 537.60 dollars"),
+        ("europe-west4-a", ["--type=v6e-64", "--spot"], "64 chips, 190.08 dollars"),
+        ("us-south1-a", ["--type=v5p-8"], "4 chips, 19.12 dollars"),
+        ("us-east5-a", ["--type=v9-8", "--runtime=r"], "v9-8: price unknown in us-east5-a"),
+        ("asia-east1-c", ["--type=v5litepod-16"], "price unknown in asia-east1-c"),
+        ("us-east5-a", ["--type=v6e-many"], "v6e-many: price unknown"),
+        ("us-east5-a", ["--type=v5p-8", "--reserved"], "the reservation decides the price"),
+        (
+            "us-east5-a",
+            ["--type=v5p-8", "--reservation-host-project=p"],
+            "the reservation decides the price",
+        ),
+    ],
+)
+def test_create_says_what_a_pod_costs(zone, words, says, cloud):
+    for end in ([], ["--dry_run"]):
+        run = cloud.pod("create", f"--zone={zone}", *words, *end)
+        assert run.returncode == 0, run.stderr
+        assert says in run.stderr and "until 'pod.sh delete'" in run.stderr
+        assert ("spot is cheaper, and its price varies" in run.stderr) == ("chips, " in says)
+        assert ("dollars" in run.stderr) == ("dollars" in says)
+
+
+def test_the_documentation_has_the_same_prices(cloud):
+    text = (ROOT / "docs/training.md").read_text()
+    table = re.search(r"^\| \| (v5litepod .*?)\n\n", text, re.MULTILINE | re.DOTALL)[1]
+    header, _, *rows = table.splitlines()
+    families = header.strip("| ").split(" | ")
+    assert len(families) == len(rows) == 3
+    for row in rows:
+        region, *prices = row.strip("| ").split(" | ")
+        for family, price in zip(families, prices, strict=True):
+            zone = f"--zone={region.replace('*', 'east5')}-a"
+            run = cloud.pod("create", f"--type={family}-8", zone, "--dry_run")
+            assert f"({price} a chip, list price of 2025)" in run.stderr, (region, family)
+
+
+@pytest.mark.parametrize(
+    ("request_line", "words", "says"),
+    [
+        ("v5litepod-16\t", [], "cost: 1 x v5litepod-16: 16 chips, 19.20 dollars"),
+        ("v5litepod-16\t", ["--type=v6e-8", "--reserved"], "1 x v5litepod-16: 16 chips, 19.20"),
+        ("v5p-8\tprojects/p/locations/z/reservations/-", [], "the reservation decides the price"),
+        ("fail NOT_FOUND", ["--type=v6e-8"], "cost: 1 x v6e-8: 8 chips, 21.60 dollars"),
+        ("fail NOT_FOUND", [], "cost: 1 x unknown type: price unknown"),
+    ],
+)
+def test_status_says_what_a_pod_costs(request_line, words, says, cloud):
+    cloud.answer(states=["ACTIVE", request_line], jobs=["running"])
+    run = cloud.pod("status", *words)
+    assert run.returncode == 0, run.stderr
+    first, cost, job = [line for line in run.stdout.splitlines() if not line.startswith("gcloud ")]
+    assert (first, job) == ("request: ACTIVE", "job: running")
+    assert says in cost and "until 'pod.sh delete'" in cost
+
+
+def test_status_of_no_pod_names_no_cost(cloud):
+    cloud.answer(states=[MISSING], jobs=["fail"])
+    assert "cost:" not in cloud.pod("status", "--type=v5p-8").stdout
+
+
+@pytest.mark.parametrize("target", ["$folder", "None"])
+def test_logs_lie_in_the_folder(target, cloud):
+    """gcloud 528 writes to None/0.log, whichever folder it is given."""
+    write_program(
+        cloud.folder / "bin" / "gcloud",
+        f"""#!/bin/bash
+for word in "$@"; do [[ $word != --output-directory=* ]] || folder=${{word#*=}}; done
+echo "a log" >"{target}/0.log"
+""",
+    )
+    run = cloud.pod("logs", "--slices=2", f"--logs={cloud.folder}/logs")
+    assert run.returncode == 0, run.stderr
+    found = {str(x.relative_to(cloud.folder)) for x in (cloud.folder / "logs").rglob("*")}
+    assert found == {"logs/pod-0", "logs/pod-0/0.log", "logs/pod-1", "logs/pod-1/0.log"}
 
 
 @pytest.mark.parametrize(
@@ -289,7 +449,8 @@ def test_a_dry_run_prints_and_does_nothing(slices, cloud):
         (["create", "--zone=a"], "needs --name=NAME and --zone=ZONE"),
         (["create", *PLACE], "create needs --type"),
         (["create", *PLACE, "--type=v9-8"], "give --runtime=VERSION for the type v9-8"),
-        (["create", *PLACE, "--typ=v5p-8"], "unknown option --typ=v5p-8"),
+        (["create", *PLACE, "--type", "v5p-8"], "expected an option such as --type=v5p-8"),
+        (["status", *PLACE, "--network=n"], "status does not know --network=n; only create"),
         (["create", *PLACE, "--type=v5p-8", "--slices=0"], "--slices must be 1 or more"),
         (["watch", *PLACE], "needs the flags of launch/train.py after --"),
     ],
@@ -407,8 +568,7 @@ def test_the_job_set_is_whole():
     assert common.EXIT_ERROR in never
     assert not set(never) & {0, common.EXIT_INTERRUPTED, common.EXIT_PREEMPTED}
     assert rule["onExitCodes"]["containerName"] == container["name"]
-    volumes = {volume["name"] for volume in pod["volumes"]}
-    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    assert all("gs://BUCKET" in word for word in container["args"])
     config = container["args"][0].partition("=")[2].partition(":")[0]
     assert (ROOT / config).is_file() and (ROOT / container["command"][1]).is_file()
 
@@ -416,6 +576,7 @@ def test_the_job_set_is_whole():
 def test_the_image_holds_what_training_imports():
     copied = re.findall(r"^COPY (\S+)", (ROOT / "launch/Dockerfile").read_text(), re.MULTILINE)
     assert all((ROOT / name).exists() for name in copied)
-    assert {"pangea_jax", "configs", "eval", "launch", "requirements.txt"} == set(copied)
+    code = {"pangea_jax", "configs", "eval", "launch"}
+    assert code | {"requirements.txt", "requirements-gcs.txt"} == set(copied)
     packed = re.search(r"tar -czf .*", POD.read_text())[0]
     assert all(f" {name}" in packed for name in copied)

@@ -9,6 +9,7 @@ and does not count.
 In scripts without spaces, each character is a word (`filters.words`).
 """
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -16,6 +17,7 @@ import io
 import json
 import logging
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from jaxtyping import Int32, UInt64
 
 from pangea_jax.curation import filters, near_duplicates
 from pangea_jax.data import image
+from pangea_jax.work import untrusted
 
 NGRAM, MIN_WORDS = 13, 8
 BOILERPLATE = 10
@@ -36,6 +39,10 @@ _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # A picture within a row: thousands of characters, but no words.
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{1000,}={0,2}")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_MOST_LINE = 64 << 20  # bytes; a row of a benchmark with pictures in base64 has a few megabytes
+_MOST_FILE = 1 << 30  # bytes of a .json file, which is read at once
+# Plain text is at most 50 times as long as its gzip.
+_MOST_RATIO, _ANY_SIZE = 250, 256 << 20
 # Pictures with little contrast have few bits in their hashes, and many of them have the same hash.
 _MIN_BITS = 24
 
@@ -237,26 +244,62 @@ def _files(folder: Path) -> list[Path]:
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(id or line number, row) of a file."""
-    opener = gzip.open if path.suffix == ".gz" else open
     kind = Path(path.name.removesuffix(".gz")).suffix.lower()
-    with opener(path, "rb") as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as lines:
-        number = 0
-        try:
-            if kind == ".json":
-                whole = json.load(lines)
-                rows: Iterable[Any] = whole if isinstance(whole, list) else [whole]
-            elif kind == ".jsonl":
-                rows = (json.loads(line) for line in lines if line.strip())
-            else:
-                rows = (line.rstrip("\r\n").split("\t") for line in lines)
-            for number, row in enumerate(rows, 1):
-                id = row.get("id") if isinstance(row, dict) else None
-                id = str(number if id is None else id)
-                yield id.encode("utf-8", "replace").decode(), row
-        except (ValueError, OSError, EOFError, RecursionError) as error:
-            raise BenchmarkError(
-                f"{path}, row {number + 1}: is not {kind[1:].upper()} in UTF-8 ({error})"
-            ) from None
+    number = 0
+    try:
+        for number, row in enumerate(_parsed(path, kind), 1):
+            id = row.get("id") if isinstance(row, dict) else None
+            id = str(number if id is None else id)
+            yield id.encode("utf-8", "replace").decode(), row
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        raise BenchmarkError(
+            f"{path}, row {number + 1}: is not {kind[1:].upper()} in UTF-8 ({error})"
+        ) from None
+
+
+def _parsed(path: Path, kind: str) -> Iterator[Any]:
+    with untrusted.open_regular(path) as stored, contextlib.ExitStack() as stack:
+        file = stored
+        if path.suffix == ".gz":
+            most = max(_ANY_SIZE, _MOST_RATIO * path.stat().st_size)
+            file = io.BufferedReader(_Inflated(stack.enter_context(gzip.open(stored)), most))
+        if kind == ".json":
+            whole = json.loads(_at_most(file.read(_MOST_FILE + 1), _MOST_FILE))
+            yield from whole if isinstance(whole, list) else [whole]
+            return
+        while line := _at_most(file.readline(_MOST_LINE + 1), _MOST_LINE):
+            text = line.decode("utf-8")
+            if kind == ".tsv":
+                yield text.rstrip("\r\n").split("\t")
+            elif text.strip():
+                yield json.loads(text)
+
+
+def _at_most(data: bytes, most: int) -> bytes:
+    if len(data) > most:
+        raise ValueError(f"it has more than {most:,} bytes; split it, or leave the file out")
+    return data
+
+
+class _Inflated(io.RawIOBase):
+    """What a gzip holds, up to `most` bytes."""
+
+    def __init__(self, file: gzip.GzipFile, most: int):
+        super().__init__()
+        self._file, self._left, self._most = file, most, most
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = self._file.read1(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError(
+                f"it inflates to more than {self._most:,} bytes; unpack it with gunzip if you trust it"
+            )
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def _leaves(value: Any) -> Iterator[str]:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import types
@@ -264,11 +265,35 @@ def test_ids_that_a_line_cannot_hold_are_warned_of(tmp_path, caplog):
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz, row 1"),
         ("a.json", b"\xff\xfe", r"a\.json, row 1: is not JSON"),
         ("a.jpg", b"no picture", r"a\.jpg'.*not a whole file"),
+        ("a.jsonl.gz", gzip.compress(b"{}\n", mtime=0)[:10] + b"\xff" * 20, r"a\.jsonl\.gz, row 1"),
+        ("a.jsonl.gz", gzip.compress(b"{}\n" * 1_000, mtime=0)[:-9], r"a\.jsonl\.gz, row \d+"),
     ],
 )
 def test_benchmarks_that_are_broken_say_where(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(BenchmarkError, match=message):
+        Benchmarks.read([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("name", "piece", "limit"),
+    [
+        ("a.jsonl.gz", b"{}\n" * 10_000, "inflates to more than 1,000,000 bytes"),
+        ("a.jsonl.gz", b" " * 30_000, "more than 50,000 bytes; split it"),
+        ("a.json.gz", b" " * 30_000, "more than 100,000 bytes; split it"),
+        ("a.tsv", b"\t" * 30_000, "more than 50,000 bytes; split it"),
+    ],
+)
+def test_a_benchmark_that_inflates_without_end_is_refused(
+    tmp_path, monkeypatch, name, piece, limit
+):
+    monkeypatch.setattr(contamination, "_ANY_SIZE", 1_000_000)
+    monkeypatch.setattr(contamination, "_MOST_RATIO", 10)
+    monkeypatch.setattr(contamination, "_MOST_LINE", 50_000)
+    monkeypatch.setattr(contamination, "_MOST_FILE", 100_000)
+    data = piece * 1_000
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(BenchmarkError, match=f"{re.escape(name)}, row .*{re.escape(limit)}"):
         Benchmarks.read([tmp_path])
 
 

@@ -298,13 +298,26 @@ def _rows(batch: pa.RecordBatch, classes: Mapping[str, list[str]]) -> Iterator[d
 
 
 def _read_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """The rows of a batch. Those with a text that is not UTF-8 have a fault instead."""
+    """The rows of a batch. Those with a value that Python cannot hold have a fault instead."""
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError as error:
+    except (ValueError, OverflowError, KeyError) as error:
+        # Text that is not UTF-8, a date after the year 9999, a time zone that does not exist (a KeyError).
         if len(batch) == 1:
-            return [{FAULT: ["not valid Unicode", "row", f"not UTF-8 ({error.reason})"]}]
+            return [{FAULT: _fault(batch, error)}]
         return [row for n in range(len(batch)) for row in _read_rows(batch.slice(n, 1))]
+
+
+def _fault(batch: pa.RecordBatch, error: Exception) -> list[str]:
+    """The fault of a batch of one row, see `own_records`."""
+    if isinstance(error, UnicodeDecodeError):
+        return ["not valid Unicode", "row", f"not UTF-8 ({error.reason})"]
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            column.to_pylist()
+        except (ValueError, OverflowError, KeyError) as found:
+            return ["cannot be read", name, f"a {column.type} out of range ({found!s:.80})"]
+    return ["cannot be read", "row", f"{error!s:.80}"]
 
 
 def _class_names(schema: pa.Schema) -> dict[str, list[str]]:

@@ -108,6 +108,29 @@ def test_a_map_of_parquet_that_is_nested_too_deeply(source, monkeypatch):
     assert rejected(source) == {"cannot be read": 1}
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (pa.timestamp("s"), 10**15),
+        (pa.date32(), 2**31 - 1),
+        (pa.duration("s"), 2**62),
+        (pa.timestamp("s", "Mars/Phobos"), 0),
+    ],
+    ids=str,
+)
+def test_a_value_that_python_cannot_hold_is_a_fault_of_its_record(tmp_path, kind, value):
+    plain = pa.int32() if kind == pa.date32() else pa.int64()
+    taken = pa.array([None, value, None], plain).view(kind)
+    table = pa.table({"question": ["a", "b", "c"], "taken": taken})
+    with pa.ipc.new_file(tmp_path / "data.arrow", table.schema) as file:
+        file.write_table(table)
+    first, second, third = own_files.read_records(tmp_path / "data.arrow")
+    assert (first, third) == ({"question": "a"}, {"question": "c"})
+    reason, field, detail = second[FAULT]
+    assert (reason, field) == ("cannot be read", "taken")
+    assert str(kind) in detail
+
+
 def test_a_damaged_arrow_file_is_named(source):
     batch = pa.table({"text": ["a" * 40, "b" * 40]})
     with pa.ipc.new_file(source / "data.arrow", batch.schema) as file:

@@ -6,8 +6,8 @@
 LLaVA-NeXT's canvases (up to 2,928 tokens). Both see the same examples in the same steps; `on`
 computes about three times as much.
 
-This ablation exists only at 7B scale (configs/scales.py). The drawings of the embedded sample are
-64 pixels wide, and its evaluation shows each in one view.
+This ablation exists only at the scales pangea_7b and pangea_0_5b (configs/scales.py). The drawings of
+the embedded sample are 64 pixels wide, and its evaluation shows each in one view.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +19,7 @@ AXIS = "any-resolution tiles"
 DESIGNS = {
     "tiles": "With all else equal, does a picture in tiles score better than one view of it?"
 }
-SCALES = ("pangea_7b",)
+SCALES = ("pangea_7b", "pangea_0_5b")
 
 
 def points(arg: str | None = None) -> dict[str, float]:

@@ -13,9 +13,9 @@ languages, in equal numbers, from one of these origins:
     cultural          the cultural dataset (2.2)
     without_cultural  all but the cultural dataset; the comparison with `all` shows its effect
 
-This ablation exists only at 7B scale (configs/scales.py), because all records of the embedded sample
-have the same origin. If an origin has no record of a language, training does not start, with an
-error; `:languages=` selects other languages.
+This ablation exists only at the scales pangea_7b and pangea_0_5b (configs/scales.py), because all
+records of the embedded sample have the same origin. If an origin has no record of a language, training
+does not start, with an error; `:languages=` selects other languages.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ AXIS = "origin of the other languages' examples"
 DESIGNS = {
     "origin": "With a fixed number of examples, does their origin change the scores of the other languages?"
 }
-SCALES = ("pangea_7b",)
+SCALES = ("pangea_7b", "pangea_0_5b")
 SOURCES = {
     "all": {},
     "translated": {"exclude_sources": scales.NATIVE},

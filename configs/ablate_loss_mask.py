@@ -7,7 +7,7 @@
 <|im_end|> anywhere, also in the user's turns. The paper does not mention it.
 
 No published result exists to compare with. At sample scale there is no visible difference
-(docs/ablations.md). The two points take a few minutes on 2 CPU cores; for `:scale=pangea_7b` see
+(docs/ablations.md). The two points take a few minutes on 2 CPU cores; for the other scales see
 configs/scales.py.
 """
 

@@ -43,12 +43,12 @@ def points(arg: str | None = None) -> dict[str, float]:
 
 def get_config(arg: str | None = None) -> ConfigDict:
     args = _parse(arg)
-    if args["scale"] == "pangea_7b":
+    if args["scale"] in scales.FULL:
         args["num_examples"] = args["num_examples"] or PANGEAINS_EXAMPLES
         args["languages"] = "all" if args["languages"] == "default" else args["languages"]
     fraction = scales.value(args, points(arg), 100 * args["fraction"]) / 100
     config = scales.base(args)
-    if args["scale"] == "pangea_7b":
+    if args["scale"] in scales.FULL:
         config.mixture.update(en_ratio=None, language_alpha=1.0)
     if args["design"] == "separate":
         config.mixture.num_examples = round(fraction * config.mixture.num_examples)

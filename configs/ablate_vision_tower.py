@@ -9,7 +9,7 @@ of the other configs are stored features of a frozen tower, and would be a secon
 
 No published result exists to compare with. Each of the two points takes longer than a point with
 stored features, because the tower runs at every step. `tuned` also runs its backward pass. For
-`:scale=pangea_7b` see configs/scales.py.
+the other scales see configs/scales.py.
 """
 
 from ml_collections import ConfigDict

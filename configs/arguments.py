@@ -36,6 +36,16 @@ def _convert(key, text, default):
         ) from None
 
 
+def under(root: str, folder: str) -> str:
+    """A relative folder in `root`, such as `gs://BUCKET`; without a root the folder itself.
+
+    >>> under("gs://bucket", "data/pangeains")
+    'gs://bucket/data/pangeains'
+    """
+    is_whole = folder.startswith("/") or "://" in folder
+    return folder if is_whole or not root else f"{root.rstrip('/')}/{folder}"
+
+
 def choice(key: str, value: str, options: tuple[str, ...]) -> str:
     """Returns `value`.
 

@@ -21,6 +21,8 @@ It is set up for one GPU of 80 GB, with 16 rows per step, two at a time (`accumu
 GPU of 24 GB holds a row of 2,048 tokens with `--config.pipeline.row_tokens=2048 --config.pipeline.row_tiles=5
 --config.accumulation=16 --config.keep=none`.
 
+`root=gs://BUCKET` finds the folders data/, checkpoints/ and runs/ there (docs/training.md).
+
 `batch` is 64, 128 or 512, because the sources disagree: section 4.1 says 512, Table 1 says 128, and
 the released script makes 64 on 8 GPUs. A row of 8,192 tokens holds 3.7 conversations on average
 (2,222 tokens each in the 135 records of the released sample). So the number of rows is a quarter of
@@ -32,7 +34,7 @@ Expect the scores of Tables 2 and 3 (multimodal 59.9 in English, 52.8 in the oth
 
 from ml_collections import ConfigDict
 
-from configs.arguments import choice, parse_arg
+from configs.arguments import choice, parse_arg, under
 from pangea_jax.experiment import Experiment
 from pangea_jax.model import lora
 from pangea_jax.typed_config import section
@@ -42,7 +44,7 @@ CONVERSATIONS_PER_ROW = 4
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, batch=0, num_examples=0, seed=0, lora=0)
+    args = parse_arg(arg, batch=0, num_examples=0, seed=0, lora=0, root="")
     if args["lora"] and args["batch"]:
         raise ValueError(
             "remove the config argument batch=: with lora= --config.pipeline.rows sets the rows"
@@ -51,8 +53,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     choice("batch", str(batch), BATCHES)
     # The default model is Pangea-7B: CLIP ViT-L/14-336, Qwen2-7B-Instruct, five canvases.
     config = section(Experiment, title="Pangea-7B", seed=args["seed"])
-    config.data.update(store="data/pangeains", tokenizer="checkpoints/Pangea-7B-hf", verify=False)
-    config.pretrained = ("runs/pangea_7b_pretrain/model:vision+projector+language",)
+    root = args["root"]
+    tokenizer = under(root, "checkpoints/Pangea-7B-hf")
+    config.data.update(store=under(root, "data/pangeains"), tokenizer=tokenizer, verify=False)
+    first = under(root, "runs/pangea_7b_pretrain/model")
+    config.pretrained = (f"{first}:vision+projector+language",)
     config.frozen = ()
     config.mixture.update(
         num_examples=args["num_examples"] or None,

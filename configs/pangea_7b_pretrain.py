@@ -20,7 +20,7 @@ at its random start.
 from ml_collections import ConfigDict
 
 from configs import pangea_7b_finetune
-from configs.arguments import parse_arg
+from configs.arguments import parse_arg, under
 from pangea_jax.data.pipeline import PipelineConfig
 from pangea_jax.typed_config import section
 
@@ -29,12 +29,13 @@ DECODER = "checkpoints/Qwen2-7B-Instruct"
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, num_examples=558_128, seed=0)
+    args = parse_arg(arg, num_examples=558_128, seed=0, root="")
+    root = args["root"]
     config = pangea_7b_finetune.get_config(arg)
     config.title = "Pangea-7B, stage 1"
-    config.data.store = "data/llava_pretrain"
+    config.data.store = under(root, "data/llava_pretrain")
     config.model.pinpoints = ()
-    config.pretrained = (f"{TOWER}:vision", f"{DECODER}:language")
+    config.pretrained = (f"{under(root, TOWER)}:vision", f"{under(root, DECODER)}:language")
     config.frozen = (r"vision\..*", r"language\..*", "newline_d")
     config.mixture.num_examples = args["num_examples"]
     # 32 rows of four captions are the batch of 128. Their images take 4 * 577 tokens of a row.

@@ -17,7 +17,7 @@ is useless.
 from ml_collections import ConfigDict
 
 from configs import pangea_7b_finetune
-from configs.arguments import parse_arg
+from configs.arguments import parse_arg, under
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -28,10 +28,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         image_id=0,
         steps=50,
         seed=0,
+        root="",
     )
+    store, tokenizer = (under(args["root"], args[name]) for name in ("store", "tokenizer"))
     config = pangea_7b_finetune.get_config(f"seed={args['seed']}")
     config.title = "Rehearsal"
-    config.data.update(store=args["store"], tokenizer=args["tokenizer"])
+    config.data.update(store=store, tokenizer=tokenizer)
     if args["image_id"]:
         config.data.image_id = args["image_id"]
     config.model.vision.update(width=32, layers=2, heads=4, mlp=64)

@@ -1,16 +1,25 @@
 """What all ablations share: the base config (the sample model or Pangea-7B) and these arguments.
 
-    scale         sample (minutes on a laptop) or pangea_7b
+    scale         sample (minutes on a laptop), pangea_0_5b (one card or four chips) or pangea_7b
     point         one of the config's `points()`; `launch/sweep.py` sets it
     design        the question to answer, one of the config's `DESIGNS`
     languages     default, all, or codes joined by `+`
     num_examples  0: the default number of the scale
     seed          of the examples drawn, their order and the initial values
+    root          folder or gs:// address of data/, checkpoints/ and runs/, not at sample scale
 
-At 7B scale a point is 500K examples, as in section 5 of the paper: 3,906 steps of 128. At the
-paper's own speed, 10.2 examples per second on 8 H100, this takes 14 hours. Two conversations always
-fit a row of 8,192 tokens. So every step has exactly 128 examples, and only the varied setting
-differs between points.
+At full scale a point is 500K examples, as in section 5 of the paper: 3,906 steps of 128. Two
+conversations always fit a row of 8,192 tokens. So every step has exactly 128 examples, and only the
+varied setting differs between points.
+
+    scale         FLOPs of a point   time of a point
+    pangea_7b     1.0e20             14 hours on 8 H100, at the paper's own speed of 10.2 examples/s
+    pangea_0_5b   1.1e19             10 hours on v5litepod-4 (46 dollars at 1.20 a chip-hour), 8 on an
+                                     H100, both at 40 % MFU; 3 days on an L4 of 24 GB at 35 %
+
+Times at 0.5B scale are computed from the FLOPs, not measured. `num_examples=50000` is a tenth of that.
+Its first stage (configs/pangea_0_5b_pretrain.py) is trained once and costs 1.6e18 FLOPs: 1.4 hours on
+v5litepod-4. On one card take `--config.accumulation=64`, which computes a row at a time.
 """
 
 import re
@@ -19,13 +28,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import pangea_7b_finetune, sample
+from configs import pangea_0_5b_finetune, pangea_7b_finetune, sample
 from configs.arguments import choice, language_codes, parse_arg
 from pangea_jax import languages
 from pangea_jax.data.mixture import Mixture
 from pangea_jax.typed_config import section
 
-SCALES = ("sample", "pangea_7b")
+FULL = {"pangea_0_5b": pangea_0_5b_finetune, "pangea_7b": pangea_7b_finetune}
+SCALES = ("sample", *FULL)
 # English and the 17 largest other languages of the paper's Table 5. The paper's translated data has 17 languages, but
 # the paper does not list them.
 LARGEST = tuple(
@@ -62,9 +72,12 @@ def parse(
         languages="default",
         num_examples=0,
         seed=0,
+        root="",
         **own,
     )
     choice("scale", args["scale"], scales)
+    if args["root"] and args["scale"] == "sample":
+        raise ValueError("remove the config argument root=: the sample is in the package")
     choice("design", args["design"], tuple(designs))
     for key in own:
         if args["point"] and re.search(rf"\b{key}=", arg):
@@ -82,7 +95,7 @@ def base(args: Mapping[str, Any]) -> ConfigDict:
     if args["scale"] == "sample":
         number = f",num_examples={args['num_examples']}" if args["num_examples"] else ""
         return sample.get_config(f"languages={args['languages']},seed={args['seed']}{number}")
-    config = pangea_7b_finetune.get_config(f"seed={args['seed']}")
+    config = FULL[args["scale"]].get_config(f"seed={args['seed']},root={args['root']}")
     config.mixture = section(
         Mixture,
         num_examples=args["num_examples"] or 500_000,
@@ -92,6 +105,8 @@ def base(args: Mapping[str, Any]) -> ConfigDict:
         exclude_categories=("ocr",),
     )
     config.pipeline.update(rows=64, row_tiles=10, packing="balanced", examples_per_row=2)
+    if args["scale"] == "pangea_0_5b":
+        config.accumulation = config.pipeline.rows // pangea_0_5b_finetune.CHIPS
     return config
 
 

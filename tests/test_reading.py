@@ -30,6 +30,8 @@ CONFIGS = [
     "finetune",
     "pangea_7b_finetune",
     "pangea_7b_pretrain",
+    "pangea_0_5b_finetune",
+    "pangea_0_5b_pretrain",
     *(f"ablate_{name}" for name in ("en_ratio", "language_popularity", "num_samples")),
     "ablate_num_languages",
     *(f"ablate_{name}" for name in ("vision_tower", "loss_mask", "anyres", "data_origin")),

@@ -1,4 +1,4 @@
-"""Every point of every ablation, at both scales: only the intended settings vary."""
+"""Every point of every ablation, at every scale: only the intended settings vary."""
 
 import importlib
 import itertools
@@ -10,7 +10,13 @@ import pyarrow as pa
 import pytest
 from flax import nnx
 
-from configs import pangea_7b_finetune, pangea_7b_pretrain, scales
+from configs import (
+    pangea_0_5b_finetune,
+    pangea_0_5b_pretrain,
+    pangea_7b_finetune,
+    pangea_7b_pretrain,
+    scales,
+)
 from pangea_jax import languages
 from pangea_jax.data.mixture import Mixture, choose
 from pangea_jax.experiment import Experiment, choose_records
@@ -118,7 +124,7 @@ def test_en_ratio_counts(scale):
     index = SampleStore().index if scale == "sample" else published_index()
     total = get("en_ratio", scale=scale).mixture.num_examples
     others = len(get("en_ratio", scale=scale).mixture.languages) - 1
-    assert others == {"sample": 7, "pangea_7b": 17}[scale]
+    assert others == (7 if scale == "sample" else 17)
     for point, percent in module("en_ratio").points().items():
         drawn = counts(get("en_ratio", point, scale=scale), index)
         english = drawn.pop("en")
@@ -149,7 +155,9 @@ def test_default_point_is_the_papers():
         get("en_ratio", "en_8")
     with pytest.raises(ValueError, match="design='fixed' is not one of"):
         get("en_ratio", design="fixed")
-    with pytest.raises(ValueError, match=r"scale='sample' is not one of \('pangea_7b',\)"):
+    with pytest.raises(
+        ValueError, match=r"scale='sample' is not one of \('pangea_7b', 'pangea_0_5b'\)"
+    ):
         get("anyres", scale="sample")
 
 
@@ -331,6 +339,36 @@ def test_pangea_7b_is_the_published_model():
     assert sum(sizes[name] for name in left) == 16_522_240
 
 
+def test_pangea_0_5b_differs_from_the_7b_in_its_decoder_alone():
+    """The decoder has as many parameters as Qwen/Qwen2-0.5B-Instruct, whose head is its embedding."""
+    model = build(Experiment, pangea_0_5b_finetune.get_config()).model
+    _, shapes = model_params.abstract(lambda: Pangea(model, rngs=nnx.Rngs(0)))
+    sizes = {name: int(np.prod(value.shape)) for name, value in shapes.items()}
+    part = lambda prefix: sum(n for name, n in sizes.items() if name.startswith(prefix))  # noqa: E731
+    assert part("language.") == 494_032_768
+    assert part("projector.") == (1024 + 1) * 896 + (896 + 1) * 896
+    own = {f".model.language.{name}" for name in pangea_0_5b_finetune.QWEN2_0_5B}
+    own |= {".title", ".pretrained", ".accumulation"}
+    for small, large in (
+        (pangea_0_5b_finetune, pangea_7b_finetune),
+        (pangea_0_5b_pretrain, pangea_7b_pretrain),
+    ):
+        one, other = (
+            json.loads(stage.get_config("root=gs://b").to_json()) for stage in (small, large)
+        )
+        assert differing(one, other) == own
+        assert all(folder.startswith("gs://b/") for folder in one["pretrained"])
+
+
+def test_a_root_holds_the_folders_of_an_ablation():
+    for scale in scales.FULL:
+        config = get("en_ratio", scale=scale, root="gs://b")
+        folders = (config.data.store, config.data.tokenizer, *config.pretrained)
+        assert all(folder.startswith("gs://b/") for folder in folders)
+    with pytest.raises(ValueError, match="remove the config argument root=: the sample is in"):
+        get("en_ratio", root="gs://b")
+
+
 def test_stages_follow_table_1():
     first, second = pangea_7b_pretrain.get_config(), pangea_7b_finetune.get_config()
     one, two = build(Experiment, first), build(Experiment, second)
@@ -349,8 +387,9 @@ def test_stages_follow_table_1():
         pangea_7b_finetune.get_config("batch=100")
 
 
-def test_ablations_at_7b_scale_have_128_examples_a_step():
-    config = get("en_ratio", scale="pangea_7b")
+@pytest.mark.parametrize("scale", scales.FULL)
+def test_ablations_at_full_scale_have_128_examples_a_step(scale):
+    config = get("en_ratio", scale=scale)
     assert build(Experiment, config).pipeline.examples == 128
     assert scales.steps(config) == 3906
     assert config.mixture.languages[0] == "en"

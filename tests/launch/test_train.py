@@ -170,7 +170,7 @@ def test_eight_devices_equal_one(finished, tmp_path):
             "error: config.eval.questions is an unknown key; known are batch_size, limit,",
         ),
         (["--config=configs/ablate_en_ratio.py:en_ration=0.5"], "did you mean 'en_ratio'"),
-        (["--config=configs/ablate_en_ratio.py:scale=huge"], "not one of ('sample', 'pangea_7b')"),
+        (["--config=configs/ablate_en_ratio.py:scale=huge"], "not one of ('sample', 'pangea_0_5b'"),
         (["--config=configs/ablate_en_ratio.py:en_ratio=1.5"], "must be in [0, 1]"),
         (["--config=configs/no_such.py"], "no_such.py"),
         (["--config.mesh.data=3"], "does not fill the 1 devices"),

@@ -15,7 +15,8 @@
 All sizes come from the model's config.json, tokenizer and way of reading from its folder. Each record
 has a row of up to 4,096 tokens; what is longer is cut. If the model is large, the rows are computed
 one after the other, which fits one GPU (on several, set `--config.accumulation` to a divisor of the
-rows of each). `--config.pipeline.packing=planned` fills rows with several short records.
+rows of each). `--config.pipeline.packing=planned` fills rows with several short records. A model
+without AnyRes takes up to 8 pictures a record; `--config.pipeline.row_tiles` sets more.
 
 Only the words of the answers are trained. Adapters learn at 2e-4; a whole model at 2e-5, its tower at
 a tenth of that. Expect the losses on the held-back part before and after training on the console,
@@ -36,6 +37,8 @@ from pangea_jax.typed_config import section
 LONGEST_ROW = 4096
 # From this width on, a row is computed alone, and its activations are computed twice.
 LARGE = 2048
+# In a record, for a model that sees a picture as one tile: every row has as many places, used or not.
+MOST_PICTURES = 8
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -79,7 +82,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.pipeline.update(
         rows=args["batch"],
         row_tokens=row_tokens,
-        row_tiles=row_tokens // found.vision.patches + 2,
+        row_tiles=_most_tiles(model, row_tokens),
         packing="none",
         loss_mask="answer",
         overlong="truncate",
@@ -95,6 +98,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.optimizer.update(learning_rate=2e-4, lr_scale=())
     config.log_every = 1
     return config
+
+
+def _most_tiles(model: PangeaConfig, row_tokens: int) -> int:
+    """The tiles that a row of one record has places for. Without AnyRes a picture is one tile."""
+    most = row_tokens // model.vision.patches + 2
+    return most if model.pinpoints else min(most, MOST_PICTURES)
 
 
 def _frozen(model: PangeaConfig) -> tuple[str, ...]:

@@ -1,8 +1,11 @@
-"""Holds back a part of the records for validation, so that no picture is on both sides."""
+"""Holds back a part of the records for validation, so that no picture is on both sides.
+
+Records that show a held-back picture beside another one are on neither side.
+"""
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -33,6 +36,11 @@ class Holdout:
     rows: Int[np.ndarray, " n"]
     left_out: Bool[np.ndarray, " index"]
 
+    @property
+    def dropped(self) -> int:
+        """Number of records on neither side: they show a picture of a held-back record."""
+        return int(self.left_out.sum()) - len(self.rows)
+
 
 def draw(
     store: RecordStore,
@@ -41,30 +49,57 @@ def draw(
     number: int,
     seed: int,
 ) -> Holdout:
-    """Draws at most `number` of the usable records: whole groups of records that share pictures.
+    """Draws at most `number` of the usable records, so that no picture is on both sides.
+
+    Records that share pictures, also through others, are held back together if they are not too
+    many. Of a larger group, whole pictures are drawn with all records that show no others. Records
+    that show a drawn picture beside another one are on neither side. Large groups give their share
+    of `number`.
+
+    It reads all usable records: a minute for millions.
 
     Raises:
-      ValueError: no group is that small, or nothing would be left to train on.
+      ValueError: `number` is too small for any group, or nothing would be left to train on.
     """
-    groups = picture_groups(store, usable)
-    size = np.bincount(groups[groups >= 0])
-    order = np.random.default_rng((seed, 1)).permutation(len(size))
+    shown = _Shown(store, usable)
+    groups = shown.groups()
+    size = np.bincount(groups)
+    random = np.random.default_rng((seed, 1))
+    order = random.permutation(len(size))
+    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(size)[:-1])
+    large = [members[group] for group in order if size[group] > number]
+    parts = [_Part(shown, random.permutation(places)) for places in large]
+    quotas = [number * len(part.places) // len(groups) for part in parts]
+    held = np.zeros(len(groups), bool)
+    for part, quota in zip(parts, quotas, strict=True):
+        held[part.draw(quota)] = True
+    held |= _whole(groups, order, size, number - sum(quotas))
+    room = number - int(held.sum())
+    for part in parts if room else ():  # what the small groups could not fill
+        more = part.draw(room)
+        held[more], room = True, room - len(more)
+    if not held.any():
+        held = _whole(groups, order, size, number)
+    if not held.any():
+        fewest = min((part.fewest() for part in parts), default=0)
+        raise ValueError(
+            f"config.validation asks for {number} records, but the fewest that stay together, because "
+            f"they show the same pictures, are {fewest}; raise config.validation.fraction or number"
+        )
+    return shown.holdout(held)
+
+
+def _whole(groups, order, size, number: int) -> Bool[np.ndarray, " places"]:
+    """Whole groups in the given order, of at most `number` places together."""
     chosen, taken = np.zeros(len(size), bool), 0
     for group in order:
         if taken + size[group] <= number:
             chosen[group], taken = True, taken + size[group]
-    if not taken:
-        raise ValueError(
-            f"config.validation asks for {number} records, but the fewest that share no picture with "
-            f"others are {min(size, default=0)}; raise config.validation.fraction or number"
-        )
-    left_out = (groups >= 0) & chosen[groups]
-    _check_rest(usable & ~left_out, taken)
-    return Holdout(np.flatnonzero(left_out), left_out)
+    return chosen[groups]
 
 
 def by_ids(store: RecordStore, usable: Bool[np.ndarray, " index"], ids: Sequence[str]) -> Holdout:
-    """Holds back the records with these ids.
+    """Holds back the records with these ids. Others that show their pictures do not train.
 
     Raises:
       ValueError: the store has no such record, or nothing would be left to train on.
@@ -76,11 +111,9 @@ def by_ids(store: RecordStore, usable: Bool[np.ndarray, " index"], ids: Sequence
             f"config.validation.ids: {len(missing)} of {len(set(ids))} are no record of {store.directory}, "
             f"the first is {missing[0]!r}"
         )
-    held = np.isin(np.array(column, object), list(set(ids)))
-    groups = picture_groups(store, usable | held)
-    left_out = np.isin(groups, np.unique(groups[held]))
-    _check_rest(usable & ~left_out, int(held.sum()))
-    return Holdout(np.flatnonzero(held), left_out)
+    wanted = np.isin(np.array(column, object), list(set(ids)))
+    shown = _Shown(store, usable | wanted)
+    return shown.holdout(wanted[shown.rows])
 
 
 def shared_with(
@@ -96,43 +129,104 @@ def shared_with(
     return found
 
 
-def picture_groups(
-    store: RecordStore, usable: Bool[np.ndarray, " index"]
-) -> Int[np.ndarray, " index"]:
-    """A number for each usable record, equal for records that share pictures, also through others; else -1.
+class _Shown:
+    """Which pictures some records show. A place is the number of a record among them.
 
-    It reads all usable records: a minute for millions.
+    Attributes:
+      rows: their rows of the index.
+      pictures: numbers of the pictures of each place.
+      places: the places that show a picture, for each picture.
     """
-    parent: dict[str, str] = {}
 
-    def root(key: str) -> str:
-        while parent.setdefault(key, key) != key:
-            parent[key] = key = parent[parent[key]]
-        return key
+    def __init__(self, store: RecordStore, usable: Bool[np.ndarray, " index"]):
+        self.rows, self._usable = np.flatnonzero(usable), usable
+        numbers: dict[str, int] = {}
+        self.pictures = [
+            tuple(numbers.setdefault(key, len(numbers)) for key in dict.fromkeys(images))
+            for images in _pictures(store, usable)
+        ]
+        self.places: list[list[int]] = [[] for _ in numbers]
+        for place, pictures in enumerate(self.pictures):
+            for picture in pictures:
+                self.places[picture].append(place)
 
-    rows = np.flatnonzero(usable)
-    first = []
-    for row, images in zip(rows, _pictures(store, usable), strict=True):
-        keys = images or (f"record {row}",)
-        first.append(keys[0])
-        for key in keys[1:]:
-            parent[root(key)] = root(keys[0])
-    numbers: dict[str, int] = {}
-    groups = np.full(len(usable), -1, np.int64)
-    groups[rows] = [numbers.setdefault(root(key), len(numbers)) for key in first]
-    return groups
+    def groups(self) -> Int[np.ndarray, " places"]:
+        """A number for each place, equal if they share pictures, also through other records."""
+        groups = np.full(len(self.pictures), -1, np.int64)
+        number = 0
+        for start in range(len(groups)):
+            if groups[start] >= 0:
+                continue
+            groups[start], open_places = number, [start]
+            while open_places:
+                for picture in self.pictures[open_places.pop()]:
+                    for place in self.places[picture]:
+                        if groups[place] < 0:
+                            groups[place] = number
+                            open_places.append(place)
+            number += 1
+        return groups
+
+    def holdout(self, held: Bool[np.ndarray, " places"]) -> Holdout:
+        left_out = held.copy()
+        for place in np.flatnonzero(held):
+            for picture in self.pictures[place]:
+                left_out[self.places[picture]] = True
+        result, rows = np.zeros(len(self._usable), bool), self.rows
+        result[rows] = left_out
+        if left_out.all():
+            raise ValueError(
+                f"config.validation holds back {held.sum()} records, and no others are left to train on "
+                f"({left_out.sum() - held.sum()} more show their pictures); lower it"
+            )
+        return Holdout(rows[held], result)
+
+
+class _Part:
+    """A large group of records, of which pictures are drawn in the order of its `places`."""
+
+    def __init__(self, shown: _Shown, places: Int[np.ndarray, " n"]):
+        self.places, self._shown = places.tolist(), shown
+        self._open = {place: len(shown.pictures[place]) for place in self.places}
+        self._drawn: set[int] = set()
+        alone = (shown.pictures[place] for place in self.places)
+        self._alone = collections.Counter(
+            p for pictures in alone if len(pictures) == 1 for p in pictures
+        )
+
+    def draw(self, number: int) -> list[int]:
+        """At most `number` more records: those that show no other pictures than drawn ones."""
+        found: list[int] = []
+        for place in self.places:
+            room = number - len(found)
+            if not room:
+                break
+            new = set(self._shown.pictures[place]) - self._drawn
+            # The sum is quick, and no more than the number of records that would come with it.
+            if not new or sum(self._alone[picture] for picture in new) > room:
+                continue
+            whole, changed = self._with(new)
+            if len(whole) <= room:
+                self._drawn |= new
+                found += whole
+                for other, count in changed.items():
+                    self._open[other] -= count
+        return found
+
+    def fewest(self) -> int:
+        """The smallest number of records, above 0, that `draw` can give before any is drawn."""
+        sets = {self._shown.pictures[place] for place in self.places}
+        return min(len(self._with(pictures)[0]) for pictures in sets)
+
+    def _with(self, new: Collection[int]) -> tuple[list[int], Mapping[int, int]]:
+        """The places that show only drawn pictures and `new` ones; how many new ones each place shows."""
+        changed = collections.Counter(place for one in new for place in self._shown.places[one])
+        return [place for place, count in changed.items() if count == self._open[place]], changed
 
 
 def _pictures(store, usable) -> Iterator[tuple[str, ...]]:
     rows = np.flatnonzero(usable)
     return (conversation.images for conversation in RowSource(store, rows))
-
-
-def _check_rest(rest, taken) -> None:
-    if not rest.any():
-        raise ValueError(
-            f"config.validation holds back {taken} records, and no others are left to train on; lower it"
-        )
 
 
 class HeldBack:

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Int, Int32
 
 from pangea_jax import languages as language_table
+from pangea_jax.work import paths
 
 DESIGNS = ("fixed_total", "fixed_multilingual")
 # Fields that are tuples of names.
@@ -142,6 +143,7 @@ class Choice:
     Attributes:
       repeat_factor: drawn examples per available record, by `language/kind`.
       held_back: rows of the index for validation; None if none are held back.
+      dropped: number of records on neither side, because they show a picture of validation.
     """
 
     rows: Int[np.ndarray, " num_examples"]
@@ -150,9 +152,11 @@ class Choice:
     repeat_factor: dict[str, float]
     examples_per_source: dict[str, int] = dataclasses.field(default_factory=dict)
     held_back: Int[np.ndarray, " held_back"] | None = None
+    dropped: int = 0
 
     def summary(self) -> dict:
         held = {} if self.held_back is None else {"held_back": len(self.held_back)}
+        held |= {"dropped_beside_held_back": self.dropped} if self.dropped else {}
         return held | {
             "num_examples": len(self.rows),
             "examples_per_language": self.examples_per_language,
@@ -164,7 +168,7 @@ class Choice:
 
 def read_ids(path: str | Path) -> tuple[str, ...]:
     """Reads ids for `Mixture.exclude_ids`, one per line; skips blank lines and `#` comments."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = paths.path(path).read_text(encoding="utf-8").splitlines()
     ids = (line.strip() for line in lines)
     return tuple(id for id in ids if id and not id.startswith("#"))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pangea_jax.figures.text_render import font_families
+from pangea_jax.figures.text_render import fit_text, font_families
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,6 +63,41 @@ def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
     figure.savefig(png, dpi=PNG_DPI, facecolor="white")
     figure.savefig(svg, facecolor="white", metadata={"Date": None})
     return png, svg
+
+
+def fit_titles(figure: Figure) -> None:
+    """Breaks titles of axes that are wider than their axes into lines. The layout places the axes for this."""
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        title = axes.get_title(loc="left")
+        room = axes.bbox.width * 72 / figure.dpi
+        size = axes.title.get_size()
+        lines = [
+            line
+            for part in title.split("\n")
+            for line in fit_text(part, room, size, min_size=size - 2, max_lines=3)[0]
+        ]
+        if axes.get_visible() and title and lines != title.split("\n"):
+            axes.set_title("\n".join(lines), size=size - 2)
+
+
+def name_ticks(axes: Axes, names: Sequence[str], room: float) -> float:
+    """Writes names below 0, 1, ... of a horizontal axis: in lines, or upright if they are wider than their room.
+
+    Args:
+      room: width for a name, in points.
+
+    Returns:
+      The height of the names, in inches.
+    """
+    size, most = 8, 110
+    broken = [fit_text(name, room - 5, size, min_size=size, max_lines=4)[0] for name in names]
+    upright = any("".join(b).split() != "".join(n.split()).split() for b, n in zip(broken, names))
+    if upright:
+        lines = max(1, int(room / (1.2 * size)))
+        broken = [fit_text(name, most, size, min_size=size, max_lines=lines)[0] for name in names]
+    axes.set_xticks(range(len(names)), ["\n".join(b) for b in broken], rotation=90 * upright)
+    return (most if upright else 1.2 * size * max(map(len, broken))) / 72
 
 
 def write_cells(

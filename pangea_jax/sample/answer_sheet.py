@@ -57,10 +57,11 @@ def answer_sheet(
     with fig.style():
         figure = Figure(figsize=(width / 72, height / 72))
         page = _Page(figure, width, height)
-        page.write(MARGIN, 19, title, size=12.5)
         right = sum(example.is_right for example in examples)
         note = f"{right} of {len(examples)} right     ✓ ✗ answer     = truth"
         page.write(width - MARGIN, 19, note, ha="right", color=fig.MUTED)
+        room = width - 2 * MARGIN - text_width(note, 9) - 12
+        page.write_lines(MARGIN, 19, title, room, size=12.5, lines=2)
         splits = {example.split for example in examples}
         for i, example in enumerate(examples):
             left = MARGIN + i % COLUMNS * CARD_WIDTH
@@ -94,7 +95,7 @@ class _Page:
         self, x: float, y: float, text: str, width: float, *, size: float, lines: int, **style
     ) -> float:
         """Draws text in lines of at most `width` points. Returns the base line below the last."""
-        pitch = 1.32 * size
+        pitch = 1.38 * size
         fitted, size = fit_text(text, width, size, min_size=size - 2.5, max_lines=lines)
         if is_right_to_left(text):
             style["ha"] = "right"

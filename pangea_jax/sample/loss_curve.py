@@ -67,19 +67,30 @@ def _draw_loss(axes: Axes, steps: np.ndarray, loss: np.ndarray, validation: np.n
         axes.plot(steps, _smooth(loss, window), color=fig.BLUE, linewidth=1.6, label=label)
     if held_back.any():
         x, y = steps[held_back], validation[held_back]
-        axes.plot(x, y, "o-", color=fig.VERMILION, ms=4, linewidth=1.6, label="validation")
+        style = {"color": fig.VERMILION, "clip_on": False}  # the first and the last lie on the edge
+        axes.plot(x, y, "o-", ms=4, linewidth=1.6, label="validation", **style)
         best = int(np.argmin(y))
         label = f"best: {y[best]:.4g} after step {int(x[best]) + 1}"
-        axes.plot(x[best], y[best], "o", color="none", mec=fig.VERMILION, ms=9, label=label)
+        axes.plot(x[best], y[best], "o", **style, mfc="none", ms=9, label=label)
     if window > 1 or held_back.any():
-        axes.legend(loc="best")
+        # Below the panels: within them it would hide a part of a curve.
+        axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     axes.set_ylabel("loss (nats per token)")
     axes.set_xlim(0, max(1, steps[-1]))
     values = np.concatenate([loss[np.isfinite(loss)], validation[held_back]])
     if len(values) and values.min() > 0 and values.max() > LOG_FROM * values.min():
-        axes.set_yscale("log")
-        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis(lambda value, _: f"{value:.3g}")
+        _make_logarithmic(axes, values.max() / values.min())
+
+
+def _make_logarithmic(axes: Axes, ratio: float) -> None:
+    """Few enough labels that they do not overlap, and at least two; `ratio` is the largest value over the smallest."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    subs = (1, 1.5, 2, 3, 4, 5, 6, 8) if ratio < 12 else (1, 2, 5) if ratio < 100 else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _read_metrics(path: Path) -> dict[str, Float[np.ndarray, " lines"]]:

@@ -11,13 +11,14 @@ from flax import nnx
 
 from configs import finetune
 from pangea_jax import checkpoints, experiment, sharding
-from pangea_jax.checkpoints import adapter
+from pangea_jax.checkpoints import adapter, convert
+from pangea_jax.checkpoints import config as config_file
 from pangea_jax.experiment import Experiment
 from pangea_jax.model import LoraConfig, Pangea
 from pangea_jax.model import params as model_params
 from pangea_jax.sample import emoji
 from pangea_jax.typed_config import build
-from tests.checkpoints.tiny import random_state
+from tests.checkpoints.tiny import random_state, write_run
 
 
 def make(arg):
@@ -34,6 +35,69 @@ def folder(tiny_config, emoji_tokenizer, tmp_path_factory):
     checkpoints.save(random_state(config), config, folder, tokens=tokens)
     shutil.copy(emoji.DIRECTORY / emoji.TOKENIZER, folder)
     return folder
+
+
+def llava(folder, to, monkeypatch):
+    """The folder in the layout of neulab/Pangea-7B: its config.json names the tower without sizes."""
+    config = checkpoints.config_from_folder(folder)
+    tower = "openai/clip-vit-large-patch14-336"
+    monkeypatch.setitem(config_file._TOWERS, tower, config.vision)
+    tokens = checkpoints.SpecialTokens.of(checkpoints.load_tokenizer(folder))
+    checkpoints.save(checkpoints.load(folder), config, to, layout="llava", tokens=tokens)
+    values = json.loads((to / "config.json").read_text())
+    content = values["text_config"] | {
+        "model_type": "llava_qwen",
+        "mm_vision_tower": tower,
+        "mm_vision_select_layer": config.vision.feature_layer,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_patch_merge_type": "spatial_unpad",
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": config.pinpoints,
+    }
+    (to / "config.json").write_text(json.dumps(content))
+    shutil.copy(emoji.DIRECTORY / emoji.TOKENIZER, to)
+    return to
+
+
+def ours(folder, to, _):
+    files = checkpoints.tokenizer_files(folder)
+    tokenizer = checkpoints.load_tokenizer(folder)
+    convert.convert(folder, to / "ours", tokenizer, tokenizer_files=files)
+    return to / "ours"
+
+
+def run(folder, to, _):
+    params = model_params.flatten(checkpoints.load(folder))
+    return write_run(to, checkpoints.config_from_folder(folder), params)
+
+
+def peft(folder, to, _):
+    C, lora = checkpoints.config_from_folder(folder).language, LoraConfig(rank=2, targets=("q",))
+    shapes = {"a_ir": (C.layers, C.width, 2), "b_ro": (C.layers, 2, C.heads * C.head_width)}
+    params = {
+        f"language.blocks.q_lora.{name}": np.zeros(size, np.float32)
+        for name, size in shapes.items()
+    }
+    adapter.save(params, lora, to / "adapter", base=str(folder))
+    return to / "adapter"
+
+
+@pytest.mark.parametrize("make_form", [llava, ours, run, peft])
+@pytest.mark.parametrize("lora", [0, 4])
+def test_every_form_that_load_reads_is_fine_tuned(folder, tmp_path, monkeypatch, make_form, lora):
+    """The same weights in another form give the same config, and the run starts from them."""
+    where = make_form(folder, tmp_path, monkeypatch)
+    exp = make(f"model={where},data=emoji,lora={lora},dtype=float32")
+    wanted = make(f"model={folder},data=emoji,lora={lora},dtype=float32")
+    assert (exp.model, exp.frozen, exp.pretrained) == (wanted.model, wanted.frozen, (str(where),))
+    tokenizer = experiment.open_data(exp)[1]
+    assert tokenizer.vocab_size == exp.model.language.vocab_size
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    found = experiment.load_initial(exp, mesh)
+    below = model_params.flatten(checkpoints.load(folder))
+    assert found.keys() == below.keys()
+    for name, value in below.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
 @pytest.mark.parametrize("lora", [0, 4])
@@ -91,6 +155,14 @@ def test_the_sample_is_a_model_too():
         dtype="float32",
         language=exp.model.language,
     )
+
+
+def test_a_row_has_places_for_eight_pictures_without_anyres_and_for_all_tiles_with_it(folder):
+    """The tower computes every place of a row, also the empty ones."""
+    assert make("model=sample,data=emoji").pipeline.row_tiles == 8
+    exp = make(f"model={folder},data=emoji")
+    assert exp.model.pinpoints
+    assert exp.pipeline.row_tiles * exp.model.vision.patches > exp.pipeline.row_tokens
 
 
 def test_what_cannot_be_fine_tuned_is_refused_by_name(folder, tmp_path):

@@ -1,10 +1,13 @@
 """Records held back for validation: no picture on both sides, exactly the wanted ids, rows of one language."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pangea_jax.data import holdout, mixture
 from pangea_jax.data.mixture import Mixture
@@ -31,15 +34,68 @@ def pictures(store, rows):
 def test_no_picture_is_on_both_sides(emoji_store, usable):
     total = int(usable.sum())
     held = holdout.draw(emoji_store, usable, number=total // 10, seed=0)
-    assert 0.9 * (total // 10) <= len(held.rows) <= total // 10
-    assert usable[held.rows].all()
+    assert 0.97 * (total // 10) <= len(held.rows) <= total // 10
+    assert usable[held.rows].all() and held.left_out[held.rows].all()
     rest = np.flatnonzero(usable & ~held.left_out)
-    assert len(rest) + len(held.rows) == total
+    assert len(rest) + len(held.rows) + held.dropped == total
+    # Conversations about two drawings chain all of them into one group, of which a tenth is drawn.
+    assert 0 < held.dropped < len(held.rows)
+    kinds = np.array(emoji_store.index["kind"].to_pylist(), object)
+    texts = [np.mean(kinds[rows] == "text") for rows in (held.rows, np.flatnonzero(usable))]
+    assert texts[0] == pytest.approx(texts[1], abs=0.06)
     assert pictures(emoji_store, held.rows).isdisjoint(pictures(emoji_store, rest))
     again = holdout.draw(emoji_store, usable, number=total // 10, seed=0)
     np.testing.assert_array_equal(held.rows, again.rows)
     other = holdout.draw(emoji_store, usable, number=total // 10, seed=1)
     assert set(other.rows.tolist()) != set(held.rows.tolist())
+
+
+@st.composite
+def shown(draw):
+    """The pictures of each of some records: chains, copies, pairs, texts."""
+    number = draw(st.integers(1, 12))
+    pictures = st.lists(st.integers(0, number).map(str), max_size=3).map(tuple)
+    return draw(st.lists(pictures, min_size=2, max_size=40))
+
+
+@given(shown(), st.integers(1, 30), st.integers(0, 3))
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_records_are_split_without_a_common_picture(monkeypatch, records, number, seed):
+    def read(_, usable):
+        return (records[row] for row in np.flatnonzero(usable))
+
+    monkeypatch.setattr(holdout, "_pictures", read)
+    usable = np.random.default_rng(seed).random(len(records)) < 0.9
+    try:
+        held = holdout.draw(None, usable, number=number, seed=seed)
+    except ValueError as error:
+        fewest = re.search("they show the same pictures, are (\\d+);", str(error))
+        refused = "no others are left" in str(error) or not fewest or int(fewest[1]) > number
+    else:
+        refused = None
+    if refused is not None:
+        assert refused
+        return
+    assert 0 < len(held.rows) <= number and len(set(held.rows.tolist())) == len(held.rows)
+    assert usable[held.rows].all() and not held.left_out[~usable].any()
+    seen = {picture for row in held.rows for picture in records[row]}
+    rest = np.flatnonzero(usable & ~held.left_out)
+    assert len(rest) and len(rest) + len(held.rows) + held.dropped == usable.sum()
+    assert all(seen.isdisjoint(records[row]) for row in rest)
+    dropped = np.setdiff1d(np.flatnonzero(held.left_out), held.rows)
+    assert all(not seen.isdisjoint(records[row]) for row in dropped)
+
+
+def test_records_of_one_picture_and_disjoint_pairs_lose_none(monkeypatch):
+    records = [(f"a{n // 5}",) for n in range(500)] + [(f"b{n}", f"c{n}") for n in range(500)]
+    monkeypatch.setattr(holdout, "_pictures", lambda *_: iter(records))
+    held = holdout.draw(None, np.ones(1000, bool), number=100, seed=0)
+    assert (len(held.rows), held.dropped) == (100, 0)
+    assert (
+        30 < np.sum(held.rows < 500) < 95
+    )  # groups are drawn evenly: 100 of one kind, 500 of the other
 
 
 def test_training_draws_none_of_them(emoji_store, usable):
@@ -71,8 +127,11 @@ def test_ids_are_held_back_with_their_pictures(emoji_store, usable):
 
 def test_too_few_and_too_many_are_refused(emoji_store, usable, pictured):
     fewest = 3 * emoji_store.plan.varieties  # a drawing in three languages
-    with pytest.raises(ValueError, match=f"share no picture with others are {fewest};"):
+    with pytest.raises(ValueError, match=r"they show the same pictures, are \d+; raise") as told:
         holdout.draw(emoji_store, pictured, number=2, seed=0)
+    named = int(re.search(r"are (\d+);", str(told.value))[1])
+    assert 2 < named <= fewest
+    assert len(holdout.draw(emoji_store, pictured, number=named, seed=0).rows) == named
     with pytest.raises(ValueError, match="no others are left to train on"):
         holdout.draw(emoji_store, usable, number=int(usable.sum()), seed=0)
 

@@ -211,6 +211,25 @@ def test_bad_input_is_one_sentence(flags, says):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (
+            ["--config.steps=700"],
+            "en_000_seed0: its 400 examples make 6 steps of 64, not 700; lower",
+        ),
+        (["--config.pipeline.rows=8000"], "make 0 steps of"),
+        (["--config.mixture.languages=('xx',)"], "mixture.languages"),
+    ],
+)
+def test_too_few_examples_are_refused_before_the_first_run(tmp_path, flags, says):
+    workdir = tmp_path / "en"
+    given = f"{EN_RATIO}:num_examples=400", f"--workdir={workdir}", *flags
+    code, _, err = run(*given)
+    assert code == 1 and says in err and "Traceback" not in err
+    assert not list(workdir.glob("*_seed*"))
+
+
 def test_a_sweep_is_known_by_what_it_runs(tmp_path):
     """A sweep is the same under another folder name or with its overrides in another order."""
     overrides = {"log_every": 1, "eval.limit": 2}

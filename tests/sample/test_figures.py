@@ -247,7 +247,7 @@ def test_few_steps_make_one_line_without_a_legend(tmp_path, drawn):
     path.write_text("".join(json.dumps({"step": i, "loss": 2 + i / 100}) + "\n" for i in range(9)))
     plot_loss(path, tmp_path)
     (axes,) = drawn[0].axes
-    assert len(axes.lines) == 1 and axes.get_legend() is None
+    assert len(axes.lines) == 1 and not drawn[0].legends
     assert axes.get_ylim()[0] > 1.9  # the axis fits the data
 
 
@@ -342,7 +342,7 @@ def test_the_axis_shows_a_small_change_and_both_curves(tmp_path, drawn):
     axes = drawn[0].axes[0]
     low, high = axes.get_ylim()
     assert (11.945 - 11.865) / (high - low) > 0.7
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert labels == ["training", "validation", "best: 11.88 after step 10"]
     points = {len(line.get_xdata()) for line in axes.get_lines()}
     assert points == {10, 2, 1}

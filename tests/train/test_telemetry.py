@@ -95,6 +95,36 @@ def test_a_log_gets_a_dozen_plain_lines(tmp_path):
     assert lines[-1].startswith("step 400/400 (100%)") and "1,000 tokens/s" in lines[-1]
 
 
+def test_slow_steps_have_digits(tmp_path):
+    """A step that takes minutes, a loss near 0 and a tiny MFU are not shown as 0."""
+    console = Console(file=io.StringIO(), width=200)
+    slow = {"loss": 0.00123, "validation/loss": 0.4, "tokens_per_second": 7.66, "mfu": 0.00042}
+    with Telemetry(tmp_path, 2, console=console) as records:
+        records.log(0, slow | {"examples_per_second": 0.4207})
+        records.log(1, slow | {"examples_per_second": 0.00512})
+    first, second = console.file.getvalue().splitlines()
+    assert "loss 0.00123  validation 0.400  7.7 tokens/s  0.42 examples/s  MFU 0.042%" in first
+    assert "0.0051 examples/s" in second
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_time_left_counts_steps_after_the_first_line(tmp_path, monkeypatch, terminal):
+    """The first step compiles for ten minutes; then a step takes 100 s, longer than rich looks back."""
+    now = [1000.0]
+    monkeypatch.setattr(telemetry.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=150)
+    with Telemetry(tmp_path, 15, start_step=5, console=console) as records:
+        for step, seconds in enumerate((600, 100, 100), 5):
+            now[0] += seconds
+            records.log(step, {"loss": 2.0})
+        records._display.stop()  # the live line is drawn a last time
+        text = console.file.getvalue()
+    assert "left 0:11:40" in text  # seven steps of 100 s
+    assert "left 1:" not in text
+    if not terminal:
+        assert text.splitlines()[0].endswith("elapsed 0:10:00")
+
+
 def test_a_terminal_gets_one_live_line(tmp_path):
     console = Console(file=io.StringIO(), force_terminal=True, width=150)
     with Telemetry(tmp_path, 4, console=console) as records:

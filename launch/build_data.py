@@ -40,7 +40,7 @@ from pangea_jax.figures import composition, inert
 from pangea_jax.sample import emoji, licences, sources, vocabulary
 from pangea_jax.sample.emoji import Concept
 from pangea_jax.sample.sources import ARTISTS, Annotations, Artwork
-from pangea_jax.work import runners
+from pangea_jax.work import mirror, paths, runners
 from pangea_jax.work.restart import WorkError
 
 console = inert.console()
@@ -104,7 +104,8 @@ OWN_HELP = "source of the records that name none, for reports (default: own)"
 def add_build_flags(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--source", type=Path, required=True, help="folder of the data, or a file of records")
-    add("--out", type=Path, required=True, help="folder of the store")
+    add("--out", type=address, required=True, help="folder of the store, also gs://...")
+    add("--work", type=Path, help="with --out=gs://...: folder here for all that is not a shard")
     add("--images", type=Path, help="folder of the pictures (default: that of the records)")
     add("--workers", type=positive, default=os.cpu_count(), help="processes (default: one a core)")
     add("--tokenizer", type=Path, help="tokenizer.json, .model or their folder: counts tokens")
@@ -163,6 +164,13 @@ def add_build_flags(command: argparse.ArgumentParser) -> None:
     )
 
 
+def address(text: str) -> Path:
+    try:
+        return paths.path(text)
+    except paths.PathError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def name(text: str) -> str:
     if not text.strip("/ "):
         raise argparse.ArgumentTypeError("expected a name, got an empty text")
@@ -219,7 +227,8 @@ class Amount(ProgressColumn):
         else:
             parts.append(f"{task.completed:,.0f} of {task.total:,.0f} {unit}")
         if records := task.fields.get("records"):
-            parts.append(f"{records:,} records, {records / max(task.elapsed or 0, 1e-3):,.0f}/s")
+            speed = records / max(task.elapsed or 0, 1e-3)
+            parts.append(f"{records:,} records, {speed:,.{0 if speed >= 10 else 1}f}/s")
         return Text(", ".join(parts))
 
 
@@ -238,9 +247,16 @@ def progress_bar() -> Progress:
 
 
 def build_pangeains(arguments: argparse.Namespace) -> None:
+    remote = paths.is_remote(arguments.out)
+    if remote != bool(arguments.work):
+        raise WorkError(
+            f"--out={arguments.out} {'needs' if remote else 'takes no'} --work=DIR, a folder here for all that is not "
+            "a shard"
+        )
     build = pangeains.Build(
         source=arguments.source,
-        out=arguments.out,
+        out=arguments.work or arguments.out,
+        target=arguments.out if remote else None,
         images=arguments.images,
         tokenizer=arguments.tokenizer,
         image_id=arguments.image_id,
@@ -267,11 +283,14 @@ def build_pangeains(arguments: argparse.Namespace) -> None:
                 summary = pangeains.build(build, run, max_bad_fraction=allowed, progress=bar)
     columns = ["category", "source", "language"]
     index = pq.read_table(build.out / INDEX, columns=columns)
-    report = composition.write(index, build.out / "report", summary)
+    with mirror.mirrored(arguments.out / "report") as files:
+        name = composition.write(index, files.folder, summary).name
+    size = summary["picture_bytes"]
+    size = f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
     # Without the console, which wraps lines and may read parts of a path as markup.
     print(
         f"{summary['kept']:,} of {summary['total']:,} records, {summary['pictures']:,} pictures, "
-        f"{summary['picture_bytes'] / 1e9:,.2f} GB in {build.out}"
+        f"{size} in {arguments.out}"
     )
     if summary["rejected"]:
         print(f"dropped (listed in {build.out / pangeains.REJECTED}):")
@@ -283,7 +302,7 @@ def build_pangeains(arguments: argparse.Namespace) -> None:
         )
     for what, count in summary["notes"].items():
         print(inert.visible(f"{count:>10,}  {what}"))
-    print(f"report: {report}")
+    print(f"report: {arguments.out / 'report' / name}")
 
 
 def build_emoji(arguments: argparse.Namespace) -> None:

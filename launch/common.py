@@ -26,7 +26,7 @@ from pangea_jax.experiment import Experiment
 from pangea_jax.figures import inert
 from pangea_jax.sample.sources import SourceError
 from pangea_jax.train.guards import BadStepsError
-from pangea_jax.work import atomic, restart
+from pangea_jax.work import atomic, paths, restart
 
 # A run that a signal stopped exits with 128 plus the number of the signal, as in shells. A preemption notice counts
 # as SIGTERM.
@@ -172,8 +172,10 @@ def run(main: Callable[[list[str]], Any]) -> None:
             _exit(error, EXIT_INTERRUPTED)
         except Exception as error:
             lost = isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(LOST)
-            if isinstance(error, ERRORS) and "PANGEA_DEBUG" not in os.environ:
-                said = inert.visible(_sentence(error))
+            fault = paths.explain(error)
+            lost |= fault is not None and fault.passes
+            if (fault or isinstance(error, ERRORS)) and "PANGEA_DEBUG" not in os.environ:
+                said = inert.visible(fault.sentence if fault else _sentence(error))
                 print(f"error: {said}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)
             elif lost or jax.distributed.is_initialized():
                 traceback.print_exc()
@@ -195,10 +197,13 @@ def no_arguments(argv: Sequence[str]) -> None:
         )
 
 
+_CHATTY = ("orbax", "tensorboardX", "fsspec", "gcsfs")
+
+
 def _worth_showing(record) -> bool:
-    # Orbax logs every file that it writes, tensorboardX every name with a special character, and JAX its search for
+    # Orbax and fsspec log every file, tensorboardX every name with a special character, and JAX its search for
     # a TPU on machines without libtpu.
-    chatty = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in ("orbax", "tensorboardX"))
+    chatty = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in _CHATTY)
     if chatty and record.levelno < logging.converter.STANDARD_ERROR:
         return False
     return "Unable to initialize backend 'tpu'" not in record.getMessage()
@@ -239,14 +244,26 @@ _FREE = re.compile(
 )
 
 
-def local_folder(path: str, flag: str) -> Path:
-    """The folder that a flag names.
+def local_folder(name: str, flag: str) -> Path:
+    """The folder that a flag names, which must be on a disk.
 
     Raises:
       WorkError: it is an address such as gs://bucket/run.
     """
-    restart.check_local(path, flag)
-    return Path(path)
+    restart.check_local(name, flag)
+    return Path(name)
+
+
+def folder(name: str, flag: str) -> Path:
+    """The folder that a flag names, on a disk or in a bucket.
+
+    Raises:
+      UserError: it is an address that cannot be used.
+    """
+    try:
+        return paths.expand(paths.path(name))
+    except paths.PathError as error:
+        raise UserError(f"{flag}: {error}") from None
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -254,12 +271,12 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-LOCK = "lock"
+LOCK, COMPILED = "lock", "compiled"
 
 
 @contextlib.contextmanager
 def only_run(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of a work directory. The system frees it with the process, also with a killed one.
+    """Keeps other runs out of a work directory, until the process ends or is killed, see `restart.claim`.
 
     Only the main process of a job holds the lock.
 
@@ -272,6 +289,8 @@ def only_run(workdir: Path) -> Iterator[None]:
             try:
                 held.enter_context(restart.claim(workdir / LOCK))
             except OSError as error:
+                if paths.explain(error):
+                    raise
                 raise _unwritable(workdir, error) from None
         yield
 
@@ -292,10 +311,11 @@ def claim_workdir(workdir: Path, config: Any) -> None:
     path = workdir / "config.json"
     mine = to_json(config)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        paths.make_folder(workdir)
         # A run whose config was refused leaves only config.json; launch/sweep.py writes log.txt.
-        begun = {file.name for file in workdir.iterdir()} - {path.name, "log.txt", LOCK}
-        if path.exists() and begun:
+        there = paths.children(workdir)
+        begun = there - {path.name, "log.txt", LOCK, COMPILED}
+        if path.name in there and begun:
             holds = "a run of another config"
             more = ""
             if "init_from" in flags.FLAGS:  # only launch/train.py has this flag
@@ -314,6 +334,8 @@ def claim_workdir(workdir: Path, config: Any) -> None:
                 logging.info("the run continues with another config: %s", changed)
         atomic.write_json(path, mine, ensure_ascii=False)
     except OSError as error:
+        if paths.explain(error):
+            raise
         raise _unwritable(workdir, error) from None
     except json.JSONDecodeError:
         raise UserError(
@@ -332,10 +354,14 @@ def cache_directory(name: str) -> Path | None:
     return cache
 
 
-def use_compile_cache() -> None:
-    """Keeps compiled programs across runs, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+def use_compile_cache(workdir: Path | None = None) -> None:
+    """Keeps compiled programs across runs, in JAX_COMPILATION_CACHE_DIR or the user's cache folder.
+
+    A run in a bucket keeps them in its work directory, because the next machine of a pod begins with an empty disk.
+    """
     if not jax.config.jax_compilation_cache_dir:
-        cache = cache_directory("xla")
+        remote = workdir is not None and paths.is_remote(workdir)
+        cache = workdir / COMPILED if remote else cache_directory("xla")
         if cache is None:
             return
         jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -48,6 +48,7 @@ from pangea_jax.experiment import Experiment
 from pangea_jax.train import hlo
 from pangea_jax.train import optimizer as optim
 from pangea_jax.train.state import abstract_state
+from pangea_jax.work import paths
 
 CONFIG = common.define_config("configs/pangea_7b_finetune.py")
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "TPUs to compile for, GENERATION:SHAPE.")
@@ -117,9 +118,9 @@ def _prepare(output: Path) -> None:
       UserError: it cannot be written.
     """
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        paths.make_folder(output.parent)
         output.unlink(missing_ok=True)
-        if not os.access(output.parent, os.W_OK):
+        if not paths.is_remote(output) and not os.access(output.parent, os.W_OK):
             raise PermissionError(f"{output.parent} is not writable")
     except OSError as error:
         raise common.UserError(f"--output={output} cannot be written: {error}") from None
@@ -162,7 +163,7 @@ def measure(
     else:
         found |= _read(compiled, hbm)
         if output and found["fits"]:
-            executable.save(Path(output), lowered, compiled, mesh, exp, steps)
+            executable.save(common.folder(output, "--output"), lowered, compiled, mesh, exp, steps)
     return found | {
         "compile_s": round(time.perf_counter() - start, 1),
         "model_flops_per_step": flops["total"],
@@ -274,7 +275,7 @@ def main(argv):
             "learning rate is part of the program"
         )
     if OUTPUT.value:
-        _prepare(common.local_folder(OUTPUT.value, "--output"))
+        _prepare(common.folder(OUTPUT.value, "--output"))
     if SEARCH.value:
         found = search(exp, TOPOLOGY.value, SLICES.value)
     else:

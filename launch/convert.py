@@ -29,6 +29,7 @@ from launch import common
 from pangea_jax import checkpoints
 from pangea_jax.checkpoints import adapter, convert
 from pangea_jax.figures import inert
+from pangea_jax.work import paths
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -77,7 +78,7 @@ def main(argv):
         raise common.UserError(f"--layout is only for --format=hf, not for --format={FORMAT.value}")
     if FORMAT.value == "peft" and (DTYPE.value or TOKENIZER.value):
         raise common.UserError("--format=peft takes neither --dtype nor --tokenizer")
-    target = common.local_folder(TO.value, "--to").expanduser()
+    target = common.folder(TO.value, "--to")
     try:
         is_peft = FORMAT.value == "peft"
         source = checkpoints.resolve(FROM.value, None if is_peft else BASE.value)
@@ -91,14 +92,12 @@ def main(argv):
             file=sys.stderr,
         )
         sys.exit(common.EXIT_INTERRUPTED)
-    print(
-        f"{target}: {FORMAT.value}, {sum(f.stat().st_size for f in target.rglob('*')) / 1e9:.2f} GB"
-    )
+    print(f"{target}: {FORMAT.value}, {sum(paths.sizes(target).values()) / 1e9:.2f} GB")
 
 
 def convert_model(source: Path, target: Path) -> None:
     """Converts the whole model and shows a progress bar."""
-    files = Path(TOKENIZER.value or checkpoints.tokenizer_files(source)).expanduser()
+    files = paths.expand(paths.path(TOKENIZER.value or checkpoints.tokenizer_files(source)))
     tokenizer = checkpoints.load_tokenizer(source, files)
     columns = (
         progress.TextColumn("{task.description}"),

@@ -21,7 +21,7 @@ from jax.extend.mlir import ir
 
 from launch import common
 from pangea_jax.experiment import Experiment
-from pangea_jax.work import atomic, restart
+from pangea_jax.work import atomic, paths, restart
 
 
 def save(
@@ -38,11 +38,12 @@ def save(
       compiled: not from the compile cache, because XLA cannot serialise a program that it has read.
       steps: number of steps of the run. The schedule of the learning rate is part of the program.
     """
-    partial = atomic.partial_path(path)
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as file:
+    with (
+        atomic.writing(path) as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as file,
+    ):
         file.writestr("facts.json", json.dumps(_facts(lowered, mesh, config, steps), indent=2))
         file.writestr("program", compiled.runtime_executable().serialize())
-    partial.replace(path)
 
 
 def load(
@@ -66,7 +67,7 @@ def load(
         message says what differs.
     """
     try:
-        with zipfile.ZipFile(path) as file:
+        with paths.nearby(paths.path(path)) as near, zipfile.ZipFile(near) as file:
             facts = json.loads(file.read("facts.json"))
             program = file.read("program")
     except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:

@@ -20,6 +20,7 @@ from launch import common
 from pangea_jax import experiment
 from pangea_jax.data import batch_view
 from pangea_jax.figures import inert
+from pangea_jax.work import mirror
 
 CONFIG = common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string(
@@ -48,10 +49,13 @@ def main(argv):
             f"{'fewer' if known is None else known} batches of {exp.pipeline.rows} rows; lower --skip or "
             "config.pipeline.rows, or raise config.mixture.num_examples"
         )
-    workdir = common.local_folder(WORKDIR.value or common.default_workdir(), "--workdir")
+    workdir = common.folder(WORKDIR.value or common.default_workdir(), "--workdir")
     console = inert.console()
     batch_view.print_batch(batch, tokenizer, patches, console, rows=ROWS.value)
-    batch_view.save_batch(batch, tokenizer, patches, workdir, rows=ROWS.value, name="batch")
+    with mirror.mirrored(workdir) as files:
+        batch_view.save_batch(
+            batch, tokenizer, patches, files.folder, rows=ROWS.value, name="batch"
+        )
     steps = "an unknown number of" if known is None else known
     print(f"{steps} steps; the tiles are in {workdir / 'batch.png'}")
     data.close()

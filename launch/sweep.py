@@ -11,6 +11,10 @@ The work directory gets a folder for each run (the work directory of launch/trai
 figures and summary.md. The same command, also with more seeds, continues a sweep: it does not repeat finished runs, and
 stopped runs continue from their checkpoints. Overrides `--config.key=value` apply to every run.
 
+For a smaller sweep, `num_examples=` in the config argument keeps the design. `--config.steps` and other overrides that
+shorten or change the runs put a note into the figures and the page. If a point has too few examples for its steps, the
+sweep is refused before any run starts.
+
 `--submit` submits each run to a cluster as one job, with xpk for TPUs or sbatch for Slurm. Start it in a clone on a
 file system that the jobs share. `report` draws the finished runs.
 """
@@ -42,10 +46,10 @@ from rich.table import Column, Table
 from eval.ablation import intervals, summary
 from eval.ablation.intervals import RESULTS_FILE, SWEEP_FILE
 from launch import common, distributed
-from pangea_jax import typed_config
+from pangea_jax import experiment, typed_config
 from pangea_jax.experiment import Experiment
 from pangea_jax.figures import inert
-from pangea_jax.work import atomic, restart
+from pangea_jax.work import atomic, mirror, paths, restart
 
 common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all results; default runs/<config>.")
@@ -63,10 +67,13 @@ PAGE = flags.DEFINE_string(
     "page", None, "report: write one page of all named sweeps, with figures beside it."
 )
 
+LOG_FILE = "log.txt"
 TRAIN, SBATCH = "launch/train.py", "launch/gpu/train.sbatch"
 RESTARTS = 50
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.5
+# The table of a sweep in a bucket is drawn less often, because every row is read there.
+REMOTE_POLL_SECONDS = 15
 PATIENCE_SECONDS = 120
 
 
@@ -136,7 +143,7 @@ def make_plan() -> Plan:
     unknown = [point for point in POINTS.value if point not in known]
     if unknown:
         raise common.UserError(f"--points: {unknown[0]!r} is not one of {', '.join(known)}")
-    workdir = common.local_folder(WORKDIR.value or common.default_workdir(), "--workdir")
+    workdir = common.folder(WORKDIR.value or common.default_workdir(), "--workdir")
     jobs = []
     for seed in range(SEEDS.value):
         for point in dict.fromkeys(POINTS.value or known):
@@ -147,6 +154,25 @@ def make_plan() -> Plan:
             words = (f"--config={path}:{full}", *_override_flags(overrides))
             jobs.append(Job(point, seed, workdir / f"{point}_seed{seed}", config, words))
     return Plan(module, path, arg, overrides, workdir, jobs)
+
+
+def check_sizes(jobs: Sequence[Job]) -> None:
+    """Chooses the records of each unfinished run, before any of them trains.
+
+    Raises:
+      UserError: a run has too few examples for its steps. ValueError: see `experiment.choose_records`.
+    """
+    for job in {job.point: job for job in jobs if not job.is_finished}.values():
+        exp, rows = job.config, job.config.pipeline
+        store, _ = experiment.open_data(exp)
+        found = len(experiment.choose_records(exp, store).rows)
+        there = found // (rows.rows * rows.examples_per_row)
+        if rows.packing in ("none", "balanced") and (exp.steps or 1) > there:
+            raise common.UserError(
+                f"{job.name}: its {found:,} examples make {there:,} steps of {rows.rows * rows.examples_per_row}, "
+                f"not {exp.steps or 1:,}; lower config.steps or pipeline.rows, or raise num_examples= in --config. "
+                "No run has been started"
+            )
 
 
 def _module(path: str) -> ModuleType:
@@ -192,7 +218,7 @@ def write_plan(plan: Plan) -> None:
         runs = {run["name"]: run for run in theirs["runs"]} | runs
     seeds = 1 + max(run["seed"] for run in runs.values())
     mine["command"] += f" --seeds={seeds}" if seeds > 1 else ""
-    plan.workdir.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(plan.workdir)
     atomic.write_json(path, mine | {"runs": list(runs.values())}, ensure_ascii=False)
 
 
@@ -201,13 +227,22 @@ def _asked(command: str) -> set[str]:
     return {w for w in shlex.split(command) if not w.startswith(("--workdir=", "--seeds="))}
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, lock: IO, console: Console) -> bool:
-    """Runs the unfinished jobs. Returns whether a signal stopped the sweep before the end."""
+def run_jobs(
+    jobs: Sequence[Job], at_once: int, lock: IO | None, logs: Path, console: Console
+) -> bool:
+    """Runs the unfinished jobs. Returns whether a signal stopped the sweep before the end.
+
+    Args:
+      lock: the locked file that the runs inherit, if there is one.
+      logs: their output goes to log.txt in a folder of this folder.
+    """
     for job in jobs:
         common.claim_workdir(job.workdir, job.config)
         job.state = "finished" if job.is_finished else "waiting"
     stop, interrupted = distributed.StopSignal(), False
     view = Live(console=console, auto_refresh=False) if console.is_terminal else None
+    seconds = REMOTE_POLL_SECONDS if paths.is_remote(jobs[0].workdir) else POLL_SECONDS
+    drawn = -seconds
     with view or contextlib.nullcontext(), stop:
         try:
             while True:
@@ -218,8 +253,9 @@ def run_jobs(jobs: Sequence[Job], at_once: int, lock: IO, console: Console) -> b
                 running = sum(job.state == "running" for job in jobs)
                 waiting = [] if interrupted else [job for job in jobs if job.state == "waiting"]
                 for job in waiting[: at_once - running]:
-                    _start(job, lock)
-                if view:
+                    _start(job, lock, logs)
+                if view and time.monotonic() - drawn >= seconds:
+                    drawn = time.monotonic()
                     view.update(status_table(jobs), refresh=True)
                 if not any(job.state == "running" for job in jobs):
                     break
@@ -231,14 +267,15 @@ def run_jobs(jobs: Sequence[Job], at_once: int, lock: IO, console: Console) -> b
     return interrupted
 
 
-def _start(job: Job, lock: IO) -> None:
-    with (job.workdir / "log.txt").open("a", encoding="utf-8") as log:
+def _start(job: Job, lock: IO | None, logs: Path) -> None:
+    (logs / job.name).mkdir(exist_ok=True)
+    with (logs / job.name / LOG_FILE).open("a", encoding="utf-8") as log:
         job.process = subprocess.Popen(
             [sys.executable, str(ROOT / TRAIN), *job.flags, f"--workdir={job.workdir}"],
             stdout=log,
             stderr=subprocess.STDOUT,
             process_group=0,  # Ctrl-C reaches only this process, which passes it on
-            pass_fds=(lock.fileno(),),
+            pass_fds=(lock.fileno(),) if lock else (),
         )
     job.state, job.started = "running", time.monotonic()
 
@@ -291,13 +328,8 @@ def status_table(jobs: Sequence[Job]) -> Table:
 
 def _progress(job: Job) -> tuple[str, str]:
     """(steps done, loss) from the last complete line of metrics.jsonl."""
-    path = job.workdir / "metrics.jsonl"
-    lines = []
-    if path.exists():
-        with path.open("rb") as file:
-            # Lines can be long, because they count every language and source.
-            file.seek(max(0, path.stat().st_size - 2**18))
-            lines = file.read().split(b"\n")[:-1]
+    # Lines can be long, because they count every language and source.
+    lines = paths.tail(job.workdir / "metrics.jsonl", 2**18).split(b"\n")[:-1]
     if not lines:
         return "", ""
     last = json.loads(lines[-1])
@@ -358,29 +390,42 @@ def report(directories: Sequence[str], page: str | None, console: Console) -> No
     """Writes figures and summary.md of each sweep, or one page of all sweeps."""
     if not directories:
         raise common.UserError("report needs the --workdir of a sweep, or several")
-    sweeps = [intervals.load(Path(directory)) for directory in directories]
+    sweeps = [intervals.load(common.folder(directory, "report")) for directory in directories]
+    targets = [sweep.directory / "summary.md" for sweep in sweeps]
     if page:
-        summary.write_document(sweeps, Path(page))
-    written = [page] if page else [summary.write(sweep, sweep.directory) for sweep in sweeps]
-    for path in written:
+        targets = [common.folder(page, "--page")]
+        with mirror.mirrored(targets[0].parent) as files:
+            summary.write_document(sweeps, files.folder / targets[0].name)
+    else:
+        for sweep in sweeps:
+            with mirror.mirrored(sweep.directory) as files:
+                summary.write(sweep, files.folder)
+    for path in targets:
         console.print(f"written: {path}", soft_wrap=True)
 
 
 def run_sweep(plan: Plan, console: Console) -> None:
     waiting = f"{plan.workdir} is in use by another sweep or its runs; waiting until they end"
+
     # The runs inherit the lock. If they outlive a killed sweep, the next sweep waits for them, too.
-    with restart.claim(
-        plan.workdir / ".lock", on_wait=lambda: console.print(waiting, soft_wrap=True)
-    ) as lock:
+    def say():
+        console.print(waiting, soft_wrap=True)
+
+    logs = [f"{job.name}/{LOG_FILE}" for job in plan.jobs]
+    with (
+        restart.claim(plan.workdir / ".lock", on_wait=say) as lock,
+        mirror.mirrored(plan.workdir, bring=logs) as files,
+    ):
+        check_sizes(plan.jobs)
         write_plan(plan)
-        stopped = run_jobs(plan.jobs, JOBS.value, lock, console)
+        stopped = run_jobs(plan.jobs, JOBS.value, lock, files.folder, console)
     finished = [job for job in plan.jobs if job.state == "finished"]
     failed = [job for job in plan.jobs if job.state == "failed"]
     if finished and plan.jobs[0].config.eval:
         report([str(plan.workdir)], None, console)
     if failed:
-        log = failed[0].workdir / "log.txt"
-        lines = log.read_text(encoding="utf-8").strip().splitlines()
+        log = failed[0].workdir / LOG_FILE
+        lines = paths.read_bytes(log).decode("utf-8", "replace").strip().splitlines()
         said = next((line for line in reversed(lines) if "PANGEA_DEBUG" not in line), "nothing")
         raise common.UserError(
             f"{len(failed)} of {len(plan.jobs)} runs failed; {failed[0].name} said: {said} "

@@ -32,12 +32,20 @@ from pangea_jax.train.guards import Guard, dump_batch
 from pangea_jax.train.loop import Loop
 from pangea_jax.train.resume import Checkpoints
 from pangea_jax.train.state import init_state
-from pangea_jax.train.telemetry import Profiler, Speed, StepTimer, Telemetry, gather, record_start
-from pangea_jax.work import atomic
+from pangea_jax.train.telemetry import (
+    APPENDED,
+    Profiler,
+    Speed,
+    StepTimer,
+    Telemetry,
+    gather,
+    record_start,
+)
+from pangea_jax.work import atomic, mirror, paths
 
 CONFIG = common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder for all results; default runs/<config and argument>."
+    "workdir", None, "Folder for all results, also gs://...; default runs/<config and argument>."
 )
 APPROXIMATE = flags.DEFINE_bool(
     "approximate_restart",
@@ -58,10 +66,14 @@ PROFILE = flags.DEFINE_string(
 
 @dataclasses.dataclass
 class Run:
-    """The values that all phases of a run share."""
+    """The values that all phases of a run share.
+
+    Logs, figures and results.json are written to `files`: that is `workdir`, or a folder copied there.
+    """
 
     exp: Experiment
     workdir: Path
+    files: mirror.Mirror
     mesh: jax.sharding.Mesh
     timer: StepTimer
     profiler: Profiler
@@ -101,7 +113,7 @@ def make_step(run, graphdef, optimizer, abstract, shardings, total_steps):
 def make_telemetry(run, total_steps, first):
     wandb = dict(project=run.exp.wandb, name=run.workdir.name, config=common.to_json(run.exp))
     return Telemetry(
-        run.workdir,
+        run.files.folder,
         total_steps,
         start_step=first,
         is_main=run.is_main,
@@ -133,14 +145,14 @@ def train(run, step, state, abstract, batches, total_steps, reader, validator):
       Interrupted: a signal stopped the run, and the run has saved itself.
     """
     exp, data = run.exp, iter(batches)
-    checkpoints = Checkpoints(
-        run.workdir / "checkpoints", keep=exp.checkpoint.keep, keep_every=exp.checkpoint.keep_every
-    )
+    kept = dict(keep=exp.checkpoint.keep, keep_every=exp.checkpoint.keep_every)
+    folder = run.workdir / "checkpoints"
+    checkpoints = Checkpoints(folder, **kept, before_save=run.files.sync)
     state, progress = restore(run, checkpoints, abstract, state, data, total_steps)
     first = int(state.step)
-    started = record_start(run.workdir, first) if run.is_main else None
+    started = record_start(run.files.folder, first) if run.is_main else None
     schedule = optim.make_schedule(exp.optimizer, total_steps)
-    shown = reader.tokenizer, reader.pictures.patches, run.workdir
+    shown = reader.tokenizer, reader.pictures.patches, run.files.folder
 
     def extra(step, digest):
         own = feed.metrics(data.counters.flush()) | {"data/digest": digest}
@@ -200,26 +212,16 @@ def evaluate(run, graphdef, params, store, tokenizer):
 
 def write_report(run, results, answers, store):
     """Draws the figures and prints the tables."""
-    # These take a second to import.
-    from pangea_jax.sample import answer_sheet, figures, loss_curve, tables
+    from pangea_jax.sample import run_report  # takes a second to import
 
-    loss_curve.plot_loss(run.workdir / "metrics.jsonl", run.workdir)
+    exp, examples = run.exp, []
     if answers:
-        figures.plot_languages(results, run.workdir, run.exp.title)
-        figures.plot_tasks(results, run.workdir, run.exp.title)
-        unseen = answers["unseen_artwork"]
-        examples = evaluation.sheet_examples(
-            unseen, store, run.exp.reading, count=24, seed=run.exp.seed
-        )
-        title = f"{run.exp.title}: drawings by an artist never trained on"
-        answer_sheet.answer_sheet(examples, run.workdir / "sheet", title)
-        run.console.print(tables.results_table(results))
-    run.console.print(tables.timing_table(results["timing"]))
-    names = sorted(
-        path.name
-        for path in run.workdir.iterdir()
-        if path.suffix != ".svg" and path.name != common.LOCK
-    )
+        unseen, chosen = answers["unseen_artwork"], dict(count=24, seed=exp.seed)
+        examples = evaluation.sheet_examples(unseen, store, exp.reading, **chosen)
+    run_report.write(run.files.folder, results, examples, exp.title, run.console)
+    run.files.sync()
+    there = paths.children(run.workdir) - {common.LOCK}
+    names = sorted(name for name in there if not name.endswith(".svg"))
     run.console.print(f"All results are in {run.workdir}/: {', '.join(names)}")
 
 
@@ -268,7 +270,7 @@ def execute(run):
             "parameters": {"trained": _count(state.trainable), "frozen": _count(state.frozen)},
             "timing": run.timer.summary(),
         }
-        atomic.write_json(run.workdir / "results.json", results, ensure_ascii=False)
+        atomic.write_json(run.files.folder / "results.json", results, ensure_ascii=False)
         write_report(run, results, answers, store)
 
 
@@ -280,13 +282,13 @@ def main(argv):
     common.no_arguments(argv)
     exp = CONFIG()
     exp = dataclasses.replace(exp, init_from=INIT_FROM.value or exp.init_from)
-    workdir = common.local_folder(WORKDIR.value or common.default_workdir(), "--workdir")
+    workdir = common.folder(WORKDIR.value or common.default_workdir(), "--workdir")
     distributed.initialize()
-    common.use_compile_cache()
+    common.use_compile_cache(workdir)
     mesh = sharding.make_mesh(**dataclasses.asdict(exp.mesh))
-    profiler = Profiler(PROFILE.value, workdir / "profile")
-    with common.only_run(workdir):
-        execute(Run(exp, workdir, mesh, StepTimer(), profiler, inert.console()))
+    with common.only_run(workdir), mirror.mirrored(workdir, bring=APPENDED) as files:
+        profiler = Profiler(PROFILE.value, files.folder / "profile")
+        execute(Run(exp, workdir, files, mesh, StepTimer(), profiler, inert.console()))
 
 
 def cli():

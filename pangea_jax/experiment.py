@@ -20,6 +20,7 @@ from jaxtyping import Float
 from pangea_jax import assets, checkpoints, sharding
 from pangea_jax.batch import Batch
 from pangea_jax.checkpoints import adapter, huggingface, processor
+from pangea_jax.checkpoints.folder import split_parts
 from pangea_jax.data import holdout, mixture, pipeline
 from pangea_jax.data.feed import Feed
 from pangea_jax.data.mixture import Choice, Mixture
@@ -41,6 +42,7 @@ from pangea_jax.train.optimizer import OptimizerConfig
 from pangea_jax.train.state import TrainState
 from pangea_jax.train.step import make_train_step
 from pangea_jax.train.validation import Validator, make_score
+from pangea_jax.work import paths
 
 # Weights in the package: their name in `Experiment.pretrained` -> (file, parts of the model in it).
 PRETRAINED = {
@@ -89,7 +91,7 @@ class ValidationConfig:
     """Which records are held back from training, and how often the loss on them is computed.
 
     At most one of `fraction`, `number`, `ids` and `store` is set; without any, nothing is held back.
-    No picture is on both sides: records that share pictures stay together.
+    No picture is on both sides (`pangea_jax.data.holdout`).
 
     Attributes:
       fraction: share of the records that the mixture may draw.
@@ -210,7 +212,7 @@ def open_data(exp: Experiment) -> tuple[RecordStore, Tokenizer]:
     store = SampleStore(data.plan) if data.store == "emoji" else RecordStore(data.store)
     if data.verify:
         store.verify()
-    path = assets.EMOJI if data.tokenizer == "emoji" else Path(data.tokenizer)
+    path = assets.EMOJI if data.tokenizer == "emoji" else paths.path(data.tokenizer)
     tokenizer = load_tokenizer(path, data.image_id)
     wanted = exp.model.language.vocab_size
     if tokenizer.vocab_size > wanted:
@@ -227,20 +229,23 @@ def choose_records(exp: Experiment, store: RecordStore) -> Choice:
     Raises:
       ValueError: see `pangea_jax.data.holdout` and `pangea_jax.data.mixture.choose`.
     """
-    wanted, left_out, held = exp.validation, None, None
+    wanted, left_out, held, dropped = exp.validation, None, None, 0
     if wanted.is_on:
         usable = mixture.usable(store.index, exp.mixture)
         if wanted.store:
             left_out = holdout.shared_with(store, usable, RecordStore(wanted.store))
+            dropped = int(left_out.sum())
         else:
             if wanted.ids:
                 found = holdout.by_ids(store, usable, wanted.ids)
             else:
                 number = wanted.number or max(1, round(wanted.fraction * int(usable.sum())))
                 found = holdout.draw(store, usable, number=number, seed=exp.seed)
-            held, left_out = found.rows, found.left_out
+            held, left_out, dropped = found.rows, found.left_out, found.dropped
+        said = "validation: %d of %d records are held back; %d more do not train, as they show a held-back picture"
+        logging.info(said, 0 if held is None else len(held), usable.sum(), dropped)
     choice = mixture.choose(store.index, exp.mixture, exp.seed, left_out=left_out)
-    return dataclasses.replace(choice, held_back=held)
+    return dataclasses.replace(choice, held_back=held, dropped=dropped)
 
 
 def make_validator(
@@ -351,8 +356,8 @@ def load_pretrained(
             file, parts = PRETRAINED[name]
             path = assets.SAMPLE_MODEL / file
         else:
-            folder, _, chosen = name.partition(":")
-            path, parts = checkpoints.resolve(folder), chosen.split("+") if chosen else None
+            folder, chosen = split_parts(name)
+            path, parts = checkpoints.resolve(folder), chosen or None
         loaded = checkpoints.load(path, model, only=parts, shardings=shardings)
         params |= model_params.flatten(loaded)
     return params
@@ -375,7 +380,7 @@ def load_initial(exp: Experiment, mesh: jax.sharding.Mesh) -> dict[str, jax.Arra
         return params | adapter.load(path.folder, model)
     theirs = checkpoints.config_from_folder(path).language.lora
     if theirs.rank and theirs != model.language.lora:
-        path = Path(path) / "model"  # with the adapters merged
+        path = paths.path(path) / "model"  # with the adapters merged
         if not path.is_dir():
             raise checkpoints.CheckpointError(
                 f"{exp.init_from} trains adapters of {theirs}, the config has {model.language.lora}; let that "

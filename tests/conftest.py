@@ -20,6 +20,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import numpy as np
 import pytest
 
+from tests import bucket as bucket_emulator
+
 TILE, PATCH = 28, 7
 PINPOINTS = ((28, 56), (56, 28), (56, 56), (84, 28), (28, 84))
 IMAGE_ID, VOCABULARY = 96, 97
@@ -108,6 +110,24 @@ def _random_model(torch, transformers, decoder, tied):
             centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             parameter.copy_(centre + 0.2 * torch.randn_like(parameter))
     return model
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """An emulator of Cloud Storage with an empty bucket, see `tests/bucket.py`; skips where it is not installed."""
+    try:
+        with bucket_emulator.running() as bucket:
+            yield bucket
+    except ImportError as error:
+        pytest.skip(f"the emulator of buckets is in requirements-dev.txt: {error}")
+
+
+@pytest.fixture
+def bucket(emulator):
+    """The emulator without faults, with no request counted yet."""
+    emulator.forget()
+    yield emulator
+    emulator.forget()
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from pangea_jax.checkpoints.files import (
     check_finite,
 )
 from pangea_jax.model import PangeaConfig
-from pangea_jax.work import untrusted
+from pangea_jax.work import paths, untrusted
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 WRAPPED = "base_model.model."  # peft wraps a model into two modules
@@ -71,7 +71,7 @@ class AdapterFolder(os.PathLike):
 
 def is_adapter(path: str | os.PathLike) -> bool:
     """Whether a folder holds adapters as peft saves them, and no whole model."""
-    folder = Path(path)
+    folder = paths.path(path)
     return (folder / CONFIG).is_file() and not any(
         (folder / name).is_file() for name in (SINGLE, INDEX)
     )
@@ -83,7 +83,7 @@ def read_adapter_config(folder: str | os.PathLike) -> dict[str, Any]:
     Raises:
       CheckpointError: it is damaged, or a method is not supported; the message names the key.
     """
-    file = Path(folder) / CONFIG
+    file = paths.path(folder) / CONFIG
     try:
         values = untrusted.parse_json(untrusted.read_regular(file, _MOST_BYTES))
     except (untrusted.NotRegular, untrusted.TooLarge) as error:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,12 @@ from pangea_jax.checkpoints.adapted import (
 )
 from pangea_jax.checkpoints.config import read_config
 from pangea_jax.checkpoints.files import CheckpointError, require_new
-from pangea_jax.checkpoints.folder import config_from_folder, load_policy
+from pangea_jax.checkpoints.folder import config_from_folder, load_policy, split_parts
 from pangea_jax.data.reader import ReadingPolicy
 from pangea_jax.model import PangeaConfig
 from pangea_jax.model.lora import LoraConfig
 from pangea_jax.model.params import flatten
+from pangea_jax.work import atomic, paths
 from pangea_jax.work.atomic import write_json
 
 _LAYOUT = names.LAYOUTS["modules-5"]  # the modules of transformers 4.52 and later
@@ -58,7 +58,7 @@ def save(
     Raises:
       ValueError: there are no adapters.
     """
-    folder, tensors = Path(path), {}
+    folder, tensors = paths.path(path), {}
     for name, value in params.items():
         kernel, _, matrix = name.rpartition("_lora.")
         if kernel:
@@ -69,8 +69,9 @@ def save(
         raise ValueError("there are no adapters to save; model.language.lora.rank is 0")
     if jax.process_index():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    paths.make_folder(folder)
+    with atomic.writing(folder / WEIGHTS) as file:
+        save_file(tensors, file, metadata={"format": "pt"})
     write_json(folder / CONFIG, _config(config, base))
     if policy is not None:
         policy.save(folder)
@@ -133,7 +134,7 @@ def convert(source: Path, target: Path, *, base: str = "") -> None:
     shapes = flatten(huggingface.abstract_state(config))
     adapters = {name: x.shape for name, x in shapes.items() if "_lora." in name}
     partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    paths.remove_tree(partial)
     weights = orbax.OrbaxArrays(location, adapters)
     found = {
         name: weights.read(name, (slice(None),) * len(shape), weights.dtype(name))
@@ -141,7 +142,7 @@ def convert(source: Path, target: Path, *, base: str = "") -> None:
     }
     base = base or base_of(read_config(source)[1])
     save(found, config.language.lora, partial, base=base, policy=load_policy(source))
-    os.replace(partial, target)
+    paths.move_tree(partial, target, last=CONFIG)
 
 
 def base_of(config: Mapping[str, Any]) -> str:
@@ -154,8 +155,8 @@ def base_of(config: Mapping[str, Any]) -> str:
     if not start:
         if pretrained == SAMPLE:
             return "sample"
-        return pretrained[0] if len(pretrained) == 1 and ":" not in pretrained[0] else ""
-    path = Path(start).expanduser()
+        return pretrained[0] if len(pretrained) == 1 and not split_parts(pretrained[0])[1] else ""
+    path = paths.expand(paths.path(start))
     if is_adapter(path):
         return read_adapter_config(path).get("base_model_name_or_path") or ""
     before = read_config(path)[1] if path.is_dir() else {}

@@ -11,7 +11,7 @@ from pangea_jax.checkpoints import orbax
 from pangea_jax.checkpoints.files import CheckpointError, TensorFiles
 from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.model import PINPOINTS, LanguageConfig, PangeaConfig, RopeScaling, VisionConfig
-from pangea_jax.work import untrusted
+from pangea_jax.work import paths, untrusted
 
 # transformers does not write values to config.json that equal these defaults.
 _VISION_DEFAULTS = {
@@ -165,7 +165,7 @@ def config_from_folder(path: str | os.PathLike) -> PangeaConfig:
     """
     file, values = read_config(path)
     try:
-        config = _from_values(file, values, Path(path))
+        config = _from_values(file, values, paths.path(path))
     except CheckpointError:
         raise
     # A field of another type than any version of any layout has.
@@ -242,7 +242,7 @@ def _is_size(value: Any, most: int) -> bool:
 def read_config(path: str | os.PathLike) -> tuple[Path, dict]:
     """The path of a folder's config.json, and its content."""
     location = orbax.find(path)
-    file = location.config if location else Path(path) / "config.json"
+    file = location.config if location else paths.path(path) / "config.json"
     try:
         values = untrusted.parse_json(untrusted.read_regular(file, _MOST_BYTES))
     except (untrusted.NotRegular, untrusted.TooLarge) as error:

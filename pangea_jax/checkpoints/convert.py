@@ -2,7 +2,6 @@
 
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from pangea_jax.checkpoints.files import (
 from pangea_jax.checkpoints.folder import config_from_folder, load_policy, open_weights
 from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.model import PangeaConfig
+from pangea_jax.work import paths
 from pangea_jax.work.atomic import write_json
 
 FORMATS = ("orbax", "hf")
@@ -79,18 +79,18 @@ def convert(
     content = config_file.to_transformers(config, written_dtype, tokens)
 
     partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    paths.remove_tree(partial)
+    paths.make_folder(partial)
     _write_weights(partial, form, entries, dtypes, weights, progress)
     notes = processor.write(partial, config, tokenizer, tokenizer_files)
     write_json(partial / "generation_config.json", config_file.generation_config(tokens))
     write_json(partial / "config.json", content)
     policy.save(partial)
-    for file in partial.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as stream:
+    if not paths.is_remote(partial):
+        for name in paths.sizes(partial):
+            with open(partial / name, "rb") as stream:
                 os.fsync(stream.fileno())
-    os.replace(partial, target)
+    paths.move_tree(partial, target, last="config.json")
     return notes
 
 

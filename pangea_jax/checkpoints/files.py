@@ -1,9 +1,11 @@
 """Safetensors on disk: finds and reads the tensors of a folder, and writes them part by part."""
 
 import collections
+import contextlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,12 +15,13 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pangea_jax.work import untrusted
+from pangea_jax.work import paths, untrusted
 from pangea_jax.work.atomic import write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _MOST_INDEX = 256 << 20  # bytes
+_HEAD = 1 << 20  # holds the headers of most files
 
 _DTYPE_NAMES = {
     np.dtype(np.float32): "F32",
@@ -56,15 +59,17 @@ class Tensor:
         index = index if isinstance(index, tuple) else (index,)
         start, stop, _ = index[0].indices(self.shape[0])
         row = math.prod(self.shape[1:])
-        found = np.fromfile(
-            self.file,
-            self.dtype,
-            count=(stop - start) * row,
-            offset=self._offset + start * row * self.dtype.itemsize,
-        )
-        if found.size != (stop - start) * row:
+        size = row * self.dtype.itemsize
+        first, last = self._offset + start * size, self._offset + stop * size
+        if paths.is_remote(self.file):
+            found = np.frombuffer(bytearray(paths.read_range(self.file, first, last)), np.uint8)
+        else:
+            found = np.fromfile(self.file, np.uint8, count=last - first, offset=first)
+        if found.size != last - first:
             raise CheckpointError(f"{self.file} ends within tensor {self.name}; fetch it again")
-        return found.reshape(stop - start, *self.shape[1:])[(slice(None), *index[1:])]
+        return found.view(self.dtype).reshape(stop - start, *self.shape[1:])[
+            (slice(None), *index[1:])
+        ]
 
 
 class TensorFiles:
@@ -78,7 +83,7 @@ class TensorFiles:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path = paths.path(path)
         index = _weight_map(self.path) if (self.path / INDEX).is_file() else {}
         found = [tensor for file in _weight_files(self.path, index) for tensor in _header(file)]
         self._tensors = {tensor.name: tensor for tensor in found}
@@ -118,7 +123,7 @@ def _header(file: Path) -> list[Tensor]:
     """The tensors of one file. The library checks first that header and bytes are complete."""
     try:
         untrusted.require_regular(file)
-        safe_open(file, framework="numpy")
+        header, offset = _checked_header(file)
     except FileNotFoundError:
         raise CheckpointError(
             f"{file} is named by {INDEX} but is not there; copy it here"
@@ -129,14 +134,35 @@ def _header(file: Path) -> list[Tensor]:
         raise CheckpointError(
             f"{file} is truncated or no safetensors file ({error}); fetch it again"
         ) from None
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
     return [
-        Tensor(file, name, x["dtype"], tuple(x["shape"]), 8 + length + x["data_offsets"][0])
+        Tensor(file, name, x["dtype"], tuple(x["shape"]), offset + x["data_offsets"][0])
         for name, x in header.items()
     ]
+
+
+def _checked_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a file, which the library has checked against its size, and where the bytes of tensors begin.
+
+    The library reads files on disks alone. So it gets a file of the same size with the same header, and no other bytes.
+    """
+    with contextlib.ExitStack() as held:
+        local = file
+        if paths.is_remote(file):
+            local = Path(
+                held.enter_context(tempfile.NamedTemporaryFile(suffix=".safetensors")).name
+            )
+            head = paths.read_range(file, 0, _HEAD)
+            length = int.from_bytes(head[:8], "little")
+            if _HEAD < 8 + length <= _MOST_INDEX:
+                head += paths.read_range(file, _HEAD, 8 + length)
+            local.write_bytes(head)
+            os.truncate(local, paths.size(file))
+        safe_open(local, framework="numpy")
+        with open(local, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 def _weight_files(path: Path, index: dict[str, str]) -> list[Path]:
@@ -262,7 +288,7 @@ def write(
     for old in (folder / INDEX, *folder.glob("model*.safetensors")):
         old.unlink(missing_ok=True)
     for name in names:
-        os.replace(folder / f"{name}.partial", folder / name)
+        (folder / f"{name}.partial").replace(folder / name)
     if total > 1:
         weight_map = {planned.name: name for name, shard in zip(names, shards) for planned in shard}
         size = sum(planned.nbytes for planned in tensors)
@@ -359,12 +385,13 @@ def _write_file(file: Path, tensors: list[Planned], threads, progress):
         offset += planned.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # keeps the tensors aligned
-    with open(file, "wb") as stream:
+    with file.open("wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         for part in in_order((part for planned in tensors for part in planned.parts), threads):
             stream.write(part.reshape(-1).view(np.uint8).data)
             progress(part.nbytes)
-        stream.flush()
-        os.fsync(stream.fileno())
+        if not paths.is_remote(file):
+            stream.flush()
+            os.fsync(stream.fileno())
         if stream.tell() != 8 + len(encoded) + offset:
             raise AssertionError(f"{file}: the parts are not the size of their tensors")

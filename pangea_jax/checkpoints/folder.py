@@ -21,6 +21,7 @@ from pangea_jax.data import tokenizer as tokenizers
 from pangea_jax.data.reader import POLICY_FILE, ReadingPolicy
 from pangea_jax.model import Pangea, PangeaConfig
 from pangea_jax.model.params import flatten, unflatten
+from pangea_jax.work import paths
 from pangea_jax.work.untrusted import parse_json
 
 # The files of the model in the package, and the parts of the model in each.
@@ -59,6 +60,12 @@ def resolve(
     return path
 
 
+def split_parts(name: str) -> tuple[str, tuple[str, ...]]:
+    """The folder and the parts of `DIR:vision+projector`; `gs://BUCKET/DIR` has no parts."""
+    folder, _, parts = name.rpartition(":")
+    return (folder, tuple(parts.split("+"))) if folder and "/" not in parts else (name, ())
+
+
 def _with_base(folder: Path, base: str | os.PathLike | None = None) -> AdapterFolder:
     values = adapted.read_adapter_config(folder)
     named = base or values.get("base_model_name_or_path")
@@ -86,15 +93,15 @@ def _adapters_at(path: str | os.PathLike) -> AdapterFolder | None:
     """The adapters at a path and their base; None if there is a whole model."""
     if isinstance(path, AdapterFolder):
         return path
-    return _with_base(Path(path)) if adapted.is_adapter(path) else None
+    return _with_base(paths.path(path)) if adapted.is_adapter(path) else None
 
 
 def _fetched(name_or_path: str | os.PathLike) -> Path:
-    # A shell does not expand the ~ in --model=~/DIR.
-    path = Path(name_or_path).expanduser()
+    path, name = paths.expand(paths.path(name_or_path)), str(name_or_path)
     if path.exists():
         return path
-    name = str(name_or_path)
+    if paths.is_remote(path):
+        raise FileNotFoundError(f"there is no folder {path}")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise FileNotFoundError(f"there is no folder {name}, and it is not a hub name (owner/name)")
     import huggingface_hub
@@ -168,7 +175,7 @@ def open_weights(
     location = orbax.find(path)
     if location is not None:
         return orbax.OrbaxArrays(location, huggingface.shapes_of(config, only))
-    if Path(path) == assets.SAMPLE_MODEL:
+    if paths.path(path) == assets.SAMPLE_MODEL:
         return _SampleWeights(config, only)
     return huggingface.PublicWeights(path, config, only)
 
@@ -222,13 +229,13 @@ def tokenizer_files(path: str | os.PathLike) -> Path:
     if found := _adapters_at(path):
         own = any((found.folder / name).is_file() for name in tokenizers.FILES)
         return found.folder if own else tokenizer_files(found.base)
-    if Path(path) == assets.SAMPLE_MODEL:
+    if paths.path(path) == assets.SAMPLE_MODEL:
         return assets.EMOJI
     data = read_config(path)[1].get("data")
     named = data.get("tokenizer") if isinstance(data, dict) else None
     if named is None:
-        return Path(path)
-    return assets.EMOJI if named == "emoji" else Path(named)
+        return paths.path(path)
+    return assets.EMOJI if named == "emoji" else paths.path(named)
 
 
 def load_policy(path: str | os.PathLike) -> ReadingPolicy:
@@ -240,7 +247,7 @@ def load_policy(path: str | os.PathLike) -> ReadingPolicy:
     Raises:
       ValueError: the saved policy is damaged; the message names the file.
     """
-    adapters, path = _adapters_at(path), Path(path)
+    adapters, path = _adapters_at(path), paths.path(path)
     file = (path if path.is_dir() else path.parent) / POLICY_FILE
     if adapters and not file.is_file():
         return load_policy(adapters.base)
@@ -277,7 +284,7 @@ def load_tokenizer(
       FileNotFoundError: there is no tokenizer.
       ValueError: the tokenizer cannot be used, or disagrees with config.json.
     """
-    files = Path(files or tokenizer_files(path))
+    files = paths.path(files or tokenizer_files(path))
     if found := _adapters_at(path):
         return load_tokenizer(found.base, files)
     try:

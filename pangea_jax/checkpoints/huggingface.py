@@ -5,7 +5,6 @@ import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from pangea_jax.checkpoints.files import (
 )
 from pangea_jax.model import Pangea, PangeaConfig, lora
 from pangea_jax.model.params import flatten
+from pangea_jax.work import paths
 from pangea_jax.work.atomic import write_json
 
 MAX_SHARD_BYTES = 5_000_000_000  # largest size of a file
@@ -115,9 +115,9 @@ def save(
         raise ValueError(f"parameters do not fit the config: {wrong[:6]}")
     written = np.dtype(dtype or next(iter(params.values())).dtype)
     content = config_file.to_transformers(config, written.name, tokens)
-    folder, writes = Path(path), jax.process_index() == 0
+    folder, writes = paths.path(path), jax.process_index() == 0
     if writes:
-        folder.mkdir(parents=True, exist_ok=True)
+        paths.make_folder(folder)
     entries = names.entries(shapes, config, names.LAYOUTS[layout])
     write(folder, _plan(params, entries, dtype), MAX_SHARD_BYTES, dry=not writes)
     if writes:

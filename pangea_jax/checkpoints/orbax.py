@@ -16,10 +16,12 @@ import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 from pangea_jax.checkpoints.files import CheckpointError, cast, check_finite, check_fit
+from pangea_jax.work import paths
 from pangea_jax.work.untrusted import parse_json
 
 PARAMS = "params"
 _ITEM = "state"  # Orbax's name for the only tree of a checkpoint
+_COMPLETE = "commit_success.txt"
 # Fields of `pangea_jax.train.state.TrainState` that hold parameters.
 _IN_TRAIN_STATE = ("trainable", "frozen")
 
@@ -45,14 +47,16 @@ def find(path: str | os.PathLike) -> Location | None:
     Args:
       path: a folder in our form, a work directory of `launch/train.py`, its `checkpoints` folder, or one step in it.
     """
-    path = Path(os.path.abspath(path))  # "." and "100" have parents too
+    path = paths.absolute(paths.path(path))  # "." and "100" have parents too
     if (path / PARAMS / _ITEM / "_METADATA").is_file():
         return Location(path / PARAMS / _ITEM, path / "config.json", trained=False)
     if (path / _ITEM / "_METADATA").is_file() and path.name.isdecimal():
         return Location(path / _ITEM, path.parents[1] / "config.json", trained=True)
     for steps in (path / "checkpoints", path):
-        # The name of a step is no number until the step is complete.
+        # The name of a step is no number until the step is complete. In a bucket, Orbax marks complete steps.
         done = [step for step in steps.glob(f"*/{_ITEM}/_METADATA") if step.parts[-3].isdecimal()]
+        if paths.is_remote(path):
+            done = [step for step in done if (step.parents[1] / _COMPLETE).exists()]
         if done:
             newest = max(done, key=lambda file: int(file.parts[-3]))
             return Location(newest.parent, steps.parent / "config.json", trained=True)
@@ -73,7 +77,7 @@ class OrbaxArrays:
         self.path = location.arrays
         try:
             metadata = parse_json((self.path / "_METADATA").read_text())
-            paths = [
+            found = [
                 tuple(str(key["key"]) for key in leaf["key_metadata"])
                 for leaf in metadata["tree_metadata"].values()
                 if leaf["value_metadata"]["value_type"] in ("jax.Array", "np.ndarray")
@@ -84,10 +88,10 @@ class OrbaxArrays:
                 f"{self.path / '_METADATA'} is no metadata of Orbax ({error!r})"
             ) from None
         if location.trained:
-            paths = [path for path in paths if path[0] in _IN_TRAIN_STATE and len(path) == 2]
-        files = f"file://{self.path.absolute()}/"
+            found = [path for path in found if path[0] in _IN_TRAIN_STATE and len(path) == 2]
+        files = paths.url(self.path)
         self._arrays, self._whole, self._lock = {}, (None, None), threading.Lock()
-        for path in paths:
+        for path in found:
             stored = ".".join(path)
             ocdbt = {"driver": "ocdbt", "base": files, "path": f"{stored}/"}
             spec = {
@@ -99,8 +103,8 @@ class OrbaxArrays:
             self._arrays[path[-1]] = self._open(path[-1], spec)
         # With one thread `convert` reads the parameters in order, so `_read` keeps only one of them.
         self.shapes, self.threads = dict(shapes), 1 if location.trained else 2
-        found = {name: tuple(array.shape) for name, array in self._arrays.items()}
-        check_fit(self.path, "parameters", found, self.shapes)
+        there = {name: tuple(array.shape) for name, array in self._arrays.items()}
+        check_fit(self.path, "parameters", there, self.shapes)
 
     def _open(self, name, spec):
         try:
@@ -179,7 +183,7 @@ def write(
     options.array.saving.use_ocdbt = False
     options.array.saving.use_zarr3 = True
     options.array.saving.use_compression = False
-    target = (folder / PARAMS).absolute()
+    target = paths.absolute(folder / PARAMS)
     with options:
         ocp.save(target, stand_ins)
     # With a sync for each file the disk would often be idle.
@@ -203,7 +207,7 @@ def write(
 def _create(folder: Path, shape, chunk, dtype, context):
     spec = {
         "driver": "zarr3",
-        "kvstore": f"file://{folder}/",
+        "kvstore": paths.url(folder),
         "metadata": {
             "shape": shape,
             "data_type": dtype.name,

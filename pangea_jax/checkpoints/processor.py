@@ -1,6 +1,5 @@
 """Writes the files that transformers and vLLM need with the weights: tokenizer, picture processor, chat template."""
 
-import shutil
 from pathlib import Path
 
 from pangea_jax.data.tokenizer import (
@@ -13,6 +12,7 @@ from pangea_jax.data.tokenizer import (
 )
 from pangea_jax.model import PangeaConfig
 from pangea_jax.model.vision import CLIP_MEAN, CLIP_STD
+from pangea_jax.work import atomic
 from pangea_jax.work.atomic import write_json
 from pangea_jax.work.untrusted import parse_json
 
@@ -49,7 +49,7 @@ def write(folder: Path, config: PangeaConfig, tokenizer: Tokenizer, files: Path)
     write_json(folder / "preprocessor_config.json", picture_processor(config))
     if isinstance(tokenizer, SentencePieceTokenizer):
         model = files / "tokenizer.model" if files.is_dir() else files
-        shutil.copyfile(model, folder / "tokenizer.model")
+        (folder / "tokenizer.model").write_bytes(model.read_bytes())
         notes.append(
             "transformers loads the weights, but has no tokenizer class for the SentencePiece model "
             "with ChatML markers, so AutoProcessor cannot be used; pangea_jax.load can"
@@ -103,8 +103,9 @@ def _processor(config: PangeaConfig) -> dict:
 
 def _write_tokenizer(folder: Path, config, tokenizer: TokenizerJson, files: Path):
     """Writes tokenizer.json with `<image>`, and tokenizer_config.json that agrees with it."""
-    tokenizer.save(folder / "tokenizer.json")
-    added = parse_json((folder / "tokenizer.json").read_text())["added_tokens"]
+    with atomic.writing(folder / "tokenizer.json") as file:
+        tokenizer.save(file)
+        added = parse_json(file.read_text())["added_tokens"]
     beside = (files if files.is_dir() else files.parent) / "tokenizer_config.json"
     content = parse_json(beside.read_text()) if beside.is_file() else {}
     defaults = {

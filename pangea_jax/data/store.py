@@ -22,7 +22,7 @@ import hashlib
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
@@ -30,12 +30,15 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64, UInt64
 
 from pangea_jax.data.record import Conversation, Turn
+from pangea_jax.work import paths
 from pangea_jax.work.untrusted import parse_json
 
 MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 IMAGE_INDEX = "images.parquet"
 FORMAT_VERSION = 1
+# Records are read alone, in the thread that asks. So as many requests to a bucket run at once as threads read.
+_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 class StoreError(RuntimeError):
@@ -82,10 +85,13 @@ class ShardReader:
 
     `ArrayRecordDataSource` needs files with one record per group. Such files of short records are
     several times larger, so this class replaces it.
+
+    ArrayRecord reads buckets of Google itself: one request opens a shard, and one reads a record. It repeats requests
+    that fail for a time.
     """
 
-    def __init__(self, paths: Sequence[Path], lengths: Sequence[int], remedy: str):
-        self._paths, self._remedy = [Path(path) for path in paths], remedy
+    def __init__(self, shards: Sequence[Path], lengths: Sequence[int], remedy: str):
+        self._paths, self._remedy = [paths.path(shard) for shard in shards], remedy
         self._ends = np.cumsum(np.asarray(lengths, np.int64))
         self._readers: dict[int, Any] = {}
 
@@ -103,14 +109,15 @@ class ShardReader:
         try:
             return reader.read([local])[0]
         except (RuntimeError, ValueError, IndexError) as error:
-            problem = f"is damaged at record {local} ({_first_line(error)})"
-            raise StoreError(self._paths[shard], problem, self._remedy) from None
+            self._refuse(shard, error, f" at record {local}")
 
     def parsed(self, position: int, parse: Callable[[bytes], Any]) -> Any:
         """`parse` of a record. Bytes that it cannot parse are a damaged shard."""
         raw = self.read(position)
         try:
             return parse(raw)
+        except ImportError:  # the installation is incomplete, not the file
+            raise
         except Exception as error:  # protobuf has its own base class
             shard = int(np.searchsorted(self._ends, position, side="right"))
             problem = (
@@ -124,18 +131,34 @@ class ShardReader:
 
         path = self._paths[shard]
         expected = int(self._ends[shard]) - (int(self._ends[shard - 1]) if shard else 0)
-        if not path.is_file():
+        remote = paths.is_remote(path)
+        if remote and not str(path).startswith("gs://"):
+            raise StoreError(path, "cannot be read: ArrayRecord knows only gs://", "copy the store")
+        if not remote and not path.is_file():
             raise StoreError(path, "is missing", self._remedy)
         try:
-            reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
+            reader = array_record_module.ArrayRecordReader(str(path), _OPTIONS)
             found = reader.num_records()
+            if not reader.ok():  # only reading says why
+                reader.read([0])
         except (RuntimeError, ValueError) as error:
-            problem = f"is damaged ({_first_line(error)})"
-            raise StoreError(path, problem, self._remedy) from None
+            self._refuse(shard, error)
         if found != expected:
             raise StoreError(path, f"has {found} records, expected {expected}", self._remedy)
         self._readers[shard] = reader
         return reader
+
+    def _refuse(self, shard: int, error: Exception, where: str = "") -> NoReturn:
+        """Raises the error of a read with the name of its shard. An unreachable bucket is no damage."""
+        path = self._paths[shard]
+        fault = paths.explain(error) if paths.is_remote(path) else None
+        if fault is None:
+            raise StoreError(
+                path, f"is damaged{where} ({_first_line(error)})", self._remedy
+            ) from None
+        if fault.is_missing:
+            raise StoreError(path, "is missing", self._remedy) from None
+        raise paths.BucketError(fault) from None
 
 
 class RecordSource(Sequence[Conversation]):
@@ -171,14 +194,14 @@ class RecordStore:
     """
 
     def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
+        self.directory = paths.path(directory)
         path = self.directory / MANIFEST
         build = "build the store with `python launch/build_data.py`"
-        if not path.is_file():
-            raise StoreError(path, "is missing", build)
         try:
-            self._manifest = parse_json(path.read_text(encoding="utf-8"))
+            self._manifest = parse_json(paths.read_bytes(path).decode("utf-8"))
             version, self._build = self._manifest["format"], self._manifest["build"]
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise StoreError(path, "is missing", build) from None
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(path, f"is not a manifest ({_first_line(error)})", build) from None
         if version != FORMAT_VERSION:
@@ -249,7 +272,7 @@ class RecordStore:
             path = self.directory / name
             if not path.is_file():
                 raise StoreError(path, "is missing", self._remedy)
-            size = path.stat().st_size
+            size = paths.size(path)
             if size != expected["bytes"]:
                 problem = f"has {size} bytes, expected {expected['bytes']}"
                 raise StoreError(path, problem, self._remedy)
@@ -280,12 +303,12 @@ class RecordStore:
     def _table(self, name: str, columns: Collection[str] | None = None) -> pa.Table:
         """Reads a Parquet file of the store, with those of `columns` that it has."""
         path = self.directory / name
-        if not path.is_file():
-            raise StoreError(path, "is missing", self._remedy)
         try:
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(paths.for_arrow(path)) as file:
                 names = file.schema_arrow.names
                 return file.read([n for n in names if columns is None or n in columns])
+        except FileNotFoundError:
+            raise StoreError(path, "is missing", self._remedy) from None
         except (pa.ArrowInvalid, OSError) as error:
             raise StoreError(path, f"is damaged ({_first_line(error)})", self._remedy) from None
 

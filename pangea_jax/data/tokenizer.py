@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from pangea_jax.work import paths
 from pangea_jax.work.untrusted import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -56,7 +57,8 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            with paths.nearby(paths.path(path)) as file:
+                self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from None
         self.vocab_size = self._model.get_piece_size()
@@ -111,10 +113,9 @@ class TokenizerJson:
     def __init__(self, path: str | Path, image_id: int | None = None):
         import tokenizers
 
-        path = Path(path)
+        path = paths.path(path)
         try:
-            read = _read_bpe if path.name == "vocab.json" else tokenizers.Tokenizer.from_file
-            self._model = read(str(path))
+            self._model = _read_bpe(path) if path.name == "vocab.json" else _read_json(path)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
         # This flag makes `encode` spell out special tokens, but not ordinary added tokens. Some files
@@ -183,13 +184,21 @@ class TokenizerJson:
         return self._model.decode(ids, skip_special_tokens=skip_special)
 
 
-def _read_bpe(vocabulary: str):
+def _read_json(path: Path):
+    import tokenizers
+
+    with paths.nearby(path) as file:
+        return tokenizers.Tokenizer.from_file(str(file))
+
+
+def _read_bpe(vocabulary: Path):
     """Reads vocab.json, merges.txt and added_tokens.json of Qwen2."""
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-    folder = Path(vocabulary).parent
-    model = tokenizers.Tokenizer(models.BPE.from_file(vocabulary, str(folder / "merges.txt")))
+    folder = vocabulary.parent
+    with paths.nearby(vocabulary) as words, paths.nearby(folder / "merges.txt") as merges:
+        model = tokenizers.Tokenizer(models.BPE.from_file(str(words), str(merges)))
     model.normalizer = normalizers.NFC()
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -218,7 +227,7 @@ def load_tokenizer(path: str | Path, image_id: int | None = None) -> Tokenizer:
     Raises:
       FileNotFoundError: no such file; the message lists the paths that were tried.
     """
-    path = Path(path)
+    path = paths.path(path)
     candidates = [path / name for name in FILES] if path.is_dir() else [path]
     for candidate in candidates:
         if candidate.is_file() and candidate.suffix == ".model":

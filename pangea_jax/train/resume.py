@@ -10,20 +10,20 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import logging
-from etils import epath
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
 from pangea_jax.checkpoints import CheckpointError
 from pangea_jax.data.feed import check_saved
 from pangea_jax.train.state import TrainState
+from pangea_jax.work import paths
 from pangea_jax.work.atomic import json_sum
 
 SET_ASIDE = ".damaged"
@@ -56,10 +56,18 @@ class Checkpoints:
     Args:
       keep: number of newest checkpoints to keep.
       keep_every: also keep, for good, every checkpoint whose step is a multiple of this.
+      before_save: called before each save, so that what it writes is there when the checkpoint is.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int, keep_every: int | None = None):
-        self._directory = Path(directory).absolute()
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int,
+        keep_every: int | None = None,
+        before_save: Callable[[], None] = lambda: None,
+    ):
+        self._directory, self._before_save = paths.absolute(paths.path(directory)), before_save
         policies = ocp.training.preservation_policies
         self._best = _Chosen()
         kept = [policies.LatestN(keep), self._best]
@@ -87,6 +95,7 @@ class Checkpoints:
         step = int(jax.device_get(state.step))
         if step == self.latest_step:
             return
+        self._before_save()
         sums = [int(n) for n in jax.device_get(bit_sums(state))]
         written = {"progress": dict(progress), "bit_sums": sums}
         text = json.dumps(written | {"sha256": json_sum(written)})
@@ -199,7 +208,7 @@ def _checked(progress: Any) -> dict[str, Any]:
 
 async def _load_data(data, folder):
     """Follows Orbax's protocol without Orbax, which would hide the error messages of the data."""
-    await (await data.load(epath.Path(folder)))
+    await (await data.load(folder))
 
 
 @jax.jit

@@ -28,7 +28,6 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from pangea_jax.work.atomic import write_bytes
@@ -37,14 +36,17 @@ from pangea_jax.work.untrusted import parse_json
 METRICS_FILE = "metrics.jsonl"
 STARTS_FILE = "starts.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+WANDB_FILE = "wandb_id.txt"
+# What a run that continues reads, changes or appends to.
+APPENDED = (METRICS_FILE, STARTS_FILE, WANDB_FILE)
 PLAIN_LINES_PER_RUN = 10
 # Metrics on the console.
 SHOWN = {
-    "loss": "loss {:.3f}",
-    "validation/loss": "validation {:.3f}",
-    "tokens_per_second": "{:,.0f} tokens/s",
-    "examples_per_second": "{:,.0f} examples/s",
-    "mfu": "MFU {:.1%}",
+    "loss": lambda value: f"loss {_loss(value)}",
+    "validation/loss": lambda value: f"validation {_loss(value)}",
+    "tokens_per_second": lambda value: f"{readable(value)} tokens/s",
+    "examples_per_second": lambda value: f"{readable(value)} examples/s",
+    "mfu": lambda value: f"MFU {value:.1%}" if value >= 0.01 else f"MFU {readable(100 * value)}%",
 }
 # Metrics that depend on the clock and the machine. All others are the same in every run of a config.
 CLOCKED = ("time", "seconds_per_step", "tokens_per_second", "examples_per_second")
@@ -392,7 +394,7 @@ def _start_wandb(workdir: Path, options: Mapping[str, Any]):
         raise ValueError(
             'config.wandb is set, but wandb is not installed: pip install "wandb>=0.19,<1", or set it to ""'
         ) from None
-    path = workdir / "wandb_id.txt"
+    path = workdir / WANDB_FILE
     if not path.exists():
         path.write_text(secrets.token_hex(8))
     return wandb.init(id=path.read_text().strip(), resume="allow", dir=str(workdir), **options)
@@ -440,21 +442,20 @@ class _LiveLine:
             TextColumn("{task.fields[numbers]}"),
             TextColumn("[dim]elapsed"),
             TimeElapsedColumn(),
-            TextColumn("[dim]left"),
-            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[left]}"),
             console=console,
             refresh_per_second=4,
         )
-        self._task = {"total": total_steps, "completed": start_step, "numbers": ""}
+        self._task = {"total": total_steps, "completed": start_step, "numbers": "", "left": ""}
+        self._pace = _Pace(total_steps)
 
     def start(self) -> None:
         self._progress.add_task("train", **self._task)
         self._progress.start()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._progress.update(
-            self._progress.task_ids[0], completed=step + 1, numbers=_numbers(metrics)
-        )
+        shown = {"numbers": _numbers(metrics), "left": self._pace.left(step + 1)}
+        self._progress.update(self._progress.task_ids[0], completed=step + 1, **shown)
 
     def stop(self) -> None:
         self._progress.stop()
@@ -464,7 +465,8 @@ class _PlainLines:
     """About ten plain lines per run, for logs and pipes: no control characters."""
 
     def __init__(self, console: Console, total_steps: int, start_step: int):
-        self._console, self._total, self._start = console, total_steps, start_step
+        self._console, self._total = console, total_steps
+        self._pace = _Pace(total_steps)
         self._every = max(1, total_steps // PLAIN_LINES_PER_RUN)
         self._next = start_step + 1  # the first step shows that the run is alive
         self._begin = time.monotonic()
@@ -474,15 +476,14 @@ class _PlainLines:
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         done = step + 1
+        left = self._pace.left(done)
         if done < min(self._next, self._total):
             return
         self._next = (done // self._every + 1) * self._every
-        elapsed = time.monotonic() - self._begin
-        left = elapsed / max(1, done - self._start) * (self._total - done)
-        elapsed, left = (timedelta(seconds=round(seconds)) for seconds in (elapsed, left))
+        elapsed = timedelta(seconds=round(time.monotonic() - self._begin))
         self._console.print(
             f"step {done}/{self._total} ({done / self._total:.0%})  {_numbers(metrics)}"
-            f"  elapsed {elapsed}  left {left}",
+            f"  elapsed {elapsed}  {left}".rstrip(),
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -492,5 +493,38 @@ class _PlainLines:
         """There is nothing to end."""
 
 
+class _Pace:
+    """Estimates the time that is left, from the steps after the first log line.
+
+    The time before that line does not count: it has the compiler in it, and the steps of earlier starts.
+    """
+
+    def __init__(self, total_steps: int):
+        self._total, self._first = total_steps, None
+
+    def left(self, done: int) -> str:
+        """ "left 0:01:30", or nothing if no pace is known yet."""
+        now = time.monotonic()
+        self._first = self._first or (done, now)
+        steps, seconds = done - self._first[0], now - self._first[1]
+        if done < self._total and not steps:
+            return ""
+        rest = seconds / max(1, steps) * (self._total - done)
+        return f"left {timedelta(seconds=round(rest))}"
+
+
 def _numbers(metrics: Mapping[str, float]) -> str:
-    return "  ".join(form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics)
+    return "  ".join(form(metrics[name]) for name, form in SHOWN.items() if name in metrics)
+
+
+def _loss(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 0.1 else f"{value:.3f}"
+
+
+def readable(value: float) -> str:
+    """A number with at least two digits that say something.
+
+    >>> [readable(value) for value in (12345.6, 43.21, 4.321, 0.4321, 0.004321)]
+    ['12,346', '43', '4.3', '0.43', '0.0043']
+    """
+    return f"{value:.2g}" if abs(value) < 9.95 else f"{value:,.0f}"

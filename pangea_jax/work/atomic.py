@@ -1,15 +1,19 @@
 """Writes files completely or not at all, even if the process is killed; and compares JSON values."""
 
+import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pangea_jax.work import paths
 from pangea_jax.work.untrusted import parse_json
 
 REMOVE = "remove it, and run the same command again"
@@ -25,10 +29,26 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A file on a disk to write. When the block has ended without an error, it is at `path`, also in a bucket."""
+    if paths.is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="pangea-") as folder:
+            local = Path(folder, path.name)
+            yield local
+            paths.store(path).put_file(str(local), os.fspath(path))
+        return
     partial = partial_path(path)
-    partial.write_bytes(data)
+    yield partial
     os.replace(partial, path)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    if paths.is_remote(path):  # an object appears when it is complete
+        path.write_bytes(data)
+        return
+    with writing(path) as partial:
+        partial.write_bytes(data)
 
 
 def write_json(path: Path, value: Any, *, ensure_ascii: bool = True) -> None:
@@ -38,10 +58,9 @@ def write_json(path: Path, value: Any, *, ensure_ascii: bool = True) -> None:
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
-    partial = partial_path(path)
     table = pa.Table.from_pylist(rows, schema=schema)
-    pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
-    os.replace(partial, path)
+    with writing(path) as partial:
+        pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
@@ -51,7 +70,7 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> list[dict[str,
       ValueError: the file is damaged; the message names it.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(paths.for_arrow(path), page_checksum_verification=True) as file:
             return file.read(columns).to_pylist()
     except FileNotFoundError:
         raise
@@ -67,7 +86,7 @@ def read_json(path: Path) -> Any:
       JSONDecodeError: it is not JSON; the message names the file.
     """
     try:
-        return parse_json(path.read_bytes().decode("utf-8"))
+        return parse_json(paths.read_bytes(path).decode("utf-8"))
     except ValueError as error:
         said = f"{path} is damaged: not JSON ({error}); {REMOVE}"
         raise json.JSONDecodeError(said, "", 0) from None

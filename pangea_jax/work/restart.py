@@ -7,11 +7,13 @@ marks a shard as finished is written last.
 
 import contextlib
 import fcntl
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from pangea_jax.work import paths
 from pangea_jax.work.atomic import as_json, differences, read_json, write_json
 
 _MOST_CLAUSES = 4
@@ -22,32 +24,38 @@ class WorkError(RuntimeError):
 
 
 def check_local(path: Path | str | None, flag: str) -> None:
-    """Refuses an address such as gs://bucket/run as a folder: `Path` would make a local folder `gs:` of it.
+    """Refuses an address such as gs://bucket/run where only a disk will do.
 
     Raises:
       WorkError: `path` is an address; the message names `flag`.
     """
     if path is not None and (scheme := re.match(r"([A-Za-z][\w+.-]+):/", str(path))):
         raise WorkError(
-            f"{flag} is {str(path)!r}, but {scheme[1]}:// is not supported yet; give a local folder, or mount the "
+            f"{flag} is {str(path)!r}, but {scheme[1]}:// is not supported here; give a local folder, or mount the "
             "bucket (gcsfuse) and give the folder of the mount"
         )
 
 
 @contextlib.contextmanager
-def claim(lock: Path, *, on_wait: Callable[[], Any] | None = None) -> Iterator[IO]:
+def claim(lock: Path, *, on_wait: Callable[[], Any] | None = None) -> Iterator[IO | None]:
     """Keeps other processes out of a folder. The claim ends with the process, even a killed one.
+
+    In a bucket the claim of a killed process ends `lease.EXPIRES` seconds later, or at once on the same machine.
 
     Args:
       lock: the file to lock. Its folder is made if it is missing.
       on_wait: called once before waiting for another process. None: a claimed folder is an error.
 
     Yields:
-      The locked file. Child processes that inherit it also hold the claim.
+      The locked file. Child processes that inherit it also hold the claim. In a bucket None.
 
     Raises:
       WorkError: another process has claimed the folder.
     """
+    if paths.is_remote(lock):
+        with _lease(lock, on_wait):
+            yield None
+        return
     check_local(lock.parent, "the folder")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
@@ -61,6 +69,23 @@ def claim(lock: Path, *, on_wait: Callable[[], Any] | None = None) -> Iterator[I
             on_wait()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file
+
+
+@contextlib.contextmanager
+def _lease(lock: Path, on_wait: Callable[[], Any] | None) -> Iterator[None]:
+    if not os.fspath(lock).startswith("gs://"):
+        raise WorkError(
+            f"{lock.parent} cannot be claimed, so nothing is written there; give a local folder or gs://BUCKET/FOLDER"
+        )
+    from pangea_jax.work import lease
+
+    try:
+        with lease.hold(lock, on_wait=on_wait, on_loss=lease.end_process):
+            yield
+    except lease.Taken as holder:
+        raise WorkError(
+            f"another process ({holder}) is writing {lock.parent}; wait until it ends"
+        ) from None
 
 
 def settle(path: Path, plan: Any, folder: Path) -> None:

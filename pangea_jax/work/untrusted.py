@@ -6,6 +6,8 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pangea_jax.work import paths
+
 _KINDS = (
     (stat.S_ISDIR, "folder"),
     (stat.S_ISFIFO, "named pipe"),
@@ -31,6 +33,8 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
       OSError: it cannot be opened.
     """
     require_regular(path)
+    if paths.is_remote(path):
+        return paths.path(path).open("rb")
     # Someone may have replaced the file since: then the flag keeps `open` from waiting.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -62,7 +66,8 @@ def require_regular(path: str | os.PathLike) -> None:
       NotRegular: the path is a folder, a named pipe, a device or a socket.
       OSError: there is no such file.
     """
-    _require_regular(path, os.stat(path).st_mode)
+    if not paths.is_remote(path):  # objects are never anything else
+        _require_regular(path, os.stat(path).st_mode)
 
 
 def _require_regular(path: str | os.PathLike, mode: int) -> None:

@@ -249,3 +249,13 @@ def test_a_full_disk_is_an_error_of_the_disk(tmp_path):
     ):
         for picture in pictures * 3_000:
             index.add(row | {"key": picture[:50].hex() + str(len(index._rows))})
+
+
+def test_a_missing_package_is_no_damage(tmp_path):
+    def parse_record(raw):
+        raise ModuleNotFoundError("No module named 'tensorflow_datasets'")
+
+    path = tmp_path / "x.array_record"
+    write_shard(path, [b"record"], "zstd")
+    with pytest.raises(ModuleNotFoundError, match="tensorflow_datasets"):
+        ShardReader([path], [1], "rebuild").parsed(0, parse_record)

@@ -64,11 +64,12 @@ runpy.run_module({module_name!r}, run_name="__main__", alter_sys=True)
     return call("-c", program, timeout=300)
 
 
-def finish(workdir, *flags, code=0, **kwargs):
+def finish(workdir, *flags, code=0, log=None, **kwargs):
     """Runs to the end; returns the standard error."""
-    process = start(workdir, *flags, **kwargs)
-    assert process.wait(timeout=300) == code, Path(f"{workdir}.log").read_text()[-3000:]
-    return Path(f"{workdir}.log").read_text()
+    log = log or Path(f"{workdir}.log")
+    process = start(workdir, *flags, log=log, **kwargs)
+    assert process.wait(timeout=300) == code, log.read_text()[-3000:]
+    return log.read_text()
 
 
 def wait_for_line(file, process, count=1):
@@ -87,7 +88,7 @@ def metrics(workdir):
 
 
 def state(workdir, step):
-    """The train state of a checkpoint, by path, on the host."""
+    """The train state of a checkpoint, by path, on the host. The work directory may be in a bucket."""
     folder = workdir / "checkpoints" / str(step)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(

@@ -67,7 +67,7 @@ def test_half_written_files_are_removed(tmp_path):
     "path", ["gs://bucket/run", Path("gs://bucket/run"), "s3://b/r", "hdfs://n/r", "file:///tmp/x"]
 )
 def test_an_address_is_no_folder(path):
-    with pytest.raises(restart.WorkError, match=r"--out is .*:// is not supported yet"):
+    with pytest.raises(restart.WorkError, match=r"--out is .*:// is not supported here"):
         restart.check_local(path, "--out")
 
 

@@ -14,6 +14,7 @@ pictures; null if no tokenizer was given), `image_sizes` (list of [width, height
 (in that shard).
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from pangea_jax.data.build.pictures import Pictures
 from pangea_jax.data.build.plan import ARCHIVES, SUMMARY, WORK, Build, BuildError
 from pangea_jax.data.build.records import KEPT_EXAMPLES, Records
 from pangea_jax.data.build.rejections import Reasons
-from pangea_jax.work import restart
+from pangea_jax.work import paths, restart
 from pangea_jax.work.atomic import partial_path, read_json, write_json
 from pangea_jax.work.runners import Run
 
@@ -77,7 +78,10 @@ def build(
         was killed.
       ReleaseError: the release is broken.
     """
-    with restart.claim(build.work / "lock"):
+    with contextlib.ExitStack() as held:
+        held.enter_context(restart.claim(build.work / "lock"))
+        if build.target:
+            held.enter_context(restart.claim(build.target / "lock"))
         build.start()
         if build.finished:
             build.check_archives()
@@ -167,4 +171,16 @@ def _finish(build: Build, shards: int, reasons: Reasons) -> None:
         "images": {COLLECTION: placed_images} if placed_images else {},
         "files": dict(sorted(files.items())),
     }
+    if build.target:
+        _upload(build)
+        write_store.write_manifest(build.target, manifest)
+        paths.remove_tree(build.target / WORK)
     write_store.write_manifest(build.out, manifest)
+
+
+def _upload(build: Build) -> None:
+    """Copies what is small to the bucket."""
+    for name in paths.sizes(build.out):
+        is_shard = ".array_record" in name
+        if name not in (ARCHIVES, store.MANIFEST) and not is_shard and name.split("/")[0] != WORK:
+            (build.target / name).write_bytes((build.out / name).read_bytes())

@@ -30,11 +30,13 @@ class BuildError(restart.WorkError):
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """What to build. Every field but `out` decides what is in the store.
+    """What to build. Every field but `out` and `target` decides what is in the store.
 
     Attributes:
       source: folder of the release, or a file of records, in any form that `own_files` reads.
-      out: folder of the store.
+      out: folder of the store, on a disk.
+      target: folder of the store in a bucket. Every shard goes there when it is made and does not stay in `out`, so
+        that the disk holds only what is small.
       images: folder of the pictures; by default that of the records.
       tokenizer: counts the tokens: a tokenizer.json, a .model, or a folder with one of them.
       image_id: see `load_tokenizer`.
@@ -73,6 +75,7 @@ class Build:
     strict_language: bool = False
     orientation: str = "stored"
     own: str = ""
+    target: Path | None = None
 
     @property
     def work(self) -> Path:
@@ -129,7 +132,7 @@ class Build:
         """The fields and the files of records, as JSON."""
         files = [(path.name, path.stat()) for path in self.record_files()]
         records = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]
-        return as_json(dataclasses.asdict(self) | {"out": None, "records": records})
+        return as_json(dataclasses.asdict(self) | {"out": None, "target": None, "records": records})
 
     def _forget_other_records(self, plan: dict[str, Any]) -> None:
         """Removes unfinished work if only the files of records have changed since: they were corrected.

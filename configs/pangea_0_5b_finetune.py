@@ -1,4 +1,4 @@
-"""Stage 2 of a small Pangea: the same recipe on Qwen2-0.5B-Instruct, for one card or four chips.
+"""Stage 2 of a small Pangea: the same recipe on Qwen2-0.5B-Instruct, meant for one card or four chips.
 
     python launch/train.py --config=configs/pangea_0_5b_finetune.py --workdir=runs/pangea_0_5b
     python launch/train.py --config=configs/pangea_0_5b_finetune.py:num_examples=50000 --workdir=runs/small
@@ -6,9 +6,10 @@
 Everything but the decoder is as in configs/pangea_7b_finetune.py: vision tower, projector, tiles, data,
 rows, optimiser. The decoder has 494 million parameters, and its head is its embedding. The paper has no
 model of this size, so there is nothing to compare with. It is for the ablations (`:scale=pangea_0_5b`,
-configs/scales.py): it learns from the same data in the same way, at a tenth of the cost.
+configs/scales.py): it learns from the same data in the same way, at a tenth of the cost. Nobody has
+trained it yet, and its memory is not measured.
 
-A row is computed at a time on each of four chips (`accumulation`). On one card of 24 GB take
+Each of four chips computes a row at a time (`accumulation`). On one card take
 `--config.accumulation=32`, on n chips 32 / n. configs/scales.py has the time and the cost of a point.
 """
 

@@ -11,6 +11,7 @@ from eval.bench.metrics import bootstrap
 from eval.bench.task import Profile
 from eval.bench.tasks import ALL_TASKS, DATASETS
 from pangea_jax.figures import inert
+from pangea_jax.sample.scores import wilson_interval
 
 
 def table_of(first: Path, second: Path, profile: Profile) -> Table:
@@ -54,7 +55,7 @@ def _widened(
     if not scores[0].task.dataset.bounded:
         return math.nan, math.nan
     clusters = {cluster for score in scores for cluster, _ in score.statistics}
-    half = 100 * bootstrap.wilson(0.0, len(clusters))[1]
+    half = 100 * wilson_interval(0.0, len(clusters))[1]
     return max(-100.0, difference - half), min(100.0, difference + half)
 
 

@@ -16,6 +16,7 @@ from eval.bench.metrics import bootstrap
 from eval.bench.responses import Failure
 from eval.bench.task import PROFILES, Document, Failed, Profile, Scored, Task, answer_text
 from eval.bench.tasks import DATASETS, GROUPS
+from pangea_jax.sample.scores import wilson_interval
 from pangea_jax.work import atomic
 
 COLUMNS = ("en", "mul")
@@ -208,7 +209,7 @@ def intervals(scores: Sequence[TaskScores]) -> dict[str, Bounds]:
 def _wilson(score: TaskScores) -> Bounds:
     if not score.task.dataset.bounded:
         return math.nan, math.nan
-    low, high = bootstrap.wilson(min(1.0, max(0.0, score.value / 100)), score.clusters)
+    low, high = wilson_interval(min(1.0, max(0.0, score.value / 100)), score.clusters)
     return 100 * low, 100 * high
 
 

@@ -4,14 +4,12 @@ Questions about one picture are drawn together, and so are the translations of o
 without a common cluster are drawn separately, so that each keeps its size.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
 DRAWS = 2000
-_Z = 1.959964  # the 97.5 % point of the normal distribution
 Statistics = Mapping[str, Sequence[tuple[str, Sequence[float]]]]  # subset -> (cluster, statistics)
 Combine = Callable[[Float[np.ndarray, "draws statistics"]], Float[np.ndarray, " draws"]]
 
@@ -65,20 +63,6 @@ def interval(values: Float[np.ndarray, " draws"]) -> tuple[float, float]:
 def is_collapsed(bounds: tuple[float, float]) -> bool:
     """Whether all draws were the same, so that they say nothing of the uncertainty."""
     return bounds[1] - bounds[0] < 1e-9
-
-
-def wilson(mean: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval (1927) of a proportion, from `mean` of n cases; both between 0 and 1.
-
-    Of all scores between 0 and 1 with this mean, those of a proportion vary most, so it is the widest for the others.
-
-    >>> [round(bound, 3) for bound in wilson(0, 30)]
-    [0.0, 0.114]
-    """
-    square = _Z * _Z
-    middle = (mean + square / (2 * n)) / (1 + square / n)
-    half = _Z * math.sqrt(max(0.0, mean * (1 - mean) / n + square / (4 * n * n))) / (1 + square / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def compare(

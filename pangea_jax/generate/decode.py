@@ -70,6 +70,20 @@ def _column(name, value, rows, dtype, low, high, range_in_words) -> np.ndarray:
 
 
 @struct.dataclass
+class Likely:
+    """Log-probabilities of the answers' tokens under the model, before temperature and filters.
+
+    Attributes:
+      chosen: of each token of the answer.
+      ids, values: the K likeliest tokens at its place, and their log-probabilities, the likeliest first.
+    """
+
+    chosen: Float[Array, " B *M"]
+    ids: Int[Array, "B *M K"]
+    values: Float[Array, "B *M K"]
+
+
+@struct.dataclass
 class Decoding:
     """State of a batch that is being decoded. Rows may have begun at different times.
 
@@ -80,6 +94,7 @@ class Decoding:
       lengths: lengths of the prompts.
       cache: the prompts, and the answers in the last M slots. A step writes the same slot of every row. After the last
         slot follows the first of the M. No row chooses more than M tokens, so none overwrites its own.
+      likely: log-probabilities of the tokens, for a batch that keeps them; zeros in rows that did not want them.
     """
 
     tokens: Int[Array, "B M"]
@@ -87,6 +102,7 @@ class Decoding:
     done: Bool[Array, " B"]
     lengths: Int[Array, " B"]
     cache: KVCache
+    likely: Likely | None = None
 
 
 def last_hidden(
@@ -147,6 +163,23 @@ def choose(
     return jax.lax.cond(jnp.any(sampled), draw, lambda: likeliest)
 
 
+def likelihoods(
+    logits: Float[Array, "B V"], tokens: Int[Array, " B"], top: int, wants: Bool[Array, " B"]
+) -> Likely:
+    """The log-probabilities of one token a row, and of the `top` likeliest; zeros if no row wants them."""
+
+    def find():
+        values = jax.nn.log_softmax(logits, axis=-1)
+        best, ids = jax.lax.top_k(values, top)
+        return Likely(jnp.take_along_axis(values, tokens[:, None], axis=-1)[:, 0], ids, best)
+
+    def none():
+        B = len(logits)
+        return Likely(jnp.zeros(B), jnp.zeros((B, top), jnp.int32), jnp.zeros((B, top)))
+
+    return jax.lax.cond(jnp.any(wants), find, none)
+
+
 def begin(
     model: Pangea,
     hidden: Float[Array, "B D"],
@@ -154,38 +187,57 @@ def begin(
     cache: KVCache,
     *,
     max_new_tokens: int,
-    limit: Int[Array, ""] | int,
+    limit: Int[Array, "*B"] | int,
     stop_ids: Int[Array, " Z"],
     sampling: Sampling | None = None,
+    top: int = 0,
+    wants: Bool[Array, " B"] | None = None,
 ) -> Decoding:
     """Chooses the first tokens after a prefill. Empty rows are done at once.
 
-    It has eight parameters: the results of a prefill, and what each call of `generate` may set.
+    It has ten parameters: the results of a prefill, and what each answer may set.
 
     Args:
       hidden, lengths: from `last_hidden`.
       cache: from `Pangea.prefill`. `advance` needs a free slot for every token but the last.
       max_new_tokens: M, the number of places for an answer; another value compiles again.
-      limit: largest number of tokens of an answer, at most M; another value does not compile again.
+      limit: largest number of tokens of an answer, at most M, for all rows or for each; another value does not compile
+        again.
       stop_ids: a row ends with the first of these.
+      top: K, if the batch keeps log-probabilities (`Likely`); 0 if not.
+      wants: which rows want them.
     """
-    token = choose(model.language.logits(hidden), sampling, 0)
+    logits = model.language.logits(hidden)
+    token = choose(logits, sampling, 0)
     token = jnp.where(lengths == 0, stop_ids[0], token)
     tokens = jnp.full((len(token), max_new_tokens), stop_ids[0], jnp.int32).at[:, 0].set(token)
     done = (lengths == 0) | jnp.isin(token, stop_ids) | (jnp.asarray(limit) <= 1)
-    return Decoding(tokens, jnp.ones_like(lengths), done, lengths, cache)
+    likely = None
+    if top:
+        first = likelihoods(logits, jnp.maximum(token, 0), top, wants)
+        likely = jax.tree.map(
+            lambda x: (
+                jnp.zeros((x.shape[0], max_new_tokens, *x.shape[1:]), x.dtype).at[:, 0].set(x)
+            ),
+            first,
+        )
+    return Decoding(tokens, jnp.ones_like(lengths), done, lengths, cache, likely)
 
 
 def advance(
     model: Pangea,
     decoding: Decoding,
     *,
-    steps: int,
-    limit: Int[Array, ""] | int,
+    steps: Int[Array, ""] | int,
+    limit: Int[Array, "*B"] | int,
     stop_ids: Int[Array, " Z"],
     sampling: Sampling | None = None,
+    wants: Bool[Array, " B"] | None = None,
 ) -> Decoding:
-    """Adds at most `steps` tokens to each row. A row ends with a stop id or when it has `limit` tokens."""
+    """Adds at most `steps` tokens to each row. A row ends with a stop id or when it has `limit` tokens.
+
+    `wants`: which rows want log-probabilities, if the batch keeps them.
+    """
     decoder, dtype = model.language, model.config.dtype
     M, slots = decoding.tokens.shape[1], decoding.cache.segment_ids.shape[1]
     places = jnp.arange(M)
@@ -203,30 +255,44 @@ def advance(
         x = decoder.embed(last, dtype)
         x, cache = decoder.extend(x, positions, jnp.ones_like(positions), now.cache)
         cache = cache.replace(length=jnp.where(cache.length == slots, slots - M, cache.length))
-        token = choose(decoder.logits(x[:, 0]), sampling, now.chosen)
+        logits = decoder.logits(x[:, 0])
+        token = choose(logits, sampling, now.chosen)
+        likely = now.likely
+        if likely is not None:
+            here = likelihoods(logits, token, likely.ids.shape[-1], wants)
+            rows = jnp.arange(len(token))
+            likely = jax.tree.map(
+                lambda kept, x: kept.at[rows, now.chosen].set(x, mode="drop"), likely, here
+            )
         token = jnp.where(now.done, stop_ids[0], token)
         tokens = jnp.where(places == now.chosen[:, None], token[:, None], now.tokens)
         chosen = now.chosen + ~now.done
         done = now.done | jnp.isin(token, stop_ids) | (chosen >= limit)
-        return step + 1, Decoding(tokens, chosen, done, now.lengths, cache)
+        return step + 1, Decoding(tokens, chosen, done, now.lengths, cache, likely)
 
     return jax.lax.while_loop(unfinished, body, (jnp.int32(0), decoding))[1]
 
 
-def idle(cache: KVCache, max_new_tokens: int, stop_id: int) -> Decoding:
+def idle(cache: KVCache, max_new_tokens: int, stop_id: int, top: int = 0) -> Decoding:
     """A batch in which all rows have ended; `insert` fills it.
 
     Args:
       cache: an empty cache with room for the widest prompt and the new tokens.
+      top: see `begin`.
     """
     rows, slots = cache.segment_ids.shape
     zeros = jnp.zeros(rows, jnp.int32)
+    likely, places = None, (rows, max_new_tokens)
+    if top:
+        ids = jnp.zeros((*places, top), jnp.int32)
+        likely = Likely(jnp.zeros(places), ids, jnp.zeros((*places, top)))
     return Decoding(
         jnp.full((rows, max_new_tokens), stop_id, jnp.int32),
         zeros + 1,
         zeros == 0,
         zeros,
         cache.replace(length=jnp.int32(slots - max_new_tokens)),
+        likely,
     )
 
 
@@ -264,27 +330,19 @@ def insert(decoding: Decoding, begun: Decoding, rows: Int[Array, " A"]) -> Decod
     )
     names = ("tokens", "chosen", "done", "lengths")
     replaced = {name: put(getattr(decoding, name), getattr(begun, name)) for name in names}
-    return Decoding(**replaced, cache=cache)
+    likely = jax.tree.map(put, decoding.likely, begun.likely)
+    return Decoding(**replaced, cache=cache, likely=likely)
 
 
-def follow(
-    model: Pangea,
-    decoding: Decoding,
-    row: Int[Array, ""],
-    shared: Int[Array, ""],
-    tokens: Int[Array, "A T"],
-    segment_ids: Int[Array, "A T"],
-) -> tuple[Float[Array, "A D"], Int[Array, " A"], KVCache]:
-    """Prefills prompts that share a prefix with the prompt of a row, from the cache of that row.
+def fork(
+    decoding: Decoding, row: Int[Array, ""], shared: Int[Array, ""], *, copies: int, rest: int
+) -> KVCache:
+    """Copies of the cache of a row's prompt, for prompts that share a prefix with it.
 
     Args:
       row: the row. Its first slots hold the first `shared` tokens of its prompt, even after it has ended.
-      tokens, segment_ids: the rest of the A prompts, right-padded text. It takes the last T slots of a prompt.
-
-    Returns:
-      What `begin` needs: last hidden states, lengths of the whole prompts, and a cache with the slots of a prompt.
+      rest: number of slots for other tokens; they are the last ones of a prompt.
     """
-    decoder, (A, T) = model.language, tokens.shape
     width = decoding.cache.segment_ids.shape[1] - decoding.tokens.shape[1]
 
     def of_row(x, axis):
@@ -301,12 +359,52 @@ def follow(
         return jnp.where(kept[:, None, None] if axis == -1 else kept[:, None, :, None], x, 0)
 
     k, v = decoding.cache.map(of_tokens)
-    cache = KVCache(k, v, jnp.where(kept, ids, 0), positions, jnp.int32(width - T)).repeat(A)
+    cache = KVCache(k, v, jnp.where(kept, ids, 0), positions, jnp.int32(width - rest))
+    return cache.repeat(copies)
+
+
+def follow(
+    model: Pangea,
+    decoding: Decoding,
+    row: Int[Array, ""],
+    shared: Int[Array, ""],
+    tokens: Int[Array, "A T"],
+    segment_ids: Int[Array, "A T"],
+) -> tuple[Float[Array, "A D"], Int[Array, " A"], KVCache]:
+    """Prefills prompts that share a prefix with the prompt of a row, from the cache of that row.
+
+    Args:
+      row, shared: see `fork`.
+      tokens, segment_ids: the rest of the A prompts, right-padded text. It takes the last T slots of a prompt.
+
+    Returns:
+      What `begin` needs: last hidden states, lengths of the whole prompts, and a cache with the slots of a prompt.
+    """
+    decoder, (A, T) = model.language, tokens.shape
+    cache = fork(decoding, row, shared, copies=A, rest=T)
     places = jnp.broadcast_to(shared + jnp.arange(T), (A, T))
     x = decoder.embed(tokens, model.config.dtype)
     hidden, cache = decoder.extend(x, places, segment_ids, cache)
     last, lengths = last_hidden(hidden, segment_ids)
     return last, jnp.where(lengths > 0, shared + lengths, 0), cache
+
+
+def read_on(
+    model: Pangea,
+    last: Float[Array, "A D"],
+    cache: KVCache,
+    x: Float[Array, "A C D"],
+    positions: Int[Array, "A C"],
+    segment_ids: Int[Array, "A C"],
+) -> tuple[Float[Array, "A D"], KVCache]:
+    """Reads the next C tokens of right-padded prompts into their cache.
+
+    Args:
+      last: hidden state of the last token of each prompt that was read before.
+    """
+    hidden, cache = model.language.extend(x, positions, segment_ids, cache)
+    newest, lengths = last_hidden(hidden, segment_ids)
+    return jnp.where(lengths[:, None] > 0, newest, last), cache
 
 
 def complete(

@@ -1,6 +1,5 @@
 """Answers conversations with a model: `generate`, `serve`, `stream`, `logits`, `loglikelihood`."""
 
-import collections
 import dataclasses
 import itertools
 import operator
@@ -22,7 +21,7 @@ from pangea_jax.data import chat
 from pangea_jax.data.reader import REFERENCE, Geometry, Reader, ReadingPolicy, Tiles
 from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.generate import batching, likelihood
-from pangea_jax.generate.decode import Sampling
+from pangea_jax.generate.decode import Sampling, until
 from pangea_jax.generate.likelihood import Candidates, LogLikelihood
 from pangea_jax.generate.programs import Programs
 from pangea_jax.generate.prompt import Prompt
@@ -30,6 +29,8 @@ from pangea_jax.model import Pangea, PangeaConfig
 from pangea_jax.model import params as model_params
 
 Conversation = Sequence[Mapping[str, Any]]
+# Between two pieces of a streamed answer. A reader does not see that they are not sent at once.
+STREAM_SECONDS = 0.05
 
 
 class Engine:
@@ -59,6 +60,10 @@ class Engine:
         self._tiles = Tiles(Geometry.of(model.config), policy)
         self.reader = Reader(tokenizer, self._tiles)
         self._programs = Programs(model, mesh)
+
+    def replace(self, model: Pangea | None) -> None:
+        """Answers with other parameters from now on, with the programs compiled so far. None frees the old ones."""
+        self._programs.params = None if model is None else nnx.split(model)[1]
 
     def read(self, conversation: Conversation | str, max_new_tokens: int = 0) -> Prompt:
         """Prepares a conversation for the other methods: decodes its images and cuts their tiles.
@@ -153,30 +158,43 @@ class Engine:
         Raises:
           ValueError: `rows` is less than 1, or a prompt is longer than `width`.
         """
-        batch = batching.Batch(
+        batch = self.open(rows, width, bucket(max_new_tokens), stop=stop)
+        ends = batching.StopStrings(stop_strings) if stop_strings else None
+        feed = (
+            batching.Request(number, prompt, sampling, max_new_tokens, ends)
+            for number, (prompt, sampling) in enumerate(prompts)
+        )
+        for progress in batching.run(batch, lambda most, _: itertools.islice(feed, most)):
+            if progress.ended:
+                text = progress.text
+                if text is None:
+                    text = self._text(progress.tokens, batch.stop_ids)
+                yield progress.request.name, text
+
+    def open(
+        self,
+        rows: int,
+        width: int,
+        max_new_tokens: int,
+        *,
+        stop: Sequence[int] | None = None,
+        top: int = 0,
+    ) -> batching.Batch:
+        """Empty rows for `batching.run`; see `serve`, and `batching.Batch` for `top`."""
+        return batching.Batch(
             self._programs,
             rows,
             width,
-            limit=max_new_tokens,
-            max_new_tokens=bucket(max_new_tokens),
+            max_new_tokens=max_new_tokens,
             stop_ids=self._stop_ids(stop),
-            stop_strings=stop_strings,
             decode=self.tokenizer.decode,
             shape=self.shape,
             lay=self._batch,
+            top=top,
         )
-        feed = enumerate(prompts)
-        waiting = collections.deque(itertools.islice(feed, rows))
-        while waiting or batch.busy:
-            while waiting and batch.free:
-                kinds = batch.kinds(prompt for _, (prompt, _) in waiting)
-                size = batching.part_size(kinds, len(batch.free), self._programs.shards)
-                names, asked = zip(*(waiting.popleft() for _ in range(size)), strict=True)
-                part, chosen = zip(*asked, strict=True)
-                batch.enter(names, part, jax.tree.map(lambda *each: np.concatenate(each), *chosen))
-            batch.advance()
-            waiting.extend(itertools.islice(feed, rows - len(waiting)))
-            yield from batch.leave()
+
+    def _text(self, tokens: Sequence[int], stop_ids: Collection[int]) -> str:
+        return self.tokenizer.decode(until(tokens, stop_ids))
 
     def stream(
         self,
@@ -194,12 +212,11 @@ class Engine:
         A piece never ends within a character. The call raises all errors, not the iterator.
         """
         _check_new_tokens(max_new_tokens)
-        room = bucket(max_new_tokens)
         prompt = self._prompt(messages, max_new_tokens, "messages")
         sampling = Sampling.make(1, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        stop_ids = self._stop_ids(stop)
-        tokens = self._tokens(prompt, sampling, stop_ids, max_new_tokens, room)
-        return _pieces(tokens, self.tokenizer, stop_ids)
+        batch = self.open(1, self.shape(prompt)[0], bucket(max_new_tokens), stop=stop)
+        request = batching.Request(None, prompt, sampling, max_new_tokens)
+        return _pieces(self._tokens(batch, request), self.tokenizer, batch.stop_ids)
 
     def logits(self, messages: Conversation) -> Float[np.ndarray, "T V"]:
         """float32 logits at every token of one conversation.
@@ -268,15 +285,14 @@ class Engine:
                 )
         return results
 
-    def _tokens(self, prompt, sampling, stop_ids, limit, room) -> Iterator[int]:
-        programs = self._programs
-        settings = programs.place(sampling), stop_ids, np.int32(limit)
-        state = programs.begin(self._batch([prompt]), *settings, room=room, max_new_tokens=room)
-        for place in range(limit):
-            if place:
-                live = np.ones(len(state.done), bool)
-                state = programs.advance(state, *settings, live, steps=1)
-            yield int(state.tokens[0, place])
+    def _tokens(self, batch: batching.Batch, request: batching.Request) -> Iterator[int]:
+        """Yields the tokens of one answer."""
+        feed = iter([request])
+        steps = batching.run(
+            batch, lambda most, _: itertools.islice(feed, most), pace=STREAM_SECONDS
+        )
+        for progress in steps:
+            yield from progress.tokens[len(progress.tokens) - progress.new :]
 
     def _prompt(
         self, messages: Conversation | str | Prompt, max_new_tokens: int, name: str
@@ -438,7 +454,12 @@ def load_folder(
     return Engine(model, tokenizer, policy=policy, mesh=mesh)
 
 
-def choose_mesh(mesh: MeshChoice, config: PangeaConfig) -> Mesh | None:
+def choose_mesh(
+    mesh: MeshChoice,
+    config: PangeaConfig | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh | None:
     """The devices that hold a model.
 
     Args:
@@ -446,6 +467,8 @@ def choose_mesh(mesh: MeshChoice, config: PangeaConfig) -> Mesh | None:
         defaults to all devices that the other axes leave; or "auto" for all devices of this process.
         "auto" splits each layer over as many devices as divide its heads and widths, because fsdp
         would send parameters at every decoding step. The other devices share the rows.
+      config: of the model, for "auto".
+      devices: for sizes of axes; by default all devices, those of other processes too.
 
     Raises:
       ValueError: the sizes do not fill the devices, or an axis is unknown.
@@ -456,7 +479,8 @@ def choose_mesh(mesh: MeshChoice, config: PangeaConfig) -> Mesh | None:
         if unknown := sorted(set(mesh) - set(sharding.AXES)):
             raise ValueError(f"mesh has no axis {unknown[0]!r}; it has {', '.join(sharding.AXES)}")
         data = 1 if -1 in mesh.values() else -1
-        return sharding.make_mesh(**{"data": data, "fsdp": 1, "tensor": 1} | dict(mesh))
+        sizes = {"data": data, "fsdp": 1, "tensor": 1} | dict(mesh)
+        return sharding.make_mesh(**sizes, devices=devices)
     devices = jax.local_devices()
     if len(devices) == 1:
         return None

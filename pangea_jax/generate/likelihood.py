@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pangea_jax.batch import Batch
-from pangea_jax.generate.decode import last_hidden
+from pangea_jax.generate.decode import Likely, last_hidden
 from pangea_jax.model import KVCache, Pangea
 
 
@@ -132,3 +132,34 @@ def score_tails(
         return total, jnp.all(~scored | (logits.argmax(-1) == tails), axis=-1)
 
     return jax.lax.map(of_one_prompt, (before, tails, scored))
+
+
+# Places whose logits are computed at once: those of a whole prompt would be by far the largest array.
+_AT_ONCE = 64
+
+
+def echo(model: Pangea, batch: Batch, *, top: int) -> Likely:
+    """The log-probability of each token of the prompts after those before it, and the `top` likeliest there.
+
+    Place t of the result is about token t; place 0 is about no token.
+    """
+    hidden = model.hidden(batch)
+    B, T, D = hidden.shape
+    after = jnp.roll(jnp.asarray(batch.tokens), -1, axis=1)
+    pad = -T % _AT_ONCE
+    x = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, _AT_ONCE, D).swapaxes(0, 1)
+    tokens = jnp.pad(after, ((0, 0), (0, pad))).reshape(B, -1, _AT_ONCE).swapaxes(0, 1)
+
+    def of_some(piece):
+        x, tokens = piece
+        values = jax.nn.log_softmax(model.language.logits(x), axis=-1)
+        best, ids = jax.lax.top_k(values, top)
+        return Likely(jnp.take_along_axis(values, tokens[..., None], axis=-1)[..., 0], ids, best)
+
+    found = jax.lax.map(of_some, (x, tokens))
+
+    def joined(x):
+        x = x.swapaxes(0, 1).reshape(B, T + pad, *x.shape[3:])[:, :T]
+        return jnp.roll(x, 1, axis=1)
+
+    return jax.tree.map(joined, found)

@@ -31,8 +31,9 @@ class Programs:
       forward: batch -> float32 logits [B, T, V].
       begin, advance: see `decode`; `advance` donates its first argument.
       follow: `begin` for prompts that reuse the cache of a row, see `decode.follow`.
-      idle: (rows, width, max_new_tokens, stop_id) -> a batch that `insert` fills, see `decode.idle`.
-      score: `likelihood.score`.
+      embed, empty, fork, read_on, start: `begin` and `follow` in pieces, for long prompts.
+      idle: (rows, width, max_new_tokens, stop_id, top) -> a batch that `insert` fills, see `decode.idle`.
+      score: `likelihood.score`; echo: `likelihood.echo`.
     """
 
     def __init__(self, model: Pangea, mesh: Mesh | None):
@@ -49,17 +50,29 @@ class Programs:
                     return function(nnx.merge(graphdef, params), *args, **named)
 
             compiled = jax.jit(call, **kwargs, **({"out_shardings": outputs} if mesh else {}))
-            return functools.partial(compiled, self.params)
+            return functools.partial(self._run, compiled)
 
-        whole, decoding = _output_shardings(mesh)
+        whole, cache, decoding = _output_shardings(mesh)
         new = "max_new_tokens"
         self.forward = program(lambda model, batch: model(batch), whole)
-        self.begin = program(_begin, decoding, static_argnames=("room", new))
+        self.begin = program(_begin, decoding, static_argnames=(new, "top"))
         self.follow = program(_follow, decoding)
-        self.advance = program(_advance, decoding, static_argnames="steps", donate_argnums=1)
-        self.idle = program(_idle, decoding, static_argnums=(1, 2, 3))
+        self.embed = program(_embed, whole)
+        self.empty = program(_empty, cache, static_argnums=(1, 2))
+        self.fork = program(_fork, cache, static_argnames=("copies", "rest"))
+        self.read_on = program(
+            _read_on, (whole, cache), static_argnames="size", donate_argnames="cache"
+        )
+        self.start = program(decode.begin, decoding, static_argnames=(new, "top"))
+        self.advance = program(_advance, decoding, donate_argnums=1)
+        self.idle = program(_idle, decoding, static_argnums=(1, 2, 3, 5))
         self._insert = program(_insert, decoding, donate_argnums=1)
         self.score = program(likelihood.score, whole)
+        self.echo = program(likelihood.echo, whole, static_argnames="top")
+
+    def _run(self, compiled, *args, **named):
+        # The parameters are looked up at each call: in training they are replaced.
+        return compiled(self.params, *args, **named)
 
     @property
     def shards(self) -> int:
@@ -92,43 +105,66 @@ class Programs:
 
 
 def _output_shardings(mesh: Mesh | None):
-    """Shardings of outputs that every host reads (replicated), and of a `Decoding` (only its cache is split)."""
+    """Shardings of outputs that every host reads (replicated), of a cache, and of a `Decoding` (only its cache is
+    split)."""
     if mesh is None:
-        return None, None
-    whole, cache = NamedSharding(mesh, P()), NamedSharding(mesh, CACHE_SPEC)
-    return whole, Decoding(whole, whole, whole, whole, KVCache(cache, cache, whole, whole, whole))
+        return None, None, None
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, CACHE_SPEC)
+    cache = KVCache(split, split, whole, whole, whole)
+    return whole, cache, Decoding(whole, whole, whole, whole, cache, whole)
 
 
 # What follows is compiled by `Programs`; the shapes are those of `decode`.
 
 
-def _idle(model, rows, width, max_new_tokens, stop_id):
+def _idle(model, rows, width, max_new_tokens, stop_id, top=0):
     cache = model.language.empty_cache(rows, width + max_new_tokens, model.config.dtype)
-    return decode.idle(cache, max_new_tokens, stop_id)
+    return decode.idle(cache, max_new_tokens, stop_id, top)
 
 
 def _insert(_, decoding, begun, rows):
     return decode.insert(decoding, begun, rows)
 
 
-def _begin(model, batch, sampling, stop_ids, limit, *, room, max_new_tokens):
-    """Prefills and chooses the first tokens; the cache has `room` free slots."""
-    hidden, cache = model.prefill(batch, batch.tokens.shape[1] + room)
+def _begin(model, batch, sampling, stop_ids, limit, wants=None, *, max_new_tokens, top=0):
+    """Prefills and chooses the first tokens; the cache has no free slots."""
+    hidden, cache = model.prefill(batch, batch.tokens.shape[1])
     last, lengths = decode.last_hidden(hidden, jnp.asarray(batch.segment_ids))
-    settings = {"max_new_tokens": max_new_tokens, "limit": limit, "stop_ids": stop_ids}
-    return decode.begin(model, last, lengths, cache, sampling=sampling, **settings)
+    settings = {"limit": limit, "stop_ids": stop_ids, "sampling": sampling, "wants": wants}
+    return decode.begin(
+        model, last, lengths, cache, max_new_tokens=max_new_tokens, top=top, **settings
+    )
 
 
-def _follow(model, decoding, source, batch, sampling, stop_ids, limit):
+def _follow(model, decoding, source, batch, sampling, stop_ids, limit, wants=None):
     """`source`: the row with the shared prefix, and the number of its tokens."""
     start = decode.follow(model, decoding, *source, batch.tokens, batch.segment_ids)
     new = decoding.tokens.shape[1]
-    settings = {"max_new_tokens": new, "limit": limit, "stop_ids": stop_ids}
-    return decode.begin(model, *start, sampling=sampling, **settings)
+    top = decoding.likely.ids.shape[-1] if decoding.likely is not None else 0
+    settings = {"limit": limit, "stop_ids": stop_ids, "sampling": sampling, "wants": wants}
+    return decode.begin(model, *start, max_new_tokens=new, top=top, **settings)
 
 
-def _advance(model, decoding, sampling, stop_ids, limit, live, *, steps):
+def _embed(model, batch):
+    return model.inputs(batch)
+
+
+def _empty(model, rows, slots):
+    return model.language.empty_cache(rows, slots, model.config.dtype)
+
+
+def _fork(_, decoding, row, shared, *, copies, rest):
+    return decode.fork(decoding, row, shared, copies=copies, rest=rest)
+
+
+def _read_on(model, last, cache, x, positions, segment_ids, start, *, size):
+    """`decode.read_on` of `size` tokens from `start` on."""
+    piece = (jax.lax.dynamic_slice_in_dim(a, start, size, 1) for a in (x, positions, segment_ids))
+    return decode.read_on(model, last, cache, *piece)
+
+
+def _advance(model, decoding, sampling, stop_ids, limit, wants=None, *, live, steps):
     """`decode.advance`. Rows that are not `live` have ended for the host, even if the device does not know it yet."""
     decoding = decoding.replace(done=decoding.done | ~live)
-    settings = {"steps": steps, "limit": limit, "stop_ids": stop_ids}
-    return decode.advance(model, decoding, sampling=sampling, **settings)
+    settings = {"limit": limit, "stop_ids": stop_ids, "sampling": sampling, "wants": wants}
+    return decode.advance(model, decoding, steps=steps, **settings)

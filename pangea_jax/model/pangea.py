@@ -92,7 +92,8 @@ class Pangea(nnx.Module):
         words = self.language.embed(tokens, projected.dtype)
         return jnp.where((image_index >= 0)[..., None], picture, words)
 
-    def _inputs(self, batch: Batch, keep: str = "all") -> Float[Array, "B T D"]:
+    def inputs(self, batch: Batch, keep: str = "all") -> Float[Array, "B T D"]:
+        """The decoder's input: what `embed` gives for the pictures of a batch."""
         features = batch.features
         if features is None:
             features = self.encode(batch.tiles, keep=keep)
@@ -111,7 +112,7 @@ class Pangea(nnx.Module):
           keep: what a block keeps for the backward pass, a key of `layers.KEEP`.
           impl: the decoder's attention.
         """
-        x = self._inputs(batch, keep)
+        x = self.inputs(batch, keep)
         return self.language(x, batch.positions, batch.segment_ids, keep=keep, impl=impl)
 
     def __call__(self, batch: Batch, **kwargs) -> Float[Array, "B T V"]:
@@ -122,7 +123,7 @@ class Pangea(nnx.Module):
         self, batch: Batch, slots: int, *, impl: AttentionImpl | str = "auto"
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Reads the prompts into a new cache of `slots` >= T."""
-        x = self._inputs(batch)
+        x = self.inputs(batch)
         cache = self.language.empty_cache(len(x), slots, x.dtype)
         return self.language.extend(
             x, batch.positions, batch.segment_ids, cache, first=True, impl=impl

@@ -197,9 +197,9 @@ def test_the_cache_stays_where_it_is(sample, asked):
     state = programs.idle(16, 256, 64, 0)
     chosen = programs.place(Sampling.make(1)), np.array([-1], np.int32), np.int32(NEW)
     batch = spread._batch([spread.read(asked[3])])
-    begun = programs.begin(batch, *chosen, room=0, max_new_tokens=64)
+    begun = programs.begin(batch, *chosen, max_new_tokens=64)
     rows = np.array([1] + [16] * 7, np.int32)
-    program = programs._insert.func.lower(programs.params, state, begun, rows).compile()
+    program = programs._insert.args[0].lower(programs.params, state, begun, rows).compile()
     largest = begun.cache.k.size
     assert largest < state.cache.k.size / 4
     sent = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", program.as_text())

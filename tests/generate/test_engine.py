@@ -150,7 +150,7 @@ def test_seeds_differ(engine, conversations):
 
 def test_few_programs_are_compiled(engine):
     """One program per width serves all lengths, settings and stop ids."""
-    programs = [p.func for p in (engine._programs.begin, engine._programs.advance)]
+    programs = [p.args[0] for p in (engine._programs.begin, engine._programs.advance)]
     before = [program._cache_size() for program in programs]
     widths = set()
     for i, length in enumerate((1, 20, 40, 60, 70, 100, 120)):

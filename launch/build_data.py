@@ -221,7 +221,8 @@ class Amount(ProgressColumn):
     def render(self, task: Task) -> Text:
         unit, parts = task.fields["unit"], []
         if unit == "bytes":
-            parts.append(f"{task.completed / 1e6:,.1f} of {task.total / 1e6:,.1f} MB")
+            scale, name = (1e6, "MB") if task.total >= 1e6 else (1e3, "kB")
+            parts.append(f"{task.completed / scale:,.1f} of {task.total / scale:,.1f} {name}")
         elif unit == "members":
             parts.append(f"{task.completed:,.0f} members")
         else:

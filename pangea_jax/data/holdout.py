@@ -51,10 +51,10 @@ def draw(
 ) -> Holdout:
     """Draws at most `number` of the usable records, so that no picture is on both sides.
 
-    Records that share pictures, also through others, are held back together if they are not too
-    many. Of a larger group, whole pictures are drawn with all records that show no others. Records
-    that show a drawn picture beside another one are on neither side. Large groups give their share
-    of `number`.
+    Texts give their share of `number`. Records that share pictures, also through others, are one
+    group. A group of at most a quarter of `number` is held back whole or not at all. Of a larger
+    one, whole pictures are drawn with all records that show no others, so that it gives its share;
+    records that show a drawn picture beside another one are on neither side.
 
     It reads all usable records: a minute for millions.
 
@@ -67,15 +67,19 @@ def draw(
     random = np.random.default_rng((seed, 1))
     order = random.permutation(len(size))
     members = np.split(np.argsort(groups, kind="stable"), np.cumsum(size)[:-1])
-    large = [members[group] for group in order if size[group] > number]
-    parts = [_Part(shown, random.permutation(places)) for places in large]
-    quotas = [number * len(part.places) // len(groups) for part in parts]
-    held = np.zeros(len(groups), bool)
-    for part, quota in zip(parts, quotas, strict=True):
-        held[part.draw(quota)] = True
-    held |= _whole(groups, order, size, number - sum(quotas))
-    room = number - int(held.sum())
-    for part in parts if room else ():  # what the small groups could not fill
+    is_text = np.array([not shown.pictures[places[0]] for places in members])
+    texts, pictured = order[is_text[order]], order[~is_text[order]]
+    small = pictured[size[pictured] <= number // 4]
+    large = pictured[size[pictured] > number // 4]
+    parts = [_Part(shown, random.permutation(members[group])) for group in large]
+
+    of_texts = round(number * len(texts) / len(groups))
+    of_small = number * int(size[small].sum()) // len(groups) if parts else number - of_texts
+    held = _whole(groups, texts, size, of_texts) | _whole(groups, small, size, of_small)
+    for part in parts:
+        held[part.draw(number * len(part.places) // len(groups))] = True
+    room = number - of_texts - int(held[~is_text[groups]].sum())
+    for part in parts if room else ():  # what rounding and groups that did not fit have left
         more = part.draw(room)
         held[more], room = True, room - len(more)
     if not held.any():

@@ -279,7 +279,11 @@ def _text(value: str, field: str, record_id: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
+        half = ord(value[error.start])
         detail = f"half a surrogate pair at character {error.start}"
+        if 0xDC80 <= half <= 0xDCFF:  # how a byte is read that is not UTF-8
+            before = value[max(0, error.start - 20) : error.start]
+            detail = f"not UTF-8: the byte 0x{half - 0xDC00:X} after {before!r}"
         raise RecordError("not valid Unicode", field, detail, record_id) from None
     return value
 

@@ -123,7 +123,7 @@ def markdown(composition: Composition, summary: Mapping) -> str:
         "# What is in this data set",
         "",
         f"{kept:,} of {total:,} records kept, {total - kept:,} dropped; {summary['pictures']:,} "
-        f"pictures, {summary['picture_bytes'] / 1e9:,.3f} GB. The language of "
+        f"pictures, {summary['picture_bytes'] / 1e6:,.1f} MB. The language of "
         f"{summary['languages_identified']:,} records was identified from their words; that of "
         f"{summary.get('languages_undetermined', 0):,} could not be (`und`).",
         "",

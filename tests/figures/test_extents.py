@@ -7,6 +7,8 @@ import pyarrow as pa
 import pytest
 
 from eval.ablation import curves, intervals
+from eval.bench import report
+from eval.bench.tasks import ALL_TASKS, DATASETS
 from pangea_jax import languages
 from pangea_jax.figures import composition
 from pangea_jax.figures import style as fig
@@ -122,6 +124,47 @@ def test_composition(tmp_path, drawn, codes, sources):
     columns = zip(*rows, strict=True)
     index = pa.table(dict(zip(("category", "source", "language"), map(list, columns), strict=True)))
     composition.write_figure(composition.Composition(index.combine_chunks()), tmp_path)
+    check(drawn)
+
+
+def benchmark(name, datasets):
+    """Results of eval/run.py with random scores in all tasks of some data sets."""
+    random = np.random.default_rng(len(datasets))
+    tasks, found = {}, {}
+    for dataset in datasets:
+        for task in (task for task in ALL_TASKS.values() if task.dataset.name == dataset):
+            entry = {"score": float(random.uniform(0, 100)), "interval": [5.0, 95.0], "n": 10}
+            about = {
+                "dataset": dataset,
+                "subset": task.subset.name,
+                "language": task.subset.language,
+            }
+            tasks[task.name] = about | {"fixed": entry, "paper": entry}
+        both = {"en": entry, "mul": entry}
+        found[dataset] = {"fixed": both, "paper": both}
+    return {
+        "name": name,
+        "model": name,
+        "profile": "fixed",
+        "config": {"limit": 10},
+        "documents": dict.fromkeys(tasks, 20),
+        "tasks": tasks,
+        "datasets": found,
+        "failures": [],
+    }
+
+
+@pytest.mark.parametrize(("count", "models"), [(1, 1), (1, 2), (2, 1), (3, 2), (4, 1), (14, 2)])
+def test_benchmarks(drawn, count, models):
+    datasets, names = tuple(DATASETS)[:count], (LONG, "runs/mine/adapter")[-models:]
+    runs = [benchmark(name, datasets) for name in names]
+    with fig.style():
+        drawn["languages"] = report.plot_languages(runs)
+        points = report.plot_datasets(runs)
+    assert (points is None) == (count == len(names) == 1)
+    if points:
+        drawn["datasets"] = points
+        assert (points.axes[0].name == "polar") == (count >= 4)
     check(drawn)
 
 

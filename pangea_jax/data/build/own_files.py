@@ -200,7 +200,8 @@ def _check_encoding(path: Path, head: bytes) -> None:
     for magic, how in _COMPRESSED.items():
         if head.startswith(magic):
             raise ReleaseError(path, f"is compressed with {how}", 0)
-    if head.startswith(_UTF_16):
+    nulls = max(head[start:400:2].count(0) for start in (0, 1))
+    if head.startswith(_UTF_16) or nulls > 0.4 * len(head[:400]):
         problem = (
             "is text in UTF-16, expected UTF-8; save it again in UTF-8 (iconv -f UTF-16 -t UTF-8)"
         )
@@ -379,14 +380,17 @@ def _header(path: Path, line: str, known: set[str]) -> tuple[str, list[str]]:
     found = [(sep, next(csv.reader([line], delimiter=sep), [])) for sep in _DELIMITERS]
     delimiter, names = max(found, key=lambda one: (len(known & set(one[1])), len(one[1])))
     names = [name.strip() for name in names]
+    # Programs for tables like capital letters.
+    names = [name if name in known or name.lower() not in known else name.lower() for name in names]
     if not known & set(names):
         if len(names) == 1:
             raise ReleaseError(
                 path, f"is of no known form; {EXPECTED}; it begins with {line[:60]!r}", 0
             )
         problem = (
-            f"line 1: none of the columns {', '.join(names)[:200]} is known; name them, such as "
-            f"--columns image={names[0]},question={names[1]}"
+            f"line 1: none of the columns {', '.join(names)[:200]} is known; if they are names, say which is which, "
+            "such as --columns=image=YOURS,question=YOURS,answer=YOURS; else put a line with the names of the columns "
+            "(image,question,answer) in front"
         )
         raise ReleaseError(path, problem, 0)
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -406,8 +410,8 @@ def _is_unicode(texts: Iterable[str]) -> bool:
 
 def _row(header: list[str], cells: list[str], line: int) -> dict[str, Any]:
     if not _is_unicode(cells):
-        detail = f"line {line}: not UTF-8; save the file again in UTF-8"
-        return {FAULT: ["not valid Unicode", "row", detail]}
+        names = [name for name, cell in zip(header, cells) if not _is_unicode([cell])]
+        return {FAULT: ["not valid Unicode", (names or ["row"])[0], f"line {line}: not UTF-8"]}
     if sum(map(len, cells)) > json_records.MAX_BYTES:
         return json_records.stand_in({}, f"{json_records.TOO_LONG}, in line {line}")
     if len(cells) == len(header):

@@ -43,6 +43,7 @@ _SPEAKERS = {
     "system": "system",
 }
 _SPEAKER, _CONTENT = ("from", "role"), ("value", "content")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _NOT_SEEN = ("videos", "video", "audios", "audio")  # no model of ours sees or hears them
 
 
@@ -145,7 +146,13 @@ class _Conversion:
                 record[field] = self.found[field][1]
         for name, value in self.raw.items():
             if name not in self.used and not _is_empty(value):
-                self.read_.notes.append(f"field {_readable(name)} is not used")
+                note = f"field {_readable(name)} is not used"
+                if not record["image"] and _is_picture(value):
+                    note += f", but has a picture; read it with --columns=image={_readable(name)}"
+                self.read_.notes.append(note)
+        name, value = self.found["image"]
+        if name and not record["image"] and isinstance(value, str):
+            self.read_.notes.append(f"field {name} is empty; the record is a text")
         return self.read_
 
     def _name_turns(self, turns: list[dict[str, str]]) -> None:
@@ -195,6 +202,8 @@ class _Conversion:
                 f"the record has {_names(self.raw)}"
             )
             raise self._error("field is missing", missing[0], detail)
+        if _is_blank(question) and _is_blank(more):
+            raise self._error("empty question", self.found["question"][0] or "question")
         if not _is_empty(more):
             question = f"{question}\n{more}"
         texts = (question, self.found["question"][0] or "question"), (answer, answer_name)
@@ -317,6 +326,9 @@ class _Conversion:
         if not isinstance(value, str):
             detail = f"expected a path or a list of paths, found {_shown(value)}"
             raise self._error("wrong type", where, detail)
+        if value.startswith("data:"):  # a whole one has become a reference
+            detail = f"expected base64 after the comma, found {_shown(value)}"
+            raise self._error("picture is damaged", where, detail)
         if value.startswith(("http://", "https://")):
             raise self._error("picture is an address", where, _shown(value))
         return [value.removeprefix("file://")]
@@ -330,10 +342,21 @@ def _first(record: Mapping[str, Any], names: Sequence[str]) -> tuple[str | None,
     return name, record.get(name)
 
 
+def _is_picture(value: Any) -> bool:
+    """Whether a value of an unknown field is a picture, or looks like the path of one."""
+    if isinstance(value, str):
+        return value.lower().endswith(_SUFFIXES)
+    return embedded.reference_of(value) is not None
+
+
 def _as_text(value: Any) -> Any:
     """A number as text: a table of answers may hold them. Anything else does not change."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return str(value) if is_number and math.isfinite(value) else value
+
+
+def _is_blank(value: Any) -> bool:
+    return _is_empty(value) or (isinstance(value, str) and not value.strip())
 
 
 def _is_empty(value: Any) -> bool:

@@ -7,6 +7,7 @@ own (NFD), most others do not (NFC).
 
 import functools
 import os
+import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ from pangea_jax.data.record import RecordError
 BESIDE = ":beside the records:"
 """What `Place.archive` says of a picture in the folder of the records, if the pictures have another folder."""
 
+_DRIVE = re.compile(r"^[A-Za-z]:/+")  # of Windows
 _LONGEST_PATH = 4096  # of Linux
 
 
@@ -40,7 +42,12 @@ def find(pictures: Pictures, beside: Path, path: str, *, is_own: bool = False) -
             if found := pictures.find(spelling) or _beside(beside, spelling):
                 return found
     if "\\" in path:
-        detail = f"{path!r} is written with backslashes; write {path.replace(chr(92), '/')!r}"
+        detail = f"{path!r} is written with backslashes"
+        forward = _DRIVE.sub("/", path.replace("\\", "/"))
+        for candidate in _candidates(forward, (pictures.source, beside), True):
+            if pictures.find(candidate) or _beside(beside, candidate):
+                detail += f"; there is {candidate!r}"
+                break
         raise RecordError("path has backslashes", "image", detail)
     raise RecordError("picture is missing", "image", _missing(pictures.source, beside, path))
 
@@ -60,7 +67,10 @@ def _candidates(path: str, roots: tuple[Path, Path], is_own: bool) -> Iterator[s
                 if PurePosixPath(path).is_relative_to(form):
                     yield str(PurePosixPath(path).relative_to(form))
     yield path
-    if not path.startswith("/") or not is_own:
+    if not is_own:
+        return
+    path = _DRIVE.sub("/", path)
+    if not path.startswith("/"):
         return
     parts = path.strip("/").split("/")
     # The name of the file alone is not enough: other folders may have a file of this name.
@@ -89,6 +99,8 @@ def _missing(source: Path, beside: Path, path: str) -> str:
         where = path if below else f"{path} below {' and '.join(map(str, roots))}"
     else:
         where = " and ".join(looked)
+    if any(os.path.isdir(whole) for whole in looked):
+        return f"looked for {where}, which is a folder"
     near = [name for whole in looked for name in _same_but_for_case(*os.path.split(whole))]
     hint = f"; there is {near[0]!r}" if near else ""
     return f"looked for {where}{hint}"

@@ -299,10 +299,19 @@ class Records:
     def notes(self) -> dict[str, int]:
         """What was put in another place or not used -> the number of records, the most frequent first."""
         counts: Counter[str] = Counter()
+        ids: set[str] = set()
+        twice, first = 0, ""
         for chunk in range(self.build.chunks):
             path = self.build.path("parsed", chunk, "parquet")
-            for row in read_parquet(path, ["notes"]):
+            for row in read_parquet(path, ["notes", "id", "file", "number"]):
                 counts.update(row["notes"] or ())
+                if self.build.own and row["id"] in ids:
+                    place = f"{row['file']}, record {row['number']:,} ({row['id']!r:.80})"
+                    twice, first = twice + 1, first or place
+                ids.add(row["id"])
+        if twice:
+            note = f"field id is that of an earlier record, such as {first}; both are kept; give each its own id"
+            counts[note] = twice
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_MAX_NOTES])
 
     def forget_rejected(self) -> None:

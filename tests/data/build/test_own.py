@@ -423,3 +423,91 @@ def test_folders_that_hold_several_sets_are_named(tmp_path):
     own.array(folder, "train.json")
     with pytest.raises(WorkError, match=r"several sets of records \(train.csv, train.json\); name"):
         build(folder, tmp_path / "o2", split="train")
+
+
+HEADER = "image,question,answer,language\n"
+ROW = "pics/0.png,Hii ni nini?,Ni paka.,sw\n"
+
+
+def records_of(text):
+    """Writes a table of this text, and its pictures, into a folder."""
+
+    def write(folder):
+        data = text if isinstance(text, bytes) else text.encode()
+        (own.write_pictures(folder) / "data.csv").write_bytes(data)
+
+    return write
+
+
+def line_of(**fields):
+    def write(folder):
+        own.write_pictures(folder)
+        lines(
+            folder, [{"question": "Hii ni nini?", "answer": "Ni paka.", "language": "sw"} | fields]
+        )
+
+    return write
+
+
+REFUSED = {
+    "no header": (ROW * 2, ["data.csv", "line 1", "pics/0.png", "in front"]),
+    "utf-16 without a mark": ((HEADER + ROW).encode("utf-16-le"), ["data.csv", "UTF-16", "iconv"]),
+    "latin-1": (
+        (HEADER + ROW + ROW.replace("paka", "été")).encode("latin-1"),
+        ["data.csv, record 2, field answer: line 3: not UTF-8", "write the text again in UTF-8"],
+    ),
+    "empty question": (
+        HEADER + "pics/0.png,,Ni paka.,sw\n",
+        ["data.csv, record 1 ('data:1'), field question", "give --question"],
+    ),
+    "drive of Windows": (
+        HEADER + ROW.replace("pics/0.png", r"C:\Users\asha\pics\0.png"),
+        ["data.csv, record 1", "field image", "backslashes; there is 'pics/0.png'; write"],
+    ),
+    "folder": (HEADER + ROW.replace("pics/0.png", "pics"), ["field image", "pics, which is a folder"]),
+    "no base64": (
+        {"image": "data:image/png;base64,@@@@"},
+        ["data.jsonl, record 1", "field image: expected base64", "data:image/png"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_fault_is_named_with_file_record_field_and_remedy(name, tmp_path):
+    written, said = REFUSED[name]
+    write = line_of(**written) if isinstance(written, dict) else records_of(written)
+    write(tmp_path / "s")
+    with pytest.raises(WorkError) as told:
+        build(tmp_path / "s", tmp_path / "o")
+    assert all(part in str(told.value) for part in said), str(told.value)
+
+
+NOTED = {
+    "picture in another field": (
+        HEADER.replace("image", "photo") + ROW,
+        "field photo is not used, but has a picture; read it with --columns=image=photo",
+    ),
+    "empty picture": (
+        HEADER + ROW + ROW.replace("pics/0.png", ""),
+        "field image is empty; the record is a text",
+    ),
+    "same id": (
+        "id," + HEADER + f"7,{ROW}7,{ROW}",
+        "field id is that of an earlier record, such as data.csv, record 2 ('7'); "
+        "both are kept; give each its own id",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOTED)
+def test_what_is_odd_is_kept_and_noted(name, tmp_path):
+    text, note = NOTED[name]
+    records_of(text)(tmp_path / "s")
+    summary = build(tmp_path / "s", tmp_path / "o")
+    assert summary["kept"] == summary["total"] == text.count("\n") - 1
+    assert summary["notes"] == {note: 1}
+
+
+def test_names_of_columns_may_have_capital_letters(tmp_path):
+    records_of(HEADER.title() + ROW)(tmp_path / "s")
+    assert build(tmp_path / "s", tmp_path / "o")["pictures"] == 1

@@ -45,6 +45,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     args = _parse(arg)
     config = scales.base(args)
     config.mixture.en_ratio = None
+    if args["scale"] in scales.FULL:
+        config.eval.bench.tasks = scales.POPULARITY_TASKS
     samples = scales.samples(config)
     if args["design"] == "alpha":
         alpha = scales.value(args, points(arg), args["alpha"])

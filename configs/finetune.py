@@ -95,6 +95,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optimizer.update(learning_rate=2e-5, lr_scale=((r"vision\..*", 0.1),))
     if args["lora"]:
         config.frozen = _frozen(found)
+        config.checkpoint.base = name
         config.optimizer.update(learning_rate=2e-4, lr_scale=())
     config.log_every = 1
     return config

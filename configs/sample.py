@@ -13,8 +13,7 @@ from ml_collections import ConfigDict
 
 from configs.arguments import language_codes, parse_arg
 from pangea_jax import languages
-from pangea_jax.experiment import Experiment
-from pangea_jax.sample.evaluation import Evaluation
+from pangea_jax.experiment import EvalConfig, Experiment
 from pangea_jax.typed_config import section
 
 LANGUAGES = ("en", "es", "sw", "ru", "ar", "hi", "zh", "ko")
@@ -77,5 +76,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.augmented_views = 12
     config.optimizer.update(learning_rate=3e-3, b2=0.98, weight_decay=0.01)
     config.keep = "all"
-    config.eval = section(Evaluation, limit=100, batch_size=64, max_new_tokens=32)
+    config.eval = section(EvalConfig, limit=100, batch_size=64, max_new_tokens=32)
     return config

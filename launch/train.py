@@ -20,7 +20,7 @@ import jax
 from absl import flags, logging
 from rich.console import Console
 
-from launch import common, distributed, executable
+from launch import common, executable
 from pangea_jax import experiment, sharding
 from pangea_jax.data import batch_view, feed
 from pangea_jax.experiment import Experiment
@@ -41,7 +41,7 @@ from pangea_jax.train.telemetry import (
     gather,
     record_start,
 )
-from pangea_jax.work import atomic, mirror, paths
+from pangea_jax.work import atomic, distributed, mirror, paths
 
 CONFIG = common.define_config("configs/ablate_en_ratio.py")
 WORKDIR = flags.DEFINE_string(
@@ -125,8 +125,9 @@ def make_telemetry(run, total_steps, first):
 def restore(run, checkpoints, abstract, state, data, total_steps):
     """State and progress of the newest checkpoint; without one, the given `state` and None."""
     if checkpoints.latest_step is not None:
-        jax.tree.map(lambda x: x.delete(), state)  # memory may not hold two states
-    restored = checkpoints.restore(abstract, data)
+        # Memory may not hold two states.
+        jax.tree.map(lambda x: x.delete(), checkpoints.saved(state))
+    restored = checkpoints.restore(abstract, data, state.frozen)
     if not restored:
         return state, None
     state, progress = restored
@@ -135,7 +136,7 @@ def restore(run, checkpoints, abstract, state, data, total_steps):
     return state, progress
 
 
-def train(run, step, state, abstract, batches, total_steps, reader, validator):
+def train(run, step, state, abstract, batches, total_steps, reader, validator, bench):
     """Trains from the newest checkpoint, or from the beginning.
 
     Returns:
@@ -145,9 +146,8 @@ def train(run, step, state, abstract, batches, total_steps, reader, validator):
       Interrupted: a signal stopped the run, and the run has saved itself.
     """
     exp, data = run.exp, iter(batches)
-    kept = dict(keep=exp.checkpoint.keep, keep_every=exp.checkpoint.keep_every)
-    folder = run.workdir / "checkpoints"
-    checkpoints = Checkpoints(folder, **kept, before_save=run.files.sync)
+    kept = {n: getattr(exp.checkpoint, n) for n in ("keep", "keep_every", "base")}
+    checkpoints = Checkpoints(run.workdir / "checkpoints", **kept, before_save=run.files.sync)
     state, progress = restore(run, checkpoints, abstract, state, data, total_steps)
     first = int(state.step)
     started = record_start(run.files.folder, first) if run.is_main else None
@@ -179,6 +179,7 @@ def train(run, step, state, abstract, batches, total_steps, reader, validator):
             stop=stop.reached,
             profiler=run.profiler,
             validator=validator,
+            bench=bench,
         )
         if progress is not None:
             loop.set_progress(progress)
@@ -190,26 +191,6 @@ def train(run, step, state, abstract, batches, total_steps, reader, validator):
     return state, {"num_examples": sum(seen.values()), "examples_per_language": seen}
 
 
-def evaluate(run, graphdef, params, store, tokenizer):
-    """The scores of each split and language, and all answers; both are empty without `config.eval`."""
-    exp = run.exp
-    if exp.eval is None:
-        return {}, {}
-    return evaluation.evaluate(
-        graphdef,
-        params,
-        store,
-        tokenizer,
-        run.mesh,
-        languages=exp.mixture.languages,
-        artists=experiment.artists(exp),
-        settings=exp.eval,
-        policy=exp.reading,
-        seed=exp.seed + 1,
-        cache=common.cache_directory("features"),
-    )
-
-
 def write_report(run, results, answers, store):
     """Draws the figures and prints the tables."""
     from pangea_jax.sample import run_report  # takes a second to import
@@ -218,7 +199,8 @@ def write_report(run, results, answers, store):
     if answers:
         unseen, chosen = answers["unseen_artwork"], dict(count=24, seed=exp.seed)
         examples = evaluation.sheet_examples(unseen, store, exp.reading, **chosen)
-    run_report.write(run.files.folder, results, examples, exp.title, run.console)
+    shown = results | {"splits": {name: results["splits"][name] for name in answers}}
+    run_report.write(run.files.folder, shown, examples, exp.title, run.console)
     run.files.sync()
     there = paths.children(run.workdir) - {common.LOCK}
     names = sorted(name for name in there if not name.endswith(".svg"))
@@ -226,9 +208,12 @@ def write_report(run, results, answers, store):
 
 
 def execute(run):
+    from launch import self_evaluation  # it imports SciPy's statistics, which take a second
+
     exp = run.exp
     store, tokenizer = experiment.open_data(exp)
     choice = experiment.choose_records(exp, store)
+    bench = self_evaluation.open_bench(exp, tokenizer, run.workdir)
     if run.is_main:
         common.claim_workdir(run.workdir, exp)
         logging.info("mixture: %s", json.dumps(choice.summary()))
@@ -256,10 +241,11 @@ def execute(run):
     step = make_step(run, graphdef, optimizer, abstract, shardings, steps)
     parts = graphdef, shardings, run.mesh, steps
     validator = experiment.make_validator(exp, store, choice, reader, *parts)
-    state, seen = train(run, step, state, abstract, batches, steps, reader, validator)
-    with run.timer.phase("evaluate"):
-        splits, answers = evaluate(run, graphdef, state.params, store, tokenizer)
+    state, seen = train(run, step, state, abstract, batches, steps, reader, validator, bench)
     experiment.save_model(exp, state.params, tokenizer, run.workdir)
+    with run.timer.phase("evaluate"):
+        asked = graphdef, state.params, store, tokenizer, bench
+        splits, answers = self_evaluation.evaluate(run, *asked)
     if run.is_main:
         results = {
             "splits": splits,
@@ -281,7 +267,7 @@ def _count(params) -> int:
 def main(argv):
     common.no_arguments(argv)
     exp = CONFIG()
-    exp = dataclasses.replace(exp, init_from=INIT_FROM.value or exp.init_from)
+    exp = experiment.on_base(dataclasses.replace(exp, init_from=INIT_FROM.value or exp.init_from))
     workdir = common.folder(WORKDIR.value or common.default_workdir(), "--workdir")
     distributed.initialize()
     common.use_compile_cache(workdir)

@@ -79,11 +79,14 @@ class CheckpointConfig:
       every: steps between two checkpoints.
       keep: number of newest checkpoints to keep.
       keep_every: also keep every checkpoint at a multiple of this number of steps; 0: none.
+      base: the model that all frozen parameters come from. Checkpoints then hold the others and this
+        name; "": they hold everything. `on_base` corrects it to what a run starts from.
     """
 
     every: int = 250
     keep: int = 2
     keep_every: int = 0
+    base: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +136,59 @@ class ValidationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchConfig:
+    """How a run asks itself PangeaBench; `config.eval.bench`. `launch/self_evaluation.py` does it.
+
+    Attributes:
+      tasks: names as in `eval/run.py --tasks`, with commas. Data sets that need a judge are refused.
+      data: the folder of the documents, see eval/bench/documents.py.
+      limit: documents of each task, or a share below 1; None: all.
+      every: steps between two evaluations on a small part, besides the one of everything at the end;
+        0: none. The last step is one of them.
+      every_limit: number of documents of each task in these.
+      seed: for the choice of these documents. It is not `config.seed`, so that runs are comparable.
+      profile: "fixed" or "paper", see docs/evaluation.md.
+      batch_size: number of rows in a batch; None: as many as the memory holds.
+      max_new_tokens: length of the longest answer; None: each task's own.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+
+    tasks: str = ""
+    data: str = "data/pangeabench"
+    limit: float | None = None
+    every: int = 0
+    every_limit: int = 20
+    seed: int = 0
+    profile: str = "fixed"
+    batch_size: int | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self):
+        least = {"every": 0, "every_limit": 1, "batch_size": 1, "max_new_tokens": 1}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"config.eval.bench.{name} is {value}; expected {lowest} or more")
+        if not self.tasks:
+            raise ValueError("config.eval.bench.tasks is empty; name tasks of PangeaBench")
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"config.eval.bench.limit is {self.limit}; expected more than 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig(Evaluation):
+    """What a run is asked at its end: the sample's questions, if it trains on the sample, and PangeaBench.
+
+    Attributes:
+      bench: the tasks of PangeaBench; None: none.
+    """
+
+    bench: BenchConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """Everything that a config of launch/train.py declares.
 
@@ -152,7 +208,7 @@ class Experiment:
       log_every: steps between two log lines.
       wandb: project name of Weights & Biases; "": it is not used.
       validation: the part of the records that is held back, and how often it is scored.
-      eval: settings of the sample's evaluation at the end; None: no evaluation.
+      eval: how the run evaluates itself; None: not at all.
 
     Raises:
       ValueError: values contradict each other, or a count is below 1.
@@ -179,7 +235,7 @@ class Experiment:
     checkpoint: CheckpointConfig = CheckpointConfig()
     guards: GuardConfig = GuardConfig()
     wandb: str = ""
-    eval: Evaluation | None = None
+    eval: EvalConfig | None = None
     validation: ValidationConfig = ValidationConfig()
 
     def __post_init__(self):
@@ -190,6 +246,11 @@ class Experiment:
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise ValueError(f"config.{name} is {count}; expected a number of 1 or more")
+        if self.eval and not self.eval.bench and self.data.store != "emoji":
+            raise ValueError(
+                'config.eval asks about the embedded sample, but config.data.store is not "emoji"; set '
+                "config.eval.bench, or config.eval=None"
+            )
         if self.augmented_views and (self.model.pinpoints or self.reading.multi_image == "padded"):
             raise ValueError(
                 "config.augmented_views works only with one tile per picture; set "
@@ -390,6 +451,18 @@ def load_initial(exp: Experiment, mesh: jax.sharding.Mesh) -> dict[str, jax.Arra
     shapes = model_params.abstract(lambda: Pangea(model, rngs=nnx.Rngs(0)))[1]
     shardings = model_params.unflatten(sharding.param_shardings(shapes, mesh))
     return model_params.flatten(checkpoints.load(path, model, shardings=shardings))
+
+
+def on_base(exp: Experiment) -> Experiment:
+    """The same with the one model as `checkpoint.base` that the run starts from, also with `init_from`; without one "".
+
+    Raises:
+      CheckpointError, FileNotFoundError: the model of `init_from` is not there or damaged.
+    """
+    if not exp.checkpoint.base:
+        return exp
+    base = adapter.base_of(dataclasses.asdict(exp))
+    return dataclasses.replace(exp, checkpoint=dataclasses.replace(exp.checkpoint, base=base))
 
 
 def frozen_tower(exp: Experiment, pretrained: Mapping[str, jax.Array]) -> VisionTower:

@@ -23,6 +23,7 @@ from pangea_jax.work import paths
 SWEEP_FILE, RESULTS_FILE = "sweep.json", "results.json"
 BENCH_FOLDER = "pangeabench"  # where eval/run.py writes for a run that does not evaluate itself
 ENGLISH, OTHERS = "english", "multilingual"
+AVERAGE = "average"  # the split of the means over the data sets of PangeaBench
 METRICS = ("rank_accuracy", "score")
 DRAWS = 2000
 NUM_LANGUAGES = "ablate_num_languages"  # its designs are sweeps to compare with each other
@@ -194,7 +195,10 @@ def _results(workdir: Path) -> dict | None:
 
 
 def bench_splits(bench: Mapping[str, Any]) -> dict[str, dict]:
-    """PangeaBench's results.json in the form of a run's `splits`: one split per data set, scores in [0, 1]."""
+    """PangeaBench's results.json in the form of a run's `splits`: one split per data set, scores in [0, 1].
+
+    The last split is the average over the data sets, if there are several.
+    """
     profile, splits = bench["profile"], {}
     for name, dataset in bench["datasets"].items():
         rows: dict[str, list] = {}
@@ -213,7 +217,27 @@ def bench_splits(bench: Mapping[str, Any]) -> dict[str, dict]:
             if mean := dataset[profile].get(key):
                 n = sum(row["n"] for c, row in languages.items() if (c == "en") == (key == "en"))
                 splits[name][who] = {"score": mean["score"] / 100, "n": n}
-    return splits
+    return splits | ({AVERAGE: _average(splits)} if len(splits) > 1 else {})
+
+
+def _average(splits: Mapping[str, dict]) -> dict[str, Any]:
+    """The unweighted means over the data sets, for English, the others and each language."""
+
+    def mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
+        if not rows:
+            return None
+        # So many questions have the variance of the mean, if the scores are about equal.
+        n = round(len(rows) ** 2 / sum(1 / row["n"] for row in rows))
+        return {"score": float(np.mean([row["score"] for row in rows])), "n": n}
+
+    codes = dict.fromkeys(code for split in splits.values() for code in split["languages"])
+    languages = [s["languages"] for s in splits.values()]
+    return {
+        "languages": {
+            code: mean([own[code] for own in languages if code in own]) for code in codes
+        },
+        **{who: mean([s[who] for s in splits.values() if s[who]]) for who in (ENGLISH, OTHERS)},
+    }
 
 
 def check(sweep: Sweep) -> str:

@@ -7,23 +7,21 @@ from concurrent import futures
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 import pangea_jax
 from eval.bench.models import Request, Responses
+from eval.bench.responses import Crew
 from eval.bench.task import IMAGE_MARK, Failed, Generation, Profile
 from pangea_jax import sharding
-from pangea_jax.generate import batching
+from pangea_jax.generate import fit
 from pangea_jax.generate.decode import Sampling
-from pangea_jax.generate.engine import Conversation, Engine, bucket
+from pangea_jax.generate.engine import Conversation, Engine, bucket, choose_mesh
 from pangea_jax.generate.prompt import Prompt
-from pangea_jax.model import PangeaConfig
+from pangea_jax.work import distributed
 
 _MOST_ROWS = 64
 _READERS = 4
 _HOST_BYTES = 1 << 30
-# The share of a device's free memory for a batch; programs, logits and copies need the rest.
-_SHARE = 0.4
 _TOO_LITTLE = "the device has too little memory for this one prompt"
 
 
@@ -185,23 +183,17 @@ class CheckpointModel:
 
     def _rows(self, shape: tuple[int, ...]) -> int:
         """Rows for log-likelihoods of a shape: tokens, tiles, choices, length of a choice."""
-        return self._rows_within(self._memory, row_bytes(self._engine.config, *shape))
+        return self._rounded(int(self._memory // fit.row_bytes(self._engine.config, *shape)))
 
     def _rows_of_answers(self, width: int, tiles: int, new: int) -> int:
-        """Rows for texts: their caches get the memory that reading does not need. The engine reads one whole prompt
-        at a time, or several prompts that continue from copies of a cache."""
-        config = self._engine.config
-        copies = batching.AT_ONCE * cache_bytes(config, width) / self._tensor
-        left = self._memory - max(row_bytes(config, width, tiles, 1, 0), copies)
-        each = cache_bytes(config, width + new) / self._tensor + 4 * config.language.vocab_size
-        return self._rows_within(left, each)
+        sizes = self._engine.config, self._memory, width, tiles, width + new, self._tensor
+        return self._rounded(fit.rows_of_answers(*sizes))
 
-    def _rows_within(self, memory: float, each: float) -> int:
+    def _rounded(self, rows: int) -> int:
         """The rows that fit into each shard's memory, rounded down to a power of two, times the shards."""
         if self._batch_size is not None:
             return self._fits
-        rows = max(1, int(memory // each))
-        return min(self._fits, self._shards << (rows.bit_length() - 1))
+        return min(self._fits, self._shards << (max(1, rows).bit_length() - 1))
 
 
 class _ReadAhead:
@@ -271,32 +263,17 @@ def seed_of(request: Request) -> int:
     return int(request.document.hash[:8], 16)
 
 
-def cache_bytes(config: PangeaConfig, slots: int) -> int:
-    """Bytes of the keys and values of one row."""
-    language = config.language
-    width = language.layers * language.kv_heads * language.head_width
-    return 2 * slots * width * jnp.dtype(config.dtype).itemsize
-
-
-def row_bytes(config: PangeaConfig, tokens: int, tiles: int, choices: int, length: int) -> int:
-    """Rough bytes of a prompt and its choices: the caches, and the widest arrays of one layer."""
-    vision, language = config.vision, config.language
-    size = jnp.dtype(config.dtype).itemsize
-    # Attention weights are float32. The decoder makes them for 512 queries at a time (at most 1,024 above 4,096
-    # tokens).
-    decoder = tokens * (4 * size * language.mlp + 4 * language.heads * min(tokens, 512))
-    seen = vision.patches + 1
-    tower = tiles * seen * (4 * vision.heads * seen + 4 * size * vision.mlp)
-    logits = 4 * language.vocab_size * max(1, choices * length)
-    return choices * cache_bytes(config, tokens + length) + decoder + tower + logits
-
-
 def _memory() -> float:
     """The bytes that a batch may use on the first device."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         return _HOST_BYTES
-    return _SHARE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    return fit.SHARE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+
+
+def crew(sync: Callable[[], Any]) -> Crew:
+    """The processes of this job, each with a model of its own on its own devices."""
+    return Crew(jax.process_index(), jax.process_count(), distributed.gather, sync)
 
 
 def open_checkpoint(
@@ -306,13 +283,15 @@ def open_checkpoint(
     profile: Profile,
     mesh: str = "auto",
     base: str | None = None,
+    engine: Engine | None = None,
 ) -> CheckpointModel:
     """The model that `pangea_jax.load` has under this name.
 
     Args:
       batch_size: "auto" or a number.
-      mesh: "auto", or sizes of axes as in `data=2,tensor=4`.
+      mesh: the devices of this process: "auto", or sizes of axes as in `data=2,tensor=4`.
       base: the model below adapters, see `pangea_jax.load`.
+      engine: the model, if it is loaded already.
 
     Raises:
       ValueError, OSError: a setting is wrong, or the model does not exist.
@@ -320,16 +299,17 @@ def open_checkpoint(
     if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
         raise ValueError(f"--batch_size={batch_size}: expected auto or a positive number")
     rows = None if batch_size == "auto" else int(batch_size)
-    engine = pangea_jax.load(name, base=base, mesh=_parse_mesh(mesh))
+    engine = engine or pangea_jax.load(name, base=base, mesh=_parse_mesh(mesh))
     # Responses are kept under this name, so adapters on two bases are two models.
     known = f"{name} on {base}" if base else name
     return CheckpointModel(engine, known, batch_size=rows, profile=profile)
 
 
-def _parse_mesh(text: str) -> dict[str, int] | Literal["auto"]:
+def _parse_mesh(text: str) -> jax.sharding.Mesh | Literal["auto"]:
     if text == "auto":
         return "auto"
     try:
-        return {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
+        sizes = {axis: int(size) for axis, size in (part.split("=") for part in text.split(","))}
     except ValueError:
         raise ValueError(f"--mesh={text}: expected auto, or sizes as in data=2,tensor=4") from None
+    return choose_mesh(sizes, devices=jax.local_devices())

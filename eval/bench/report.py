@@ -35,6 +35,7 @@ _GROUP_TITLES = {
     OWN: "Own tasks (not in PangeaBench)",
 }
 _RADAR_MODEL = "PANGEA-7B"
+_LEAST_AXES = 4  # of a radar: three make a triangle, whatever the scores are
 _HEAT = LinearSegmentedColormap.from_list("heat", ("#F3F7FB", fig.SKY, fig.BLUE, "#003A5D"))
 
 
@@ -299,7 +300,7 @@ def plot_languages(runs: Sequence[Results]) -> Figure | None:
     names = [n for n in DATASETS if any((c, n) in grid for grid in grids for c in codes)]
     if not codes or not names:
         return None
-    size = (max(4.0, 1.4 + 0.34 * len(codes)), 0.9 + (0.28 * len(names) + 0.7) * len(runs))
+    size = (max(4.0, 1.4 + 0.34 * len(codes)), 0.9 + (0.28 * len(names) + 0.8) * len(runs))
     drawn = Figure(figsize=size, layout="constrained")
     panels = drawn.subplots(len(runs), squeeze=False)[:, 0]
     for axes, run, grid in zip(panels, runs, grids, strict=True):
@@ -313,6 +314,7 @@ def plot_languages(runs: Sequence[Results]) -> Figure | None:
         said = f"{inert.line(marks.name_of(run), 40)}, {run['profile']} scores by language"
         axes.set_title(inert.label(f"{said} {marks.of_run(run, run['profile'])}".strip()))
     _footnote(drawn, runs)
+    fig.fit_titles(drawn)
     return drawn
 
 
@@ -341,30 +343,65 @@ def _language_grid(run: Results) -> dict[tuple[str, str], float]:
 
 
 def plot_datasets(runs: Sequence[Results]) -> Figure | None:
-    """Radar of the `mul` column of each data set, beside the paper's PANGEA-7B; None below three data sets.
+    """The `mul` column of each data set: a radar beside the paper's PANGEA-7B, below four data sets points.
 
     The published row has the scores of the paper profile, so the other profile of each run is drawn too (dashed).
+    None without such scores, and for one data set of one run, where the table says as much.
     """
     names = [n for n in DATASETS if any(_entry(run, n, run["profile"], "mul") for run in runs)]
-    if len(names) < 3:
+    if not names or len(names) == len(runs) == 1:
         return None
-    published = {n: row["mul"] for g in PUBLISHED.values() for n, row in g[_RADAR_MODEL].items()}
-    lines = [
-        (
-            f"{_RADAR_MODEL}, published",
-            [published.get(name, math.nan) for name in names],
-            fig.MUTED,
-            "-",
+    drawn = _points(runs, names) if len(names) < _LEAST_AXES else _radar(runs, names)
+    _footnote(drawn, runs)
+    return drawn
+
+
+def _points(runs: Sequence[Results], names: Sequence[str]) -> Figure:
+    """Headline scores with their intervals: a line for each data set and run."""
+    lines = [(name, run) for name in names for run in runs]
+    drawn = Figure(figsize=(6.4, 1.0 + 0.3 * len(lines)), layout="constrained")
+    axes = drawn.add_subplot()
+    highest = 100.0
+    for place, (name, run) in enumerate(lines):
+        if not (entry := _entry(run, name, run["profile"], "mul")):
+            continue
+        score, colour = entry["score"], fig.PALETTE[runs.index(run) % len(fig.PALETTE)]
+        low, high = (score if end is None else end for end in entry["interval"])
+        axes.plot([low, high], [place, place], color=colour, lw=1.6)
+        axes.plot(score, place, marker="o", ms=5, color=colour)
+        highest = max(highest, high)
+    said = [
+        inert.label(
+            f"{DATASETS[name].title}, " * (len(names) > 1) + _line_name(run, run["profile"])
         )
+        for name, run in lines
     ]
+    axes.set_yticks(range(len(lines)), ["\n".join(textwrap.wrap(text, 44)) for text in said])
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_xlim(-0.02 * highest, 1.02 * highest)
+    axes.grid(False, axis="y")
+    one = f"{inert.label(DATASETS[names[0]].title, 24)}: " if len(names) == 1 else ""
+    drawn.suptitle(f"{one}multilingual scores with 95 % intervals", size=9.5)
+    return drawn
+
+
+def _line_name(run: Results, profile: str) -> str:
+    """What a run is called in a figure, with the signs of its scores."""
+    return f"{inert.line(marks.name_of(run), 40)}, {profile} {marks.of_run(run, profile)}".strip()
+
+
+def _radar(runs: Sequence[Results], names: Sequence[str]) -> Figure:
+    published = {n: row["mul"] for g in PUBLISHED.values() for n, row in g[_RADAR_MODEL].items()}
+    values = [published.get(name, math.nan) for name in names]
+    lines = [(f"{_RADAR_MODEL}, published", values, fig.MUTED, "-")]
     for run, colour in zip(runs, itertools.cycle(fig.SERIES)):
         for profile in _ordered(run["profile"]):
             style = "-" if profile == run["profile"] else (0, (4, 2))
             entries = [_entry(run, name, profile, "mul") for name in names]
             values = [entry["score"] if entry else math.nan for entry in entries]
-            label = f"{inert.line(marks.name_of(run), 40)}, {profile}"
-            label = inert.label(f"{label} {marks.of_run(run, profile)}".strip())
-            lines.append((label, values, colour, style))
+            lines.append((inert.label(_line_name(run, profile)), values, colour, style))
+    # A legend of what is drawn, so without a line that has no score.
+    lines = [line for line in lines if np.isfinite(line[1]).any()]
     drawn = Figure(figsize=(6.4, 5.6), layout="constrained")
     axes = drawn.add_subplot(projection="polar")
     angles = np.linspace(0, 2 * np.pi, len(names) + 1)
@@ -378,6 +415,7 @@ def plot_datasets(runs: Sequence[Results]) -> Figure | None:
     axes.set_rlabel_position(180 / len(names))
     axes.spines["polar"].set_visible(False)
     drawn.suptitle("multilingual score of each data set", size=9.5)
-    drawn.legend(loc="outside lower center", ncols=2)
-    _footnote(drawn, runs)
+    longest = max(len(label) for label, *_ in lines)
+    # Of the axes, not of the figure: the layout would put that over the footnote.
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2 if longest <= 44 else 1)
     return drawn

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU pod, from the request for the pod to the end of training. It needs gcloud and bash 4.4 or later.
 #
-#   launch/tpu/pod.sh VERB --name=NAME --zone=ZONE [OPTIONS] [-- FLAGS OF launch/train.py]
+#   launch/tpu/pod.sh VERB --name=NAME --zone=ZONE [OPTIONS] [-- FLAGS OF launch/train.py | -- eval FLAGS OF eval/run.py]
 #
 #   create    request the pod                       wait      wait until the pod is there
 #   install   copy this clone to all workers        run       start training on all workers
@@ -86,7 +86,7 @@ parse() {
   [[ $slices =~ ^[1-9][0-9]*$ && $restarts =~ ^[0-9]+$ && $poll =~ ^[0-9]+$ ]] ||
     die "--slices must be 1 or more; --restarts and --poll must be 0 or more"
   if [[ $verb == run || $verb == watch ]] && ((${#flags[@]} == 0)); then
-    die "$verb needs the flags of launch/train.py after --, such as -- --config=configs/sample.py"
+    die "$verb needs the flags of launch/train.py after --, such as -- --config=configs/sample.py; or eval and those of eval/run.py"
   fi
   if ((${#request[@]})); then
     [[ $verb == create || $verb == watch ]] ||
@@ -306,7 +306,7 @@ watch_job() {
       ! try do_run || starts=1
       ;;
     'exited 0')
-      say "$name: training is done; the pod costs until 'pod.sh delete' gives it back"
+      say "$name: the job is done; the pod costs until 'pod.sh delete' gives it back"
       exit 0
       ;;
     busy)
@@ -314,7 +314,7 @@ watch_job() {
       exit 1
       ;;
     "exited $EXIT_ERROR" | 'exited 2') # it would fail again
-      say "training has $now; 'pod.sh logs' fetches the reason"
+      say "the job has $now; 'pod.sh logs' fetches the reason"
       exit 1
       ;;
     *) # not started, lost, stopped for maintenance, or crashed because another machine was lost

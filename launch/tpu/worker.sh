@@ -2,7 +2,8 @@
 # Runs on each worker of a pod; launch/tpu/pod.sh calls it.
 #
 #   worker.sh install [HOST:/EXPORT]    create the Python environment and mount the NFS share of all workers
-#   worker.sh start FLAGS               train in the background, with flags of launch/train.py
+#   worker.sh start FLAGS               train in the background, with flags of launch/train.py; or evaluate, with `eval`
+#                                       and flags of eval/run.py
 #   worker.sh status [FLAGS]            print: not installed, not started, running, exited CODE, stopped (by `stop`),
 #                                       lost (the machine restarted), or busy (it trains with other flags)
 #   worker.sh stop                      save and stop
@@ -64,8 +65,12 @@ start() {
 }
 
 train() {
-  local code=0 python
-  "$ENVIRONMENT/bin/python" launch/train.py "$@" &
+  local code=0 python program=launch/train.py
+  if [[ ${1:-} == eval ]]; then
+    program=eval/run.py
+    shift
+  fi
+  "$ENVIRONMENT/bin/python" "$program" "$@" &
   python=$!
   echo "$python" >"$STATE/python_pid"
   echo $$ >"$STATE/pid" # of this shell, which lives until it has written the exit code

@@ -9,6 +9,7 @@ from pangea_jax.checkpoints.folder import (
     load_model,
     load_policy,
     load_tokenizer,
+    peek,
     resolve,
     tokenizer_files,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "load_model",
     "load_policy",
     "load_tokenizer",
+    "peek",
     "resolve",
     "save",
     "tokenizer_files",

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -96,7 +96,31 @@ def _adapters_at(path: str | os.PathLike) -> AdapterFolder | None:
     return _with_base(paths.path(path)) if adapted.is_adapter(path) else None
 
 
-def _fetched(name_or_path: str | os.PathLike) -> Path:
+def peek(name_or_path: str | os.PathLike) -> PangeaConfig:
+    """The sizes of a model; of a model on the hub only config.json is fetched.
+
+    Raises:
+      FileNotFoundError, CheckpointError: as `resolve`; also if the hub is gone and has been there before.
+    """
+    return config_from_folder(_fetched(name_or_path, _fetch_config))
+
+
+def _fetch_all(name: str) -> str:
+    import huggingface_hub
+
+    return huggingface_hub.snapshot_download(name, allow_patterns=_PATTERNS)
+
+
+def _fetch_config(name: str) -> Path:
+    import huggingface_hub
+
+    # Forced, because a copy says nothing about whether the weights can be fetched.
+    return Path(huggingface_hub.hf_hub_download(name, "config.json", force_download=True)).parent
+
+
+def _fetched(
+    name_or_path: str | os.PathLike, fetch: Callable[[str], str | Path] = _fetch_all
+) -> Path:
     path, name = paths.expand(paths.path(name_or_path)), str(name_or_path)
     if path.exists():
         return path
@@ -104,10 +128,8 @@ def _fetched(name_or_path: str | os.PathLike) -> Path:
         raise FileNotFoundError(f"there is no folder {path}")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise FileNotFoundError(f"there is no folder {name}, and it is not a hub name (owner/name)")
-    import huggingface_hub
-
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_PATTERNS))
+        return Path(fetch(name))
     except Exception as error:  # the type depends on the version's HTTP library
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise CheckpointError(
@@ -174,24 +196,51 @@ def open_weights(
         return adapted.AdaptedWeights(below, adapters, config)
     location = orbax.find(path)
     if location is not None:
-        return orbax.OrbaxArrays(location, huggingface.shapes_of(config, only))
+        return _stored_by_orbax(location, config, only)
     if paths.path(path) == assets.SAMPLE_MODEL:
-        return _SampleWeights(config, only)
+        wanted = huggingface.checked_parts(only)
+        chosen = {
+            file: [part for part in parts if part in wanted] for file, parts in SAMPLE_FILES.items()
+        }
+        return _Joined(
+            huggingface.PublicWeights(assets.SAMPLE_MODEL / file, config, parts)
+            for file, parts in chosen.items()
+            if parts
+        )
     return huggingface.PublicWeights(path, config, only)
 
 
-class _SampleWeights:
-    """The model in the package, whose parts are in two files. See `adapted.Weights`."""
+def _stored_by_orbax(location: orbax.Location, config: PangeaConfig, only) -> adapted.Weights:
+    """A model in our own form, or in a run. If the run's checkpoints lack frozen parameters, they are its base's."""
+    shapes = huggingface.shapes_of(config, only)
+    run = read_config(location.config.parent)[1] if location.trained else {}
+    checkpoint = run.get("checkpoint")
+    base = checkpoint.get("base") if isinstance(checkpoint, dict) else None
+    if not base:
+        return orbax.OrbaxArrays(location, shapes)
+    frozen = re.compile("|".join(f"(?:{pattern})" for pattern in run["frozen"]))
+    trained = {name: shape for name, shape in shapes.items() if not frozen.fullmatch(name)}
+    try:
+        folder = assets.SAMPLE_MODEL if base == "sample" else resolve(base)
+        below = open_weights(folder, huggingface.without_adapters(config), only)
+    except (FileNotFoundError, CheckpointError) as error:
+        raise CheckpointError(
+            f"{location.arrays} holds what was trained on {base}: {error}"
+        ) from None
+    return _Joined((below, orbax.OrbaxArrays(location, trained)))
+
+
+class _Joined:
+    """Parameters from several places; of two with the same name the later one. See `adapted.Weights`."""
 
     threads = 2
 
-    def __init__(self, config: PangeaConfig, only: Sequence[str] | None):
-        wanted, self._files, self.shapes = huggingface.checked_parts(only), {}, {}
-        for file, parts in SAMPLE_FILES.items():
-            if chosen := [part for part in parts if part in wanted]:
-                opened = huggingface.PublicWeights(assets.SAMPLE_MODEL / file, config, chosen)
-                self._files |= dict.fromkeys(opened.shapes, opened)
-                self.shapes |= opened.shapes
+    def __init__(self, parts: Iterable[adapted.Weights]):
+        self.shapes, self._files = {}, {}
+        for part in parts:
+            self._files |= dict.fromkeys(part.shapes, part)
+            self.shapes |= part.shapes
+            self.threads = min(self.threads, part.threads)
 
     def dtype(self, name: str) -> np.dtype:
         return self._files[name].dtype(name)

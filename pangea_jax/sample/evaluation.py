@@ -42,7 +42,7 @@ class Evaluation:
     max_new_tokens: int = 16
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(Evaluation):
             value = getattr(self, field.name)
             if value is not None and value < 1:
                 raise ValueError(f"eval.{field.name} is {value}; expected 1 or more")

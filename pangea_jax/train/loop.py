@@ -35,6 +35,8 @@ class Loop:
       stop: all processes call it with the number of each finished step. If it returns true, the loop saves and ends.
       validator: scores held-back examples before the first step, when it is due, and after the last step. The
         checkpoint of the best step is kept.
+      bench: asks a benchmark with `run(state, step)` after the steps that are `due`, and if it `has_curve` after the
+        last one. The values are logged. None: nothing is asked.
       stopped: whether `stop` ended the loop, even after the last step.
     """
 
@@ -54,6 +56,7 @@ class Loop:
     profiler: Profiler
     window: Window = dataclasses.field(default_factory=Window)
     validator: Validator | None = None
+    bench: Any = None
 
     def __post_init__(self):
         self._unread = collections.deque()
@@ -91,7 +94,10 @@ class Loop:
                 self.stopped = self.stop(step)
                 due = bool(self.validator) and (last or self.validator.due(step))
                 found = self._validate(state, step) if due else {}
-                if last or due or (step + 1) % self.log_every == 0:
+                asked = bool(self.bench) and self.bench.has_curve and (last or self.bench.due(step))
+                if asked:
+                    found |= self._ask(state, step)
+                if last or due or asked or (step + 1) % self.log_every == 0:
                     self._log(step, found)
                 is_best = due and self.validator.best_step == step + 1
                 if last or is_best or self.stopped or (step + 1) % self.save_every == 0:
@@ -128,6 +134,12 @@ class Loop:
         self.checkpoints.keep_best(self.validator.best_step)
         self.telemetry.print(self.validator.describe(found))
         return found
+
+    def _ask(self, state, step) -> dict[str, float]:
+        with self.timer.step():
+            self._read()
+        with self.timer.phase("evaluate"), jax.transfer_guard("allow"):
+            return self.bench.run(state, step)
 
     def _log(self, step, found):
         with self.timer.step():

@@ -56,6 +56,7 @@ class Checkpoints:
     Args:
       keep: number of newest checkpoints to keep.
       keep_every: also keep, for good, every checkpoint whose step is a multiple of this.
+      base: the model that the frozen parameters come from, if the checkpoints do not hold them; "": they do.
       before_save: called before each save, so that what it writes is there when the checkpoint is.
     """
 
@@ -65,9 +66,11 @@ class Checkpoints:
         *,
         keep: int,
         keep_every: int | None = None,
+        base: str = "",
         before_save: Callable[[], None] = lambda: None,
     ):
         self._directory, self._before_save = paths.absolute(paths.path(directory)), before_save
+        self._base = base
         policies = ocp.training.preservation_policies
         self._best = _Chosen()
         kept = [policies.LatestN(keep), self._best]
@@ -99,16 +102,20 @@ class Checkpoints:
         sums = [int(n) for n in jax.device_get(bit_sums(state))]
         written = {"progress": dict(progress), "bit_sums": sums}
         text = json.dumps(written | {"sha256": json_sum(written)})
-        parts = {"state": state, "data": data, "progress": {"json": text}}
+        parts = {"state": self.saved(state), "data": data, "progress": {"json": text}}
         # Without force Orbax skips a save, even a run's last one, while it still writes another.
         self._orbax.save_checkpointables_async(step, parts, force=True)
+
+    def saved(self, state: TrainState) -> TrainState:
+        """What of a state its checkpoints hold."""
+        return state.replace(frozen={}) if self._base else state
 
     def keep_best(self, step: int | None) -> None:
         """Keeps the checkpoint of this step, and no longer the one that was kept before it."""
         self._best.step = step
 
     def restore(
-        self, abstract_state: TrainState, data: Iterator
+        self, abstract_state: TrainState, data: Iterator, frozen: Mapping[str, Array] | None = None
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """State and progress of the newest intact checkpoint; None in a new run.
 
@@ -116,14 +123,18 @@ class Checkpoints:
         an error, renames it to <step>.damaged and takes the one before it. With several processes, perhaps only one saw
         the damage. The job then ends and must be started again.
 
+        Args:
+          frozen: the frozen parameters, if the checkpoints do not hold them.
+
         Raises:
-          CheckpointError: every checkpoint is damaged, or the checkpoint belongs to another model or optimiser.
+          CheckpointError: every checkpoint is damaged, or the checkpoint belongs to another model or optimiser, or its
+            base has changed.
           RestartError: the data differ from the data of the checkpoint.
         """
         while self.latest_step is not None:
             step = self.latest_step
             try:
-                return self._load(step, abstract_state, data)
+                return self._load(step, abstract_state, data, frozen)
             except _Damaged as damage:
                 self._set_aside(step, damage)
         aside = sorted(self._directory.glob(f"*{SET_ASIDE}*"))
@@ -146,18 +157,26 @@ class Checkpoints:
         if error_type is None or issubclass(error_type, Exception):
             self.close()
 
-    def _load(self, step, abstract_state, data):
+    def _load(self, step, abstract_state, data, frozen):
         folder = self._directory / str(step)
-        self._check_model(step, abstract_state)
+        self._check_model(step, self.saved(abstract_state))
         try:
-            wanted = {"state": abstract_state, "progress": {"json": ""}}
+            wanted = {"state": self.saved(abstract_state), "progress": {"json": ""}}
             found = self._orbax.load_checkpointables(step, wanted)
             progress = _checked(json.loads(found["progress"]["json"]))
             written, state = progress["bit_sums"], found["state"]
             check_saved(folder / "data")
         except _UNREADABLE as error:
             raise _Damaged(_first_line(error)) from error
-        if written != [int(n) for n in jax.device_get(bit_sums(state))]:
+        if self._base:
+            state = state.replace(frozen=dict(frozen or {}))
+        found = [int(n) for n in jax.device_get(bit_sums(state))]
+        if self._base and _of_frozen(state, written) != _of_frozen(state, found):
+            raise CheckpointError(
+                f"{folder} was trained on {self._base}, whose weights are now others; bring back those of "
+                "then, or give another --workdir"
+            )
+        if written != found:
             raise _Damaged("the sums of its arrays' bits differ from those at the time of the save")
         if int(jax.device_get(state.step)) != step:
             raise _Damaged(f"it holds step {int(jax.device_get(state.step))}")
@@ -223,6 +242,13 @@ def bit_sums(state: Any) -> list[UInt32[Array, ""]]:
         return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).sum(dtype=jnp.uint32)
 
     return [one(x) for x in jax.tree.leaves(state)]
+
+
+def _of_frozen(state: TrainState, sums: list[int]) -> list[int]:
+    """Those of `bit_sums` that belong to frozen parameters."""
+    none = jax.tree.map(lambda _: False, state)
+    marked = none.replace(frozen=jax.tree.map(lambda _: True, state.frozen))
+    return [n for n, frozen in zip(sums, jax.tree.leaves(marked), strict=True) if frozen]
 
 
 def _shapes(tree) -> Iterator[tuple[tuple[int, ...], str]]:

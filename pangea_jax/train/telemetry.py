@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -30,6 +28,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from pangea_jax.work import distributed
 from pangea_jax.work.atomic import write_bytes
 from pangea_jax.work.untrusted import parse_json
 
@@ -216,13 +215,7 @@ def gather(metrics: Mapping[str, float], *, mean: Collection[str] = ()) -> dict[
 
     All processes must call it; their names may differ.
     """
-    if jax.process_count() == 1:
-        return dict(metrics)
-    text = np.frombuffer(json.dumps(metrics).encode(), np.uint8)
-    longest = int(multihost_utils.process_allgather(np.int32(len(text))).max())
-    padded = np.full(longest, ord(" "), np.uint8)
-    padded[: len(text)] = text
-    parts = [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+    parts = distributed.gather(dict(metrics))
     total = Counter()
     for part in parts:
         total.update(part)

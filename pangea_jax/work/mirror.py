@@ -14,6 +14,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Collection, Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from pangea_jax.work import paths
 EVERY = 30.0  # seconds
 # Only the new part of a longer file is sent. It costs two more requests.
 _APPENDED_FROM = 1 << 20
+_AT_ONCE = 32
 
 
 class _Sent(NamedTuple):
@@ -46,16 +48,21 @@ class Mirror:
         self._sent: dict[str, _Sent] = {}
         self._lock = threading.Lock()
 
-    def bring(self, names: Collection[str] | None) -> None:
-        """Copies files from the bucket, if they are there; None: all files."""
+    def bring(self, names: Collection[str] | None, within: Collection[str] = ("",)) -> None:
+        """Copies files from the bucket, if they are there; None: all files whose names begin as one of `within`."""
         there = paths.sizes(self._target)
-        for name in there if names is None else sorted(there.keys() & set(names)):
-            local = self.folder / name
-            local.parent.mkdir(parents=True, exist_ok=True)
-            data = paths.read_bytes(self._target / name)
-            local.write_bytes(data)
-            modified = local.stat().st_mtime_ns
-            self._sent[name] = _Sent(modified, len(data), _sha256(data))
+        wanted = there.keys() if names is None else there.keys() & set(names)
+        chosen = sorted(name for name in wanted if name.startswith(tuple(within)))
+        # A folder of pictures has many files, and each takes a request.
+        with futures.ThreadPoolExecutor(_AT_ONCE) as threads:
+            self._sent.update(zip(chosen, threads.map(self._bring, chosen), strict=True))
+
+    def _bring(self, name: str) -> _Sent:
+        local = self.folder / name
+        local.parent.mkdir(parents=True, exist_ok=True)
+        data = paths.read_bytes(self._target / name)
+        local.write_bytes(data)
+        return _Sent(local.stat().st_mtime_ns, len(data), _sha256(data))
 
     def sync(self) -> None:
         """Copies every file that has changed to the bucket, the oldest change first."""
@@ -127,12 +134,15 @@ def _append(target: Path, data: bytes, size: int) -> bool:
 
 
 @contextlib.contextmanager
-def mirrored(folder: Path, *, bring: Collection[str] | None = ()) -> Iterator[Mirror]:
+def mirrored(
+    folder: Path, *, bring: Collection[str] | None = (), within: Collection[str] = ("",)
+) -> Iterator[Mirror]:
     """A folder to write to. What is written there is in `folder` after the block, also after an error.
 
     Args:
       folder: on a disk, used itself; or in a bucket.
       bring: the files that the block reads or appends to, by their path in the folder. None: all of them.
+      within: what these paths must begin with.
     """
     if not paths.is_remote(folder):
         yield Mirror(folder)
@@ -141,7 +151,7 @@ def mirrored(folder: Path, *, bring: Collection[str] | None = ()) -> Iterator[Mi
         local = Path(scratch, folder.name)  # messages and reports name it
         local.mkdir()
         mirror, ended = Mirror(local, folder), threading.Event()
-        mirror.bring(bring)
+        mirror.bring(bring, within)
         keeper = threading.Thread(target=mirror.keep, args=(ended,), daemon=True)
         keeper.start()
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import (
+    answer_memory,
     attention,
     curation,
     decode,
@@ -97,6 +98,12 @@ def test_attention(run):
     )
     assert [line.split()[0] for line in said.splitlines()[1:]] == ["xla", "blockwise"]
     assert float(said.split()[-1]) < 0.02
+
+
+def test_answer_memory(tiny_config, monkeypatch, run):
+    monkeypatch.setattr(answer_memory, "PangeaConfig", lambda: tiny_config)
+    said = run(answer_memory, "--topology=cpu:8", "--rows=2", "--tokens=64", "--new_tokens=8")
+    assert "2 rows of 64 + 8 tokens" in said and said.count("\n") == 7
 
 
 def test_input_pipeline(run):

@@ -15,7 +15,15 @@ from pangea_jax.batch import Batch
 from pangea_jax.checkpoints import CheckpointError, adapter
 from pangea_jax.model import LoraConfig, Pangea, lora
 from pangea_jax.model import params as model_params
-from tests.checkpoints.tiny import write_run
+from pangea_jax.model.params import flatten, unflatten
+from tests.checkpoints.tiny import (
+    CONFIG,
+    TOKENS,
+    assert_same_state,
+    random_state,
+    with_language,
+    write_run,
+)
 
 TOLERANCE = 1e-4
 T = 24
@@ -182,3 +190,22 @@ def test_what_has_no_adapters_is_refused(adapted, tmp_path):
     with pytest.raises(ValueError, match="no adapters to save"):
         adapter.save(plain, LoraConfig(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_saves_adapters_alone_is_read_with_its_base(tmp_path):
+    """All parameters are those of the run; without the base, the error names both."""
+    config = with_language(lora=LoraConfig(rank=2, targets=("q", "down")))
+    base, run = tmp_path / "base", tmp_path / "run"
+    below = random_state(CONFIG)
+    checkpoints.save(below, CONFIG, base, tokens=TOKENS)
+    params = flatten(random_state(config, seed=1)) | flatten(below)
+    run.mkdir()
+    write_run(run, config, params, base=str(base))
+    stored = {path.name for path in (run / "checkpoints" / "7" / "state").iterdir()}
+    assert not any(name.startswith("frozen") for name in stored)
+    assert_same_state(checkpoints.load(run), unflatten(params))
+    projector = flatten(checkpoints.load(run, only=["projector"]))
+    assert {name.partition(".")[0] for name in projector} == {"projector"}
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=f"was trained on {base}: there is no folder {base}"):
+        checkpoints.load(run)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from pangea_jax import checkpoints
 from pangea_jax.checkpoints import SpecialTokens, huggingface
 from pangea_jax.checkpoints.huggingface import abstract_state
-from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig
+from pangea_jax.model import LanguageConfig, PangeaConfig, VisionConfig, lora
 from pangea_jax.model.params import flatten
 from pangea_jax.train.resume import Checkpoints
 from pangea_jax.train.state import TrainState
@@ -48,13 +48,14 @@ def save_in_shards(*args, max_bytes=60_000, **kwargs):
         checkpoints.save(*args, **kwargs)
 
 
-def write_run(folder, config, params):
-    """The work directory of a run in which only the adapters were trained."""
+def write_run(folder, config, params, base=""):
+    """The work directory of a run in which only the adapters were trained; with `base` its checkpoints hold no more."""
     content = {"model": dataclasses.asdict(config), "data": {"tokenizer": "emoji"}}
+    content |= {"checkpoint": {"base": base}, "frozen": list(lora.FROZEN)}
     (folder / "config.json").write_text(json.dumps(content))
     adapters = {name: x for name, x in params.items() if "_lora." in name}
     others = {name: x for name, x in params.items() if name not in adapters}
-    saved = Checkpoints(folder / "checkpoints", keep=1)
+    saved = Checkpoints(folder / "checkpoints", keep=1, base=base)
     data = iter(grain.MapDataset.range(3).to_iter_dataset())
     saved.save(TrainState(jnp.int32(7), adapters, others, {}), data, {"train": 1.0})
     saved.close()

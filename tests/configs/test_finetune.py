@@ -117,6 +117,18 @@ def test_sizes_tokenizer_and_reading_come_from_the_folder(folder, tiny_config, l
     assert tokenizer.vocab_size == found.language.vocab_size
 
 
+def test_a_checkpoint_names_the_model_that_the_run_starts_from(folder):
+    exp = make(f"model={folder},data=emoji,lora=2")
+    assert exp.checkpoint.base == str(folder) == experiment.on_base(exp).checkpoint.base
+    assert make(f"model={folder},data=emoji").checkpoint.base == ""
+    other = dataclasses.replace(exp, init_from=str(checkpoints.folder.assets.SAMPLE_MODEL))
+    assert experiment.on_base(other).checkpoint.base == other.init_from
+    parts = dataclasses.replace(
+        exp, pretrained=(f"{folder}:vision", f"{folder}:projector+language")
+    )
+    assert experiment.on_base(parts).checkpoint.base == ""
+
+
 def test_its_weights_fit(folder):
     exp = make(f"model={folder},data=emoji,lora=2,dtype=float32")
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])

@@ -14,6 +14,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from pangea_jax.train.telemetry import CLOCKED
+from tests.conftest import simulated_devices
 
 ROOT = Path(__file__).parents[2]
 TRAIN = (sys.executable, "launch/train.py")
@@ -23,7 +24,7 @@ def start(workdir, *flags, steps=12, devices=1, command=TRAIN, log=None, **envir
     """Starts the process. Its standard error goes to the file `log`, by default <workdir>.log."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": simulated_devices(devices),
         **environment,
     }
     config = f"--config=tests/launch/tiny.py:steps={steps}"
@@ -38,11 +39,11 @@ def start(workdir, *flags, steps=12, devices=1, command=TRAIN, log=None, **envir
 
 
 def call(script, *flags, timeout=None, **environment):
-    """Runs a script to its end; returns the finished process."""
+    """Runs a script to its end, on one device unless XLA_FLAGS says more; returns the finished process."""
     return subprocess.run(
         [sys.executable, script, *flags],
         cwd=ROOT,
-        env=os.environ | environment,
+        env=os.environ | {"XLA_FLAGS": ""} | environment,
         text=True,
         capture_output=True,
         timeout=timeout,

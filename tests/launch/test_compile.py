@@ -140,7 +140,7 @@ def test_the_search_finds_most_rows_and_then_the_cheapest_policy():
     kept = dict(none=1.0, offload=1.05, attention=1.2, qkv=1.4, products=1.8)
     cases = [(1, 1.0), (1, 1.1), (1, 1.3), (1, 1.5), (1, 1.9), (2, 2.1), (5, 5.0), (13, 13.9)]
     limits = json.dumps([dict(limit=limit, kept=kept) for _, limit in cases])
-    done = call("-c", SEARCH, limits, PYTHONPATH=str(ROOT), XLA_FLAGS="")
+    done = call("-c", SEARCH, limits, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-3000:]
     policies = ("none", "offload", "offload", "qkv", "products", "offload", "none", "offload")
     for (rows, limit), keep, found in zip(cases, policies, json.loads(done.stdout), strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch import distributed
+from pangea_jax.work import distributed
 
 STEPS = 12
 # launch/train.py, except that the second process fails at its fourth batch.

@@ -26,7 +26,7 @@ def test_a_run_on_a_compiled_step_is_the_run(tmp_path, runs):
     file = tmp_path / "step.zip"
     config = f"--config=tests/launch/tiny.py:steps={STEPS}"
     flags = ("--topology=cpu:8", f"--steps={STEPS}", config, f"--output={file}")
-    done = call("launch/compile.py", *flags, XLA_FLAGS="")
+    done = call("launch/compile.py", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     loaded, compiled = tmp_path / "loaded", tmp_path / "compiled"
     options = dict(steps=STEPS, devices=8, JAX_LOG_COMPILES="1")

@@ -161,7 +161,7 @@ WATCH = {
             *("not installed", "not started", "exited 143", "exited 134", "exited 0"),
         ],
         [],
-        ([*SET_UP, "delete", *SET_UP, *START, *START], 0, "training is done"),
+        ([*SET_UP, "delete", *SET_UP, *START, *START], 0, "the job is done"),
     ),
     "failed": (["ACTIVE"], ["exited 1"], [], ([], 1, "'pod.sh logs' fetches the reason")),
     "other flags": (["ACTIVE"], ["busy"], [], ([], 1, "trains with other flags")),
@@ -181,7 +181,7 @@ WATCH = {
         [MISSING, MISSING, "ACTIVE"],
         ["exited 0"],
         ["fail"],
-        (["create"] * 2, 0, "training is done"),
+        (["create"] * 2, 0, "the job is done"),
     ),
     "a command always fails": (
         [MISSING] * 3,

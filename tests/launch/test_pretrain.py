@@ -23,7 +23,7 @@ from tests.sample.packages import write_package
 
 def run(script, *flags):
     """(exit code, standard output, standard error) on one device."""
-    done = call(f"launch/{script}.py", *flags, XLA_FLAGS="")
+    done = call(f"launch/{script}.py", *flags)
     return done.returncode, done.stdout, done.stderr
 
 

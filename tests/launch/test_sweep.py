@@ -261,8 +261,10 @@ def test_submit_prints_every_command(kind, tmp_path):
     extra = {"tpu": "--cluster=c --tpu-type=v5p-64", "slurm": "--gpus-per-node=8"}[kind]
     code, out, err = run(*flags, f"--submit={kind}", f"--submit_args={extra}", "--dry_run")
     assert code == 0, err[-3000:]
-    commands = [shlex.split(line) for line in out.splitlines()]
+    *commands, status, report = [shlex.split(line) for line in out.splitlines()]
     assert len(commands) == 12
+    assert status == ["python", "launch/sweep.py", "status", str(tmp_path / "en")]
+    assert report == ["python", "launch/sweep.py", "report", str(tmp_path / "en")]
     assert not (tmp_path / "en").exists()
     for command in commands:
         assert command[0] == {"tpu": "xpk", "slurm": "sbatch"}[kind]

@@ -105,6 +105,32 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(interrupted, tiny_c
         next(resumed.data)
 
 
+def test_a_checkpoint_without_the_base_resumes_bit_for_bit_on_it(
+    interrupted, tiny_config, letters, tmp_path
+):
+    straight, _, _ = interrupted
+    run = Run(tiny_config, letters).train(SAVED_AT)
+    with Checkpoints(tmp_path, keep=2, base="a tower") as checkpoints:
+        checkpoints.save(run.state, run.data, PROGRESS)
+    resumed = Run(tiny_config, letters)
+    checkpoints = Checkpoints(tmp_path, keep=2, base="a tower")
+    frozen = resumed.state.frozen
+    resumed.state, _ = checkpoints.restore(resumed.abstract, resumed.data, frozen)
+    resumed.train(STEPS - SAVED_AT)
+    assert equal(resumed.state, straight.state)
+    sizes = [
+        sum(f.stat().st_size for f in d.rglob("*") if f.is_file())
+        for d in (tmp_path, interrupted[2])
+    ]
+    assert sizes[0] < sizes[1]
+    changed = {name: value + 1 for name, value in Run(tiny_config, letters).state.frozen.items()}
+    with pytest.raises(
+        CheckpointError, match="was trained on a tower, whose weights are now others"
+    ):
+        checkpoints.restore(resumed.abstract, resumed.data, changed)
+    assert checkpoints.latest_step == SAVED_AT  # it is not set aside as damaged
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_another_mesh_restores_the_same_values(interrupted, tiny_config, letters, sizes):
     _, half, folder = interrupted

@@ -47,8 +47,11 @@ def write_jsonl():
 
 @pytest.fixture
 def data_dir(tmp_path, write_jsonl):
-    """A little of MGSM, xGQA, XStoryCloze and xChat, with pictures."""
-    folder = tmp_path / "data"
+    return write_little(tmp_path / "data", write_jsonl)
+
+
+def write_little(folder: Path, write_jsonl) -> Path:
+    """Writes a little of MGSM, xGQA, XStoryCloze and xChat, with pictures."""
     for code, label in (("en", "How many?"), ("sw", "Ngapi?"), ("bn", "কত?")):
         rows = [
             {"id": str(i), "question": f"{label} {'x' * i}", "answer": str(i)} for i in range(30)

@@ -11,7 +11,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Repositories by name, each a mapping of paths to contents.
+    """Repositories of data sets or models by name, each a mapping of paths to contents.
 
     Attributes:
       failing: repository -> the status of all replies.
@@ -37,12 +37,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = urllib.parse.urlsplit(self.path).path.lstrip("/")
         self.server.asked.append((self.command, path))
-        name = next((n for n in self.server.repositories if f"datasets/{n}" in path), None)
+        name = next((n for n in self.server.repositories if n in path), None)
         if name is None:
             return self._error(404, "RepoNotFound", "Repository not found")
         if status := self.server.failing.get(name):
             return self._error(status, None, "busy")
-        rest = path.partition(f"datasets/{name}")[2].strip("/").split("/", 2)
+        rest = path.partition(name)[2].strip("/").split("/", 2)
         # Only now: a revision may have slashes, which come quoted.
         rest = [urllib.parse.unquote(part) for part in rest]
         self._answer(name, path.startswith("api/"), rest, body)

@@ -18,6 +18,7 @@ from eval.bench.checkpoint_model import CheckpointModel
 from eval.bench.models import Request
 from eval.bench.task import Document, Failed, Generation, Prompt
 from pangea_jax.checkpoints import adapter
+from pangea_jax.generate import fit
 from pangea_jax.model import LoraConfig, Pangea
 from pangea_jax.model import params as model_params
 
@@ -254,16 +255,16 @@ def test_devices_share_the_work(engine, checkpoint, pictures, sizes):
 
 def test_rows_follow_memory(engine, monkeypatch):
     config = engine.config
-    scored = checkpoint_model.row_bytes(config, 64, 3, 4, 8)
-    reading = checkpoint_model.row_bytes(config, 64, 3, 1, 0)
-    each = checkpoint_model.cache_bytes(config, 128) + 4 * config.language.vocab_size
+    scored = fit.row_bytes(config, 64, 3, 4, 8)
+    reading = fit.row_bytes(config, 64, 3, 1, 0)
+    each = fit.cache_bytes(config, 128) + 4 * config.language.vocab_size
     rows = []
     for memory in (0, 5 * scored, reading + 5 * each, 1e15):
         monkeypatch.setattr(checkpoint_model, "_memory", lambda memory=memory: memory)
         model = CheckpointModel(engine, "m")
         rows.append((model._rows((64, 3, 4, 8)), model._rows_of_answers(64, 3, 64)))
     assert rows[0] == (1, 1) and rows[1][0] == rows[2][1] == 4 and rows[3] == (64, 64)
-    assert checkpoint_model.row_bytes(config, 128, 3, 4, 8) > scored
+    assert fit.row_bytes(config, 128, 3, 4, 8) > scored
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval import run
-from eval.bench import report, responses, tasks
+from eval.bench import report, responses, results, tasks
 from eval.bench.documents import DataError, limit_mark, load
 
 NUMBERS = range(30)
@@ -447,7 +447,7 @@ def test_what_is_wrong_is_told_before_a_model_is_opened(
 
 def test_results_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert run.environment()["git_hash"] is None
+    assert results.environment()["git_hash"] is None
 
 
 def test_pictures_stay_in_their_folder(tmp_path, write_jsonl):

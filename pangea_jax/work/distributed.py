@@ -8,19 +8,31 @@ Without these signs the process is alone.
 """
 
 import contextlib
+import itertools
+import json
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+# The exit code when a device or a host was lost. Launchers treat it like a crash and run the same command again.
+EXIT_LOST = 134
+_LOST = ("INTERNAL", "UNAVAILABLE", "ABORTED", "DATA_LOSS", "DEADLINE_EXCEEDED", "CANCELLED")
 _FAILED = "pangea_jax/failed"
 _POLL_SECONDS = 0.5
+_LONGEST_WAIT = 7 * 24 * 3600  # seconds
+_waits = itertools.count()
+# Called in a process that ends because of a failure in the job, with the exit code and what has failed.
+on_failure: list[Callable[[int, str], Any]] = []
 
 
 class SetupError(ValueError):
@@ -41,6 +53,11 @@ def initialize() -> None:
     else:
         return
     threading.Thread(target=_watch, daemon=True, name="watch for failures").start()
+
+
+def is_one_of_several() -> bool:
+    """Whether this process is in a job of several, see `initialize`."""
+    return jax.distributed.is_initialized()
 
 
 def _explicit(given: dict[str, str]) -> tuple[str, int, int]:
@@ -70,11 +87,18 @@ def _on_tpu_pod() -> bool:
     return "," in hosts if hosts else "TPU_SKIP_MDS_QUERY" not in os.environ
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether a device or another host was lost, so that the same command may do better."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(_LOST)
+
+
 def fail(error: BaseException, code: int) -> None:
     """Ends this process of a job and, through `_watch`, all others, which would otherwise wait for it forever.
 
-    It skips the clean-up of the process, which would wait for the others.
+    It skips the clean-up of the process, which would wait for the others. A process that is alone goes on.
     """
+    if not is_one_of_several():
+        return
     job = _job()
     name = f"process {job.process_id} of {job.num_processes}"
     last = "".join(traceback.format_exception_only(error)).strip()
@@ -82,7 +106,7 @@ def fail(error: BaseException, code: int) -> None:
     # Another process may have reported a failure first.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         job.client.key_value_set(_FAILED, f"{code} {name}: {last}")
-    _end(code)
+    _end(code, last)
 
 
 def _watch() -> None:
@@ -96,11 +120,14 @@ def _watch() -> None:
         code, _, said = said.partition(" ")
         if not said.startswith(f"process {job.process_id} of"):
             print(f"ended because another process failed: {said}", file=sys.stderr, flush=True)
-            _end(int(code))
+            _end(int(code), said)
         return
 
 
-def _end(code):
+def _end(code: int, said: str) -> None:
+    for call in on_failure:
+        with contextlib.suppress(Exception):  # the process ends in any case
+            call(code, said)
     if _job().process_id == 0:
         time.sleep(4 * _POLL_SECONDS)  # process 0 runs the store in which the others look
     sys.stderr.flush()
@@ -112,6 +139,54 @@ def _job():
     from jax._src import distributed
 
     return distributed.global_state
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, in their order. The values are of JSON's types, and each may be large.
+
+    All processes must call it. It may be hours until the last one does.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    # Devices wait for minutes only.
+    _job().client.wait_at_barrier(f"pangea_jax/{next(_waits)}", 1000 * _LONGEST_WAIT)
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    longest = int(multihost_utils.process_allgather(np.int32(len(text))).max())
+    padded = np.full(longest, ord(" "), np.uint8)
+    padded[: len(text)] = text
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+
+
+class Stopped(Exception):
+    """A signal asked for a stop. All that was done so far is kept.
+
+    Attributes:
+      code: the exit code.
+    """
+
+    def __init__(self, number: int):
+        super().__init__("stopped; the same command continues from here")
+        self.code = 128 + number
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """In its `with` block, SIGTERM raises `Stopped` at once.
+
+    JAX would keep a SIGTERM in a job for its own service, which only training asks.
+    """
+
+    def stop(number, frame):
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopSignal:

@@ -8,10 +8,17 @@ import json
 import os
 from pathlib import Path
 
+
+def simulated_devices(count: int) -> str:
+    """XLA's flags for `count` devices on one CPU. On a busy one they meet late: XLA's own patience is 40 s."""
+    patience = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+    return f"--xla_force_host_platform_device_count={count} {patience}"
+
+
 # Before anything imports JAX: the tests of the mesh need several devices.
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {simulated_devices(8)}"
     os.environ["XLA_FLAGS"] = flags.strip()
 cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pangea_jax" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))

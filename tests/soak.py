@@ -8,6 +8,7 @@ ended with one sentence that names what is wrong. Then the damage is undone, and
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("build", "train", "evaluate")
 STEPS, RECORDS, DOCUMENTS = 40, 120, 40
 PATIENCE = 900  # seconds of one command
+ATTEMPTS = 20  # kills until there is a file to damage
 
 
 class Broken(AssertionError):
@@ -46,6 +48,7 @@ class Stage:
       results: from that folder to what must be equal, by name.
       read_again: patterns of the files in that folder that a later start reads.
       folder: where it writes.
+      seconds: how long its last run took, from the first file that it wrote.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Stage:
     results: Callable[[Path], dict[str, str]]
     read_again: Sequence[str]
     folder: Path
+    seconds: float = 0.0
 
     def start(self) -> subprocess.Popen:
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -65,20 +69,36 @@ class Stage:
             stderr=subprocess.PIPE,
         )
 
+    def begin(self) -> subprocess.Popen:
+        """Starts the command, and waits until it has written into its folder or has ended."""
+        since, process = time.time(), self.start()
+        while process.poll() is None and not any(changed(self.folder, since)):
+            time.sleep(0.02)
+        return process
+
     def finish(self) -> str:
         """Runs the command to its end; "" if it succeeded, else the sentence that it ended with.
 
         Raises:
           Broken: it ended with a traceback or without a word.
         """
-        process = self.start()
+        process, begun = self.begin(), time.monotonic()
         said = process.communicate(timeout=PATIENCE)[1]
+        self.seconds = time.monotonic() - begun
         if process.returncode == 0:
             return ""
         lines = [line for line in said.splitlines() if line.strip() and "PANGEA_DEBUG" not in line]
         if "Traceback" in said or not lines or process.returncode < 0:
             raise Broken(f"{self.name} ended with {process.returncode}:\n{said[-3000:]}")
         return lines[-1]
+
+
+def changed(folder: Path, since: float) -> Iterator[Path]:
+    """The files that were written since then."""
+    with contextlib.suppress(FileNotFoundError):  # what is renamed or removed meanwhile
+        for path in folder.rglob("*"):
+            if path.stat().st_mtime >= since and path.is_file():
+                yield path
 
 
 def digest(data: bytes) -> str:
@@ -189,9 +209,9 @@ class Chain:
 
 
 def kill(stage: Stage, rng: random.Random, seconds: float) -> None:
-    """Starts the command and kills it after a random part of the time that it takes alone."""
-    process = stage.start()
-    time.sleep(rng.uniform(0.3, 1.0) * seconds)
+    """Kills the command at a random moment of its work, which takes this long when it is not disturbed."""
+    process = stage.begin()
+    time.sleep(rng.random() * seconds)
     process.kill()
     process.communicate()
 
@@ -266,11 +286,13 @@ def soak(stage: Stage, expected: dict[str, str], seconds: float, rng, kills: int
         print(f"  {stage.name}: kill {number + 1} of {kills}", flush=True)
     settle(stage, expected, f"{kills} kills")
     for number in range(damages):
-        shutil.rmtree(stage.folder)
-        kill(stage, rng, seconds)
-        done = damage(stage, rng)
-        if done is None:
-            continue
+        for _ in range(ATTEMPTS):
+            shutil.rmtree(stage.folder)
+            kill(stage, rng, seconds)
+            if done := damage(stage, rng):
+                break
+        else:
+            raise Broken(f"{stage.name} had no file to damage after {ATTEMPTS} kills")
         print(f"  {stage.name}: damage {number + 1} of {damages}: {done[0]}", flush=True)
         settle(stage, expected, *done)
     shutil.rmtree(stage.folder)
@@ -319,12 +341,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         alone = Chain(Path(folder) / "alone", args.steps)
         for place, name in enumerate(stages):
             reference = alone.stage(name)
-            begun = time.monotonic()
             if said := reference.finish():
                 raise Broken(f"undisturbed, {name} says: {said}")
-            seconds = time.monotonic() - begun
+            seconds = reference.seconds
             expected = reference.results(reference.folder)
-            print(f"{name}: {seconds:.0f} s undisturbed", flush=True)
+            print(f"{name}: {seconds:.1f} s of work, undisturbed", flush=True)
             # The same input, another folder.
             stage = dataclasses.replace(reference, folder=Path(folder) / "disk" / name)
             rng = random.Random(f"{args.seed} {name}")

@@ -3,6 +3,7 @@
     python -m benchmarks.full_size write   --folder=/data/full      # 15.9 GB of random weights, -hf layout
     python -m benchmarks.full_size convert --folder=/data/full      # to Orbax and back, beside a plain copy
     python -m benchmarks.full_size forward --folder=/data/full      # a picture, a question, 8 new tokens
+    python -m benchmarks.full_size forward --folder=/data/full --weights=int8     # rounded as they are read
 
 `convert` needs free disk for two more checkpoints and less than 6 GiB of memory. `forward` needs about 20 GiB and JAX
 0.12 (earlier versions widen all weights to float32 on a CPU). `--layers` makes a smaller model, to try the script.
@@ -31,7 +32,7 @@ from benchmarks import peer
 from pangea_jax.checkpoints import SpecialTokens, files, huggingface, names
 from pangea_jax.checkpoints import config as config_file
 from pangea_jax.data.tokenizer import load_tokenizer
-from pangea_jax.model import PangeaConfig
+from pangea_jax.model import PangeaConfig, quantized
 from pangea_jax.sample import emoji
 from pangea_jax.work.atomic import write_json
 
@@ -181,17 +182,25 @@ def end_above_limit():
     os._exit(1)
 
 
-def forward(folder: Path):
+def forward(folder: Path, weights: str | None = None, image: bool = True):
     """Loads the model and answers a short question about a picture twice; the first time it compiles."""
+    forget(folder)
     threading.Thread(target=end_above_limit, daemon=True).start()
     clock = time.perf_counter()
-    pangea = pangea_jax.load(folder)
+    pangea = pangea_jax.load(folder, weights=weights)
     jax.block_until_ready(jax.live_arrays())
+    seconds, size = time.perf_counter() - clock, weight_bytes(folder)
+    held = sum(array.nbytes for array in jax.live_arrays()) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"weights {weights or 'as they are'}: {size / 1e9:.2f} GB read in {seconds:.0f} s, {size / 1e6 / seconds:.0f} "
+        f"MB/s, {time.process_time():.0f} s of processor time; {held:.2f} GiB held, peak memory {peak:.2f} GiB",
+        flush=True,
+    )
     pangea.tokenizer = Numbers(pangea.tokenizer)
-    print(f"jax {jax.__version__}: loaded in {time.perf_counter() - clock:.0f} s", flush=True)
     pixels = np.random.default_rng(0).integers(0, 256, (*IMAGE[::-1], 3), np.uint8)
     content = [
-        {"type": "image", "image": Image.fromarray(pixels)},
+        *([{"type": "image", "image": Image.fromarray(pixels)}] if image else []),
         {"type": "text", "text": "What is this?"},
     ]
     for run in ("compiling", "compiled"):
@@ -214,6 +223,8 @@ def main():
     parser.add_argument("phase", choices=("write", "convert", "forward"))
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint lies")
     parser.add_argument("--layers", type=int, default=28, help="of the decoder (write)")
+    parser.add_argument("--weights", choices=quantized.FORMS, help="8 or 4 bits (forward)")
+    parser.add_argument("--text", action="store_true", help="no picture (forward)")
     args = parser.parse_args()
     print(peer.machine())
     folder, config = args.folder.absolute(), PangeaConfig()
@@ -223,7 +234,7 @@ def main():
     elif args.phase == "convert":
         convert(folder)
     else:
-        forward(folder)
+        forward(folder, args.weights, not args.text)
 
 
 if __name__ == "__main__":

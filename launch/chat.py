@@ -20,6 +20,7 @@ import pangea_jax
 from launch import common
 from pangea_jax.data import image
 from pangea_jax.figures import inert
+from pangea_jax.model import quantized
 
 _MODEL = flags.DEFINE_string("model", "sample", 'Folder, hub name, or "sample".')
 _BASE = flags.DEFINE_string(
@@ -43,6 +44,12 @@ _ORIENTATION = flags.DEFINE_enum(
 )
 _DTYPE = flags.DEFINE_string(
     "dtype", None, "Type of parameters and activations: bfloat16, float32 or float16."
+)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    None,
+    quantized.FORMS,
+    "Hold the language model in 8 or 4 bits; rounded as it is read.",
 )
 
 
@@ -102,6 +109,7 @@ def main(argv):
             _MODEL.value,
             base=_BASE.value,
             dtype=_DTYPE.value,
+            weights=_WEIGHTS.value,
             orientation=_ORIENTATION.value,
         )
         chat = Chat(engine, _SYSTEM.value, settings)

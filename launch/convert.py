@@ -3,6 +3,7 @@
     python launch/convert.py --from=neulab/Pangea-7B-hf --to=checkpoints/pangea-7b
     python launch/convert.py --from=checkpoints/pangea-7b --to=Pangea-7B-hf --format=hf --dtype=bfloat16
     python launch/convert.py --from=runs/finetune --to=My-Pangea-hf --format=hf
+    python launch/convert.py --from=neulab/Pangea-7B-hf --to=checkpoints/pangea-7b-int8 --weights=int8
     python launch/convert.py --from=runs/lora --to=My-adapters --format=peft
     python launch/convert.py --from=My-adapters --to=My-Pangea-hf --format=hf      # merged into their base
 
@@ -29,6 +30,7 @@ from launch import common
 from pangea_jax import checkpoints
 from pangea_jax.checkpoints import adapter, convert
 from pangea_jax.figures import inert
+from pangea_jax.model import quantized
 from pangea_jax.work import paths
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -47,6 +49,12 @@ LAYOUT = flags.DEFINE_enum(
     convert.LAYOUTS,
     "Names of tensors for --format=hf. transformers-4 is the layout of neulab/Pangea-7B-hf, which transformers 4 and 5 "
     "and vLLM read. transformers-5 is the layout that transformers 5 writes; vLLM does not read it.",
+)
+WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    None,
+    quantized.FORMS,
+    "Round the language model to 8 or 4 bits; the default is the form in the source. Only pangea_jax reads the result.",
 )
 TOKENIZER = flags.DEFINE_string(
     "tokenizer",
@@ -76,8 +84,8 @@ def main(argv):
         )
     if LAYOUT.present and FORMAT.value != "hf":
         raise common.UserError(f"--layout is only for --format=hf, not for --format={FORMAT.value}")
-    if FORMAT.value == "peft" and (DTYPE.value or TOKENIZER.value):
-        raise common.UserError("--format=peft takes neither --dtype nor --tokenizer")
+    if FORMAT.value == "peft" and (DTYPE.value or TOKENIZER.value or WEIGHTS.value):
+        raise common.UserError("--format=peft takes neither --dtype nor --weights nor --tokenizer")
     target = common.folder(TO.value, "--to")
     try:
         is_peft = FORMAT.value == "peft"
@@ -117,6 +125,7 @@ def convert_model(source: Path, target: Path) -> None:
             form=FORMAT.value,
             dtype=np.dtype(DTYPE.value) if DTYPE.value else None,
             layout=LAYOUT.value,
+            form_of_weights=WEIGHTS.value,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     for note in notes:

@@ -20,6 +20,7 @@ def load(
     *,
     base: str | os.PathLike | None = None,
     dtype=None,
+    weights: str | None = None,
     mesh: "MeshChoice" = None,
     **kwargs,
 ) -> "Engine":
@@ -32,6 +33,8 @@ def load(
         into the model below them.
       base: the model below adapters, in the same forms; by default the one that they name.
       dtype: of parameters and activations; by default bfloat16, for the sample float32.
+      weights: "int8", "int4" or "nf4": the language model in 8 or 4 bits, rounded as it is read
+        (docs/evaluation.md, "Weights in 8 and 4 bits"); by default as the checkpoint has it.
       mesh: devices that hold the model: a mesh, `{"tensor": 4}`, or "auto" for all devices of this
         process, see `pangea_jax.generate.engine.choose_mesh`. None: one device.
       kwargs: fields of `pangea_jax.data.reader.ReadingPolicy` that replace those saved with the
@@ -47,4 +50,4 @@ def load(
     from pangea_jax.generate.engine import load_folder
 
     folder = SAMPLE_MODEL if name == "sample" and not base else resolve(name, base)
-    return load_folder(folder, dtype=dtype, mesh=mesh, **kwargs)
+    return load_folder(folder, dtype=dtype, weights=weights, mesh=mesh, **kwargs)

@@ -127,11 +127,16 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     Raises:
       ValueError: no rule matches the name, or a mesh axis does not divide a dimension.
     """
-    rule = next((spec for pattern, spec in RULES if re.fullmatch(pattern, name)), None)
+    # Codes and scales of a kernel in 8 or 4 bits lie as the kernel does. A scale has few or no places for the inputs.
+    kernel, part = quantized_part(name)
+    rule = next((spec for pattern, spec in RULES if re.fullmatch(pattern, kernel)), None)
     if rule is None:
         raise ValueError(
             f"no sharding rule matches parameter {name!r}; add one to pangea_jax/sharding.py"
         )
+    if part == "scale":
+        fits = (axis and shape[dim] % mesh.shape[axis] == 0 for dim, axis in enumerate(rule))
+        return P(*(axis if fit else None for axis, fit in zip(rule, fits)))
     for dim, axis in enumerate(rule):
         if axis and shape[dim] % mesh.shape[axis]:
             raise ValueError(
@@ -139,6 +144,12 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
                 f"devices of mesh axis {axis!r}; choose another --config.mesh"
             )
     return rule
+
+
+def quantized_part(name: str) -> tuple[str, str]:
+    """The kernel and the part ("codes" or "scale") of an array of `model.quantized`; the name and "" of others."""
+    found = re.fullmatch(r"(.*(?:_kernel_\w+|embedding_vd))\.(codes|scale)", name)
+    return found.groups() if found else (name, "")
 
 
 def param_shardings(
@@ -154,7 +165,11 @@ def param_shardings(
     }
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
         total = sum(_bytes(leaf) for leaf in shapes.values())
-        whole = sum(_bytes(shapes[n]) for n, s in shardings.items() if s.is_fully_replicated)
+        whole = sum(
+            _bytes(shapes[name])
+            for name, found in shardings.items()
+            if found.is_fully_replicated and quantized_part(name)[1] != "scale"
+        )
         if whole > MAX_REPLICATED * total:
             raise ValueError(
                 f"{whole / total:.1%} of the parameter bytes are replicated on a mesh of "

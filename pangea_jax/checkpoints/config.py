@@ -10,7 +10,14 @@ from typing import Any
 from pangea_jax.checkpoints import orbax
 from pangea_jax.checkpoints.files import CheckpointError, TensorFiles
 from pangea_jax.data.tokenizer import Tokenizer
-from pangea_jax.model import PINPOINTS, LanguageConfig, PangeaConfig, RopeScaling, VisionConfig
+from pangea_jax.model import (
+    PINPOINTS,
+    LanguageConfig,
+    PangeaConfig,
+    RopeScaling,
+    VisionConfig,
+    quantized,
+)
 from pangea_jax.work import paths, untrusted
 
 # transformers does not write values to config.json that equal these defaults.
@@ -188,7 +195,28 @@ def _from_values(file: Path, values: dict, path: Path) -> PangeaConfig:
             "to load a decoder or a tower alone, pass config= and only=('language',) or "
             "only=('vision',)"
         )
-    return _with_vocabulary_of_tensor(config, path)
+    language = dataclasses.replace(config.language, weights=_form(file, values))
+    return _with_vocabulary_of_tensor(dataclasses.replace(config, language=language), path)
+
+
+_QUANTIZATION = "quantization_config"  # transformers refuses a method that it does not know
+_METHOD = "pangea_jax"
+
+
+def _form(file: Path, values: dict) -> str:
+    """The form of weights in 8 or 4 bits, as `to_transformers` writes it; "" for others."""
+    found = values.get(_QUANTIZATION)
+    if not found:
+        return ""
+    fields = _Fields(file, f"{_QUANTIZATION}.", found)
+    method = fields("quant_method")
+    if method != _METHOD:
+        raise CheckpointError(
+            f"{file}: the weights are quantised by {method!r:.200}, which is not read; give the model from which "
+            "they were made, with weights='int8' or 'int4'"
+        )
+    fields.expect("weights", *quantized.FORMS)
+    return fields("weights")
 
 
 # The largest sizes of a model. Without them, a config alone could take all memory.
@@ -474,7 +502,7 @@ def to_transformers(config: PangeaConfig, dtype: str, tokens: SpecialTokens) -> 
             )
     if config.pinpoints and not config.newline:
         raise ValueError("pinpoints without a newline vector: no public layout has this")
-    family = "LlavaNext" if config.newline else "Llava"
+    family, form = "LlavaNext" if config.newline else "Llava", config.language.weights
     pinpoints = {"image_grid_pinpoints": [[height, width] for width, height in config.pinpoints]}
     return {
         "architectures": [f"{family}ForConditionalGeneration"],
@@ -491,6 +519,7 @@ def to_transformers(config: PangeaConfig, dtype: str, tokens: SpecialTokens) -> 
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": config.language.tied_head,
         "torch_dtype": dtype,
+        **({_QUANTIZATION: {"quant_method": _METHOD, "weights": form}} if form else {}),
         "text_config": _text_section(config.language, dtype, tokens),
         "vision_config": _vision_section(config.vision, dtype),
     }

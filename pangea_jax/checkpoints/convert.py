@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pangea_jax.checkpoints import config as config_file
-from pangea_jax.checkpoints import huggingface, names, orbax, processor
+from pangea_jax.checkpoints import huggingface, names, orbax, processor, rounded
 from pangea_jax.checkpoints.adapted import AdapterFolder
 from pangea_jax.checkpoints.files import (
     CheckpointError,
@@ -21,6 +21,7 @@ from pangea_jax.checkpoints.files import (
 from pangea_jax.checkpoints.folder import config_from_folder, load_policy, open_weights
 from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.model import PangeaConfig
+from pangea_jax.sharding import quantized_part
 from pangea_jax.work import paths
 from pangea_jax.work.atomic import write_json
 
@@ -39,6 +40,7 @@ def convert(
     form: str = "orbax",
     dtype: np.dtype | None = None,
     layout: str = "transformers-4",
+    form_of_weights: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
     """Writes the model in `source` to `target`: weights, config, tokenizer, processor, reading policy.
@@ -55,6 +57,7 @@ def convert(
       form: one of `FORMATS`.
       dtype: float32, bfloat16 or float16; by default as in the source.
       layout: one of `LAYOUTS`, the names of the tensors if `form` is "hf".
+      form_of_weights: one of `pangea_jax.model.quantized.FORMS`; by default as in the source.
       progress: called with (bytes written so far, all bytes).
 
     Returns:
@@ -70,12 +73,15 @@ def convert(
             raise ValueError(f"{value!r} is not one of {', '.join(allowed)}")
     require_new(target)
     policy = load_policy(source)
-    config, weights = _open(source)
+    config, weights = _open(source, form_of_weights)
     _check_vocabulary(source, config, tokenizer)
     tokens = config_file.SpecialTokens.of(tokenizer)
     entries = names.entries(weights.shapes, config, names.LAYOUTS[layout])
-    dtypes = {entry.path: np.dtype(dtype or weights.dtype(entry.path)) for entry in entries}
-    written_dtype = dtypes["language.embedding_vd"].name
+    dtypes = {
+        name: np.dtype((None if quantized_part(name)[1] else dtype) or weights.dtype(name))
+        for name in (entry.path for entry in entries)
+    }
+    written_dtype = dtypes["language.final_norm.scale"].name
     content = config_file.to_transformers(config, written_dtype, tokens)
 
     partial = target.with_name(f"{target.name}.partial")
@@ -94,14 +100,15 @@ def convert(
     return notes
 
 
-def _open(source: Path):
-    """The config and all weights of a model without adapters."""
-    config = config_from_folder(source)
+def _open(source: Path, form: str | None):
+    """The config and all weights of a model without adapters, in a form of `model.quantized`."""
+    config = rounded.choose_form(config_from_folder(source), form, source)
     if config.language.lora.rank:
+        ends = "adapter/ has them" if config.language.weights else "model/ has the merged weights"
         raise CheckpointError(
-            f"{source} trains adapters, which no public layout has. When the run ends, its folder model/ has the "
-            "merged weights. Before that, use checkpoints.save(checkpoints.load_model(DIR), config, OUT) in "
-            "Python, or --format=peft for the adapters alone"
+            f"{source} trains adapters, which no public layout has. When the run ends, its folder {ends}. Before "
+            "that, use checkpoints.save(checkpoints.load_model(DIR), config, OUT) in Python, or "
+            "--format=peft for the adapters alone"
         )
     weights = open_weights(source, config)
     if isinstance(weights, orbax.OrbaxArrays):
@@ -149,14 +156,19 @@ def _chunk(entry, dtype) -> tuple[int, ...]:
     """The shape of the parts of an array in Orbax's files."""
     shape = list(entry.shape)
     shape[0] = 1 if entry.stacked else shape[0]
-    shape[entry.major_axis] = entry.block_rows(dtype.itemsize, PART_BYTES)
+    shape[entry.major_axis] = entry.block_rows(dtype.itemsize, _part_bytes(entry))
     return tuple(shape)
+
+
+def _part_bytes(entry) -> int:
+    """A part of codes or scales is a whole layer, so that codes and scale are made together."""
+    return 1 << 62 if quantized_part(entry.path)[1] else PART_BYTES
 
 
 def _plan_orbax(entries, dtypes, weights) -> Iterator[orbax.Part]:
     for entry in entries:
         dtype = dtypes[entry.path]
-        for _, index in entry.blocks(dtype.itemsize, PART_BYTES):
+        for _, index in entry.blocks(dtype.itemsize, _part_bytes(entry)):
             read = functools.partial(weights.read, entry.path, index, dtype)
             yield orbax.Part(entry.path, index, read)
 
@@ -165,7 +177,7 @@ def _plan_public(entries, dtypes, weights) -> Iterator[Planned]:
     for entry in entries:
         dtype = dtypes[entry.path]
         parts = {name: [] for name in entry.names}
-        for name, index in entry.blocks(dtype.itemsize, PART_BYTES):
+        for name, index in entry.blocks(dtype.itemsize, _part_bytes(entry)):
 
             def make(entry=entry, index=index, dtype=dtype):
                 part = weights.read(entry.path, index, dtype)

@@ -29,6 +29,9 @@ _DTYPE_NAMES = {
     np.dtype(ml_dtypes.bfloat16): "BF16",
 }
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+# Codes of weights in 8 and 4 bits, see `rounded.py`; no other tensor may hold whole numbers.
+_CODE_DTYPES = {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
+_DTYPE_NAMES |= {dtype: name for name, dtype in _CODE_DTYPES.items()}
 
 
 class CheckpointError(ValueError):
@@ -48,6 +51,8 @@ class Tensor:
 
     @property
     def dtype(self) -> np.dtype:
+        if self.name.endswith(".codes") and self._dtype in _CODE_DTYPES:
+            return _CODE_DTYPES[self._dtype]
         if self._dtype not in _DTYPES:
             raise CheckpointError(
                 f"{self.file}: tensor {self.name} is {self._dtype}, but only "

@@ -12,7 +12,7 @@ from absl import logging
 from flax import nnx
 
 from pangea_jax import assets
-from pangea_jax.checkpoints import adapted, huggingface, orbax
+from pangea_jax.checkpoints import adapted, huggingface, orbax, rounded
 from pangea_jax.checkpoints import config as config_file
 from pangea_jax.checkpoints.adapted import AdapterFolder
 from pangea_jax.checkpoints.config import PANGEA_TOKENS, image_token, read_config
@@ -21,6 +21,7 @@ from pangea_jax.data import tokenizer as tokenizers
 from pangea_jax.data.reader import POLICY_FILE, ReadingPolicy
 from pangea_jax.model import Pangea, PangeaConfig
 from pangea_jax.model.params import flatten, unflatten
+from pangea_jax.sharding import quantized_part
 from pangea_jax.work import paths
 from pangea_jax.work.untrusted import parse_json
 
@@ -189,7 +190,19 @@ def open_weights(
 ) -> adapted.Weights:
     """Opens a model's parameters to read any part of them; arguments and errors as for `load`."""
     config = config or config_from_folder(path)
+    form, stored = config.language.weights, _stored_form(path)
+    if form and form != stored:
+        below = open_weights(path, rounded.plain(config), only)
+        shapes = huggingface.shapes_of(config, only)
+        lora = {name for name in shapes if "_lora." in name} - set(below.shapes)
+        shapes = {name: shape for name, shape in shapes.items() if name not in lora}
+        return rounded.QuantizedWeights(below, shapes, config)
     found = _adapters_at(path)
+    if found and stored:
+        raise CheckpointError(
+            f"{found.base} has its weights in {stored}, into which no adapters are merged; give the model from "
+            "which it was made with base="
+        )
     if found:
         below = open_weights(found.base, config, only)
         adapters = adapted.Adapters(found.folder, config, huggingface.kernel_shapes(config))
@@ -208,6 +221,14 @@ def open_weights(
             if parts
         )
     return huggingface.PublicWeights(path, config, only)
+
+
+def _stored_form(path: str | os.PathLike) -> str:
+    """The form of the weights at a path, see `pangea_jax.model.quantized`; "" if no config.json says so."""
+    try:
+        return config_from_folder(path).language.weights
+    except (FileNotFoundError, CheckpointError):
+        return ""
 
 
 def _stored_by_orbax(location: orbax.Location, config: PangeaConfig, only) -> adapted.Weights:
@@ -251,6 +272,8 @@ class _Joined:
 
 def _place(weights, name, dtype, sharding) -> jax.Array:
     """One parameter on its devices. The part of each device is read alone."""
+    if quantized_part(name)[1]:  # codes and scales have their own
+        dtype = None
     dtype, shape = np.dtype(dtype or weights.dtype(name)), weights.shapes[name]
     if sharding is None:
         # Nothing else holds the array, so a CPU may use it without a copy.

@@ -26,6 +26,7 @@ from pangea_jax.checkpoints.files import (
 )
 from pangea_jax.model import Pangea, PangeaConfig, lora
 from pangea_jax.model.params import flatten
+from pangea_jax.sharding import quantized_part
 from pangea_jax.work import paths
 from pangea_jax.work.atomic import write_json
 
@@ -105,6 +106,11 @@ def save(
     if layout not in names.LAYOUTS:
         raise ValueError(f"layout {layout!r} is not one of {', '.join(names.LAYOUTS)}")
     params = flatten(nnx.state(model, nnx.Param) if isinstance(model, nnx.Module) else model)
+    if config.language.weights and config.language.lora.rank:
+        raise ValueError(
+            f"adapters cannot be merged into weights in {config.language.weights}; save them with "
+            "checkpoints.adapter.save, or merge them into the model below with launch/convert.py"
+        )
     params, config = lora.merge(params, config.language.lora), without_adapters(config)
     params = {
         name: params[name] for name in params if names.part_of_path(name) in checked_parts(only)
@@ -113,7 +119,8 @@ def save(
     if shapes != expected:
         wrong = sorted(set(shapes.items()) ^ set(expected.items()))
         raise ValueError(f"parameters do not fit the config: {wrong[:6]}")
-    written = np.dtype(dtype or next(iter(params.values())).dtype)
+    plain = (value for name, value in params.items() if not quantized_part(name)[1])
+    written = np.dtype(dtype or next(plain).dtype)
     content = config_file.to_transformers(config, written.name, tokens)
     folder, writes = paths.path(path), jax.process_index() == 0
     if writes:
@@ -153,7 +160,8 @@ def shapes_of(config: PangeaConfig, only: Sequence[str] | None = None) -> dict[s
 
 def kernel_shapes(config: PangeaConfig) -> dict[str, tuple]:
     """Shape of every parameter that public checkpoints of whole models have."""
-    return shapes_of(without_adapters(config))
+    language = dataclasses.replace(config.language, lora=lora.LoraConfig(), weights="")
+    return shapes_of(dataclasses.replace(config, language=language))
 
 
 def checked_parts(only: Sequence[str] | None) -> tuple[str, ...]:
@@ -233,7 +241,7 @@ def _plan(params, entries, dtype) -> Iterator[Planned]:
 
     for entry in entries:
         value = params[entry.path]
-        target = np.dtype(dtype or value.dtype)
+        target = np.dtype(value.dtype if quantized_part(entry.path)[1] else dtype or value.dtype)
         for i, name in enumerate(entry.names):
             part = functools.partial(fetch, value, entry, i, target)
             yield Planned(name, entry.their_shape, target, (part,))

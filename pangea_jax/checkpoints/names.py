@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pangea_jax.model import PangeaConfig
+from pangea_jax.sharding import quantized_part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +216,9 @@ def entries(
     prefixes = dataclasses.asdict(layout)
     out = []
     for path, shape in shapes.items():
-        theirs, axes = _ROW_OF[path]
+        kernel, part = quantized_part(path)
+        theirs, axes = _ROW_OF[kernel]
+        theirs += part and f".{part}"
         stacked = "{layer}" in theirs
         first = config.vision.used_layers if path.startswith("vision.tail_blocks.") else 0
         layers = range(first, first + shape[0]) if stacked else (None,)

@@ -216,7 +216,7 @@ def _create(folder: Path, shape, chunk, dtype, context):
                 {"name": "bytes", "configuration": {"endian": "little"}},
                 {"name": "crc32c"},
             ],
-            "fill_value": 0.0,
+            "fill_value": dtype.type(0).item(),
         },
         "store_data_equal_to_fill_value": True,
     }

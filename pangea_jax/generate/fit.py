@@ -22,7 +22,7 @@ from pangea_jax.model import params as model_params
 GIB = 1 << 30
 PUBLISHED = "neulab/Pangea-7B-hf"
 # Forms of the weights, the widest first; None is the dtype of the activations.
-FORMS = (None,)
+FORMS = (None, "int8", "int4")
 # The share of the memory beside the weights for a batch; programs, logits and copies need the rest.
 SHARE = 0.4
 # Wider weights are chosen only if they leave room for so many rows.
@@ -171,7 +171,8 @@ class Fit:
 @functools.cache
 def weight_bytes(config: PangeaConfig, weights: str | None) -> int:
     """Bytes of all parameters in a form, see `Fit.weights`."""
-    dtype = jnp.dtype(config.dtype)
+    language = dataclasses.replace(config.language, weights=weights or config.language.weights)
+    config, dtype = dataclasses.replace(config, language=language), jnp.dtype(config.dtype)
     shapes = model_params.abstract(lambda: Pangea(config, rngs=nnx.Rngs(0), dtype=dtype))[1]
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes.values())
 

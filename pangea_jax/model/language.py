@@ -5,6 +5,7 @@ Without the QKV bias the same module is a Llama or Mistral decoder.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 
 import jax
@@ -18,14 +19,15 @@ from pangea_jax.model.attention import AttentionImpl, attention, cached_attentio
 from pangea_jax.model.layers import (
     RMSNorm,
     checkpoint,
+    kernel,
     linear,
-    normal,
     run_blocks,
     stack_blocks,
     unstack_blocks,
     zeros,
 )
 from pangea_jax.model.lora import Lora, LoraConfig
+from pangea_jax.model.quantized import Quantized, check_form, product
 from pangea_jax.model.rope import RopeScaling, rope_angles, rotate
 from pangea_jax.sharding import BATCH_SPEC, constrain
 
@@ -36,6 +38,9 @@ class LanguageConfig:
 
     `final_norm_scale` is the initial scale of the final norm. The first logits of a narrow model with a tied head are
     too flat to learn from quickly, so such a model uses 4; all others use 1.
+
+    `weights` is the form of the blocks' kernels (`pangea_jax.model.quantized.FORMS`); embedding and head are then in 8
+    bits. "" is the dtype of the parameters.
     """
 
     vocab_size: int = 152064
@@ -53,6 +58,7 @@ class LanguageConfig:
     max_positions: int = 32768
     final_norm_scale: float = 1.0
     lora: LoraConfig = LoraConfig()
+    weights: str = ""
     scan_unroll: int = 1  # more is faster on a CPU, where a loop copies residuals
 
     def __post_init__(self):
@@ -60,6 +66,7 @@ class LanguageConfig:
             object.__setattr__(self, "lora", LoraConfig(**self.lora))
         if isinstance(self.rope_scaling, Mapping):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        check_form(self.weights)
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"language: {self.heads} heads do not divide over {self.kv_heads} kv_heads"
@@ -120,19 +127,21 @@ class DecoderBlock(nnx.Module):
 
     def __init__(self, config: LanguageConfig, rngs: nnx.Rngs, dtype):
         D, H, K, C, F = config.width, config.heads, config.kv_heads, config.head_width, config.mlp
-        depth_scale = (2 * config.layers) ** -0.5
+        depth_scale, form = (2 * config.layers) ** -0.5, config.weights
         self.attention_norm = RMSNorm(D, config.norm_eps, dtype)
-        self.q_kernel_dhc = normal(rngs, (D, H, C), D**-0.5, dtype)
-        self.k_kernel_dkc = normal(rngs, (D, K, C), D**-0.5, dtype)
-        self.v_kernel_dkc = normal(rngs, (D, K, C), D**-0.5, dtype)
+        self.q_kernel_dhc = kernel(rngs, (D, H, C), D**-0.5, dtype, form)
+        self.k_kernel_dkc = kernel(rngs, (D, K, C), D**-0.5, dtype, form)
+        self.v_kernel_dkc = kernel(rngs, (D, K, C), D**-0.5, dtype, form)
         self.q_bias_hc = zeros((H, C), dtype) if config.qkv_bias else None
         self.k_bias_kc = zeros((K, C), dtype) if config.qkv_bias else None
         self.v_bias_kc = zeros((K, C), dtype) if config.qkv_bias else None
-        self.o_kernel_hcd = normal(rngs, (H, C, D), (H * C) ** -0.5 * depth_scale, dtype)
+        self.o_kernel_hcd = kernel(
+            rngs, (H, C, D), (H * C) ** -0.5 * depth_scale, dtype, form, inputs=(0, 1)
+        )
         self.mlp_norm = RMSNorm(D, config.norm_eps, dtype)
-        self.gate_kernel_df = normal(rngs, (D, F), D**-0.5, dtype)
-        self.up_kernel_df = normal(rngs, (D, F), D**-0.5, dtype)
-        self.down_kernel_fd = normal(rngs, (F, D), F**-0.5 * depth_scale, dtype)
+        self.gate_kernel_df = kernel(rngs, (D, F), D**-0.5, dtype, form)
+        self.up_kernel_df = kernel(rngs, (D, F), D**-0.5, dtype, form)
+        self.down_kernel_fd = kernel(rngs, (F, D), F**-0.5 * depth_scale, dtype, form)
         sizes = {"q": (D, H * C), "k": (D, K * C), "v": (D, K * C), "o": (H * C, D)}
         sizes |= {"gate": (D, F), "up": (D, F), "down": (F, D)}
         for target, (inputs, outputs) in sizes.items():
@@ -186,29 +195,49 @@ class Decoder(nnx.Module):
     def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config = config
         D, V = config.width, config.vocab_size
-        self.embedding_vd = normal(rngs, (V, D), 0.02 if not config.tied_head else D**-0.5, dtype)
+        form, spread = "int8" if config.weights else "", D**-0.5 if config.tied_head else 0.02
+        self.embedding_vd = kernel(rngs, (V, D), spread, dtype, form, inputs=(1,))
         self.blocks = stack_blocks(lambda r: DecoderBlock(config, r, dtype), config.layers, rngs)
         self.final_norm = RMSNorm(D, config.norm_eps, dtype, scale=config.final_norm_scale)
-        self.head_kernel_dv = None if config.tied_head else normal(rngs, (D, V), D**-0.5, dtype)
+        untied = not config.tied_head
+        self.head_kernel_dv = kernel(rngs, (D, V), D**-0.5, dtype, form) if untied else None
 
     def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
-        words = jnp.take(self.embedding_vd[...], tokens, axis=0).astype(dtype)
+        table = self.embedding_vd
+        if isinstance(table, Quantized):
+            codes, scale = (jnp.take(x[...], tokens, axis=0) for x in (table.codes, table.scale))
+            words = (codes * scale).astype(dtype)
+        else:
+            words = jnp.take(table[...], tokens, axis=0).astype(dtype)
         # Every device looks up its columns of all words. The columns then move to the devices of the rows. Without this
         # XLA gathers the table and its gradient on every device: 2 GiB each.
         words = constrain(words, P(BATCH_SPEC[0][0], None, BATCH_SPEC[0][1]))
         return constrain(words, BATCH_SPEC)
 
-    def head(self, dtype) -> Float[Array, "..."]:
-        """The output head in `dtype`, gathered over all axes but `tensor`: [D, V], or [V, D] if it is the embedding."""
-        if self.head_kernel_dv is None:
-            return constrain(self.embedding_vd[...].astype(dtype), P("tensor", None))
-        return constrain(self.head_kernel_dv[...].astype(dtype), P(None, "tensor"))
+    def head(self, dtype) -> Float[Array, "..."] | tuple[Array, Array]:
+        """The output head in `dtype`, gathered over all axes but `tensor`: [D, V], or [V, D] if it is the embedding.
+
+        In 8 bits it is (codes [D, V], scale [1, V]), whatever `dtype` is.
+        """
+        tied = self.head_kernel_dv is None
+        found = self.embedding_vd if tied else self.head_kernel_dv
+        spec = P("tensor", None) if tied else P(None, "tensor")
+        if not isinstance(found, Quantized):
+            return constrain(found[...].astype(dtype), spec)
+        both = constrain(found.codes[...], spec), found.scale[...]
+        return tuple(x.T for x in both) if tied else both
 
     def logits(
-        self, hidden: Float[Array, "... D"], head: Float[Array, "..."] | None = None
+        self,
+        hidden: Float[Array, "... D"],
+        head: Float[Array, "..."] | tuple[Array, Array] | None = None,
     ) -> Float[Array, "... V"]:
         """float32 scores of the next token. `head`: `self.head(hidden.dtype)`, if the caller has it already."""
         head = self.head(hidden.dtype) if head is None else head
+        if isinstance(head, tuple):
+            *rows, width = hidden.shape
+            flat = hidden.reshape(math.prod(rows), width)
+            return product(flat, *head, "int8", jnp.float32).reshape(*rows, -1)
         return _scores(hidden, head, "VD" if self.head_kernel_dv is None else "DV")
 
     def __call__(

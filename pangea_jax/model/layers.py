@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pangea_jax.model.lora import Lora
+from pangea_jax.model.quantized import Quantized
 
 # Values of `keep=`, and what each keeps of a block's forward pass for the backward pass: the values with these
 # `checkpoint_name`s, or every value (None). The backward pass computes the rest again; under "products" the rest has no
@@ -25,6 +26,15 @@ KEEP = {
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, dtype) -> nnx.Param:
     """A parameter drawn from N(0, stddev^2)."""
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, dtype))
+
+
+def kernel(
+    rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float, dtype, form: str, inputs=(0,)
+) -> nnx.Param | Quantized:
+    """`normal`, or the same in a form of `pangea_jax.model.quantized`; `inputs`: the contracted axes."""
+    if form:
+        return Quantized(rngs, shape, inputs, form, stddev)
+    return normal(rngs, shape, stddev, dtype)
 
 
 def zeros(shape: tuple[int, ...], dtype) -> nnx.Param:
@@ -112,7 +122,7 @@ def _in_turn(x: Array, kernel: Array) -> tuple[Array, Array]:
 
 def linear(
     x: Float[Array, "... D"],
-    kernel: nnx.Param,
+    kernel: nnx.Param | Quantized,
     bias: nnx.Param | None = None,
     *,
     inputs: int = 1,
@@ -123,13 +133,18 @@ def linear(
     The adapter's product and the bias are added. It is written as one matrix product, because XLA's CPU backend runs a
     product with more free axes about three times slower. On an accelerator both are equally fast.
     """
-    x, kernel = _in_turn(x, kernel[...].astype(x.dtype))
-    contracted, features = kernel.shape[:inputs], kernel.shape[inputs:]
-    width = math.prod(contracted)
     rows = x.shape[: x.ndim - inputs]
-    # Not -1, which cannot be inferred for an array without rows (text without tiles).
-    x = x.reshape(math.prod(rows), width)
-    y = x @ kernel.reshape(width, math.prod(features))
+    width = math.prod(x.shape[x.ndim - inputs :])
+    if isinstance(kernel, Quantized):
+        features = kernel.codes.shape[inputs:]
+        x = x.reshape(math.prod(rows), width)
+        y = kernel.product(x, inputs)
+    else:
+        x, values = _in_turn(x, kernel[...].astype(x.dtype))
+        features = values.shape[inputs:]
+        # Not -1, which cannot be inferred for an array without rows (text without tiles).
+        x = x.reshape(math.prod(rows), width)
+        y = x @ values.reshape(width, math.prod(features))
     if lora is not None:
         y += lora(x)
     y = y.reshape(*rows, *features)

@@ -7,6 +7,7 @@
     python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5e:8x8 --search
     python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5e:4x4 --slices=2 --config.mesh.data=2
     python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v5e:4x4 --steps=N --output=step.zip
+    python launch/compile.py --config=configs/pangea_7b_finetune.py --topology=v6e:1x1 --program=generate --rows=16
 
 The step is the one that launch/train.py runs, with the same model, optimiser, shardings and batch. The compiler of the
 TPU (libtpu) compiles it from shapes alone. This initialises nothing and needs about 3 GiB of memory. The TPUs use the
@@ -14,8 +15,16 @@ same compiler, so a step that fits here also fits there. Topologies are those of
 v5e:2x4, v5p:2x2x2, v6e:4x4, ... With several `--slices`, only the axis `data` of the mesh uses the data centre network.
 cpu:8 stands for 8 devices on the processor of this machine.
 
-`--search` finds the largest number of rows per chip that fits, and then the value of `keep` that recomputes least.
+The time of a step is an estimate from the compiled program and the published rates of the chip
+(`pangea_jax/train/roofline.py`). It is a lower bound, to compare settings with.
+
+`--search` finds the number of rows per chip and the value of `keep` that fit and take least time for a row, by that
+estimate. It tries the largest number of rows and half of it.
 `--output` keeps the program for `launch/train.py --executable`.
+
+`--program=generate` compiles what an evaluation runs instead: to read a prompt of `--tokens` tokens and `--tiles`
+tiles, to move it into the batch, and to decode `--rows` rows. The mesh is that of one host, as eval/run.py makes it:
+hosts share documents out, and no program spans them.
 """
 
 import dataclasses
@@ -25,27 +34,25 @@ import os
 import re
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 if not __package__:  # run as a file of a clone
     import _clone  # noqa: F401
 
-# JAX and libtpu read these variables when they are loaded. They make libtpu work on a machine that is no TPU host: it
-# asks no metadata server and locks no device.
+# JAX reads it when it is loaded: nothing is run.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 from absl import flags
-from jax.experimental import topologies
 
 from launch import common, executable
-from pangea_jax import experiment, sharding
+from pangea_jax import experiment, sharding, topologies
 from pangea_jax.experiment import Experiment
-from pangea_jax.train import hlo
+from pangea_jax.generate import footprint
+from pangea_jax.generate.engine import choose_mesh
+from pangea_jax.model import PangeaConfig
+from pangea_jax.train import hlo, roofline
 from pangea_jax.train import optimizer as optim
 from pangea_jax.train.state import abstract_state
 from pangea_jax.work import paths
@@ -54,51 +61,28 @@ CONFIG = common.define_config("configs/pangea_7b_finetune.py")
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "TPUs to compile for, GENERATION:SHAPE.")
 SLICES = flags.DEFINE_integer("slices", 1, "Number of slices, joined by the data centre network.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
-SEARCH = flags.DEFINE_bool("search", False, "Find the most rows per chip, and the cheapest keep.")
+SEARCH = flags.DEFINE_bool(
+    "search", False, "Find the rows per chip and the keep with the least time for a row."
+)
 
+PROGRAM = flags.DEFINE_enum(
+    "program", "train", ["train", "generate"], "What to compile: the training step, or answering."
+)
+ANSWERING = {  # of --program=generate
+    "rows": flags.DEFINE_integer("rows", 16, "Answers at once, on one host.", 1),
+    "tokens": flags.DEFINE_integer("tokens", 4096, "Tokens of the longest prompt.", 1),
+    "tiles": flags.DEFINE_integer("tiles", 5, "Tiles of the longest prompt.", 0),
+    "new_tokens": flags.DEFINE_integer("new_tokens", 512, "Slots for an answer.", 1),
+}
 OUTPUT = flags.DEFINE_string("output", None, "File to write the program to, for launch/train.py.")
 STEPS = flags.DEFINE_integer(
     "steps", None, "Steps of the run, for --output: the schedule is part of the program."
 )
 
-GIB = 2**30
-# The memory that the compiler lets a program use, out of the 16, 95 and 32 GB of a chip.
-HBM_GIB = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 # Each value keeps more and recomputes less than the one before. "offload" is not in this order: it recomputes as much
 # as "qkv", and copies to the host during the computation.
 KEEPING_MORE = ("attention", "qkv", "products")
 SCHEDULE_STEPS = 1000  # part of the program, but no measurement depends on it
-
-
-def topology_mesh(name: str, slices: int, sizes) -> tuple[jax.sharding.Mesh, float]:
-    """The mesh `config.mesh` on the chips of a topology, and the memory of a chip in GiB.
-
-    Raises:
-      UserError: libtpu is not installed, or does not know the topology.
-    """
-    generation, _, shape = name.partition(":")
-    if generation == "cpu" and shape.isdecimal() and slices == 1:
-        jax.config.update("jax_num_cpu_devices", int(shape))
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-        return sharding.make_mesh(**dataclasses.asdict(sizes)), round(memory / int(shape), 2)
-    if generation not in HBM_GIB:
-        raise common.UserError(
-            f"--topology={name}: expected one of {', '.join(HBM_GIB)} with a shape, as in v5e:4x4; or cpu:8"
-        )
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        raise common.UserError(
-            "the TPU compiler is in libtpu, which is not installed: pip install -r requirements-tpu-aot.txt"
-        ) from None
-    try:
-        topology = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, num_slices=slices
-        )
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
-        raise common.UserError(f"--topology={name}: libtpu says {error}") from None
-    mesh = sharding.make_mesh(**dataclasses.asdict(sizes), devices=topology.devices)
-    return mesh, HBM_GIB[generation]
 
 
 def lower(exp: Experiment, mesh, steps):
@@ -137,7 +121,7 @@ def measure(
       output: file to write the program to.
       steps: number of steps of the run; `output` needs it.
     """
-    mesh, hbm = topology_mesh(topology, slices, exp.mesh)
+    mesh, hbm = topologies.make_mesh(topology, slices, exp.mesh)
     shards = sharding.row_shards(mesh)
     lowered, flops = lower(exp, mesh, steps or SCHEDULE_STEPS)
     found = {
@@ -159,9 +143,10 @@ def measure(
         if needed is None:
             raise
         found |= {"peak_hbm_gib": needed, "host_gib": None, "fits": False}
-        found |= {"collective_bytes": None, "dcn_bytes": None}
+        found |= {"collective_bytes": None, "dcn_bytes": None, "estimate": None}
     else:
         found |= _read(compiled, hbm)
+        found["estimate"] = _estimate(compiled, topology, mesh, slices, exp, flops)
         if output and found["fits"]:
             executable.save(common.folder(output, "--output"), lowered, compiled, mesh, exp, steps)
     return found | {
@@ -174,14 +159,25 @@ def measure(
 def _read(compiled, hbm) -> dict:
     """Memory and communication of a program."""
     usage, text = compiled.memory_analysis(), compiled.as_text()
-    peak = usage.peak_memory_in_bytes / GIB
+    peak = usage.peak_memory_in_bytes / topologies.GIB
     return {
         "peak_hbm_gib": round(peak, 2),
-        "host_gib": round(usage.host_temp_size_in_bytes / GIB, 2),
+        "host_gib": round(usage.host_temp_size_in_bytes / topologies.GIB, 2),
         "fits": peak <= hbm,
         "collective_bytes": hlo.collective_bytes(text),
         "dcn_bytes": hlo.dcn_bytes(text),
     }
+
+
+def _estimate(compiled, topology: str, mesh, slices: int, exp: Experiment, flops) -> dict | None:
+    """`roofline.step_time` on the chips of a slice; None for a processor, whose rates are not known here."""
+    chip = roofline.CHIPS.get(topology.partition(":")[0])
+    if chip is None:
+        return None
+    # The decoder's attention is a Pallas kernel. Its forward pass, a third, may run again.
+    again = 4 / 3 if exp.keep == "none" else 1
+    kernels = again * flops["attention"] / mesh.size
+    return roofline.step_time(compiled.as_text(), chip, mesh.size // slices, kernels)
 
 
 def _needed_gib(message: str) -> float | None:
@@ -194,53 +190,102 @@ def _needed_gib(message: str) -> float | None:
     return used and round(float(used[1]) * 1024 ** ("KMGT".index(used[2]) - 2), 2)
 
 
+def measure_answering(model: PangeaConfig, topology: str, sizes: Mapping[str, int]) -> dict:
+    """Compiles the programs of an evaluation on the chips of one host, and measures their memory.
+
+    Args:
+      sizes: `rows`, `tokens`, `tiles`, `new_tokens` of `footprint.lower`.
+    """
+    slice_mesh, hbm = topologies.make_mesh(topology, 1, sharding.MeshConfig())
+    chips = [d for d in slice_mesh.devices.flat if d.process_index == 0]
+    mesh = choose_mesh("auto", model, devices=chips) or sharding.make_mesh(devices=chips)
+    found = {"topology": topology, "chips": mesh.size, "mesh": dict(mesh.shape), **sizes}
+    found |= {"hbm_gib": hbm, "counted_gib": footprint.counted(model, mesh, **sizes)}
+    found["peak_hbm_gib"], found["compile_s"] = {}, {}
+    for name, lowered in footprint.lower(model, mesh, **sizes).items():
+        start = time.perf_counter()
+        found["peak_hbm_gib"][name] = _peak_gib(lowered)
+        found["compile_s"][name] = round(time.perf_counter() - start, 1)
+    return found | {"fits": max(found["peak_hbm_gib"].values()) <= hbm}
+
+
+def _peak_gib(lowered) -> float:
+    try:
+        return round(lowered.compile().memory_analysis().peak_memory_in_bytes / topologies.GIB, 2)
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed_gib(str(error))
+        if needed is None:
+            raise
+        return needed
+
+
+def describe_answering(found: dict) -> str:
+    """The measurement of `--program=generate` as text."""
+    lines = [
+        f"{found['topology']}, a host of {found['chips']} chips, mesh {found['mesh']}: {found['rows']} rows of "
+        f"{found['tokens']:,} + {found['new_tokens']} tokens, {found['tiles']} tiles, "
+        + ("fits" if found["fits"] else "DOES NOT FIT"),
+        f"of {found['hbm_gib']:.2f} GiB a chip; counted: "
+        + ", ".join(f"{name} {size:.2f}" for name, size in found["counted_gib"].items()),
+    ]
+    for name, peak in found["peak_hbm_gib"].items():
+        lines.append(f"  {name:8} {peak:6.2f} GiB ({found['compile_s'][name]:.0f} s)")
+    return "\n".join(lines)
+
+
 def search(exp: Experiment, topology: str, slices: int = 1) -> dict:
-    """The measurement with the most rows per shard that fit, and with the value of `keep` that recomputes least.
+    """The measurement with the least estimated time for a row, among rows per shard and values of `keep` that fit.
 
     Raises:
-      UserError: one row per shard does not fit.
+      UserError: one row per shard does not fit, or the rates of the chip are not known.
     """
-    mesh, _ = topology_mesh(topology, slices, exp.mesh)
-    shards = sharding.row_shards(mesh)
+    mesh, _ = topologies.make_mesh(topology, slices, exp.mesh)
+    shards, fitting = sharding.row_shards(mesh), []
 
-    def attempt(rows, keep):
+    def attempt(rows, keep) -> bool:
         shape = dataclasses.replace(exp.pipeline, rows=rows * shards)
         tried = dataclasses.replace(exp, pipeline=shape, keep=keep, accumulation=1)
         found = measure(tried, topology, slices)
         print(one_line(found), file=sys.stderr)
-        return found
-
-    best = attempt(1, "none")
-    if not best["fits"]:
-        raise common.UserError(
-            f"one row of {exp.pipeline.row_tokens} tokens per shard does not fit {topology}: "
-            f'{best["peak_hbm_gib"]:.1f} of {best["hbm_gib"]:.2f} GiB with keep "none"; '
-            "choose more chips"
-        )
-    too_many = None
-    while too_many != (fit := best["rows_per_shard"]) + 1:
-        found = attempt((fit + too_many) // 2 if too_many else 2 * fit, "none")
         if found["fits"]:
-            best = found
+            fitting.append(found)
+            return True
+        if (rows, keep) == (1, "none"):
+            raise common.UserError(
+                f"one row of {exp.pipeline.row_tokens} tokens per shard does not fit {topology}: "
+                f'{found["peak_hbm_gib"]:.1f} of {found["hbm_gib"]:.2f} GiB with keep "none"; '
+                "choose more chips"
+            )
+        return False
+
+    attempt(1, "none")
+    if fitting[0]["estimate"] is None:
+        raise common.UserError(f"--search compares times, but the rates of {topology} are unknown")
+    most, too_many = 1, None
+    while too_many != most + 1:
+        rows = (most + too_many) // 2 if too_many else 2 * most
+        if attempt(rows, "none"):
+            most = rows
         else:
-            too_many = found["rows_per_shard"]
-    for keep in KEEPING_MORE:
-        found = attempt(fit, keep)
-        if not found["fits"]:
-            break
-        best = found
-    if best["keep"] in ("none", "attention"):
-        found = attempt(fit, "offload")
-        best = found if found["fits"] else best
-    return best
+            too_many = rows
+    for rows in dict.fromkeys((most, max(1, most // 2))):
+        kept = next((i for i, keep in enumerate(KEEPING_MORE) if not attempt(rows, keep)), None)
+        if kept in (0, 1):  # "qkv" does not fit on the chip
+            attempt(rows, "offload")
+    return min(fitting, key=lambda found: found["estimate"]["step_s"] / found["rows_per_shard"])
 
 
 def one_line(found: dict) -> str:
     return (
         f"{found['topology']}, {found['rows_per_shard']} rows of {found['row_tokens']} tokens per shard, "
         f"keep {found['keep']}: {found['peak_hbm_gib']:.2f} of {found['hbm_gib']:.2f} GiB, "
-        f"{'fits' if found['fits'] else 'DOES NOT FIT'} ({found['compile_s']:.0f} s)"
+        f"{'fits' if found['fits'] else 'DOES NOT FIT'}{_seconds(found)} ({found['compile_s']:.0f} s)"
     )
+
+
+def _seconds(found: dict) -> str:
+    estimate = found["estimate"]
+    return f", {estimate['step_s']:.3f} s by estimate" if estimate else ""
 
 
 def describe(found: dict) -> str:
@@ -254,12 +299,20 @@ def describe(found: dict) -> str:
         if name != "total"
     )
     lines.append(f"model FLOPs  {found['model_flops_per_step']:.3e} per step ({parts})")
+    if estimate := found["estimate"]:
+        mfu = found["model_flops_per_step"] / found["chips"] / estimate["step_s"]
+        mfu /= roofline.CHIPS[found["topology"].partition(":")[0]].flops
+        lines.append(
+            f"time         {estimate['step_s']:.3f} s a step at least, by estimate: {estimate['work_s']:.3f} "
+            f"computing, {estimate['wait_s']:.3f} waiting for collectives; {estimate['hidden_s']:.3f} of transfers "
+            f"beside; so MFU is at most {mfu:.0%}"
+        )
     if found["collective_bytes"] is not None:
         lines.append("collectives  GiB per chip and step")
         for kind, size in found["collective_bytes"].items():
-            lines.append(f"  {kind:20} {size / GIB:8.2f}")
+            lines.append(f"  {kind:20} {size / topologies.GIB:8.2f}")
         for kind, size in found["dcn_bytes"].items():
-            lines.append(f"  {kind + ', DCN':20} {size / GIB:8.2f}")
+            lines.append(f"  {kind + ', DCN':20} {size / topologies.GIB:8.2f}")
     return "\n".join(lines)
 
 
@@ -268,6 +321,15 @@ def main(argv):
     # A program from the compile cache has no compile time, and XLA cannot serialise it again.
     jax.config.update("jax_enable_compilation_cache", False)
     exp = CONFIG()
+    if PROGRAM.value == "generate":
+        if SEARCH.value or OUTPUT.value or SLICES.value != 1:
+            raise common.UserError(
+                "--program=generate excludes --search, --output and --slices: hosts answer alone"
+            )
+        sizes = {name: flag.value for name, flag in ANSWERING.items()}
+        found = measure_answering(exp.model, TOPOLOGY.value, sizes)
+        print(json.dumps(found) if JSON.value else describe_answering(found))
+        return
     steps = STEPS.value or exp.steps
     if OUTPUT.value and (SEARCH.value or not steps):
         raise common.UserError(

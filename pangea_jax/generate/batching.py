@@ -4,7 +4,7 @@ A prompt is prefilled alone or with a few prompts of the same shape. Its cache t
 The batch decodes a few steps at a time. A prompt that begins like the prompt of a row (a question about the same
 picture) reuses the cache of that row, even after the row's answer has ended, until another prompt takes the row.
 
-`run` is the one loop: `Engine.generate`, `serve` and `stream`, the evaluation and the server all use it.
+`run` is the one loop: `Engine.generate`, `serve` and `stream` all use it, and so does the evaluation.
 """
 
 import collections

@@ -17,11 +17,12 @@ from jaxtyping import Float, Int
 from pangea_jax import checkpoints, sharding
 from pangea_jax.assets import SAMPLE_MODEL
 from pangea_jax.batch import Batch
+from pangea_jax.checkpoints import rounded
 from pangea_jax.data import chat
 from pangea_jax.data.reader import REFERENCE, Geometry, Reader, ReadingPolicy, Tiles
 from pangea_jax.data.tokenizer import Tokenizer
 from pangea_jax.generate import batching, likelihood
-from pangea_jax.generate.decode import Sampling, until
+from pangea_jax.generate.decode import Likely, Sampling, until
 from pangea_jax.generate.likelihood import Candidates, LogLikelihood
 from pangea_jax.generate.programs import Programs
 from pangea_jax.generate.prompt import Prompt
@@ -285,6 +286,22 @@ class Engine:
                 )
         return results
 
+    def echo(self, prompts: Sequence[Prompt], top: int = 1) -> list[Likely]:
+        """The log-probability of each token of a prompt after those before it.
+
+        Args:
+          prompts: read together, padded to the longest one.
+          top: number of likeliest tokens at each place whose log-probabilities are given, too.
+
+        Returns:
+          For each prompt arrays [T], [T, K], [T, K]. Those of its first token mean nothing.
+        """
+        found = jax.tree.map(np.asarray, self._programs.echo(self._batch(prompts), top=top))
+        return [
+            jax.tree.map(lambda x: x[row, : len(prompt.tokens)], found)  # noqa: B023
+            for row, prompt in enumerate(prompts)
+        ]
+
     def _tokens(self, batch: batching.Batch, request: batching.Request) -> Iterator[int]:
         """Yields the tokens of one answer."""
         feed = iter([request])
@@ -424,13 +441,20 @@ MeshChoice = Mesh | Mapping[str, int] | Literal["auto"] | None
 
 
 def load_folder(
-    path: str | os.PathLike, *, dtype=None, mesh: MeshChoice = None, **reading: Any
+    path: str | os.PathLike,
+    *,
+    dtype=None,
+    weights: str | None = None,
+    mesh: MeshChoice = None,
+    **reading: Any,
 ) -> Engine:
     """Loads a checkpoint in any form that `pangea_jax.checkpoints` reads, and its tokenizer.
 
     Args:
       dtype: of parameters and activations; by default bfloat16, as published, and float32 for the
         model in the package (the tower with the default point of the English-share ablation).
+      weights: "int8", "int4" or "nf4": the form in which the language model is held, see
+        `pangea_jax.model.quantized`; by default that of the checkpoint.
       mesh: devices that hold the parameters, see `choose_mesh`. Each tensor goes straight to its
         devices.
       reading: fields of `ReadingPolicy` that replace those saved with the model.
@@ -439,7 +463,7 @@ def load_folder(
     below = path.base if isinstance(path, checkpoints.AdapterFolder) else path
     if below == SAMPLE_MODEL:
         dtype = dtype or "float32"
-    config = checkpoints.config_from_folder(path)
+    config = rounded.choose_form(checkpoints.config_from_folder(path), weights, path)
     config = dataclasses.replace(config, dtype=_dtype_name(dtype or config.dtype))
     policy = dataclasses.replace(checkpoints.load_policy(path), **reading)
     mesh = choose_mesh(mesh, config)
@@ -468,7 +492,8 @@ def choose_mesh(
         "auto" splits each layer over as many devices as divide its heads and widths, because fsdp
         would send parameters at every decoding step. The other devices share the rows.
       config: of the model, for "auto".
-      devices: for sizes of axes; by default all devices, those of other processes too.
+      devices: to choose from; by default all devices, those of other processes too, and for "auto"
+        those of this process.
 
     Raises:
       ValueError: the sizes do not fill the devices, or an axis is unknown.
@@ -481,7 +506,7 @@ def choose_mesh(
         data = 1 if -1 in mesh.values() else -1
         sizes = {"data": data, "fsdp": 1, "tensor": 1} | dict(mesh)
         return sharding.make_mesh(**sizes, devices=devices)
-    devices = jax.local_devices()
+    devices = jax.local_devices() if devices is None else devices
     if len(devices) == 1:
         return None
     shapes = _abstract(config)[1]

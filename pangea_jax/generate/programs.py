@@ -52,7 +52,7 @@ class Programs:
             compiled = jax.jit(call, **kwargs, **({"out_shardings": outputs} if mesh else {}))
             return functools.partial(self._run, compiled)
 
-        whole, cache, decoding = _output_shardings(mesh)
+        whole, cache, decoding = output_shardings(mesh)
         new = "max_new_tokens"
         self.forward = program(lambda model, batch: model(batch), whole)
         self.begin = program(_begin, decoding, static_argnames=(new, "top"))
@@ -73,6 +73,10 @@ class Programs:
     def _run(self, compiled, *args, **named):
         # The parameters are looked up at each call: in training they are replaced.
         return compiled(self.params, *args, **named)
+
+    def lower(self, name: str, *args, **named) -> jax.stages.Lowered:
+        """The program `name` for arguments of these shapes, to compile it without running it."""
+        return getattr(self, name).args[0].lower(self.params, *args, **named)
 
     @property
     def shards(self) -> int:
@@ -104,7 +108,7 @@ class Programs:
         return each * self.shards
 
 
-def _output_shardings(mesh: Mesh | None):
+def output_shardings(mesh: Mesh | None):
     """Shardings of outputs that every host reads (replicated), of a cache, and of a `Decoding` (only its cache is
     split)."""
     if mesh is None:

@@ -39,7 +39,10 @@ class Replica:
         """The engine with these parameters, on any mesh of all devices. All processes must call it."""
         dtype = jnp.dtype(self._config.dtype)
         cast = jax.jit(
-            lambda tree: {name: value.astype(dtype) for name, value in tree.items()},
+            lambda tree: {
+                name: value if sharding.quantized_part(name)[1] else value.astype(dtype)
+                for name, value in tree.items()
+            },
             out_shardings=self._targets,
         )
         own = {name: self._own(value) for name, value in cast(dict(params)).items()}

@@ -20,6 +20,7 @@ import jax
 
 from pangea_jax.model import PangeaConfig
 from pangea_jax.model import params as model_params
+from pangea_jax.sharding import quantized_part
 
 # Dense bfloat16 FLOPs a second of one chip, by `jax.Device.device_kind` (vendors' data sheets).
 PEAK_FLOPS = {
@@ -73,7 +74,7 @@ def train_flops(
       frozen: patterns of parameters that do not train.
     """
     vision = config.vision
-    trains = set(shapes) - model_params.select(shapes, frozen)
+    trains = set(shapes) - model_params.select(shapes, frozen)  # no codes or scales
     if not tiles:
         trains = {name for name in trains if not name.startswith("vision.")}
     first = min((_stage(name) for name in trains), default=len(_STAGES))
@@ -81,7 +82,7 @@ def train_flops(
     targets = tokens if targets is None else targets
     positions = (patches, tiles * seen, patches, patches, tokens, targets)
     parts = dict.fromkeys(("vision", "projector", "language", "attention", "head"), 0.0)
-    for name, leaf in shapes.items():
+    for name, size in _sizes(shapes).items():
         stage = next((i for i, p in enumerate(_STAGES) if re.fullmatch(p, name)), None)
         if name == "language.embedding_vd" and config.language.tied_head:
             stage = _HEAD
@@ -89,7 +90,7 @@ def train_flops(
             stacked = stage in (_TOWER, _DECODER)
             passes = 1 + (name in trains) + (first < stage or (stacked and first == stage))
             part = "head" if stage == _HEAD else name.split(".")[0]
-            parts[part] += 2 * passes * positions[stage] * math.prod(leaf.shape)
+            parts[part] += 2 * passes * positions[stage] * size
     # Attention is two products, queries by keys and weights by values. Each has the gradients of two inputs.
     one_pass = 4 * tiles * seen * seen * vision.width * vision.used_layers
     parts["vision"] += one_pass * (3 if first <= _TOWER else 1)
@@ -97,6 +98,16 @@ def train_flops(
     one_pass = 4 * tokens * (row_tokens / 2) * width * config.language.layers
     parts["attention"] = one_pass * (3 if first <= _DECODER else 1)
     return parts | {"total": sum(parts.values())}
+
+
+def _sizes(shapes) -> dict[str, int]:
+    """The number of values of each parameter. In 4 bits, two are in a byte."""
+    sizes = {name: math.prod(leaf.shape) for name, leaf in shapes.items()}
+    for name in [name for name in sizes if quantized_part(name)[1]]:
+        size, (kernel, part) = sizes.pop(name), quantized_part(name)
+        if part == "codes":
+            sizes[kernel] = size * (1 if shapes[name].dtype == "int8" else 2)
+    return sizes
 
 
 def _stage(name: str) -> int:

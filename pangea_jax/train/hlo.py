@@ -1,9 +1,11 @@
 """Reads the HLO text of compiled programs and counts the bytes that devices send to each other."""
 
+import dataclasses
 import functools
 import math
 import re
 from collections import Counter
+from typing import NamedTuple
 
 COLLECTIVES = (
     "all-gather",
@@ -15,11 +17,64 @@ COLLECTIVES = (
     "collective-broadcast",
 )
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
-_ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+|f8\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+|f8\w*)\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _CALLEE = re.compile(
     r"(?:calls|to_apply|body|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
+
+
+class Array(NamedTuple):
+    """An array of a program.
+
+    Attributes:
+      space: where a TPU keeps it: 0 main memory, 1 the fast memory of the core, 5 the host.
+    """
+
+    dims: tuple[int, ...]
+    bytes: int
+    space: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+      arrays: of the result.
+      operands: names of other instructions.
+      number: of a parameter; -1 for others.
+      rest: the line after the opcode.
+    """
+
+    name: str
+    opcode: str
+    arrays: list[Array]
+    operands: list[str]
+    number: int
+    rest: str
+
+    def callees(self) -> list[str]:
+        """Computations that it calls."""
+        groups = _CALLEE.findall(self.rest)
+        return [name for group in groups for name in re.findall(r"%?([\w.\-]+)", group)]
+
+    def callee(self, key: str) -> str:
+        """The computation that it calls as `key`, such as "body"."""
+        return re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)[1]
+
+
+def parse(line: str) -> Instruction | None:
+    """The instruction of a line; None for other lines."""
+    parsed = _INSTRUCTION.match(line)
+    if not parsed:
+        return None
+    name, shape, opcode, rest = parsed.groups()
+    given = rest.split(")")[0]
+    number = int(given) if opcode == "parameter" else -1
+    return Instruction(
+        name, opcode, _arrays(shape), re.findall(r"%([\w.\-]+)", given), number, rest
+    )
 
 
 def collective_bytes(text: str) -> dict[str, int]:
@@ -53,13 +108,13 @@ def _sums(text, read):
       read: maps ((computation, name), opcode, rest of the line, sizes of the arrays defined so far) of an instruction
         to ((kind, identity), bytes), or to None.
     """
-    computations, entry = _computations(text)
+    bodies, entry = computations(text)
 
     @functools.cache
     def found(name):
         """{(kind, identity): bytes} of a computation and what it calls."""
         bytes_of, sizes = Counter(), {}
-        for line in computations.get(name, ()):
+        for line in bodies.get(name, ()):
             parsed = _INSTRUCTION.match(line)
             if not parsed:
                 continue
@@ -74,10 +129,10 @@ def _sums(text, read):
                 for callee in re.findall(r"%?([\w.\-]+)", callees):
                     called |= found(callee)
             if called and opcode == "while":
-                turns = _turns(rest, computations)
-                if turns is None:
+                iterations = turns(rest, bodies)
+                if iterations is None:
                     raise ValueError(f"loop {result} communicates an unknown number of times")
-                called = Counter({key: turns * size for key, size in called.items()})
+                called = Counter({key: iterations * size for key, size in called.items()})
             bytes_of |= called
         return bytes_of
 
@@ -108,20 +163,20 @@ def _dcn_send(name, opcode, rest, sizes):
     return (kind[1].lower().replace("_", "-"), name), max(sizes[name[1]])
 
 
-def _computations(text):
+def computations(text: str) -> tuple[dict[str, list[str]], str | None]:
     """Lines of each computation by name, and the name of the first to run."""
-    computations, lines, entry = {}, None, None
+    found, lines, entry = {}, None, None
     for line in text.splitlines():
         head = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         if head:
-            lines = computations[head[2]] = []
+            lines = found[head[2]] = []
             entry = head[2] if head[1] else entry
         elif lines is not None:
             lines.append(line)
-    return computations, entry
+    return found, entry
 
 
-def _turns(rest: str, computations) -> int | None:
+def turns(rest: str, computations) -> int | None:
     """How often a loop runs: the compiler's trip count, or else the bound of its counter divided by its step.
 
     The counters of `jax.lax.scan`, and of loops that XLA makes from a product, start from 0.
@@ -164,8 +219,14 @@ def _definitions(lines) -> dict[str, str]:
 
 def _array_bytes(shape: str) -> list[int]:
     """Sizes of the arrays in the text of a (tuple) shape."""
-    sizes = []
-    for kind, dims in _ARRAY.findall(shape):
+    return [array.bytes for array in _arrays(shape)]
+
+
+def _arrays(shape: str) -> list[Array]:
+    found = []
+    for kind, dims, layout in _ARRAY.findall(shape):
         bits = _BITS.get(kind) or int(re.search(r"\d+", kind)[0])
-        sizes.append(math.prod(int(d) for d in dims.split(",") if d) * bits // 8)
-    return sizes
+        space = re.search(r"S\((\d+)\)", layout)
+        dims = tuple(int(d) for d in dims.split(",") if d)
+        found.append(Array(dims, math.prod(dims) * bits // 8, int(space[1]) if space else 0))
+    return found

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from pangea_jax.model import Pangea, PangeaConfig
 from pangea_jax.model import params as model_params
-from pangea_jax.sharding import param_shardings, state_shardings
+from pangea_jax.sharding import param_shardings, quantized_part, state_shardings
 
 
 @struct.dataclass
@@ -74,12 +74,22 @@ def _plan(config, optimizer, mesh, seed, frozen):
 
     graphdef, shapes = model_params.abstract(make)
     frozen_names = model_params.select(shapes, frozen)
+    codes = [name for name in shapes if quantized_part(name)[1] and name not in frozen_names]
+    if codes:
+        raise ValueError(
+            f"{codes[0]} is in {config.language.weights}, which does not train: add adapters "
+            "(config.model.language.lora) and freeze the rest (config.frozen), or set config.model.language.weights=''"
+        )
 
     def create(pretrained):
         params = model_params.split(make())[1]
         params |= {name: value.astype(params[name].dtype) for name, value in pretrained.items()}
         trainable = {n: v for n, v in params.items() if n not in frozen_names}
-        kept = {n: v.astype(config.dtype) for n, v in params.items() if n in frozen_names}
+        kept = {
+            n: v if quantized_part(n)[1] else v.astype(config.dtype)
+            for n, v in params.items()
+            if n in frozen_names
+        }
         return TrainState(jnp.int32(0), trainable, kept, optimizer.init(trainable))
 
     placed = param_shardings(shapes, mesh)

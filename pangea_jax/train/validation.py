@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -129,6 +130,19 @@ class Validator:
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues from `results` of the run that this one continues."""
         self._kept = dict(state)
+
+    def advice(self, workdir: str | os.PathLike, adapters: bool) -> str | None:
+        """How to take the best step, if it is not the last, in which case there is nothing to say."""
+        best, last = self._kept["best"], self._kept["last"]
+        if not best or best["step"] == last["step"]:
+            return None
+        what = "the adapters" if adapters else "the model"
+        form = " --format=peft" if adapters else ""
+        return (
+            f"The validation loss was {best['validation/loss']:.4f} after step {best['step']}, and "
+            f"{last['validation/loss']:.4f} at the end. For {what} of step {best['step']}: python launch/convert.py "
+            f"--from={workdir}/checkpoints/{best['step']} --to=DIR{form}"
+        )
 
     def describe(self, metrics: Mapping[str, float]) -> str:
         """One line for the console."""

@@ -14,10 +14,12 @@ from PIL import Image
 from configs import finetune
 from pangea_jax import checkpoints, experiment, sharding
 from pangea_jax.anyres import layout
+from pangea_jax.checkpoints import rounded
 from pangea_jax.data.build.write_store import Picture, write_store
 from pangea_jax.data.pipeline import RowSource, render_example
 from pangea_jax.data.record import Conversation, Turn
 from pangea_jax.experiment import Experiment
+from pangea_jax.model.params import flatten, unflatten
 from pangea_jax.model.vision import CLIP_MEAN, CLIP_STD
 from pangea_jax.sample import emoji
 from pangea_jax.train import optimizer as optim
@@ -108,13 +110,14 @@ def start(base, tmp_path_factory):
 class Ours:
     """The run of configs/finetune.py in this process: its batches, its losses, its validation losses."""
 
-    def __init__(self, base, start, folder):
+    def __init__(self, base, start, folder, weights=""):
         write_store(
             folder, name="made", build="none", records={"train": records()},
             images={"made": pictures()},
         )  # fmt: skip
         config = finetune.get_config(
             f"model={base},data={folder},lora=4,batch={BATCH},epochs=2,validation=0.1,dtype=float32"
+            + (f",weights={weights}" if weights else "")
         )
         config.init_from, config.steps = str(start), STEPS
         config.reading.rounding = "transformers"
@@ -255,6 +258,32 @@ def train_reference(base, start, folder, train, held_back):
     trainer.train()
     logged = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
     return losses, logged
+
+
+def values_of(base, weights, to):
+    """A model in float32 whose kernels have the values of the base's in 8 or 4 bits."""
+    config = rounded.in_form(checkpoints.config_from_folder(base), weights)
+    params = rounded.whole(flatten(checkpoints.load(base, config)), config)
+    tokens = checkpoints.SpecialTokens.of(checkpoints.load_tokenizer(base))
+    checkpoints.save(unflatten(params), rounded.plain(config), to, tokens=tokens)
+    return to
+
+
+@pytest.mark.slow
+def test_losses_on_a_base_in_4_bits_equal_those_of_the_trainer_on_its_values(base, start, tmp_path):
+    """QLoRA: only the adapters train, and the checkpoint of a run would hold only them."""
+    ours = Ours(base, start, tmp_path / "store", "nf4")
+    assert ours.exp.model.language.weights == "nf4" and ours.exp.checkpoint.base
+    train = [one for batch in ours.examples(ours.batches) for one in batch]
+    held_back = [
+        one for batch in ours.examples(rows for rows, _ in ours.validator.batches) for one in batch
+    ]
+    below = values_of(base, "nf4", tmp_path / "values")
+    losses, validation = train_reference(below, start, tmp_path / "hf", train, held_back)
+    np.testing.assert_allclose(ours.losses, losses, rtol=0, atol=1e-3)
+    found = [values["validation/loss"] for values in ours.validation]
+    np.testing.assert_allclose(found, validation, rtol=0, atol=1e-3)
+    assert found[-1] < found[0] - 0.1
 
 
 def test_losses_equal_those_of_the_trainer(base, start, tmp_path):

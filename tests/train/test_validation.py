@@ -105,7 +105,12 @@ def test_the_best_step_is_remembered(tiny_model):
         == "before training: validation loss 4.0000, token accuracy 50.0%"
     )
     assert validator.describe(validator.run(state, 1)).endswith("the best so far")
+    assert validator.advice("runs/mine", adapters=True) is None
     assert "the best was 3.0000 after step 2" in validator.describe(validator.run(state, 3))
+    advice = validator.advice("runs/mine", adapters=True)
+    assert advice.startswith("The validation loss was 3.0000 after step 2, and 3.5000 at the end.")
+    assert advice.endswith("--from=runs/mine/checkpoints/2 --to=DIR --format=peft")
+    assert validator.advice("runs/mine", adapters=False).endswith("checkpoints/2 --to=DIR")
     assert validator.best_step == 2
     resumed = Validator(score, one, ("sw",), mesh, every=2)
     resumed.set_state(validator.results())

@@ -36,7 +36,7 @@ def test_every_file_that_is_no_module_is_packed(package):
     assert missing == []
 
 
-@pytest.mark.parametrize("extra", ["eval", "curation", "gcs"])
+@pytest.mark.parametrize("extra", ["eval", "curation", "gcs", "serve"])
 def test_an_extra_has_the_lines_of_its_requirements_file(extra):
     lines = (ROOT / f"requirements-{extra}.txt").read_text(encoding="utf-8").splitlines()
     lines = [line.partition("#")[0].strip() for line in lines]

@@ -22,6 +22,13 @@ _QWEN2_WORDS = (
 )
 
 
+# Byte-level BPE writes each byte as a letter: printable ones as themselves, the others from U+0100 on.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = (byte for byte in range(0x100) if byte not in _PRINTABLE)
+_BYTE_OF_LETTER = {chr(byte): byte for byte in _PRINTABLE}
+_BYTE_OF_LETTER |= {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
+
+
 class NoImageToken(ValueError):
     """The vocabulary has no `<image>` and no `image_id` was given."""
 
@@ -44,6 +51,10 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+
+    def piece(self, id: int) -> bytes:
+        """The bytes of one token. Those of a text's tokens, one after the other, are the text."""
+        ...
 
 
 class SentencePieceTokenizer:
@@ -93,6 +104,14 @@ class SentencePieceTokenizer:
             else:
                 run.append(id)
         return "".join([*parts, self._model.decode(run)])
+
+    def piece(self, id: int) -> bytes:
+        if id in self._special:
+            return self._special[id].encode()
+        piece = self._model.id_to_piece(id)
+        if self._model.is_byte(id):
+            return bytes([int(piece[1:-1], 16)])
+        return piece.replace("\u2581", " ").encode()
 
 
 class TokenizerJson:
@@ -179,6 +198,12 @@ class TokenizerJson:
             else:
                 run.append(id)
         return "".join([*parts, self._decode(run, skip_special)])
+
+    def piece(self, id: int) -> bytes:
+        piece = IMAGE if id == self.image_id else self._model.id_to_token(id) or ""
+        if id == self.image_id or id in self._model.get_added_tokens_decoder():
+            return piece.encode()
+        return bytes(map(_BYTE_OF_LETTER.__getitem__, piece))
 
     def _decode(self, ids: list[int], skip_special: bool) -> str:
         return self._model.decode(ids, skip_special_tokens=skip_special)

@@ -5,7 +5,7 @@ from pathlib import Path
 from pangea_jax.sample.emoji import SIZE
 from pangea_jax.sample.sources import ARTISTS, CLDR_PACKAGE, CLDR_VERSION, TOWER_ARTISTS, Artist
 
-_LICENCES = {
+LICENCES = {
     "Apache-2.0": ("Apache License, Version 2.0", "https://www.apache.org/licenses/LICENSE-2.0"),
     "MIT": ("MIT License", "https://opensource.org/license/mit"),
     "CC-BY-4.0": (
@@ -51,13 +51,13 @@ _TERMS = {
 }
 
 
-_IN_SAMPLE = f"a selection, rasterised from SVG to {SIZE} x {SIZE} pixels, lossless WebP."
+IN_SAMPLE = f"a selection, rasterised from SVG to {SIZE} x {SIZE} pixels, lossless WebP."
 _IN_TOWER = "rasterised from SVG, trained on as random views; the weights hold no drawing."
 
 
-def credit(artist: Artist, changed: str = _IN_SAMPLE) -> str:
+def credit(artist: Artist, changed: str = IN_SAMPLE) -> str:
     """The attribution of one set: title, author, source, licence and changes."""
-    name, url = _LICENCES[artist.spdx]
+    name, url = LICENCES[artist.spdx]
     return (
         f"{artist.title} by {artist.author} ({artist.url}).\n"
         f"Licence: {name} ({artist.spdx}, {url}).\n"

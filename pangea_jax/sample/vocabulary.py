@@ -29,7 +29,7 @@ _SYMBOLS = (
 _COUNTS = (20, 2, 1)
 # In the default languages they count more. Most of their names and phrases become one piece, as a large
 # vocabulary has whole words of its main languages; names of the others are spelled in several pieces.
-_DEFAULT = frozenset(("ar", "en", "es", "hi", "ko", "ru", "sw", "zh"))
+DEFAULT_LANGUAGES = frozenset(("ar", "en", "es", "hi", "ko", "ru", "sw", "zh"))
 _DEFAULT_COUNTS = (400, 40, 4)
 # The training starts with this number of candidate pieces; a million, as usual, take ten times as long.
 _CANDIDATES = 50_000
@@ -41,7 +41,7 @@ def corpus(concepts: Collection[Concept]) -> Iterator[str]:
     words = {word for c in concepts for some in c.keywords.values() for word in some}
     words -= {name for c in concepts for name in c.names.values()}
     for language in languages.EMOJI:
-        phrase, name, keyword = _DEFAULT_COUNTS if language in _DEFAULT else _COUNTS
+        phrase, name, keyword = _DEFAULT_COUNTS if language in DEFAULT_LANGUAGES else _COUNTS
         for concept in concepts:
             counts[concept.names[language]] += name
             counts.update(dict.fromkeys(concept.keywords[language], keyword))

@@ -65,12 +65,15 @@ def test_every_language_round_trips(tokenizer, language):
     for text in texts(language):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
+        assert b"".join(map(tokenizer.piece, ids)).decode() == text
         assert all(0 <= id < tokenizer.vocab_size for id in ids)
 
 
 @pytest.mark.parametrize("text", ["", " ", "  two  blanks ", "\n\n", "a\nb\t", "𓂀 🐈‍⬛ ᚠ", "\x00x"])
 def test_odd_text_round_trips(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert b"".join(map(tokenizer.piece, ids)).decode() == text
 
 
 @pytest.mark.parametrize("marker", MARKERS)
@@ -88,6 +91,7 @@ def test_special_tokens_are_skipped_or_shown(tokenizer):
     assert tokenizer.decode(ids) == "catcat"
     shown = "<|im_start|>cat<image>cat<|im_end|><|endoftext|>"
     assert tokenizer.decode(ids, skip_special=False) == shown
+    assert b"".join(map(tokenizer.piece, ids)).decode() == shown
 
 
 def test_special_ids_are_distinct_and_newline_decodes(tokenizer):

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server of one model; docs/serving.md says how it is used."""

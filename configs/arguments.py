@@ -11,15 +11,18 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
     {'en_ratio': 0.8, 'small': True, 'scale': 'sample'}
 
     Raises:
-      ValueError: a key is unknown (the message names the nearest one), or a value has the wrong type.
+      ValueError: a key is unknown (the message names the nearest one) or stands twice, or a value has the wrong type.
     """
-    values = dict(defaults)
+    values, seen = dict(defaults), set()
     for item in filter(None, (arg or "").split(",")):
         key, _, text = item.partition("=")
         if key not in defaults:
             near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"config argument {key!r} is not one of {sorted(defaults)}{hint}")
+        if key in seen:
+            raise ValueError(f"config argument {key}= stands twice; give it once")
+        seen.add(key)
         values[key] = _convert(key, text, defaults[key])
     return values
 

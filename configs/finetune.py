@@ -6,6 +6,7 @@
     model       a folder in any form that `pangea_jax.load` reads, a name on the Hugging Face hub, or "sample"
     data        a store that launch/build_data.py has made
     lora        rank of adapters on all kernels of the decoder; 0: everything trains
+    weights     int8, int4 or nf4: the frozen language model under the adapters in 8 or 4 bits (QLoRA)
     epochs      passes over the data
     batch       records in a step
     validation  share of the records that is held back; the loss on it is in metrics.jsonl and loss.png
@@ -20,17 +21,19 @@ without AnyRes takes up to 8 pictures a record; `--config.pipeline.row_tiles` se
 
 Only the words of the answers are trained. Adapters learn at 2e-4; a whole model at 2e-5, its tower at
 a tenth of that. Expect the losses on the held-back part before and after training on the console,
-`model/` with the whole model, and `adapter/`, which peft and `pangea_jax.load` read.
+`model/` with the whole model, and `adapter/`, which peft and `pangea_jax.load` read. With `weights` there is only
+`adapter/`: adapters are merged into the weights before the rounding (`launch/convert.py --format=hf`).
 """
 
 import dataclasses
 
 from ml_collections import ConfigDict
 
-from configs.arguments import parse_arg
+from configs.arguments import choice, parse_arg
 from pangea_jax import assets, checkpoints
+from pangea_jax.checkpoints import rounded
 from pangea_jax.checkpoints.adapter import SAMPLE
-from pangea_jax.experiment import Experiment
+from pangea_jax.experiment import EvalConfig, Experiment
 from pangea_jax.model import LoraConfig, PangeaConfig
 from pangea_jax.typed_config import section
 
@@ -43,19 +46,42 @@ MOST_PICTURES = 8
 
 def get_config(arg: str | None = None) -> ConfigDict:
     args = parse_arg(
-        arg, model="sample", data="", lora=0, epochs=3, batch=16, validation=0.1, dtype="", seed=0
+        arg,
+        model="sample",
+        data="",
+        lora=0,
+        epochs=3,
+        batch=16,
+        validation=0.1,
+        dtype="",
+        seed=0,
+        weights="",
     )
     if not args["data"]:
         raise ValueError(
             "the config argument data= is missing: a folder made by launch/build_data.py"
         )
+    if args["dtype"]:
+        choice("dtype", args["dtype"], ("bfloat16", "float32"))
+    for key, least in (("lora", 0), ("epochs", 1), ("batch", 1)):
+        if args[key] < least:
+            raise ValueError(f"config argument {key}={args[key]}: expected {least} or more")
     name = args["model"]
-    folder = assets.SAMPLE_MODEL if name == "sample" else checkpoints.resolve(name)
-    found, tokenizer = checkpoints.config_from_folder(folder), checkpoints.load_tokenizer(folder)
+    try:
+        folder = assets.SAMPLE_MODEL if name == "sample" else checkpoints.resolve(name)
+        found = checkpoints.config_from_folder(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"config argument model={name}: {error}") from error
+    tokenizer = checkpoints.load_tokenizer(folder)
     if found.language.lora.rank:
         raise ValueError(
             f"the config argument model={name} is a run that trains adapters; give its folder model/ or "
             "adapter/, which it writes at its end, or start from it with --init_from"
+        )
+    found = rounded.choose_form(found, args["weights"], folder)
+    if found.language.weights and not args["lora"]:
+        raise ValueError(
+            f"weights in {found.language.weights} do not train; add adapters with the config argument lora=16"
         )
     model = dataclasses.replace(
         found,
@@ -98,6 +124,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.checkpoint.base = name
         config.optimizer.update(learning_rate=2e-4, lr_scale=())
     config.log_every = 1
+    config.eval = section(EvalConfig, bench={})  # for --config.eval.bench.tasks
     return config
 
 

@@ -17,7 +17,8 @@ configs/finetune.py is the place to start:
 
     python launch/train.py --config=configs/pangea_7b_finetune.py:lora=16 --config.data.store=DIR --workdir=runs/lora
 
-It is set up for one GPU of 80 GB, with 16 rows per step, two at a time (`accumulation=8`; take 8 / n for n GPUs). A
+It is set up for one GPU of 80 GB, with 16 rows per step, two at a time (`accumulation=8`; take 8 / n for n GPUs,
+and 1 with a row or more for each chip on 16 chips of a TPU). A
 GPU of 24 GB holds a row of 2,048 tokens with `--config.pipeline.row_tokens=2048 --config.pipeline.row_tiles=5
 --config.accumulation=16 --config.keep=none`.
 
@@ -35,7 +36,7 @@ Expect the scores of Tables 2 and 3 (multimodal 59.9 in English, 52.8 in the oth
 from ml_collections import ConfigDict
 
 from configs.arguments import choice, parse_arg, under
-from pangea_jax.experiment import Experiment
+from pangea_jax.experiment import EvalConfig, Experiment
 from pangea_jax.model import lora
 from pangea_jax.typed_config import section
 
@@ -88,6 +89,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     # The released script saves every 5 % of the steps: 2,600 at a batch of 128.
     config.checkpoint.update(every=2500, keep=3)
+    config.eval = section(EvalConfig, bench={})  # for --config.eval.bench.tasks
     if args["lora"]:
         config.model.language.lora.update(rank=args["lora"], alpha=2.0 * args["lora"])
         config.pretrained, config.frozen = ("neulab/Pangea-7B-hf",), lora.FROZEN

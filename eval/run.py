@@ -89,6 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--limit", type=_limit, help="documents per task, or a share below 1")
     flag("--batch_size", default="auto", help="rows in a batch, for checkpoints")
     flag("--mesh", default="auto", help="devices for a checkpoint: auto (all), or data=2,tensor=4")
+    flag("--weights", help="hold a checkpoint's language model in 8 or 4 bits: int8, int4 or nf4")
     flag("--gen_kwargs", default="", help="max_new_tokens=512,temperature=0.2")
     flag("--concurrency", type=_whole(1), default=8, help="number of calls to an endpoint at once")
     flag("--retries", type=_whole(0), default=6, help="number of times a failed call is repeated")
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None, *, engine: "Engine | None" = None) -
         ImportError,
         OSError,
     ) as error:
-        return _ended(error, str(error), 2)
+        return _ended(error, paths.say(error), 2)
     except Exception as error:
         fault = paths.explain(error)
         if fault is None:
@@ -413,6 +414,7 @@ def _open_model(args: argparse.Namespace) -> models.Model:
             batch_size=args.batch_size,
             profile=args.profile,
             mesh=args.mesh,
+            weights=args.weights,
             engine=args.engine,
         )
     except ValueError as error:
@@ -506,7 +508,7 @@ class Command(NamedTuple):
 
 
 _CALLS = ("concurrency", "retries", "timeout")
-_ASKING = ("model", "base", "base_url", "responses", "gen_kwargs", "batch_size", "mesh")
+_ASKING = ("model", "base", "weights", "base_url", "responses", "gen_kwargs", "batch_size", "mesh")
 _JUDGING = ("judge", "judge_base_url", *_CALLS)
 COMMANDS = {
     "run": Command(

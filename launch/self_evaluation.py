@@ -33,13 +33,14 @@ STEPS = "steps"
 
 
 def open_bench(exp: Experiment, tokenizer: Tokenizer, workdir: Path) -> "Bench | None":
-    """What asks PangeaBench; None without `config.eval.bench`. It reads all documents, so it fails before training.
+    """What asks PangeaBench; None without `config.eval.bench.tasks`. Reads all documents, to fail before training.
 
     Raises:
       UserError: a task needs a judge, or the profile has no scores for it.
       DataError: documents are missing or malformed.
     """
-    return Bench(exp, tokenizer, workdir) if exp.eval and exp.eval.bench else None
+    bench = exp.eval and exp.eval.bench
+    return Bench(exp, tokenizer, workdir) if bench and bench.tasks else None
 
 
 class Bench:
@@ -171,7 +172,7 @@ def evaluate(run, graphdef, params, store, tokenizer, bench: Bench | None):
     Both are empty without `config.eval`.
     """
     exp, splits, answers = run.exp, {}, {}
-    if exp.eval and exp.data.store == "emoji":
+    if exp.eval and exp.eval.bench is None and exp.data.store == "emoji":
         splits, answers = evaluation.evaluate(
             graphdef,
             params,

@@ -258,6 +258,8 @@ def execute(run):
         }
         atomic.write_json(run.files.folder / "results.json", results, ensure_ascii=False)
         write_report(run, results, answers, store)
+        if advice := validator and validator.advice(run.workdir, exp.model.language.lora.rank > 0):
+            run.console.print(advice)
 
 
 def _count(params) -> int:

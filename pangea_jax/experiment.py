@@ -140,7 +140,8 @@ class BenchConfig:
     """How a run asks itself PangeaBench; `config.eval.bench`. `launch/self_evaluation.py` does it.
 
     Attributes:
-      tasks: names as in `eval/run.py --tasks`, with commas. Data sets that need a judge are refused.
+      tasks: names as in `eval/run.py --tasks`, with commas; "": nothing is asked. Data sets that need a judge are
+        refused.
       data: the folder of the documents, see eval/bench/documents.py.
       limit: documents of each task, or a share below 1; None: all.
       every: steps between two evaluations on a small part, besides the one of everything at the end;
@@ -171,18 +172,16 @@ class BenchConfig:
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ValueError(f"config.eval.bench.{name} is {value}; expected {lowest} or more")
-        if not self.tasks:
-            raise ValueError("config.eval.bench.tasks is empty; name tasks of PangeaBench")
         if self.limit is not None and not self.limit > 0:
             raise ValueError(f"config.eval.bench.limit is {self.limit}; expected more than 0")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(Evaluation):
-    """What a run is asked at its end: the sample's questions, if it trains on the sample, and PangeaBench.
+    """What a run is asked at its end: PangeaBench, or else, if it trains on the sample, the sample's questions.
 
     Attributes:
-      bench: the tasks of PangeaBench; None: none.
+      bench: the tasks of PangeaBench; None: the sample's questions instead.
     """
 
     bench: BenchConfig | None = None
@@ -435,7 +434,7 @@ def load_initial(exp: Experiment, mesh: jax.sharding.Mesh) -> dict[str, jax.Arra
     """
     if not exp.init_from:
         return load_pretrained(exp.model, exp.pretrained, mesh)
-    path, model = checkpoints.resolve(exp.init_from), exp.model
+    path, model = _resolve_initial(exp), exp.model
     if isinstance(path, checkpoints.AdapterFolder) and model.language.lora.rank:
         params = load_pretrained(model, (str(path.base),), mesh)
         return params | adapter.load(path.folder, model)
@@ -451,6 +450,33 @@ def load_initial(exp: Experiment, mesh: jax.sharding.Mesh) -> dict[str, jax.Arra
     shapes = model_params.abstract(lambda: Pangea(model, rngs=nnx.Rngs(0)))[1]
     shardings = model_params.unflatten(sharding.param_shardings(shapes, mesh))
     return model_params.flatten(checkpoints.load(path, model, shardings=shardings))
+
+
+# What must be equal in two models for one to start from the other's weights.
+_SIZES = {
+    "language": ("width", "layers", "heads", "kv_heads", "head_width", "mlp", "vocab_size"),
+    "vision": ("width", "heads", "mlp", "patch_size"),
+}
+
+
+def _resolve_initial(exp: Experiment):
+    """The folder of `init_from`, whose model has the sizes of this run's."""
+    try:
+        path = checkpoints.resolve(exp.init_from)
+        theirs = checkpoints.config_from_folder(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"--init_from={exp.init_from}: {error}; expected a finished run, a model or adapters"
+        ) from error
+    for part, names in _SIZES.items():
+        for name in names:
+            found, wanted = (getattr(getattr(one, part), name) for one in (theirs, exp.model))
+            if found != wanted:
+                raise checkpoints.CheckpointError(
+                    f"--init_from={exp.init_from} has {part}.{name} {found}, but the model of this run has {wanted}; "
+                    "start from a run of the same model, or configure this run with that model"
+                )
+    return path
 
 
 def on_base(exp: Experiment) -> Experiment:
@@ -591,16 +617,24 @@ def save_model(
 ) -> None:
     """Writes model/: weights, config, tokenizer, processor, reading policy; and adapters alone into adapter/.
 
+    On a base in 8 or 4 bits it writes adapter/ alone, because adapters are merged into the weights before the rounding.
     If no public layout can hold the tokenizer, it warns and leaves out tokenizer and processor. All
     processes must call it.
     """
     folder, lora = workdir / "model", exp.model.language.lora
     tokens = checkpoints.SpecialTokens.of(tokenizer)
-    huggingface.save(model_params.unflatten(params), exp.model, folder, tokens=tokens)
+    if not (lora.rank and exp.model.language.weights):
+        huggingface.save(model_params.unflatten(params), exp.model, folder, tokens=tokens)
     if lora.rank:
         base = adapter.base_of(dataclasses.asdict(exp))
         adapter.save(params, lora, workdir / "adapter", base=base, policy=exp.reading)
     if jax.process_index():
+        return
+    if not folder.is_dir():
+        logging.info(
+            "the base is in %s, so only adapter/ is written; launch/convert.py --format=hf merges it into its base",
+            exp.model.language.weights,
+        )
         return
     exp.reading.save(folder)
     try:

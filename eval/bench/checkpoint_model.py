@@ -283,6 +283,7 @@ def open_checkpoint(
     profile: Profile,
     mesh: str = "auto",
     base: str | None = None,
+    weights: str | None = None,
     engine: Engine | None = None,
 ) -> CheckpointModel:
     """The model that `pangea_jax.load` has under this name.
@@ -291,6 +292,7 @@ def open_checkpoint(
       batch_size: "auto" or a number.
       mesh: the devices of this process: "auto", or sizes of axes as in `data=2,tensor=4`.
       base: the model below adapters, see `pangea_jax.load`.
+      weights: their form in 8 or 4 bits, see `pangea_jax.load`.
       engine: the model, if it is loaded already.
 
     Raises:
@@ -299,9 +301,10 @@ def open_checkpoint(
     if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
         raise ValueError(f"--batch_size={batch_size}: expected auto or a positive number")
     rows = None if batch_size == "auto" else int(batch_size)
-    engine = engine or pangea_jax.load(name, base=base, mesh=_parse_mesh(mesh))
-    # Responses are kept under this name, so adapters on two bases are two models.
+    engine = engine or pangea_jax.load(name, base=base, weights=weights, mesh=_parse_mesh(mesh))
+    # Responses are kept under this name, so adapters on two bases are two models, and so are two forms of weights.
     known = f"{name} on {base}" if base else name
+    known += f" in {weights}" if weights else ""
     return CheckpointModel(engine, known, batch_size=rows, profile=profile)
 
 

@@ -7,15 +7,48 @@ because bootstrap intervals are clustered by both.
 
 import json
 import math
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from eval.bench.task import OWN, Dataset, Document, Task
+
+T = TypeVar("T")
 
 
 class DataError(ValueError):
     """Evaluation data is missing or malformed; the message names the file and the line."""
+
+
+def own_fault(error: BaseException, code: Path) -> DataError:
+    """What a Python file of one's own raised, and in which of its lines."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(code)]
+    if isinstance(error, SyntaxError) and error.filename == str(code):
+        lines = [error.lineno]
+    where = f"{code}, line {lines[-1]}" if lines else str(code)
+    problem = " ".join(str(error).split())[:300]
+    return DataError(f"{where}: {type(error).__name__}: {problem}; correct the file")
+
+
+def call(dataset: Dataset, kind: type[T] | tuple[type, ...], method: Callable[..., T], *args) -> T:
+    """The result of a method of a data set.
+
+    Raises:
+      DataError: the code of one's own task raised, or gave something of another kind.
+    """
+    if dataset.code is None:
+        return method(*args)
+    of = f"document {args[0].id!r:.60} in {type(dataset).__name__}.{method.__name__}"
+    try:
+        found = method(*args)
+    except Exception as error:
+        raise DataError(f"{own_fault(error, dataset.code)} ({of})") from error
+    if not isinstance(found, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        names = " or ".join(k.__name__ for k in kinds)
+        raise DataError(f"{dataset.code}: {of} gave {found!r:.60}, expected {names}")
+    return found
 
 
 def task_file(task: Task, data_dir: Path | None) -> Path:
@@ -44,7 +77,7 @@ def load(task: Task, data_dir: Path | None, *, limit: float | None = None) -> li
     """
     path = task_file(task, data_dir)
     if not path.is_file():
-        raise DataError(f"{path}: no such file, needed by {task.name}. {_remedy(task, 'Make it')}")
+        raise DataError(f"{path}: no such file, needed by {task.name}; {_remedy(task, 'make it')}")
     documents, seen = [], set()
     for number, row in read_lines(path):
         where = f"{path}, line {number}"
@@ -77,7 +110,10 @@ def count(path: Path) -> int:
 
 def _remedy(task: Task, action: str) -> str:
     if task.dataset.group == OWN:
-        return "it needs one JSON object per line, see docs/evaluation.md"
+        return (
+            "data_files, or files of a class, names a JSONL file relative to the task's own file, with one JSON object "
+            "per line, see docs/evaluation.md"
+        )
     return f"{action} on a machine with a network: python eval/run.py fetch --tasks={task.name} --data_dir=DIR"
 
 
@@ -93,7 +129,8 @@ def _check_pictures(document: Document, folder: Path, where: str) -> None:
 def parse_row(row: Any, dataset: Dataset, where: str) -> Document:
     """Checks a row and returns it as a document."""
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
+        found = f"got {type(row).__name__}; a file has one object per line, and no list around them"
+        raise DataError(f"{where}: expected a JSON object, {found}")
 
     def refuse(name: str, expected: str):
         raise DataError(f"{where}: field {name!r} is {row.get(name)!r:.60}, expected {expected}")
@@ -160,9 +197,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
       DataError: a line is not JSON, is nested too deeply, or has half a character or an endless number, or the file is
         not UTF-8.
     """
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         try:
-            for number, line in enumerate(lines, 1):
+            for number, content in enumerate(lines, 1):
+                line = content.decode("utf-8-sig" if number == 1 else "utf-8")
                 if line.strip():
                     value = json.loads(line)
                     if "\\ud" in line.lower():
@@ -178,6 +216,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 f"{path}, line {number}: half a character ({error}); write it whole, or \\ufffd"
             ) from None
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text ({error})") from error
+            raise DataError(
+                f"{path}, line {number}: not UTF-8 text ({error}); save the file as UTF-8"
+            ) from error
         except ValueError as error:  # Python reads no number of thousands of digits
             raise DataError(f"{path}, line {number}: {error}"[:300]) from None

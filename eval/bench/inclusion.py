@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from eval.bench.documents import DataError
+from eval.bench.documents import DataError, own_fault
 from eval.bench.own_tasks import LIKELIHOOD, READERS, Declaration, DeclaredTask, OwnTask, Template
 from eval.bench.task import Dataset, Generation
 from eval.bench.tasks import TAKEN
@@ -55,6 +55,13 @@ _KEYS: Mapping[str, _Key] = {
     "generation_kwargs": _MAPPING,
     "metadata": _MAPPING,
 }
+# What a class of one's own must have: name, type, example.
+_ATTRIBUTES = (
+    ("name", str, 'a text, as in name = "quiz"'),
+    ("fields", Mapping, 'fields of a row and their types, as in fields = {"question": str}'),
+    ("generation", Generation, "such as Generation(max_new_tokens=16)"),
+    ("subsets", tuple, "those that OwnTask makes of files"),
+)
 _NEEDED = ("task", "dataset_kwargs", "doc_to_text", "doc_to_target")
 # Keys of lm-eval that mean code, or another task.
 _CODE = ("process_docs", "process_results", "filter_list", "include", "group", "fewshot_config")
@@ -138,13 +145,21 @@ def _written(path: Path) -> list[Dataset]:
             if inspect.isclass(kind) and kind.__module__ == module.__name__
         ]
         made = [k() for k in kinds if issubclass(k, Dataset) and not inspect.isabstract(k)]
-    except Exception as error:
-        raise DataError(f"{path}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise own_fault(error, path) from error
+    for kind in kinds:
+        is_base = any(isinstance(dataset, kind) for dataset in made)
+        if issubclass(kind, Dataset) and inspect.isabstract(kind) and not is_base:
+            missing = ", ".join(sorted(kind.__abstractmethods__))
+            raise DataError(
+                f"{path}: class {kind.__name__} has no method {missing}; docs/evaluation.md shows a whole class"
+            )
     if not made:
         raise DataError(
             f"{path}: no task in it; expected a class derived from eval.bench.own_tasks.OwnTask with prompt and score"
         )
     for dataset in made:
+        dataset.code = path
         if isinstance(dataset, OwnTask):
             dataset.folder = path.parent
             files = getattr(dataset, "files", None)
@@ -153,9 +168,14 @@ def _written(path: Path) -> list[Dataset]:
                     f"{path}: {type(dataset).__name__} needs files, as in {{'th': 'quiz.jsonl'}}"
                 )
             dataset.files = {_language(code, path): str(file) for code, file in files.items()}
-        for name in ("name", "fields", "generation", "subsets"):
-            if not hasattr(dataset, name):
-                raise DataError(f"{path}: {type(dataset).__name__} has no {name}")
+        for name, kind, example in _ATTRIBUTES:
+            if not isinstance(getattr(dataset, name, None), kind):
+                given = (
+                    reprlib.repr(getattr(dataset, name)) if hasattr(dataset, name) else "missing"
+                )
+                raise DataError(
+                    f"{path}: {name} of class {type(dataset).__name__} is {given}, expected {example}"
+                )
         _check_name(dataset.name, path)
         dataset.title = getattr(dataset, "title", dataset.name)
     return made
@@ -213,6 +233,10 @@ def _parse(path: Path) -> dict[str, Any]:
         if "could not determine a constructor" in problem:
             problem = "a tag such as !function means code, and a YAML executes nothing; write the task as a Python file"
         raise DataError(f"{path}, line {line}: {problem}") from None
+    except yaml.reader.ReaderError as error:
+        raise DataError(
+            f"{path}: {error.reason} at byte {error.position}; save the file as UTF-8"
+        ) from None
     except (yaml.YAMLError, OSError, RecursionError, ValueError) as error:
         raise DataError(f"{path}: no YAML ({error})"[:300]) from None
     if not isinstance(values, dict):
@@ -281,6 +305,8 @@ def _reader(values: Mapping[str, Any], path: Path) -> str:
     if kind != "generate_until":
         raise _wrong(path, "output_type", kind, "generate_until or multiple_choice")
     if reader not in known:
+        if reader is None:
+            raise DataError(f"{path}: no key 'reader'; expected one of {', '.join(known)}")
         raise _wrong(path, "reader", reader, f"one of {', '.join(known)}")
     return reader
 

@@ -22,7 +22,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from eval.bench import documents
 from eval.bench.models import Model, Request, ResponseFile
-from eval.bench.task import Failed, Profile, Task, digest
+from eval.bench.task import Failed, Profile, Prompt, Task, digest
 from pangea_jax.figures import inert
 from pangea_jax.work import atomic
 
@@ -80,15 +80,18 @@ def make_requests(
         generation = dataclasses.replace(task.generation, **(overrides or {}))
         for document in documents.load(task, data_dir, limit=limit):
             try:
-                prompt = task.dataset.prompt(document, task.subset, profile)
+                asked = task.dataset.prompt, document, task.subset, profile
+                prompt = documents.call(task.dataset, Prompt, *asked)
                 images = tuple(folder / name for name in prompt.images)
                 for path in images:
                     if not path.is_file():
                         raise ValueError(f"picture {path} does not exist")
+            except documents.DataError:
+                raise
             except ValueError as error:
                 failures.append(Failure(task.name, document.id, "data", str(error)))
                 continue
-            choices = task.dataset.choices(document)
+            choices = documents.call(task.dataset, tuple, task.dataset.choices, document)
             requests.append(Request(task, document, prompt, generation, images, choices))
     return requests, failures
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.bench.documents import read_lines
+from eval.bench.documents import call, read_lines
 from eval.bench.judge import Judge, Question
 from eval.bench.metrics import bootstrap
 from eval.bench.responses import Failure
@@ -119,7 +119,8 @@ def _score_answer(task: Task, answer: Answer, profile: Profile) -> Scored | Fail
     wants_text = task.generation.output_type == "generate_until"
     if wants_text and not isinstance(answer.response, str):
         return Failed(f"the response is {type(answer.response).__name__}, not a text")
-    return task.dataset.score(answer.document, answer.response, task.subset, profile, reply)
+    scored = task.dataset.score, answer.document, answer.response, task.subset, profile, reply
+    return call(task.dataset, (Scored, Failed), *scored)
 
 
 def dataset_columns(values: Mapping[str, float], dataset: str) -> dict[str, float]:

@@ -150,6 +150,7 @@ class Dataset(abc.ABC):
       judged: whether scores need a judge's replies.
       paper_scores_failures: whether the paper's scorer gives a score even if the judge's reply is missing.
       structural_zeros: subset -> why its paper score is at or near 0 for every model.
+      code: the Python file of `--include` that defines it, None for all others.
     """
 
     name: ClassVar[str]
@@ -171,6 +172,7 @@ class Dataset(abc.ABC):
     judged: ClassVar[bool] = False
     paper_scores_failures: ClassVar[bool] = False
     structural_zeros: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    code: Path | None = None
 
     def file(self, subset: Subset, data_dir: Path) -> Path:
         """The JSONL file of a subset; its pictures lie in the same folder."""

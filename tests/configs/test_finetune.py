@@ -17,6 +17,8 @@ from pangea_jax.experiment import Experiment
 from pangea_jax.model import LoraConfig, Pangea
 from pangea_jax.model import params as model_params
 from pangea_jax.sample import emoji
+from pangea_jax.train import optimizer as optim
+from pangea_jax.train.state import abstract_state
 from pangea_jax.typed_config import build
 from tests.checkpoints.tiny import random_state, write_run
 
@@ -177,13 +179,61 @@ def test_a_row_has_places_for_eight_pictures_without_anyres_and_for_all_tiles_wi
     assert exp.pipeline.row_tiles * exp.model.vision.patches > exp.pipeline.row_tokens
 
 
+MISTAKES = {
+    "lora=abc": "lora='abc': expected a value of type int",
+    "lora=-1": "lora=-1: expected 0 or more",
+    "epochs=0": "epochs=0: expected 1 or more",
+    "batch=0": "batch=0: expected 1 or more",
+    "dtype=int8": "dtype='int8' is not one of",
+    "lora_alpha=8": "'lora_alpha' is not one of .* did you mean 'lora'",
+    "data=emoji": "data= stands twice",
+}
+
+
 def test_what_cannot_be_fine_tuned_is_refused_by_name(folder, tmp_path):
     with pytest.raises(ValueError, match="data= is missing"):
         make("model=sample")
     with pytest.raises(FileNotFoundError, match="there is no folder nowhere"):
         make("model=nowhere,data=emoji")
+    for wrong, message in MISTAKES.items():
+        with pytest.raises(ValueError, match=message):
+            make(f"model=sample,data=emoji,{wrong}")
+    with pytest.raises(FileNotFoundError, match=r"config argument model=.*: no config.json in"):
+        make(f"model={tmp_path},data=emoji")
+    exp = dataclasses.replace(make(f"model={folder},data=emoji,lora=4"), init_from=str(tmp_path))
+    with pytest.raises(
+        FileNotFoundError, match=r"--init_from=.*: no config.json .* a finished run"
+    ):
+        experiment.load_initial(exp, None)
+    sample = str(checkpoints.folder.assets.SAMPLE_MODEL)
+    with pytest.raises(
+        checkpoints.CheckpointError, match=r"has language\.width 128, but .* has 32; start"
+    ):
+        experiment.load_initial(dataclasses.replace(exp, init_from=sample), None)
     values = json.loads((folder / "config.json").read_text())
     values["text_config"]["rope_scaling"] = {"type": "dynamic", "factor": 2.0}
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(checkpoints.CheckpointError, match=r"rope_scaling\.rope_type is 'dynamic'"):
         make(f"model={tmp_path},data=emoji")
+
+
+def test_a_base_in_4_bits_trains_adapters_alone(folder):
+    """Its step has the FLOPs of the same step on the base as it is."""
+    exp = make(f"model={folder},data=emoji,lora=2,weights=nf4")
+    plain = make(f"model={folder},data=emoji,lora=2")
+    shapes = [
+        model_params.abstract(lambda one=one: Pangea(one.model, rngs=nnx.Rngs(0)))[1]
+        for one in (exp, plain)
+    ]
+    name = "language.blocks.up_kernel_df"
+    assert shapes[0][f"{name}.codes"].dtype == np.uint8 and shapes[1][name].ndim == 3
+    trained = set(shapes[0]) - model_params.select(shapes[0], exp.frozen)
+    assert trained and all("_lora." in name for name in trained)
+    counts = [experiment.step_flops(one, s, 1) for one, s in zip((exp, plain), shapes, strict=True)]
+    assert counts[0] == counts[1]
+    with pytest.raises(ValueError, match="weights in int8 do not train; add adapters with"):
+        make(f"model={folder},data=emoji,weights=int8")
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    optimizer = optim.make_optimizer(exp.optimizer, 2)
+    with pytest.raises(ValueError, match=r"codes is in nf4, which does not train: add adapters"):
+        abstract_state(exp.model, optimizer, mesh)

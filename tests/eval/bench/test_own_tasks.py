@@ -252,6 +252,7 @@ YAML_MISTAKES = {
     "tokens": ({"generation_kwargs": {"max_gen_toks": 0}}, "key 'max_gen_toks' is 0"),
     "rubric": ({"rubric": RUBRIC}, "expected none without a judge"),
     "kind": ({"output_type": "loglikelihood"}, "expected generate_until or multiple_choice"),
+    "metrics": ({"metric_list": "acc"}, "key 'metric_list' is 'acc', expected a list such as [{metric: acc}]"),
 }  # fmt: skip
 
 
@@ -281,6 +282,8 @@ def test_a_missing_key_is_named(tmp_path, key):
         ("task: !!python/object/apply:os.system ['touch made']\n", "line 1: a tag such as"),
         ("- task\n", "expected keys such as task and doc_to_text"),
         ("task: [\n", "line 2: "),
+        ("task: mine\nlanguage: th\n\treader: letter\n", "line 3: found character '\\t'"),
+        ("dataset_kwargs: {data_files: q.jsonl\ntask: mine\n", "line 2: expected ',' or '}'"),
         ("[" * 5_000, "no YAML"),
         ("a: \xff\n", "unknown key 'a'"),
         ("1: x\n", "line 1: key 1 is no text"),
@@ -323,7 +326,10 @@ def test_mistakes_of_the_data_name_file_line_and_field(tmp_path, changed, messag
 @pytest.mark.parametrize(
     ("keys", "rows", "message"),
     [
-        ({}, "\n", "mine.jsonl: no documents; it needs one JSON object per line"),
+        ({}, "\n", "mine.jsonl: no documents; data_files, or files of a class, names a JSONL file"),
+        ({"dataset_kwargs": {"data_files": "q.jsonl"}}, [ROW], "q.jsonl: no such file, needed by mine_en; data_files"),
+        ({}, json.dumps([ROW]), "line 1: expected a JSON object, got list; a file has one object per line"),
+        ({}, [ROW] * 6 + [{"choices": ["a", "b"], "answer": "A"}], "line 7: no field 'question'"),
         ({}, [{"choices": ["a", "b"], "answer": "A"}], "line 1: no field 'question'; mine needs"),
         ({"doc_to_text": "{{question.en}}"}, [ROW], "line 1: no 'en' in {{question.en}}"),
         ({"doc_to_image": "photo"}, [ROW], "line 1: field 'photo' is missing or empty"),
@@ -340,6 +346,77 @@ def test_data_that_does_not_fit_the_yaml(tmp_path, keys, rows, message):
     assert message in str(error.value)
 
 
+def test_a_yaml_names_its_reader(tmp_path):
+    with pytest.raises(DataError, match="no key 'reader'; expected one of letter, truth"):
+        _own(tmp_path, {k: v for k, v in CHOICE.items() if k != "reader"}, [ROW])
+
+
+@pytest.mark.parametrize("code", ["latin-1", "utf-16"])
+def test_files_that_are_no_utf8_are_named_with_the_line(tmp_path, code):
+    line = json.dumps(ROW | {"question": "é"}, ensure_ascii=False)
+    dataset = _own(tmp_path, CHOICE, [ROW])
+    written = line.encode(code)
+    before = b"" if code == "utf-16" else json.dumps(ROW).encode() + b"\n"
+    (tmp_path / "mine.jsonl").write_bytes(before + written)
+    number = before.count(b"\n") + 1
+    with tasks.included([dataset]), pytest.raises(DataError) as error:
+        load(tasks.select(["mine"])[0], None)
+    wanted = f"{tmp_path / 'mine.jsonl'}, line {number}: not UTF-8 text"
+    assert str(error.value).startswith(wanted) and "save the file as UTF-8" in str(error.value)
+    (tmp_path / "mine.yaml").write_bytes("task_alias: é\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"mine\.yaml: .* at byte 12; save the file as UTF-8"):
+        inclusion.read([tmp_path / "mine.yaml"])
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    dataset = _own(tmp_path, CHOICE, [ROW])
+    (tmp_path / "mine.jsonl").write_text(json.dumps(ROW), "utf-8-sig")
+    with tasks.included([dataset]):
+        assert len(load(tasks.select(["mine"])[0], None)) == 1
+
+
+SCORE = "    def score("
+CODE_MISTAKES = {
+    "no score": ((SCORE, "    def points("), "thai_quiz.py: class ThaiQuiz has no method score"),
+    "no fields": (("    fields = ", "    field = "), "fields of class ThaiQuiz is missing, expected fields of"),
+    "fields": (('{"question": str, "choices": list, "answer": str}', '["question"]'), "is ['question'], expected"),
+    "generation": (("Generation(max_new_tokens=16)", "16"), "generation of class ThaiQuiz is 16, expected such as"),
+    "files": (('{"th": "thai_quiz.jsonl"}', '"thai_quiz.jsonl"'), "ThaiQuiz needs files, as in"),
+    "language": (('{"th":', '{"thai":'), "unknown language tag 'thai'"),
+    "import": (("from eval.bench.reading", "from eval.bench.readings"), "line 2: ModuleNotFoundError: "),
+    "syntax": (("class ThaiQuiz(OwnTask):", "class ThaiQuiz(OwnTask)"), "line 6: SyntaxError: "),
+    "exit": (("class ThaiQuiz", "raise SystemExit(3)\n\n\nclass ThaiQuiz"), "line 6: SystemExit: 3"),
+    "prompt raises": (("row['question']", "row['frage']"), "line 16: KeyError: 'frage'; correct the file (document"),
+    "prompt gives a text": (("document.images)", "document.images).text"), "in ThaiQuiz.prompt gave"),
+    "score raises": (("read = letter(", "read = 1 / 0 or ("), "line 20: ZeroDivisionError: division by zero"),
+    "score": (("return self.mean_score(read, acc=read == row[\"answer\"], unreadable=read is None)", "return 1.0"),
+              " in ThaiQuiz.score gave 1.0, expected Scored or Failed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), CODE_MISTAKES.values(), ids=CODE_MISTAKES)
+def test_mistakes_of_a_class_are_told_in_a_sentence(example, monkeypatch, capsys, change, message):
+    text = (example / "thai_quiz.py").read_text("utf-8")
+    assert text.count(change[0]) == 1
+    (example / "thai_quiz.py").write_text(text.replace(*change), "utf-8")
+    monkeypatch.setattr(run, "_open_model", lambda args: Scripted())
+    flags = [f"--include={example / 'thai_quiz.py'}", "--tasks=thai_quiz"]
+    assert run.main([*flags, f"--output_path={example / 'out'}", "--model=sample"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "thai_quiz.py" in said and "Traceback" not in said
+    assert sum("eval/run.py: " in line or "run.py: " in line for line in said.splitlines()) == 1
+
+
+def test_a_class_may_have_an_abstract_base(example):
+    text = (example / "thai_quiz.py").read_text("utf-8")
+    text = text.replace(
+        "class ThaiQuiz(OwnTask)", "class Base(OwnTask):\n    pass\n\n\nclass ThaiQuiz(Base)"
+    )
+    (example / "thai_quiz.py").write_text(text, "utf-8")
+    (dataset,) = inclusion.read([example / "thai_quiz.py"])
+    assert dataset.name == "thai_quiz"
+
+
 def test_files_that_cannot_be_included(tmp_path, capsys):
     _own(tmp_path, CHOICE, [ROW])
     (tmp_path / "twice.yaml").write_text((tmp_path / "mine.yaml").read_text("utf-8"))
@@ -349,7 +426,7 @@ def test_files_that_cannot_be_included(tmp_path, capsys):
     (tmp_path / "code" / "task.py").write_text("raise SystemError('never run')")
     with pytest.raises(DataError, match=r"no \.yaml file in this folder; name Python files one by"):
         inclusion.read([tmp_path / "code"])
-    with pytest.raises(DataError, match=r"task\.py: SystemError: never run"):
+    with pytest.raises(DataError, match=r"task\.py, line 1: SystemError: never run"):
         inclusion.read([tmp_path / "code" / "task.py"])
     (tmp_path / "code" / "task.py").write_text("x = 1")
     with pytest.raises(DataError, match=r"no task in it; expected a class derived from .*OwnTask"):

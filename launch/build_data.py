@@ -378,7 +378,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("build_data.py: stopped; run the same command again to go on")
     except (sources.SourceError, WorkError, OSError, sqlite3.Error, ValueError) as error:
-        sys.exit(f"build_data.py: {inert.visible(str(error))}")
+        sys.exit(f"build_data.py: {inert.visible(paths.say(error))}")
 
 
 if __name__ == "__main__":

@@ -198,15 +198,21 @@ def no_arguments(argv: Sequence[str]) -> None:
         )
 
 
+_TOLD: set[str] = set()
 _CHATTY = ("orbax", "tensorboardX", "fsspec", "gcsfs")
 
 
 def _worth_showing(record) -> bool:
     # Orbax and fsspec log every file, tensorboardX every name with a special character, and JAX its search for
     # a TPU on machines without libtpu.
-    chatty = any(f"{os.sep}{name}{os.sep}" in record.pathname for name in _CHATTY)
-    if chatty and record.levelno < logging.converter.STANDARD_ERROR:
-        return False
+    if any(f"{os.sep}{name}{os.sep}" in record.pathname for name in _CHATTY):
+        if record.exc_info and "PANGEA_DEBUG" not in os.environ:
+            # Each of Orbax' threads logs an error that passes through it. One line tells it; `run` says what to do.
+            said = str(record.exc_info[1])
+            record.exc_info, known = None, said in _TOLD
+            _TOLD.add(said)
+            return not known
+        return record.levelno >= logging.converter.STANDARD_ERROR
     return "Unable to initialize backend 'tpu'" not in record.getMessage()
 
 

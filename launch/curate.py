@@ -31,6 +31,7 @@ from pangea_jax import typed_config
 from pangea_jax.curation import reply_store, workflow
 from pangea_jax.data.store import StoreError
 from pangea_jax.figures import inert
+from pangea_jax.work import paths
 from pangea_jax.work.restart import WorkError, check_local
 
 console = inert.console(soft_wrap=True)
@@ -164,7 +165,10 @@ def _guarded(argv: list[str]) -> None:
     except (UsageError, WorkError, ImportError, OSError, sqlite3.Error, ValueError) as error:
         if "PANGEA_DEBUG" in os.environ:
             raise
-        print(f"error: {inert.visible(str(error))}\n(PANGEA_DEBUG=1 shows where)", file=sys.stderr)
+        print(
+            f"error: {inert.visible(paths.say(error))}\n(PANGEA_DEBUG=1 shows where)",
+            file=sys.stderr,
+        )
         sys.exit(EXIT_ERROR)
 
 

@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 
 from tests import bucket as bucket_emulator
+from tests.loopback import look_up_nothing, refuse_others
 
 TILE, PATCH = 28, 7
 PINPOINTS = ((28, 56), (56, 28), (56, 56), (84, 28), (28, 84))
@@ -60,6 +61,22 @@ class Reference:
 
     model: object  # transformers.LlavaNextForConditionalGeneration
     folder: Path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def refused_addresses():
+    """No socket of the tests' own process reaches another machine; the addresses that were tried."""
+    with pytest.MonkeyPatch.context() as patch:
+        look_up_nothing(patch)
+        yield refuse_others(patch)
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaves_this_machine(refused_addresses):
+    """Fails the test that tried, also if the code under test has hidden the error."""
+    known = len(refused_addresses)
+    yield
+    assert refused_addresses[known:] == [], "the test dialled an address that is not loopback"
 
 
 @pytest.fixture(scope="session")
@@ -257,6 +274,9 @@ class Letters:
 
     def decode(self, ids, skip_special=True):
         return "".join(self._characters[id - 4] for id in ids if id > 3)
+
+    def piece(self, id):
+        return self.decode([id]).encode()
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,24 @@ def refuse_others(monkeypatch) -> list:
     return refused
 
 
+def look_up_nothing(monkeypatch) -> None:
+    """Only loopback and addresses in numbers are known; no server of names is asked for others."""
+    real = socket.getaddrinfo
+
+    def look_up(host, *arguments, **named):
+        name = host.decode() if isinstance(host, bytes) else host
+        if name and name not in ("localhost", socket.gethostname()):
+            try:
+                real(name, None, flags=socket.AI_NUMERICHOST)
+            except socket.gaierror:
+                raise socket.gaierror(
+                    socket.EAI_NONAME, f"{name}: not looked up in tests"
+                ) from None
+        return real(host, *arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+
+
 def _is_loopback(host: str) -> bool:
     if host in ("localhost", ""):
         return True

@@ -15,13 +15,23 @@ TOPS = ("pangea_jax", "configs", "eval", "launch", "benchmarks")
 # From the ground up. A module belongs to the longest name here that it begins with, and may import from its own floor
 # and from those below it. A module or package that has no name here is an error: give it a floor.
 FLOORS = (
-    ("assets", "typed_config", "languages", "language_id", "anyres", "sharding", "work", "figures"),
+    (
+        "assets",
+        "typed_config",
+        "languages",
+        "language_id",
+        "anyres",
+        "sharding",
+        "topologies",
+        "work",
+        "figures",
+    ),
     ("batch", "model", "data"),
     ("data.build",),
     ("checkpoints", "generate", "train", "curation"),
     ("sample",),
     # `pangea_jax` itself is load().
-    ("pangea_jax", "experiment"),
+    ("pangea_jax", "experiment", "serving"),
     ("configs",),
     ("eval",),
     ("launch",),
@@ -35,7 +45,7 @@ CLIMBING: set[tuple[str, str]] = set()
 RECURRING = {
     "__init__",
     # launch/NAME.py and benchmarks/NAME.py run or time the library's module of that name.
-    *("convert", "chat", "decode"),
+    *("convert", "chat", "decode", "serve"),
     # configs/curation/NAME.py fills the config of pangea_jax/curation/NAME.py.
     *("cultural", "ocr", "translate"),
 }

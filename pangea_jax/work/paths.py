@@ -8,6 +8,7 @@ Nothing here imports a library of a cloud before the first address of a bucket.
 """
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import logging
@@ -223,7 +224,7 @@ def move_tree(folder: Path, target: Path, last: str) -> None:
 
 
 class Fault(NamedTuple):
-    """What is wrong with a bucket.
+    """What is wrong with a bucket or a disk.
 
     Attributes:
       passes: the same command may succeed later.
@@ -257,7 +258,7 @@ _CLIENTS = ("gcsfs", "google", "aiohttp", "requests", "urllib3", "botocore", "s3
 
 
 def explain(error: BaseException) -> Fault | None:
-    """What a failed request to a bucket means, in a sentence; None if the error is of another kind.
+    """What a full or read-only disk, or a failed request to a bucket, means; None if the error is of another kind.
 
     Requests that may succeed later have been repeated before: for half a minute by gcsfs, longer by TensorStore and
     ArrayRecord.
@@ -265,6 +266,8 @@ def explain(error: BaseException) -> Fault | None:
     if isinstance(error, BucketError):
         return error.fault
     kind, said = type(error), " ".join(str(error).split())[:300]
+    if sentence := _explain_disk(error, said):
+        return Fault(sentence)
     client = kind.__module__.partition(".")[0] in _CLIENTS
     if not (client or _ABOUT_BUCKETS.search(said)):
         return None
@@ -279,6 +282,29 @@ def explain(error: BaseException) -> Fault | None:
         return Fault(
             f"the bucket does not answer ({kind.__name__}: {said}); try again later", passes=True
         )
+    return None
+
+
+def say(error: BaseException) -> str:
+    """The sentence of `explain`, or else the error's own."""
+    fault = explain(error)
+    return fault.sentence if fault else str(error)
+
+
+# By the number of an OSError, and by what TensorStore and SQLite say.
+_FULL = (
+    (errno.ENOSPC, errno.EDQUOT),
+    re.compile(r"No space left on device|disk is full|Disk quota exceeded"),
+)
+_READ_ONLY = (errno.EROFS,), re.compile(r"Read-only file system|write a readonly database")
+
+
+def _explain_disk(error: BaseException, said: str) -> str | None:
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _FULL[0] or _FULL[1].search(said):
+        return f"the disk is full ({said}); free some space and run the same command again"
+    if number in _READ_ONLY[0] or _READ_ONLY[1].search(said):
+        return f"the disk is read-only ({said}); choose another folder"
     return None
 
 

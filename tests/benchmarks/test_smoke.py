@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import (
-    answer_memory,
     attention,
     curation,
     decode,
+    estimate,
     full_size,
     input_pipeline,
     peer,
@@ -92,6 +93,13 @@ def test_evaluate(tiny_peer, run):
     assert "3 of 3 answers are the same" in said
 
 
+def test_serve(tiny_peer, run):
+    from benchmarks import serve
+
+    said = run(serve, "--requests=1", "--rows=1", "--clients=1")
+    assert "server, 1 clients" in said and "first token" in said and "transformers, batches" in said
+
+
 def test_attention(run):
     said = run(
         attention, "--impls=xla,blockwise", "--row_tokens=256", "--rows=1", "--repetitions=1"
@@ -100,10 +108,10 @@ def test_attention(run):
     assert float(said.split()[-1]) < 0.02
 
 
-def test_answer_memory(tiny_config, monkeypatch, run):
-    monkeypatch.setattr(answer_memory, "PangeaConfig", lambda: tiny_config)
-    said = run(answer_memory, "--topology=cpu:8", "--rows=2", "--tokens=64", "--new_tokens=8")
-    assert "2 rows of 64 + 8 tokens" in said and said.count("\n") == 7
+def test_estimate_ranks_pairs():
+    times = np.array([[1.0, 2.0], [2.0, 2.05], [4.0, 3.0], [3.0, 5.0]])
+    assert estimate.ranked(times, 0.0) == (5, 6)
+    assert estimate.ranked(times, 0.05) == (4, 5)
 
 
 def test_input_pipeline(run):
@@ -141,8 +149,9 @@ def test_full_size(tiny_config, emoji_tokenizer, tmp_path, capfd):
     full_size.write(folder, dataclasses.replace(tiny_config, language=language))
     full_size.convert(folder)
     assert "every tensor byte-equal" in capfd.readouterr().out
-    full_size.forward(folder)
-    assert "compiled: first token after" in capfd.readouterr().out
+    full_size.forward(folder, weights="int8")
+    said = capfd.readouterr().out
+    assert "weights int8" in said and "compiled: first token after" in said
 
 
 def test_sample_run(run):

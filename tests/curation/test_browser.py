@@ -136,7 +136,8 @@ def test_pages_by_address(chromium):
         began = time.monotonic()
         everything = config(network="all", private_addresses=True, page_seconds=3)
         shots = shoot([hang, late, address], everything)
-        assert shots["hang"].reason == "page does not load in time"
+        # On a busy machine the whole time may be over first.
+        assert shots["hang"].reason in ("page does not load in time", "page takes too long")
         assert shots["late"].reason == "page takes too long"
         assert time.monotonic() - began < 60
         assert shots[address.id].text == "A first sentence of some words."

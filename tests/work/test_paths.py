@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -142,8 +143,37 @@ def test_a_bucket_that_is_not_there_is_named(bucket):
 
 
 def test_other_errors_are_not_explained(tmp_path):
-    for error in (ValueError("gs is 3"), OSError(28, "No space left"), KeyError("503")):
+    for error in (ValueError("gs is 3"), OSError(5, "I/O error"), KeyError("503")):
         assert paths.explain(error) is None
     with pytest.raises(FileNotFoundError) as raised:
         paths.read_bytes(tmp_path / "none")
     assert paths.explain(raised.value) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(28, "No space left on device", "/a/b"), "the disk is full"),
+        (OSError(122, "Disk quota exceeded", "/a/b"), "the disk is full"),
+        (ValueError('RESOURCE_EXHAUSTED: Failed writing: "/a/b": No space left'), ""),
+        (ValueError("RESOURCE_EXHAUSTED: No space left on device [28]"), "the disk is full"),
+        (sqlite3.OperationalError("database or disk is full"), "the disk is full"),
+        (OSError(30, "Read-only file system", "/a/b"), "the disk is read-only"),
+        (sqlite3.OperationalError("attempt to write a readonly database"), "the disk is read-only"),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_explained(error, says):
+    said = paths.say(error)
+    assert said.startswith(says) and str(error) in said
+    assert bool(paths.explain(error)) == bool(says)
+    if says:
+        assert not paths.explain(error).passes and said.endswith(
+            ("command again", "another folder")
+        )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux'")
+def test_a_full_disk_is_explained():
+    with pytest.raises(OSError, match="No space") as raised, open("/dev/full", "w") as file:
+        file.write("text")
+    assert paths.say(raised.value).startswith("the disk is full ([Errno 28]")

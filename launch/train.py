@@ -208,7 +208,7 @@ def write_report(run, results, answers, store):
 
 
 def execute(run):
-    from launch import self_evaluation  # it imports SciPy's statistics, which take a second
+    from launch import self_evaluation  # takes a second to import
 
     exp = run.exp
     store, tokenizer = experiment.open_data(exp)

@@ -137,7 +137,7 @@ class ValidationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BenchConfig:
-    """How a run asks itself PangeaBench; `config.eval.bench`. `launch/self_evaluation.py` does it.
+    """How a run asks itself PangeaBench; `config.eval.bench`. `launch/bench_of_a_run.py` does it.
 
     Attributes:
       tasks: names as in `eval/run.py --tasks`, with commas; "": nothing is asked. Data sets that need a judge are
